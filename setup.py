@@ -1,0 +1,64 @@
+"""Builds the kernels; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import kernel_build  # noqa: E402
+
+OPS = "tokenflow_ext.libtokenflow_ops"
+BUILD_INFO = "tokenflow_ext._build_info"
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc/ with the flags each file needs, in place of setuptools' one set for all."""
+
+    plan: kernel_build.Plan | None = None
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A plain shared library, loaded by torch.ops.load_library: no interpreter's suffix. setuptools
+        # also asks for names without their package.
+        if fullname.rpartition(".")[2] == OPS.rpartition(".")[2]:
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        try:
+            self.plan = kernel_build.make_plan(ROOT, self.distribution.get_version())
+            print(self.plan.summary(), flush=True)
+            super().build_extensions()
+        except kernel_build.BuildError as error:
+            raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
+
+    def build_extension(self, ext: Extension) -> None:
+        assert self.plan is not None
+        build = kernel_build.build_ops if ext.name == OPS else kernel_build.build_info_module
+        build(self.plan, Path(self.get_ext_fullpath(ext.name)).resolve())
+
+
+# The sources of the models and of training lie beside the library, one folder each, and are installed
+# inside it: nothing called "models" or "train" gets into an environment.
+PACKAGES = {
+    "tokenflow_ext": "tokenflow_ext",
+    "tokenflow_ext.models": "models",
+    "tokenflow_ext.train": "train",
+}
+
+setup(
+    packages=[
+        name
+        for package, folder in PACKAGES.items()
+        for name in [package, *(f"{package}.{sub}" for sub in find_packages(str(ROOT / folder)))]
+    ],
+    package_dir=PACKAGES,
+    ext_modules=[Extension(OPS, sources=[]), Extension(BUILD_INFO, sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+)

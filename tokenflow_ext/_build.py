@@ -1,0 +1,88 @@
+"""Loading of the compiled operators, and what is known about their build."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+LIBRARY = Path(__file__).with_name("libtokenflow_ops.so")
+
+_HOW_TO_BUILD = (
+    "Build them with `pip install .` (or `pip install -e .`) in a clone of the repository, with a C++ "
+    "compiler on PATH; `pip install -v .` shows what is decided and why."
+)
+
+_loaded: Path | None = None
+
+
+class KernelsMissingError(ImportError):
+    """The compiled operators are not there or cannot be loaded; the message says how to build them."""
+
+
+def _check_torch(version: str) -> None:
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < MINIMUM_TORCH:
+        wanted = "{}.{}".format(*MINIMUM_TORCH)
+        raise KernelsMissingError(
+            f"torch {version} is too old for tokenflow_ext: it needs {wanted} or later. "
+            f"Fix: pip install --upgrade 'torch>={wanted}'"
+        )
+
+
+def load_library(path: str | Path | None = None) -> Path:
+    """Loads the operator library into torch once and returns its path.
+
+    Args:
+        path: another file than the package's own, such as one built against another torch.
+
+    Raises:
+        KernelsMissingError: torch is too old, the file is missing, or it cannot be loaded.
+    """
+    global _loaded
+    library = LIBRARY if path is None else Path(path).resolve()
+    if _loaded is not None:
+        if path is not None and library != _loaded:
+            raise KernelsMissingError(
+                f"the operators are already loaded from {_loaded}; {library} cannot be loaded too"
+            )
+        return _loaded
+    _check_torch(torch.__version__)
+    if not library.is_file():
+        raise KernelsMissingError(f"compiled operators not found at {library}. {_HOW_TO_BUILD}")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        hint = ""
+        if torch.version.cuda is None and "cuda" in str(error):
+            hint = (
+                f"They were built with CUDA, and torch {torch.__version__} has none: "
+                "build them again beside this torch. "
+            )
+        raise KernelsMissingError(
+            f"compiled operators at {library} cannot be loaded: {error}. {hint}{_HOW_TO_BUILD}"
+        ) from error
+    _loaded = library
+    return library
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about the build and about where it runs.
+
+    Returns:
+        A dictionary with `version`, `torch` (built with) and `torch_running`, `cuda` (the toolkit's
+        version, None for a build without CUDA), `cuda_architectures` (a list such as
+        ["8.0", "9.0+PTX"]), `cuda_reason` (why CUDA was or was not built), `compiler`,
+        `cpu_instruction_set` (the one in use on this machine) and `library` (a path).
+
+    Raises:
+        KernelsMissingError: the package was not built.
+    """
+    try:
+        module = importlib.import_module("tokenflow_ext._build_info")
+    except ImportError as error:
+        raise KernelsMissingError(f"no build facts: {error}. {_HOW_TO_BUILD}") from error
+    return {**module.facts(), "torch_running": torch.__version__, "library": str(LIBRARY)}
