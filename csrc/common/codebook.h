@@ -1,0 +1,90 @@
+// The joint codebook: groups of columns that share one index, and the formulas of its distance.
+//
+//   d_i = sum_g weight_g * |z_g - c_{i,g}|^2        (eq. 1-3 of arXiv 2412.03069)
+//
+// where, with l2_norm, z_g and c_{i,g} are scaled to unit length first. Minimising d_i is
+// maximising the score
+//
+//   s_i = <z, weight * c_i> + bias_i,    bias_i = -1/2 * sum_g weight_g * |c_{i,g}|^2 (+ constant),
+//
+// one dot product of width dim. Back ends rank codes by the score in float32 and decide between
+// codes whose scores are closer than `score_error_bound` by the distance in float64: the index is
+// the one float64 arithmetic picks for the same float32 inputs, the lowest on a tie.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace tokenflow {
+
+constexpr int kMaxGroups = 64;
+
+// torch.nn.functional.normalize's default.
+constexpr double kNormEpsilon = 1e-12;
+
+// Group g is columns [begin[g], begin[g + 1]) of a row-major codebook [codes, dim].
+struct CodebookLayout {
+  int64_t codes;
+  int dim;
+  int groups;
+  bool l2_norm;
+  int begin[kMaxGroups + 1];
+  double weight[kMaxGroups];
+};
+
+// Reciprocal of a group's length as F.normalize takes it; 1 where rows are used as they are.
+TF_HOST_DEVICE double inverse_norm(double squared_norm, bool l2_norm) {
+  if (!l2_norm) return 1.0;
+  const double norm = sqrt(squared_norm);
+  return 1.0 / (norm > kNormEpsilon ? norm : kNormEpsilon);
+}
+
+// Squared length of columns [begin, end) of a row.
+template <typename T>
+TF_HOST_DEVICE double squared_norm(const T* row, int begin, int end) {
+  double sum = 0;
+  for (int d = begin; d < end; ++d) {
+    const double v = static_cast<double>(row[d]);
+    sum += v * v;
+  }
+  return sum;
+}
+
+// Score bias of one group of a code. With l2_norm the constant is chosen so that a unit row's bias
+// vanishes; only a row shorter than epsilon keeps one.
+TF_HOST_DEVICE double group_bias(double squared_norm, double weight, bool l2_norm) {
+  if (!l2_norm) return -0.5 * weight * squared_norm;
+  const double scale = inverse_norm(squared_norm, true);
+  return 0.5 * weight * (1.0 - squared_norm * scale * scale);
+}
+
+// d_i in float64, rows normalised in float64 from what is stored.
+template <typename T>
+TF_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout& layout) {
+  double sum = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    const int begin = layout.begin[g], end = layout.begin[g + 1];
+    const double row_scale = inverse_norm(squared_norm(row, begin, end), layout.l2_norm);
+    const double code_scale = inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
+    double group = 0;
+    for (int d = begin; d < end; ++d) {
+      const double difference =
+          static_cast<double>(row[d]) * row_scale - static_cast<double>(code[d]) * code_scale;
+      group += difference * difference;
+    }
+    sum += layout.weight[g] * group;
+  }
+  return sum;
+}
+
+// How far a float32 score may be from the exact one: the standard bound of a recursive sum of
+// dim + 1 terms, (dim + 1) u sum |z_d| |w c_d|, by Cauchy-Schwarz with the lengths of the two
+// vectors, plus the rounding of the packed operands (2 u each). `bias` bounds |bias_i|.
+TF_HOST_DEVICE float score_error_bound(int dim, float row_norm, float code_norm, float bias) {
+  const float unit = 1.0f / 16777216.0f;  // 2^-24
+  return static_cast<float>(dim + 8) * unit * (row_norm * code_norm + bias) * 1.0001f;
+}
+
+}  // namespace tokenflow

@@ -1,0 +1,385 @@
+// Body of kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp: one source, compiled with
+// each instruction set's flags. TF_KERNEL_TABLE names the table that the including file defines.
+//
+// Everything here has internal linkage and calls no inline library function, so that no symbol
+// compiled with wider instructions can replace its twin elsewhere at link time.
+//
+// Ranking, the loop that takes nearly all the time: a tile of rows is held against a panel of
+// codes, `kTileRows` x 2 vectors of scores in registers, one fused multiply-add a score and
+// channel. The argmax is not carried along: each row keeps one maximum for each block of
+// kBlockCodes codes. settle_row then looks again at every block whose maximum is within twice the
+// proven rounding bound of the best, and decides there in float64.
+#include <cstdint>
+#include <cstring>
+
+#include "../common/normalize.h"
+#include "kernels.h"
+
+#if defined(__AVX512F__)
+// GCC 12 takes the undefined operand inside _mm512_max_ps for a mistake of ours (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tokenflow::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 12;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileRows = 6;
+#else
+constexpr int kLanes = 4;
+constexpr int kTileRows = 6;
+#endif
+constexpr int kPanelWidth = 2 * kLanes;
+static_assert(kBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
+
+constexpr float kInfinity = __builtin_inff();
+
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+static inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+static inline Vector broadcast(float x) { return Vector{} + x; }
+
+// a where a > b, else b: a NaN in `a` is passed over.
+static inline Vector maximum(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline float horizontal_maximum(Vector v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+void pack_panel(const float* codebook, const CodebookLayout& layout, int64_t panel, float* packed,
+                float* largest_norm, float* largest_bias) {
+  const int dim = layout.dim;
+  double norm = 0, bound = 0;
+  for (int lane = 0; lane < kPanelWidth; ++lane) {
+    const int64_t code = panel * kPanelWidth + lane;
+    if (code >= layout.codes) {
+      packed[lane] = -kInfinity;
+      for (int d = 0; d < dim; ++d) packed[(d + 1) * kPanelWidth + lane] = 0;
+      continue;
+    }
+    const float* row = codebook + code * dim;
+    double bias = 0, weighted_norm = 0;
+    for (int g = 0; g < layout.groups; ++g) {
+      const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
+      const double weight = layout.weight[g];
+      const double scale = weight * inverse_norm(squared, layout.l2_norm);
+      bias += group_bias(squared, weight, layout.l2_norm);
+      weighted_norm += squared * scale * scale;
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        packed[(d + 1) * kPanelWidth + lane] =
+            static_cast<float>(static_cast<double>(row[d]) * scale);
+      }
+    }
+    packed[lane] = static_cast<float>(bias);
+    if (weighted_norm > norm) norm = weighted_norm;
+    if (-bias > bound) bound = -bias;
+    if (bias > bound) bound = bias;
+  }
+  *largest_norm = static_cast<float>(__builtin_sqrt(norm)) * 1.000001f;
+  *largest_bias = static_cast<float>(bound) * 1.000001f;
+}
+
+void pack_tile(const float* rows, int count, const CodebookLayout& layout, float* tile,
+               float* norms) {
+  for (int r = 0; r < count; ++r) {
+    const float* row = rows + static_cast<int64_t>(r) * layout.dim;
+    double length = 0;
+    for (int g = 0; g < layout.groups; ++g) {
+      const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
+      const double scale = inverse_norm(squared, layout.l2_norm);
+      length += squared * scale * scale;
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        tile[static_cast<int64_t>(d) * count + r] =
+            static_cast<float>(static_cast<double>(row[d]) * scale);
+      }
+    }
+    norms[r] = static_cast<float>(__builtin_sqrt(length)) * 1.000001f;
+  }
+}
+
+template <int kRows>
+void rank_rows(const float* tile, int dim, const float* panels, int64_t num_panels,
+               float* block_max, int64_t stride) {
+  Vector best[kRows];
+  for (int r = 0; r < kRows; ++r) best[r] = broadcast(-kInfinity);
+  for (int64_t p = 0; p < num_panels; ++p) {
+    Vector low[kRows], high[kRows];
+    const float* code = panels + p * (dim + 1) * kPanelWidth;
+    const Vector bias_low = load(code), bias_high = load(code + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      low[r] = bias_low;
+      high[r] = bias_high;
+    }
+    const float* z = tile;
+    for (int d = 0; d < dim; ++d) {
+      code += kPanelWidth;
+      const Vector code_low = load(code), code_high = load(code + kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vector value = broadcast(z[r]);
+        low[r] += value * code_low;
+        high[r] += value * code_high;
+      }
+      z += kRows;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) best[r] = maximum(maximum(low[r], high[r]), best[r]);
+  }
+  for (int r = 0; r < kRows; ++r) block_max[r * stride] = horizontal_maximum(best[r]);
+}
+
+template <int kRows>
+void rank_tile_from(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
+                    float* block_max, int64_t stride) {
+  if constexpr (kRows > 0) {
+    if (count == kRows) {
+      rank_rows<kRows>(tile, dim, panels, num_panels, block_max, stride);
+    } else {
+      rank_tile_from<kRows - 1>(tile, count, dim, panels, num_panels, block_max, stride);
+    }
+  }
+}
+
+void rank_tile(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
+               float* block_max, int64_t stride) {
+  rank_tile_from<kTileRows>(tile, count, dim, panels, num_panels, block_max, stride);
+}
+
+// The best code so far under (distance, index), in float64.
+struct Choice {
+  double distance;
+  int64_t index;
+};
+
+void consider(const float* row, int64_t index, const float* codebook, const CodebookLayout& layout,
+              Choice* choice) {
+  const double d = distance(row, codebook + index * layout.dim, layout);
+  // Codes come in ascending order, so a tie keeps the lower index.
+  if (d < choice->distance) *choice = {d, index};
+}
+
+int64_t settle_row(const float* row, const float* tile, int count, int r, float norm,
+                   const float* block_max, int64_t num_blocks, const PackedCodes& codes,
+                   const float* codebook, const CodebookLayout& layout) {
+  const int dim = layout.dim;
+  Choice choice = {__builtin_inf(), 0};
+  if (!__builtin_isfinite(squared_norm(row, 0, dim))) return 0;
+
+  float best = -kInfinity;
+  for (int64_t b = 0; b < num_blocks; ++b) best = block_max[b] > best ? block_max[b] : best;
+  const float threshold = best - 2 * score_error_bound(dim, norm, codes.norm, codes.bias);
+  if (!__builtin_isfinite(threshold)) {  // scores beyond float32: decide everything in float64
+    for (int64_t i = 0; i < layout.codes; ++i) consider(row, i, codebook, layout, &choice);
+    return choice.index;
+  }
+
+  // Several panels at once, for enough independent sums to keep the multiply-adds busy.
+  constexpr int kPanels = 4;
+  constexpr int64_t kBlockPanels = kBlockCodes / kPanelWidth;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    if (!(block_max[b] >= threshold)) continue;
+    const int64_t end_panel =
+        (b + 1) * kBlockPanels < codes.num_panels ? (b + 1) * kBlockPanels : codes.num_panels;
+    for (int64_t p = b * kBlockPanels; p < end_panel; p += kPanels) {
+      const int64_t last = end_panel - 1 - p;
+      const float* panel[kPanels];
+      Vector scores[kPanels][2];
+      for (int64_t k = 0; k < kPanels; ++k) {
+        panel[k] = codes.panels + (p + (k < last ? k : last)) * (dim + 1) * kPanelWidth;
+        scores[k][0] = load(panel[k]);
+        scores[k][1] = load(panel[k] + kLanes);
+      }
+      for (int d = 0; d < dim; ++d) {
+        const Vector value = broadcast(tile[static_cast<int64_t>(d) * count + r]);
+#pragma GCC unroll 4
+        for (int k = 0; k < kPanels; ++k) {
+          panel[k] += kPanelWidth;
+          scores[k][0] += value * load(panel[k]);
+          scores[k][1] += value * load(panel[k] + kLanes);
+        }
+      }
+      for (int64_t k = 0; k <= last && k < kPanels; ++k) {
+        if (horizontal_maximum(maximum(scores[k][0], scores[k][1])) < threshold) continue;
+        for (int lane = 0; lane < kPanelWidth; ++lane) {
+          if (scores[k][lane / kLanes][lane % kLanes] < threshold) continue;
+          consider(row, (p + k) * kPanelWidth + lane, codebook, layout, &choice);
+        }
+      }
+    }
+  }
+  return choice.index;
+}
+
+template <typename T>
+void to_channels_last(const T* planes, int dim, int64_t positions, T* out) {
+  constexpr int64_t kTile = 32;
+  for (int64_t p0 = 0; p0 < positions; p0 += kTile) {
+    const int64_t p1 = p0 + kTile < positions ? p0 + kTile : positions;
+    for (int d = 0; d < dim; ++d) {
+      for (int64_t p = p0; p < p1; ++p) out[p * dim + d] = planes[d * positions + p];
+    }
+  }
+}
+
+template <typename T>
+void to_channels_first(const T* plane, int dim, int64_t positions, T* out) {
+  constexpr int64_t kTile = 32;
+  for (int64_t p0 = 0; p0 < positions; p0 += kTile) {
+    const int64_t p1 = p0 + kTile < positions ? p0 + kTile : positions;
+    for (int d = 0; d < dim; ++d) {
+      for (int64_t p = p0; p < p1; ++p) out[d * positions + p] = plane[p * dim + d];
+    }
+  }
+}
+
+// to += scale * from along `dim` channels.
+template <typename T>
+static inline void add_scaled(const T* __restrict from, T scale, int64_t dim, T* __restrict to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] += scale * from[d];
+}
+
+template <typename T>
+static inline void fill_zero(T* to, int64_t count) {
+  std::memset(to, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <typename T>
+void pool(const T* plane, int dim, Extent from, Extent to, T* rows) {
+  for (int y = 0; y < to.height; ++y) {
+    const AreaBin bin_y = area_bin(y, from.height, to.height);
+    for (int x = 0; x < to.width; ++x) {
+      const AreaBin bin_x = area_bin(x, from.width, to.width);
+      T* row = rows + (static_cast<int64_t>(y) * to.width + x) * dim;
+      fill_zero(row, dim);
+      for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
+        for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
+          add_scaled(plane + (static_cast<int64_t>(sy) * from.width + sx) * dim, T(1), dim, row);
+        }
+      }
+      const T count = static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
+      for (int d = 0; d < dim; ++d) row[d] /= count;
+    }
+  }
+}
+
+template <typename T>
+void pool_transpose_add(const T* grad_rows, int dim, Extent from, Extent to, T* grad_plane) {
+  for (int y = 0; y < to.height; ++y) {
+    const AreaBin bin_y = area_bin(y, from.height, to.height);
+    for (int x = 0; x < to.width; ++x) {
+      const AreaBin bin_x = area_bin(x, from.width, to.width);
+      const T* grad = grad_rows + (static_cast<int64_t>(y) * to.width + x) * dim;
+      const T share =
+          T(1) / static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
+      for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
+        for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
+          add_scaled(grad, share, dim,
+                     grad_plane + (static_cast<int64_t>(sy) * from.width + sx) * dim);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void upsample(const T* rows, int dim, Extent from, Extent to, T* scratch, T* sum, T* residual) {
+  // Along x into scratch [from.height, to.width, dim], then along y.
+  for (int x = 0; x < to.width; ++x) {
+    const CubicTaps<T> taps = cubic_taps<T>(x, from.width, to.width);
+    for (int y = 0; y < from.height; ++y) {
+      const T* line = rows + static_cast<int64_t>(y) * from.width * dim;
+      const T* __restrict a = line + static_cast<int64_t>(taps.position[0]) * dim;
+      const T* __restrict b = line + static_cast<int64_t>(taps.position[1]) * dim;
+      const T* __restrict c = line + static_cast<int64_t>(taps.position[2]) * dim;
+      const T* __restrict e = line + static_cast<int64_t>(taps.position[3]) * dim;
+      T* __restrict out = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
+      for (int d = 0; d < dim; ++d) {
+        out[d] = taps.weight[0] * a[d] + taps.weight[1] * b[d] + taps.weight[2] * c[d] +
+                 taps.weight[3] * e[d];
+      }
+    }
+  }
+  const int64_t line = static_cast<int64_t>(to.width) * dim;
+  for (int y = 0; y < to.height; ++y) {
+    const CubicTaps<T> taps = cubic_taps<T>(y, from.height, to.height);
+    const T* __restrict a = scratch + taps.position[0] * line;
+    const T* __restrict b = scratch + taps.position[1] * line;
+    const T* __restrict c = scratch + taps.position[2] * line;
+    const T* __restrict e = scratch + taps.position[3] * line;
+    T* __restrict s = sum ? sum + y * line : nullptr;
+    T* __restrict r = residual ? residual + y * line : nullptr;
+    for (int64_t i = 0; i < line; ++i) {
+      const T u = taps.weight[0] * a[i] + taps.weight[1] * b[i] + taps.weight[2] * c[i] +
+                  taps.weight[3] * e[i];
+      if (s) s[i] += u;
+      if (r) r[i] -= u;
+    }
+  }
+}
+
+template <typename T>
+void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, T* scratch,
+                        T* grad_rows) {
+  const int64_t line = static_cast<int64_t>(to.width) * dim;
+  fill_zero(scratch, from.height * line);
+  for (int y = 0; y < to.height; ++y) {
+    const CubicTaps<T> taps = cubic_taps<T>(y, from.height, to.height);
+    for (int k = 0; k < 4; ++k) {
+      add_scaled(grad_plane + y * line, taps.weight[k], line, scratch + taps.position[k] * line);
+    }
+  }
+  fill_zero(grad_rows, static_cast<int64_t>(from.height) * from.width * dim);
+  for (int x = 0; x < to.width; ++x) {
+    const CubicTaps<T> taps = cubic_taps<T>(x, from.width, to.width);
+    for (int y = 0; y < from.height; ++y) {
+      const T* grad = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
+      T* out = grad_rows + static_cast<int64_t>(y) * from.width * dim;
+      for (int k = 0; k < 4; ++k) {
+        add_scaled(grad, taps.weight[k], dim, out + static_cast<int64_t>(taps.position[k]) * dim);
+      }
+    }
+  }
+}
+
+template <typename T>
+constexpr PlaneKernels<T> plane_kernels() {
+  return {to_channels_last<T>,   to_channels_first<T>, pool<T>,
+          pool_transpose_add<T>, upsample<T>,          upsample_transpose<T>};
+}
+
+}  // namespace
+
+const KernelTable& TF_KERNEL_TABLE() {
+  static constexpr KernelTable table = {
+      {kPanelWidth, kTileRows, pack_panel, pack_tile, rank_tile, settle_row},
+      plane_kernels<float>(),
+      plane_kernels<double>(),
+  };
+  return table;
+}
+
+}  // namespace tokenflow::cpu
+
+#if defined(__AVX512F__)
+#pragma GCC diagnostic pop
+#endif

@@ -1,0 +1,160 @@
+// Checks that every operator makes before anything runs, and the conversion of its arguments to
+// the plain structs of common/. Messages name the argument and what was got.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../common/quantizer_args.h"
+
+namespace tokenflow::torch_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+inline void check_floating(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
+                  " must be float32 or float64, got ", torch::headeronly::toString(type));
+}
+
+inline void check_dim(const Tensor& tensor, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, got shape ",
+                  shape_of(tensor));
+}
+
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& other,
+                       const char* other_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
+                  other_name, " (", torch::headeronly::toString(other.scalar_type()), "), got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// Tensors are read through raw pointers by one device's kernels.
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& other,
+                         const char* other_name) {
+  STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ",
+                  other_name);
+}
+
+inline void check_indices_type(const Tensor& indices) {
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices must be int64, got ",
+                  torch::headeronly::toString(indices.scalar_type()));
+}
+
+inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int64_t>& dims,
+                                  const std::vector<double>& weights, bool l2_norm) {
+  check_floating(codebook, "codebook");
+  check_dim(codebook, 2, "codebook");
+  STD_TORCH_CHECK(codebook.size(0) > 0, "codebook must have at least one row, got shape ",
+                  shape_of(codebook));
+  STD_TORCH_CHECK(!dims.empty() && dims.size() <= kMaxGroups, "dims must name 1 to ", kMaxGroups,
+                  " groups, got ", dims.size());
+  CodebookLayout layout = {};
+  layout.codes = codebook.size(0);
+  layout.groups = static_cast<int>(dims.size());
+  layout.l2_norm = l2_norm;
+  for (size_t g = 0; g < dims.size(); ++g) {
+    STD_TORCH_CHECK(dims[g] > 0, "dims must be positive, got ", dims[g], " at position ", g);
+    layout.begin[g] = layout.dim;
+    layout.dim += static_cast<int>(dims[g]);
+    layout.weight[g] = 1.0;
+  }
+  layout.begin[dims.size()] = layout.dim;
+  STD_TORCH_CHECK(codebook.size(1) == layout.dim, "codebook must have sum(dims) = ", layout.dim,
+                  " columns, got shape ", shape_of(codebook));
+  if (!weights.empty()) {
+    STD_TORCH_CHECK(weights.size() == dims.size(), "weights must name one weight a group (",
+                    dims.size(), "), got ", weights.size());
+    for (size_t g = 0; g < weights.size(); ++g) {
+      STD_TORCH_CHECK(weights[g] >= 0 && weights[g] <= 1e30,
+                      "weights must be finite and not negative, got ", weights[g], " at position ",
+                      g);
+      layout.weight[g] = weights[g];
+    }
+  }
+  return layout;
+}
+
+inline Pyramid make_pyramid(int64_t batch, int64_t height, int64_t width,
+                            const std::vector<int64_t>& sizes) {
+  constexpr int64_t kLargestSide = 1 << 15;
+  STD_TORCH_CHECK(batch > 0, "batch must not be empty, got ", batch);
+  STD_TORCH_CHECK(height > 0 && width > 0 && height <= kLargestSide && width <= kLargestSide,
+                  "height and width must be 1 to ", kLargestSide, ", got ", height, " x ", width);
+  STD_TORCH_CHECK(!sizes.empty() && sizes.size() % 2 == 0 && sizes.size() <= 2 * kMaxScales,
+                  "sizes must hold (height, width) of 1 to ", kMaxScales, " scales, got ",
+                  sizes.size(), " numbers");
+  Pyramid pyramid = {};
+  pyramid.batch = batch;
+  pyramid.height = static_cast<int>(height);
+  pyramid.width = static_cast<int>(width);
+  pyramid.num_scales = static_cast<int>(sizes.size() / 2);
+  for (int s = 0; s < pyramid.num_scales; ++s) {
+    const int64_t h = sizes[2 * s], w = sizes[2 * s + 1];
+    STD_TORCH_CHECK(h > 0 && w > 0 && h <= kLargestSide && w <= kLargestSide,
+                    "sizes must be 1 to ", kLargestSide, ", got ", h, " x ", w, " at scale ", s);
+    pyramid.extent[s] = {static_cast<int>(h), static_cast<int>(w)};
+    pyramid.first_token[s + 1] = pyramid.first_token[s] + h * w;
+  }
+  return pyramid;
+}
+
+// h [batch, dim, height, width] for a codebook layout.
+inline Pyramid make_pyramid(const Tensor& h, const CodebookLayout& layout,
+                            const std::vector<int64_t>& sizes) {
+  check_floating(h, "h");
+  check_dim(h, 4, "h");
+  STD_TORCH_CHECK(h.size(1) == layout.dim, "h must have sum(dims) = ", layout.dim,
+                  " channels, got shape ", shape_of(h));
+  return make_pyramid(h.size(0), h.size(2), h.size(3), sizes);
+}
+
+inline void check_indices(const Tensor& indices, const Pyramid& pyramid) {
+  check_indices_type(indices);
+  STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == pyramid.batch &&
+                      indices.size(1) == tokens_per_image(pyramid),
+                  "indices must have shape [", pyramid.batch, ", ", tokens_per_image(pyramid),
+                  "], got ", shape_of(indices));
+}
+
+inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* name) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  }
+  if (same) return;
+  std::string wanted = "[";
+  for (size_t i = 0; i < shape.size(); ++i) wanted += (i ? ", " : "") + std::to_string(shape[i]);
+  STD_TORCH_CHECK(false, name, " must have shape ", wanted, "], got ", shape_of(tensor));
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& like) {
+  return torch::stable::empty(shape, type, std::nullopt, like.device());
+}
+
+}  // namespace tokenflow::torch_ops

@@ -1,0 +1,214 @@
+// The operators, for any back end: check, allocate, fill the plain struct, run.
+//
+// A Backend has
+//   template <typename T> static constexpr bool serves      (is float / double served?)
+//   check_codebook<T>(layout, codebook)                      data-dependent checks, or nothing
+//   check_indices(indices, codes, lowest)                    likewise
+//   check_shape(pyramid, layout)                             limits of its kernels, or nothing
+//   run(args, like)                                          one overload an args struct
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <type_traits>
+
+#include "arguments.h"
+
+namespace tokenflow::torch_ops {
+
+template <typename Backend>
+struct Operators {
+  // run(T{}) with T the element type of `tensor`.
+  template <typename Run>
+  static auto dispatch(const Tensor& tensor, const char* name, const Run& run) {
+    if (tensor.scalar_type() == ScalarType::Double) {
+      STD_TORCH_CHECK(Backend::template serves<double>, name,
+                      " must be float32 on this device, got float64");
+      if constexpr (Backend::template serves<double>) return run(double{});
+    }
+    return run(float{});
+  }
+
+  static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
+                             std::vector<double> weights, bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+    check_floating(rows, "rows");
+    check_dim(rows, 2, "rows");
+    STD_TORCH_CHECK(rows.size(1) == layout.dim, "rows must have sum(dims) = ", layout.dim,
+                    " columns, got shape ", shape_of(rows));
+    STD_TORCH_CHECK(rows.size(0) > 0, "rows must not be empty, got shape ", shape_of(rows));
+    check_like(codebook, "codebook", rows, "rows");
+    check_device(codebook, "codebook", rows, "rows");
+    rows = torch::stable::contiguous(rows);
+    codebook = torch::stable::contiguous(codebook);
+    return dispatch(rows, "rows", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::template check_codebook<T>(layout, codebook);
+      Tensor indices = empty({rows.size(0)}, ScalarType::Long, rows);
+      Backend::run(NearestCodeArgs<T>{layout, data<T>(codebook), rows.size(0), data<T>(rows),
+                                      mutable_data<int64_t>(indices)},
+                   rows);
+      return indices;
+    });
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiscale_quantize(
+      Tensor h, Tensor codebook, std::optional<Tensor> dropped, std::vector<int64_t> dims,
+      std::vector<double> weights, std::vector<int64_t> sizes, bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+    const Pyramid pyramid = make_pyramid(h, layout, sizes);
+    check_like(codebook, "codebook", h, "h");
+    check_device(codebook, "codebook", h, "h");
+    if (dropped) {
+      check_device(*dropped, "dropped", h, "h");
+      STD_TORCH_CHECK(dropped->scalar_type() == ScalarType::Long && dropped->numel() == 1,
+                      "dropped must be one int64, got shape ", shape_of(*dropped));
+    }
+    Backend::check_shape(pyramid, layout);
+    h = torch::stable::contiguous(h);
+    codebook = torch::stable::contiguous(codebook);
+    return dispatch(h, "h", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::template check_codebook<T>(layout, codebook);
+      const ScalarType type = h.scalar_type();
+      Tensor quantized =
+          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
+      Tensor indices = empty({pyramid.batch, tokens_per_image(pyramid)}, ScalarType::Long, h);
+      Tensor code_error = empty({pyramid.num_scales}, type, h);
+      Tensor hits = empty({layout.codes}, ScalarType::Long, h);
+      Backend::run(QuantizeArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
+                                   dropped ? data<int64_t>(*dropped) : nullptr,
+                                   mutable_data<T>(quantized), mutable_data<int64_t>(indices),
+                                   mutable_data<T>(code_error), mutable_data<int64_t>(hits)},
+                   h);
+      // The same numbers twice: the first carries gradient to the codebook, the second to h.
+      Tensor row_error = torch::stable::clone(code_error);
+      return std::make_tuple(quantized, indices, code_error, row_error, hits);
+    });
+  }
+
+  static std::tuple<Tensor, Tensor> multiscale_quantize_backward(
+      Tensor h, Tensor codebook, Tensor indices, Tensor grad_quantized, Tensor grad_code_error,
+      Tensor grad_row_error, std::vector<int64_t> dims, std::vector<int64_t> sizes, bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
+    const Pyramid pyramid = make_pyramid(h, layout, sizes);
+    torch_ops::check_indices(indices, pyramid);
+    check_shape(grad_quantized, {pyramid.batch, layout.dim, pyramid.height, pyramid.width},
+                "grad_quantized");
+    check_shape(grad_code_error, {pyramid.num_scales}, "grad_code_error");
+    check_shape(grad_row_error, {pyramid.num_scales}, "grad_row_error");
+    check_device(indices, "indices", h, "h");
+    check_device(codebook, "codebook", h, "h");
+    check_like(codebook, "codebook", h, "h");
+    for (const auto& [tensor, name] : {std::make_pair(&grad_quantized, "grad_quantized"),
+                                       std::make_pair(&grad_code_error, "grad_code_error"),
+                                       std::make_pair(&grad_row_error, "grad_row_error")}) {
+      check_like(*tensor, name, h, "h");
+      check_device(*tensor, name, h, "h");
+      *tensor = torch::stable::contiguous(*tensor);
+    }
+    Backend::check_shape(pyramid, layout);
+    h = torch::stable::contiguous(h);
+    codebook = torch::stable::contiguous(codebook);
+    indices = torch::stable::contiguous(indices);
+    return dispatch(h, "h", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::check_indices(indices, layout.codes, -1);
+      const ScalarType type = h.scalar_type();
+      Tensor grad_h = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
+      Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h);
+      Backend::run(
+          QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
+                                  data<int64_t>(indices), data<T>(grad_quantized),
+                                  data<T>(grad_code_error), data<T>(grad_row_error),
+                                  mutable_data<T>(grad_h), mutable_data<T>(grad_codebook)},
+          h);
+      return std::make_tuple(grad_h, grad_codebook);
+    });
+  }
+
+  static Tensor multiscale_rows(Tensor h, Tensor codebook, Tensor indices,
+                                std::vector<int64_t> dims, std::vector<int64_t> sizes,
+                                bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
+    const Pyramid pyramid = make_pyramid(h, layout, sizes);
+    torch_ops::check_indices(indices, pyramid);
+    check_device(indices, "indices", h, "h");
+    check_device(codebook, "codebook", h, "h");
+    check_like(codebook, "codebook", h, "h");
+    Backend::check_shape(pyramid, layout);
+    h = torch::stable::contiguous(h);
+    codebook = torch::stable::contiguous(codebook);
+    indices = torch::stable::contiguous(indices);
+    return dispatch(h, "h", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::check_indices(indices, layout.codes, -1);
+      Tensor rows =
+          empty({pyramid.batch, tokens_per_image(pyramid), layout.dim}, h.scalar_type(), h);
+      Backend::run(PyramidRowsArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
+                                      data<int64_t>(indices), mutable_data<T>(rows)},
+                   h);
+      return rows;
+    });
+  }
+
+  static Tensor multiscale_decode(Tensor indices, Tensor codebook, std::vector<int64_t> dims,
+                                  std::vector<int64_t> sizes, int64_t height, int64_t width,
+                                  bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
+    check_dim(indices, 2, "indices");
+    const Pyramid pyramid = make_pyramid(indices.size(0), height, width, sizes);
+    torch_ops::check_indices(indices, pyramid);
+    check_device(codebook, "codebook", indices, "indices");
+    Backend::check_shape(pyramid, layout);
+    codebook = torch::stable::contiguous(codebook);
+    indices = torch::stable::contiguous(indices);
+    return dispatch(codebook, "codebook", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::check_indices(indices, layout.codes, 0);
+      Backend::template check_codebook<T>(layout, codebook);
+      Tensor quantized = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width},
+                               codebook.scalar_type(), codebook);
+      Backend::run(DecodeArgs<T>{pyramid, layout, data<T>(codebook), data<int64_t>(indices),
+                                 mutable_data<T>(quantized)},
+                   codebook);
+      return quantized;
+    });
+  }
+
+  static std::tuple<Tensor, Tensor> segment_sum(Tensor rows, Tensor indices,
+                                                int64_t num_segments) {
+    check_floating(rows, "rows");
+    check_dim(rows, 2, "rows");
+    check_indices_type(indices);
+    check_shape(indices, {rows.size(0)}, "indices");
+    check_device(indices, "indices", rows, "rows");
+    STD_TORCH_CHECK(num_segments > 0, "num_segments must be positive, got ", num_segments);
+    STD_TORCH_CHECK(rows.numel() > 0, "rows must not be empty, got shape ", shape_of(rows));
+    rows = torch::stable::contiguous(rows);
+    indices = torch::stable::contiguous(indices);
+    return dispatch(rows, "rows", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::check_indices(indices, num_segments, -1);
+      Tensor sums = empty({num_segments, rows.size(1)}, rows.scalar_type(), rows);
+      Tensor counts = empty({num_segments}, ScalarType::Long, rows);
+      Backend::run(SegmentSumArgs<T>{num_segments, rows.size(1), rows.size(0), data<T>(rows),
+                                     data<int64_t>(indices), mutable_data<T>(sums),
+                                     mutable_data<int64_t>(counts)},
+                   rows);
+      return std::make_tuple(sums, counts);
+    });
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("nearest_code", TORCH_BOX(&nearest_code));
+    m.impl("multiscale_quantize", TORCH_BOX(&multiscale_quantize));
+    m.impl("multiscale_quantize_backward", TORCH_BOX(&multiscale_quantize_backward));
+    m.impl("multiscale_rows", TORCH_BOX(&multiscale_rows));
+    m.impl("multiscale_decode", TORCH_BOX(&multiscale_decode));
+    m.impl("segment_sum", TORCH_BOX(&segment_sum));
+  }
+};
+
+}  // namespace tokenflow::torch_ops

@@ -1,0 +1,70 @@
+// Operators on CUDA: csrc/cuda on the current stream of the inputs' device. Nothing here waits for
+// the device, so what would need its data (NaN, index range) is not checked: the kernels are
+// defined for any data (see csrc/cuda/quantizer.h).
+#if defined(TOKENFLOW_WITH_CUDA)
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/quantizer.h"
+#include "operators.h"
+
+namespace tokenflow::torch_ops {
+namespace {
+
+struct CudaBackend {
+  template <typename T>
+  static constexpr bool serves = std::is_same_v<T, float>;
+
+  template <typename T>
+  static void check_codebook(const CodebookLayout&, const Tensor&) {}
+
+  static void check_indices(const Tensor&, int64_t, int64_t) {}
+
+  static void check_shape(const Pyramid& pyramid, const CodebookLayout& layout) {
+    const char* reason = cuda::unsupported_reason(pyramid, layout);
+    STD_TORCH_CHECK(reason == nullptr, reason ? reason : "");
+  }
+
+  // Allocates the workspace that the launch asks for and runs it on the current stream.
+  template <typename Args>
+  static void launch(const Args& args, const Tensor& like, size_t (*workspace_bytes)(const Args&),
+                     cudaError_t (*launcher)(const Args&, void*, cudaStream_t)) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const size_t bytes = workspace_bytes(args);
+    const Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+    const cudaError_t error =
+        launcher(args, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream));
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+  }
+
+  static void run(const NearestCodeArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::nearest_code_workspace_bytes, cuda::launch_nearest_code);
+  }
+  static void run(const QuantizeArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::quantize_workspace_bytes, cuda::launch_quantize);
+  }
+  static void run(const QuantizeBackwardArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward);
+  }
+  static void run(const PyramidRowsArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::pyramid_rows_workspace_bytes, cuda::launch_pyramid_rows);
+  }
+  static void run(const DecodeArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::decode_workspace_bytes, cuda::launch_decode);
+  }
+  static void run(const SegmentSumArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::segment_sum_workspace_bytes, cuda::launch_segment_sum);
+  }
+};
+
+}  // namespace
+}  // namespace tokenflow::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(tokenflow_ext, CUDA, m) {
+  tokenflow::torch_ops::Operators<tokenflow::torch_ops::CudaBackend>::register_all(m);
+}
+
+#endif  // TOKENFLOW_WITH_CUDA

@@ -1,0 +1,27 @@
+// Schemas of the operators in namespace `tokenflow_ext`. What each computes is documented with its
+// arguments in common/quantizer_args.h and, for users, in tokenflow_ext/ops.py.
+//
+// Conventions: the groups of a codebook are passed concatenated, [K, D] with D = sum(dims);
+// `sizes` is the (height, width) of every scale, flattened; an index of -1 is a dropped token.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
+  m.def(
+      "nearest_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm) "
+      "-> Tensor");
+  m.def(
+      "multiscale_quantize(Tensor h, Tensor codebook, Tensor? dropped, int[] dims, "
+      "float[] weights, int[] sizes, bool l2_norm) "
+      "-> (Tensor quantized, Tensor indices, Tensor code_error, Tensor row_error, Tensor hits)");
+  m.def(
+      "multiscale_quantize_backward(Tensor h, Tensor codebook, Tensor indices, "
+      "Tensor grad_quantized, Tensor grad_code_error, Tensor grad_row_error, int[] dims, "
+      "int[] sizes, bool l2_norm) -> (Tensor grad_h, Tensor grad_codebook)");
+  m.def(
+      "multiscale_rows(Tensor h, Tensor codebook, Tensor indices, int[] dims, int[] sizes, "
+      "bool l2_norm) -> Tensor");
+  m.def(
+      "multiscale_decode(Tensor indices, Tensor codebook, int[] dims, int[] sizes, int height, "
+      "int width, bool l2_norm) -> Tensor");
+  m.def("segment_sum(Tensor rows, Tensor indices, int num_segments) -> (Tensor sums, Tensor counts)");
+}
