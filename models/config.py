@@ -1,0 +1,412 @@
+"""Configurations of the tokenizer: plain dataclasses with presets and a JSON form.
+
+The numbers of the presets B, L and XL are those of arXiv 2412.03069, table 11, and of the released
+weights; ``tiny`` is small enough to train on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+TOWER_KINDS = ("none", "clip", "vitamin", "siglip", "efficientnet_lite0")
+PRESETS = ("tiny", "B", "B-256", "L", "XL")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built: the message names the field and what was got."""
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        _need(value > 0, f"{owner}.{name} must be positive, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A vision tower: the teacher's, or the one that the semantic encoder starts from.
+
+    Attributes:
+        kind: ``clip`` (ViT), ``vitamin``, ``siglip``, ``efficientnet_lite0``, or ``none``.
+        image_size: side in pixels that the tower's positions are made for.
+        patch_size: pixels of the tower's input a token covers, per side.
+        width: channels of the tower's tokens.
+        depth, heads, mlp_width: the transformer's shape (``clip`` and ``siglip``). ``depth`` counts
+            the published model's layers; SigLIP's features leave before the last one.
+        variant: the timm model's name (``vitamin``).
+        projection: width after the visual projection (``clip`` as a teacher); 0 is none.
+        input_scale: factor of a bicubic upsampling of the images before the tower.
+    """
+
+    kind: str = "none"
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    variant: str = ""
+    projection: int = 0
+    input_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _need(
+            self.kind in TOWER_KINDS,
+            f"tower kind must be one of {', '.join(TOWER_KINDS)}, got {self.kind!r}",
+        )
+        if self.kind == "none":
+            return
+        _positive(
+            "tower",
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            width=self.width,
+            input_scale=self.input_scale,
+        )
+        if self.kind in ("clip", "siglip"):
+            _positive("tower", depth=self.depth, heads=self.heads, mlp_width=self.mlp_width)
+            _need(
+                self.width % self.heads == 0,
+                f"tower.width must be a multiple of tower.heads, got {self.width} and {self.heads}",
+            )
+        if self.kind == "siglip":
+            _need(self.depth >= 2, f"tower.depth must be 2 or more for siglip, got {self.depth}")
+        if self.kind == "vitamin":
+            _need(bool(self.variant), "tower.variant must name the timm model for kind 'vitamin'")
+        _need(
+            self.projection == 0 or self.kind == "clip",
+            f"tower.projection is for kind 'clip' alone, got {self.projection} with {self.kind!r}",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a tower at all."""
+        return self.kind != "none"
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the tokens that leave the tower."""
+        return self.projection or self.width
+
+    def grid(self, size: int) -> int:
+        """Tokens a side for an image ``size`` pixels wide, as handed to the tokenizer."""
+        return round(size * self.input_scale) // self.patch_size
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """The VQGAN encoder and decoder.
+
+    Attributes:
+        channels: width of the first level; level i has ``channels * multipliers[i]``.
+        res_blocks: residual blocks a level in the encoder; the decoder has one more.
+        decoder_channels, decoder_res_blocks: the decoder's own values where it differs (the
+            enhanced decoder has 256 and 4); 0 takes the encoder's.
+        z_channels: width between the networks and the 1x1 convolutions to and from ``code_dim``.
+        code_dim: channels of the pixel codebook.
+        groups: GroupNorm groups; a width it does not divide takes their greatest common divisor.
+        input_size: side to which an image of the configured size is resized before the encoder
+            (the decoder's image is resized back); 0 keeps the size.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    decoder_channels: int = 0
+    decoder_res_blocks: int = 0
+    z_channels: int = 256
+    code_dim: int = 8
+    groups: int = 32
+    input_size: int = 0
+
+    def __post_init__(self) -> None:
+        _need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
+        for value in self.multipliers:
+            _positive("pixel", multipliers=value)
+        _positive(
+            "pixel",
+            channels=self.channels,
+            res_blocks=self.res_blocks,
+            z_channels=self.z_channels,
+            code_dim=self.code_dim,
+            groups=self.groups,
+        )
+        for name in ("decoder_channels", "decoder_res_blocks", "input_size"):
+            value = getattr(self, name)
+            _need(value >= 0, f"pixel.{name} must be 0 or more, got {value!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the encoder's input a latent covers, per side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """The semantic encoder and decoder; ``tower.kind = 'none'`` switches the branch off.
+
+    Attributes:
+        tower: the encoder's vision tower.
+        frozen: whether the tower's weights stay as they start (the head after it always trains).
+        code_dim: channels of the semantic codebook.
+        decoder_width, decoder_depth, decoder_heads: shape of the decoder's ViT.
+        decoder_grid: side of the grid that the decoder's positions are made for.
+    """
+
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    frozen: bool = False
+    code_dim: int = 32
+    decoder_width: int = 768
+    decoder_depth: int = 3
+    decoder_heads: int = 12
+    decoder_grid: int = 14
+
+    def __post_init__(self) -> None:
+        if not self.enabled:
+            return
+        _need(
+            self.tower.projection == 0,
+            f"semantic.tower.projection must be 0, got {self.tower.projection}: the encoder reads "
+            "the tokens before the visual projection",
+        )
+        _positive(
+            "semantic",
+            code_dim=self.code_dim,
+            decoder_width=self.decoder_width,
+            decoder_depth=self.decoder_depth,
+            decoder_heads=self.decoder_heads,
+            decoder_grid=self.decoder_grid,
+        )
+        _need(
+            self.decoder_width % self.decoder_heads == 0,
+            "semantic.decoder_width must be a multiple of semantic.decoder_heads, got "
+            f"{self.decoder_width} and {self.decoder_heads}",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the semantic branch exists."""
+        return self.tower.enabled
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Arguments of :class:`tokenflow_ext.MultiScaleQuantizer` (``dims`` follow the branches)."""
+
+    codebook_size: int = 32768
+    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14)
+    weights: tuple[float, ...] | None = None
+    beta: float = 0.25
+    l2_norm: bool = True
+    codebook_update: str = "gradient"
+    usage_decay: float = 0.99
+    scale_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive("quantizer", codebook_size=self.codebook_size)
+        _need(len(self.scales) > 0, "quantizer.scales must name one scale or more, got ()")
+        for value in self.scales:
+            _positive("quantizer", scales=value)
+        _need(
+            self.codebook_update in ("gradient", "ema"),
+            f"quantizer.codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}",
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything that decides a :class:`~tokenflow_ext.models.TokenFlowTokenizer`'s shape.
+
+    ``teacher`` is the tower whose features the semantic branch is distilled from; it is built apart
+    (:func:`tokenflow_ext.models.teachers.build_teacher`), and only its width shapes the tokenizer.
+    """
+
+    image_size: int = 224
+    pixel: PixelConfig = field(default_factory=PixelConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    teacher: TowerConfig = field(default_factory=TowerConfig)
+
+    def __post_init__(self) -> None:
+        _positive("tokenizer", image_size=self.image_size)
+        side = self.pixel.input_size or self.image_size
+        _need(
+            side % self.pixel.factor == 0,
+            f"the pixel encoder's input side must be a multiple of {self.pixel.factor} "
+            f"(2 per level of pixel.multipliers), got {side}",
+        )
+        _need(
+            self.semantic.enabled or not self.teacher.enabled,
+            f"teacher.kind is {self.teacher.kind!r} but semantic.tower.kind is 'none': switch both "
+            "off or neither",
+        )
+        if self.semantic.enabled:
+            grid = self.semantic.tower.grid(self.image_size)
+            _need(
+                grid == self.grid,
+                f"the semantic tower's grid ({grid}) and the pixel encoder's ({self.grid}) differ "
+                f"at image_size {self.image_size}",
+            )
+        if self.teacher.enabled:
+            grid = self.teacher.grid(self.image_size)
+            _need(
+                grid == self.grid,
+                f"the teacher's grid ({grid}) and the pixel encoder's ({self.grid}) differ at "
+                f"image_size {self.image_size}",
+            )
+
+    @property
+    def grid(self) -> int:
+        """Side of the latent grid at the configured image size."""
+        return (self.pixel.input_size or self.image_size) // self.pixel.factor
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths of the codebook groups: semantic (where there is one), then pixel."""
+        if self.semantic.enabled:
+            return (self.semantic.code_dim, self.pixel.code_dim)
+        return (self.pixel.code_dim,)
+
+    @property
+    def semantic_dim(self) -> int:
+        """Channels of the decoded semantic tokens: the teacher's width (0: no semantic branch)."""
+        if not self.semantic.enabled:
+            return 0
+        return self.teacher.out_dim if self.teacher.enabled else self.semantic.tower.out_dim
+
+    @classmethod
+    def preset(cls, name: str) -> TokenizerConfig:
+        """The configuration called ``tiny``, ``B`` (224 px), ``B-256``, ``L`` or ``XL``.
+
+        Raises:
+            ConfigError: another name.
+        """
+        if name == "tiny":
+            return _tiny()
+        if name in ("B", "B-256"):
+            return _base(224 if name == "B" else 256)
+        if name == "L":
+            return _large()
+        if name == "XL":
+            return _xlarge()
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values (lists for tuples), ready for JSON or YAML."""
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
+        """Inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type, named by its path.
+        """
+        return _build(cls, values, "")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'configuration'} must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = [k for k in values if k not in names]
+    if unknown:
+        where = f"{path}." if path else ""
+        raise ConfigError(
+            f"unknown field {where}{unknown[0]}; known here: {', '.join(sorted(names))}"
+        )
+    made = {
+        name: _convert(hints[name], value, f"{path}.{name}" if path else name)
+        for name, value in values.items()
+    }
+    return cls(**made)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    options = typing.get_args(kind)
+    if type(None) in options:
+        if value is None:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, path)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        return tuple(_convert(options[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is a subclass of int: ask for the exact type.
+    if type(value) is not kind:
+        raise ConfigError(f"{path} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _tiny() -> TokenizerConfig:
+    # The tower is the teacher's own, frozen; crops of 64 px are upsampled to 128 so that its
+    # stride of 16 gives the pixel encoder's 8 x 8 grid.
+    tower = TowerConfig("efficientnet_lite0", 64, 16, width=112, input_scale=2.0)
+    return TokenizerConfig(
+        image_size=64,
+        pixel=PixelConfig(
+            channels=16, multipliers=(1, 2, 4, 8), res_blocks=1, z_channels=64, groups=8
+        ),
+        semantic=SemanticConfig(
+            tower,
+            frozen=True,
+            decoder_width=192,
+            decoder_depth=3,
+            decoder_heads=6,
+            decoder_grid=8,
+        ),
+        quantizer=QuantizerConfig(codebook_size=1024, scales=(1, 2, 4, 6, 8)),
+        teacher=tower,
+    )
+
+
+def _base(image_size: int) -> TokenizerConfig:
+    tower = TowerConfig("clip", 224, 16, width=768, depth=12, heads=12, mlp_width=3072)
+    scales = (1, 2, 4, 6, 8, 10, 12, 14)
+    return TokenizerConfig(
+        image_size=image_size,
+        semantic=SemanticConfig(tower),
+        quantizer=QuantizerConfig(scales=scales if image_size == 224 else (*scales, 16)),
+        teacher=dataclasses.replace(tower, projection=512),
+    )
+
+
+def _large() -> TokenizerConfig:
+    tower = TowerConfig("vitamin", 256, 16, width=1152, variant="vitamin_xlarge_256")
+    return TokenizerConfig(
+        image_size=256,
+        semantic=SemanticConfig(tower, decoder_width=1152, decoder_grid=16),
+        quantizer=QuantizerConfig(scales=(1, 2, 4, 6, 8, 10, 12, 14, 16)),
+        teacher=tower,
+    )
+
+
+def _xlarge() -> TokenizerConfig:
+    tower = TowerConfig("siglip", 384, 14, width=1152, depth=27, heads=16, mlp_width=4304)
+    return TokenizerConfig(
+        image_size=384,
+        pixel=PixelConfig(input_size=432),
+        semantic=SemanticConfig(tower, decoder_width=1152, decoder_grid=27),
+        quantizer=QuantizerConfig(scales=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)),
+        teacher=tower,
+    )

@@ -1,0 +1,353 @@
+"""The semantic branch: vision towers and the semantic decoder (arXiv 2412.03069, section 3.1).
+
+open_clip, timm and transformers are imported where a tower of theirs is built, never before.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenflow_ext.models.config import ConfigError, TowerConfig
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+from tokenflow_ext.models.vqgan import resize
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class MissingPackageError(ImportError):
+    """A package that a tower needs is not installed: the message says which and how to get it."""
+
+
+def resample_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Learned positions for another grid: class position kept, the others bicubic.
+
+    The scale factor (grid + 0.1) / base is handed to the interpolation as it is, so its sampling
+    points differ slightly from those of a resize to the same size. The released weights were made
+    with these points.
+
+    Args:
+        positions: [1, 1 + base**2, C], the class token's first.
+        grid: (rows, columns) wanted.
+
+    Returns:
+        [1, 1 + rows * columns, C]; ``positions`` itself for the base grid.
+    """
+    base = round((positions.shape[1] - 1) ** 0.5)
+    if tuple(grid) == (base, base):
+        return positions
+    image = positions[:, 1:].reshape(1, base, base, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(
+        image.float(),
+        scale_factor=tuple((side + 0.1) / base for side in grid),
+        mode="bicubic",
+        align_corners=False,
+    )
+    if tuple(image.shape[-2:]) != tuple(grid):
+        raise ValueError(f"positions of a {base} x {base} grid cannot be resampled to {grid}")
+    image = image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
+    return torch.cat([positions[:, :1], image.to(positions.dtype)], dim=1)
+
+
+class PixelNorm(nn.Module):
+    """Images in [-1, 1] to a tower's pixels: to [0, 1] clamped, then mean and deviation."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, 3, H, W]."""
+        return (((images + 1.0) * 0.5).clamp(0.0, 1.0) - self.mean) / self.std
+
+
+class Tower(nn.Module):
+    """A vision tower: images [B, 3, H, W] in [-1, 1] to patch tokens [B, N, C], row by row."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the tokens of ``images``."""
+        return self.config.grid(images.shape[-2]), self.config.grid(images.shape[-1])
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images at the size that the tower reads them (bicubic)."""
+        scale = self.config.input_scale
+        height, width = images.shape[-2:]
+        return resize(images, (round(height * scale), round(width * scale)))
+
+
+class ClipTower(Tower):
+    """CLIP's ViT (OpenAI's: QuickGELU), patch tokens after ``ln_post``.
+
+    Images go in as they are, in [-1, 1], as the released weights were trained. With
+    ``config.projection`` the tokens are multiplied by the visual projection (the teacher's form).
+    Names of the weights are OpenAI's, as in open_clip.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        ensure_torchvision()
+        try:
+            from open_clip.transformer import QuickGELU, VisionTransformer
+        except ImportError as error:
+            raise MissingPackageError(
+                "the CLIP tower needs open_clip: pip install open_clip_torch"
+            ) from error
+        model = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.depth,
+            heads=config.heads,
+            mlp_ratio=config.mlp_width / config.width,
+            output_dim=config.projection or config.width,
+            act_layer=QuickGELU,
+        )
+        self.class_embedding = model.class_embedding
+        self.positional_embedding = model.positional_embedding
+        self.conv1 = model.conv1
+        self.ln_pre = model.ln_pre
+        self.transformer = model.transformer
+        self.ln_post = model.ln_post
+        if config.projection:
+            self.proj = model.proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width or projection]."""
+        x = self.conv1(self.scaled(images))
+        grid = (x.shape[-2], x.shape[-1])
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + resample_positions(self.positional_embedding.unsqueeze(0), grid).to(x.dtype)
+        x = self.ln_post(self.transformer(self.ln_pre(x))[:, 1:])
+        return x @ self.proj.to(x.dtype) if self.config.projection else x
+
+
+class VitaminTower(Tower):
+    """ViTamin's ``forward_features`` (timm) of CLIP-normalised pixels."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        self.pixels = PixelNorm(CLIP_MEAN, CLIP_STD)
+        self.trunk = _timm_model(config.variant, img_size=config.image_size, num_classes=0)
+        self.trunk.fc_norm = nn.Identity()  # after the pooling that forward_features leaves out
+        if self.trunk.embed_dim != config.width:
+            raise ConfigError(
+                f"tower.width is {config.width}, but {config.variant} is "
+                f"{self.trunk.embed_dim} wide"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
+        return self.trunk.forward_features(self.pixels(self.scaled(images)))
+
+
+class SiglipTower(Tower):
+    """SigLIP's vision model (transformers) up to ``hidden_states[-2]``.
+
+    That is the output of the last layer but one, before ``post_layernorm``: the last layer, the
+    norm and the pooling head are not built.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        ensure_torchvision()
+        try:
+            from transformers import SiglipVisionConfig, SiglipVisionModel
+        except ImportError as error:
+            raise MissingPackageError(
+                "the SigLIP tower needs transformers: pip install transformers"
+            ) from error
+        settings = SiglipVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.depth - 1,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
+            vision_use_head=False,
+        )
+        model = SiglipVisionModel(settings)
+        model = getattr(model, "vision_model", model)  # transformers 4 has one level more
+        self.pixels = PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.embeddings = model.embeddings
+        self.encoder = model.encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
+        pixels = self.pixels(self.scaled(images))
+        other = tuple(pixels.shape[-2:]) != (self.config.image_size,) * 2
+        x = self.embeddings(pixels, interpolate_pos_encoding=other)
+        return self.encoder(inputs_embeds=x).last_hidden_state
+
+
+class EfficientNetLite0Tower(Tower):
+    """EfficientNet-Lite0 (timm) up to its 112 channels at stride 16.
+
+    Batch statistics stay those of the weights in training too: a batch of crops is too small and
+    too alike to estimate them anew.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        if (config.width, config.patch_size) != (112, 16):
+            raise ConfigError(
+                "EfficientNet-Lite0 gives 112 channels at stride 16: tower.width and "
+                f"tower.patch_size must say so, got {config.width} and {config.patch_size}"
+            )
+        model = _timm_model("tf_efficientnet_lite0", num_classes=0)
+        self.pixels = PixelNorm(IMAGENET_MEAN, IMAGENET_STD)
+        self.conv_stem = model.conv_stem
+        self.bn1 = model.bn1
+        self.blocks = model.blocks[:5]
+
+    def train(self, mode: bool = True) -> EfficientNetLite0Tower:
+        """Sets the mode; BatchNorm stays in evaluation."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, 112]."""
+        x = self.bn1(self.conv_stem(self.pixels(self.scaled(images))))
+        return self.blocks(x).flatten(2).transpose(1, 2)
+
+
+def _timm_model(name: str, **options: object) -> nn.Module:
+    ensure_torchvision()
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingPackageError(f"the tower {name} needs timm: pip install timm") from error
+    return timm.create_model(name, pretrained=False, **options)
+
+
+_TOWERS = {
+    "clip": ClipTower,
+    "vitamin": VitaminTower,
+    "siglip": SiglipTower,
+    "efficientnet_lite0": EfficientNetLite0Tower,
+}
+
+
+def build_tower(config: TowerConfig) -> Tower:
+    """The tower of ``config`` with random weights.
+
+    Raises:
+        ConfigError: kind ``none``, or a width that the model does not have.
+        MissingPackageError: the tower's package is not installed.
+    """
+    if not config.enabled:
+        raise ConfigError("tower kind 'none' cannot be built")
+    return _TOWERS[config.kind](config)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values, none on keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        batch, count, width = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(batch, count, width))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear; four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, 1)
+
+
+class SemanticDecoder(nn.Module):
+    """A small ViT from quantized semantic features to tokens, one per place of the grid.
+
+    Args:
+        in_channels: width of the semantic codebook.
+        width, depth, heads: shape of the transformer.
+        grid: side of the grid that the learned positions are made for.
+    """
+
+    def __init__(self, in_channels: int, width: int, depth: int, heads: int, grid: int) -> None:
+        super().__init__()
+        self.patch_embed = _PatchEmbed(in_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, h, w] -> tokens [B, h * w, width]."""
+        grid = (x.shape[-2], x.shape[-1])
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + resample_positions(self.pos_embed, grid).to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_norm(x[:, 1:])
+
+
+def task_layer(in_dim: int, out_dim: int) -> nn.Sequential:
+    """Linear, Tanh, Linear: the head after the semantic tower and after the semantic decoder."""
+    return nn.Sequential(nn.Linear(in_dim, in_dim), nn.Tanh(), nn.Linear(in_dim, out_dim))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

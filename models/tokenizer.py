@@ -1,0 +1,317 @@
+"""The TokenFlow tokenizer: two encoders, one pyramid of shared indices, two decoders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
+from tokenflow_ext.models.config import ConfigError, TokenizerConfig
+from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
+from tokenflow_ext.models.teachers import load_tower
+from tokenflow_ext.models.vqgan import Decoder, Encoder, resize
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_FORMAT = "tokenflow-tokenizer"
+_FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A saved tokenizer that is missing, incomplete, truncated or not one of ours."""
+
+
+class TokenizerOutput(NamedTuple):
+    """What :meth:`TokenFlowTokenizer.forward` gives.
+
+    Attributes:
+        images: decoded images [B, 3, H, W], about [-1, 1] (not clamped).
+        semantic: decoded semantic tokens [B, N, C_teacher]; None without a semantic branch.
+        quantizer: indices, losses and usage.
+    """
+
+    images: Tensor
+    semantic: Tensor | None
+    quantizer: QuantizerOutput
+
+
+class TokenFlowTokenizer(nn.Module):
+    """Dual-codebook multi-scale image tokenizer (arXiv 2412.03069, section 3.1).
+
+    Images are [B, 3, H, W] in [-1, 1]. Weights start random; :meth:`load_semantic_tower` gives the
+    semantic encoder its pretrained start, :meth:`from_pretrained` loads a trained tokenizer.
+
+    Args:
+        config: shape of everything; see :meth:`TokenizerConfig.preset`.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        if not isinstance(config, TokenizerConfig):
+            raise TypeError(f"config must be a TokenizerConfig, got {type(config).__name__}")
+        self.config = config
+        pixel, semantic, quantizer = config.pixel, config.semantic, config.quantizer
+        shape = dict(
+            multipliers=pixel.multipliers, z_channels=pixel.z_channels, groups=pixel.groups
+        )
+        self.encoder = Encoder(channels=pixel.channels, res_blocks=pixel.res_blocks, **shape)
+        self.decoder = Decoder(
+            channels=pixel.decoder_channels or pixel.channels,
+            res_blocks=pixel.decoder_res_blocks or pixel.res_blocks,
+            **shape,
+        )
+        self.quant_conv = nn.Conv2d(pixel.z_channels, pixel.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(pixel.code_dim, pixel.z_channels, 1)
+        if semantic.enabled:
+            self.semantic_encoder = build_tower(semantic.tower)
+            self.encode_task_layer = task_layer(semantic.tower.out_dim, semantic.code_dim)
+            self.semantic_decoder = SemanticDecoder(
+                semantic.code_dim,
+                semantic.decoder_width,
+                semantic.decoder_depth,
+                semantic.decoder_heads,
+                semantic.decoder_grid,
+            )
+            self.decode_task_layer = task_layer(semantic.decoder_width, config.semantic_dim)
+            if semantic.frozen:
+                self.semantic_encoder.requires_grad_(False)
+                self.semantic_encoder.eval()
+        self.quantizer = MultiScaleQuantizer(
+            quantizer.codebook_size,
+            dims=config.dims,
+            scales=quantizer.scales,
+            weights=quantizer.weights,
+            beta=quantizer.beta,
+            l2_norm=quantizer.l2_norm,
+            codebook_update=quantizer.codebook_update,
+            usage_decay=quantizer.usage_decay,
+            scale_drop=quantizer.scale_drop,
+        )
+
+    def train(self, mode: bool = True) -> TokenFlowTokenizer:
+        """Sets the mode; a frozen semantic tower stays in evaluation."""
+        super().train(mode)
+        if self.config.semantic.enabled and self.config.semantic.frozen:
+            self.semantic_encoder.eval()
+        return self
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the pixel decoder's last convolution (for the adaptive GAN weight)."""
+        return self.decoder.last_layer
+
+    def load_semantic_tower(self, weights: str | Path | None = None) -> Path | None:
+        """Gives the semantic encoder's tower its pretrained weights.
+
+        Args:
+            weights: the file's path; None finds EfficientNet-Lite0's in its package.
+
+        Returns:
+            The path read; None without a semantic branch.
+
+        Raises:
+            WeightsError: see :func:`tokenflow_ext.models.teachers.load_tower`.
+        """
+        if not self.config.semantic.enabled:
+            return None
+        return load_tower(self.semantic_encoder, weights)
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [-1, 1], got {images.dtype}")
+        if images.shape[0] == 0:
+            raise ValueError(f"images must hold one image or more, got {tuple(images.shape)}")
+        factor = self.config.pixel.factor
+        for side in self._pixel_size(images):
+            if side % factor or side == 0:
+                raise ValueError(
+                    f"images' sides must give the pixel encoder a multiple of {factor}, got "
+                    f"{tuple(images.shape[-2:])}"
+                )
+
+    def _pixel_size(self, images: Tensor) -> tuple[int, int]:
+        """(height, width) of the pixel encoder's input."""
+        height, width = images.shape[-2:]
+        inside = self.config.pixel.input_size
+        if not inside:
+            return height, width
+        return (
+            height * inside // self.config.image_size,
+            width * inside // self.config.image_size,
+        )
+
+    def tower_features(self, images: Tensor) -> Tensor | None:
+        """The semantic tower's tokens [B, N, C]; None without a semantic branch."""
+        if not self.config.semantic.enabled:
+            return None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.semantic.frozen):
+            return self.semantic_encoder(images)
+
+    def features(self, images: Tensor, tower_tokens: Tensor | None = None) -> Tensor:
+        """Continuous features before quantization.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            tower_tokens: the semantic tower's tokens [B, N, C] where they are known already (a
+                frozen tower that is the teacher too need not run twice).
+
+        Returns:
+            h [B, sum(dims), h, w]: semantic channels, then pixel channels.
+
+        Raises:
+            ValueError, TypeError: images or tokens of the wrong shape or type.
+        """
+        self._check(images)
+        pixel = self.quant_conv(self.encoder(resize(images, self._pixel_size(images))))
+        if not self.config.semantic.enabled:
+            return pixel
+        grid = (pixel.shape[-2], pixel.shape[-1])
+        tokens = self.tower_features(images) if tower_tokens is None else tower_tokens
+        expected = (images.shape[0], grid[0] * grid[1], self.config.semantic.tower.out_dim)
+        if tuple(tokens.shape) != expected:
+            raise ValueError(
+                f"the semantic tower's tokens must be {expected} to meet the pixel grid of "
+                f"images {tuple(images.shape)}, got {tuple(tokens.shape)}"
+            )
+        semantic = self.encode_task_layer(tokens).transpose(1, 2).unflatten(2, grid)
+        return torch.cat([semantic, pixel.to(semantic.dtype)], dim=1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale."""
+        return self.quantizer.encode(self.features(images))
+
+    def decode(self, indices: Tensor, upto: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """indices [B, L] -> (images [B, 3, H, W], semantic tokens [B, N, C_teacher] or None).
+
+        Args:
+            upto: decode the first few scales alone; None is all.
+        """
+        return self.decode_features(self.quantizer.decode(indices, upto))
+
+    def decode_features(self, f_hat: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantized features [B, sum(dims), h, w] -> (images, semantic tokens or None).
+
+        Raises:
+            ValueError: features of another width.
+        """
+        dims = self.config.dims
+        if f_hat.dim() != 4 or f_hat.shape[1] != sum(dims):
+            raise ValueError(f"f_hat must be [B, {sum(dims)}, h, w], got {tuple(f_hat.shape)}")
+        tokens = None
+        if self.config.semantic.enabled:
+            tokens = self.decode_task_layer(self.semantic_decoder(f_hat[:, : dims[0]]))
+        images = self.decoder(self.post_quant_conv(f_hat[:, -dims[-1] :]))
+        inside = self.config.pixel.input_size
+        if inside:
+            size = [side * self.config.image_size // inside for side in images.shape[-2:]]
+            images = resize(images, (size[0], size[1]))
+        return images, tokens
+
+    def forward(self, images: Tensor, tower_tokens: Tensor | None = None) -> TokenizerOutput:
+        """Encode, quantize and decode; arguments as for :meth:`features`."""
+        quantized = self.quantizer(self.features(images, tower_tokens))
+        decoded, semantic = self.decode_features(quantized.quantized)
+        return TokenizerOutput(decoded, semantic, quantized)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Writes ``config.json`` and ``model.safetensors`` into the directory ``path``.
+
+        Each file is complete before it takes its name.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        header = {"format": _FORMAT, "version": _FORMAT_VERSION, "config": self.config.to_dict()}
+        partial = folder / (WEIGHTS_FILE + ".partial")
+        save_file(state, str(partial), metadata={"format": _FORMAT})
+        os.replace(partial, folder / WEIGHTS_FILE)
+        partial = folder / (CONFIG_FILE + ".partial")
+        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG_FILE)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> TokenFlowTokenizer:
+        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
+
+        Raises:
+            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
+                configuration; the message names file and entry.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        state = _read_weights(folder)
+        model = cls(config)
+        own = model.state_dict()
+        missing = [k for k in own if k not in state]
+        unexpected = [k for k in state if k not in own]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {len(missing)} weights "
+                f"missing{_first(missing)}, {len(unexpected)} unknown{_first(unexpected)}"
+            )
+        for key, value in own.items():
+            if state[key].shape != value.shape or state[key].dtype != value.dtype:
+                raise CheckpointError(
+                    f"{folder / WEIGHTS_FILE}: {key} is {tuple(state[key].shape)} "
+                    f"{state[key].dtype}, its {CONFIG_FILE} asks for {tuple(value.shape)} "
+                    f"{value.dtype}"
+                )
+        model.load_state_dict(state)
+        return model.eval()
+
+
+def _first(keys: list[str]) -> str:
+    return f" (first {keys[0]})" if keys else ""
+
+
+def _read_config(folder: Path) -> TokenizerConfig:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no directory: a saved tokenizer is a directory with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}"
+        )
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise CheckpointError(f'{file} is not a saved tokenizer\'s: no "format": "{_FORMAT}"')
+    if header.get("version") != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {header.get('version')!r}, this release reads "
+            f"{_FORMAT_VERSION}"
+        )
+    try:
+        return TokenizerConfig.from_dict(header.get("config"))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        with safe_open(str(file), framework="pt") as reader:
+            if (reader.metadata() or {}).get("format") != _FORMAT:
+                raise CheckpointError(f"{file} was not written by save_pretrained")
+            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
