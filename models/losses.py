@@ -57,7 +57,7 @@ def generator_loss(fake: Tensor) -> Tensor:
 def adaptive_weight(
     reconstruction: Tensor, generator: Tensor, last_layer: Tensor, maximum: float = 1e4
 ) -> Tensor:
-    """Ratio of the two losses' gradient norms at the decoder's last weight (arXiv 2012.09841, eq. 7).
+    """Ratio of two losses' gradient norms at the decoder's last weight (arXiv 2012.09841, eq. 7).
 
     Args:
         reconstruction, generator: 0-dim losses whose graph is kept.

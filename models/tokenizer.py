@@ -56,9 +56,11 @@ class TokenFlowTokenizer(nn.Module):
             raise TypeError(f"config must be a TokenizerConfig, got {type(config).__name__}")
         self.config = config
         pixel, semantic, quantizer = config.pixel, config.semantic, config.quantizer
-        shape = dict(
-            multipliers=pixel.multipliers, z_channels=pixel.z_channels, groups=pixel.groups
-        )
+        shape = {
+            "multipliers": pixel.multipliers,
+            "z_channels": pixel.z_channels,
+            "groups": pixel.groups,
+        }
         self.encoder = Encoder(channels=pixel.channels, res_blocks=pixel.res_blocks, **shape)
         self.decoder = Decoder(
             channels=pixel.decoder_channels or pixel.channels,
