@@ -24,8 +24,8 @@ class BuildKernels(build_ext):
     plan: kernel_build.Plan | None = None
 
     def get_ext_filename(self, fullname: str) -> str:
-        # A plain shared library, loaded by torch.ops.load_library: no interpreter's suffix. setuptools
-        # also asks for names without their package.
+        # A plain shared library, loaded by torch.ops.load_library: no interpreter's suffix.
+        # setuptools also asks for names without their package.
         if fullname.rpartition(".")[2] == OPS.rpartition(".")[2]:
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
@@ -44,8 +44,8 @@ class BuildKernels(build_ext):
         build(self.plan, Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
-# The sources of the models and of training lie beside the library, one folder each, and are installed
-# inside it: nothing called "models" or "train" gets into an environment.
+# The sources of the models and of training lie beside the library, one folder each, and are
+# installed inside it: nothing called "models" or "train" gets into an environment.
 PACKAGES = {
     "tokenflow_ext": "tokenflow_ext",
     "tokenflow_ext.models": "models",

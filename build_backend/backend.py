@@ -1,9 +1,9 @@
 """PEP 517 / PEP 660 back end: setuptools, plus the torch of the environment being installed into.
 
-An isolated build would otherwise download a torch of its own, and a wheel would be built against a
-torch that never loads it. Here torch is asked for only where the target environment has none (or one
-that is too old), and the target's ``purelib`` is appended to ``sys.path`` while the wheel is built, so
-that the isolated environment's own packages keep precedence.
+An isolated build would otherwise download a torch of its own, and build against a torch that never
+loads the result. Here torch is asked for only where the target environment has none (or one that is
+too old), and the target's ``purelib`` is appended to ``sys.path`` while the wheel is built, so that
+the isolated environment's own packages keep precedence.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import shutil
 import site
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from kernel_build import MINIMUM_TORCH, parse_version
@@ -90,6 +92,10 @@ def build_wheel(
     config_settings: dict[str, Any] | None = None,
     metadata_directory: str | None = None,
 ) -> str:
+    # setuptools copies into build/lib and forgets nothing: a module deleted since the last build
+    # would still be in the wheel.
+    for folder in Path("build").glob("lib*"):
+        shutil.rmtree(folder)
     with _environment_on_path():
         return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 

@@ -1,7 +1,7 @@
 """Decides what to compile and with which flags, and compiles it.
 
-The first half are pure functions over plain values (tests call them without a compiler); the second
-half runs the compiler. torch is imported inside functions only, so that reading metadata needs none.
+The first half are pure functions over plain values (tests call them without a compiler); the
+second half runs the compiler. torch is imported inside functions only: reading metadata needs none.
 
 Nothing here looks for a visible GPU: container builds have none. The CUDA toolkit and
 ``torch.version.cuda`` decide.
@@ -47,7 +47,7 @@ INSTRUCTION_SETS = {
         "-mavx512bw",
         "-mavx2",
         "-mfma",
-        # g++ before 13 takes the "undefined" operand inside its own intrinsics for a mistake of ours.
+        # g++ before 13 takes the undefined operand inside its own intrinsics for a mistake of ours.
         "-Wno-unknown-warning-option",
         "-Wno-maybe-uninitialized",
     ],
@@ -90,7 +90,7 @@ def check_torch(version: str) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One CUDA architecture: compute capability, suffix ("a", "f" or ""), and whether PTX is kept."""
+    """A CUDA architecture: compute capability, suffix ("a", "f" or ""), whether PTX is kept."""
 
     major: int
     minor: int
@@ -116,9 +116,9 @@ def parse_architectures(text: str | None) -> tuple[list[Architecture], list[Arch
     """Reads a TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "8.6 9.0a", "Hopper").
 
     Returns:
-        (kept, dropped): the architectures to build, in order and without repetition, and those older
-        than the kernels support. Containers set lists that reach back a decade, so that an old entry
-        beside a usable one is dropped (and reported), not refused.
+        (kept, dropped): the architectures to build, in order and without repetition, and those
+        older than the kernels support. Containers set lists that reach back a decade, so that an
+        old entry beside a usable one is dropped (and reported), not refused.
 
     Raises:
         BuildError: an entry that cannot be read, or no entry is recent enough.
@@ -163,7 +163,7 @@ class CudaToolkit:
         return "{}.{}".format(*self.version)
 
     def include_dirs(self) -> list[Path]:
-        found = sorted(self.home.glob("targets/*/include")) + [self.home / "include"]
+        found = [*sorted(self.home.glob("targets/*/include")), self.home / "include"]
         return [path for path in found if (path / "cuda_runtime_api.h").is_file()][:1]
 
     def static_runtime(self) -> Path | None:
@@ -219,8 +219,8 @@ def decide_cuda(
         )
     elif toolkit.version < MINIMUM_CUDA_TOOLKIT:
         obstacle = (
-            f"nvcc {toolkit.version_text} ({toolkit.nvcc}) is older than {minimum}; set CUDA_HOME to "
-            "a newer toolkit and then install this package again"
+            f"nvcc {toolkit.version_text} ({toolkit.nvcc}) is older than {minimum}; set CUDA_HOME "
+            "to a newer toolkit and then install this package again"
         )
     if obstacle is None:
         assert toolkit is not None
@@ -316,7 +316,7 @@ def compiler_accepts(compiler: Sequence[str], flags: Sequence[str]) -> bool:
 
 
 def find_toolkit(environment: Mapping[str, str]) -> CudaToolkit | None:
-    """The CUDA toolkit of CUDA_HOME or CUDA_PATH, else of the nvcc on PATH, else /usr/local/cuda."""
+    """The toolkit of CUDA_HOME or CUDA_PATH, else of the nvcc on PATH, else /usr/local/cuda."""
     candidates = [
         str(Path(environment[name], "bin", "nvcc"))
         for name in ("CUDA_HOME", "CUDA_PATH")
@@ -373,7 +373,7 @@ class Plan:
 
     @property
     def objects(self) -> Path:
-        """Folder of object files; kept between builds so that a second one compiles what changed."""
+        """Folder of object files, kept so that a second build compiles only what changed."""
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{self.torch_version}"
         return self.root / "build" / "kernels" / tag
 
@@ -395,7 +395,8 @@ def make_plan(root: Path, version: str, environment: Mapping[str, str] = os.envi
     """
     if not sys.platform.startswith("linux"):
         raise BuildError(
-            f"tokenflow_ext builds on Linux; this is {sys.platform}. Fix: use Linux, WSL or a container."
+            f"tokenflow_ext builds on Linux; this is {sys.platform}. Fix: use Linux, WSL or a "
+            "container."
         )
     try:
         import torch
@@ -410,8 +411,8 @@ def make_plan(root: Path, version: str, environment: Mapping[str, str] = os.envi
     compiler = find_compiler(environment)
     if not compiler_accepts(compiler, ["-std=c++20"]):
         raise BuildError(
-            f"{shlex.join(compiler)} cannot compile a C++20 program. Fix: install g++ 10 or later, or "
-            "clang++ 13 or later, and set CXX to it."
+            f"{shlex.join(compiler)} cannot compile a C++20 program. Fix: install g++ 10 or later, "
+            "or clang++ 13 or later, and set CXX to it."
         )
     toolkit = find_toolkit(environment)
     cuda = decide_cuda(
@@ -423,15 +424,15 @@ def make_plan(root: Path, version: str, environment: Mapping[str, str] = os.envi
         architectures, dropped = parse_architectures(environment.get("TORCH_CUDA_ARCH_LIST"))
         if dropped:
             print(
-                f"TORCH_CUDA_ARCH_LIST: leaving out {', '.join(map(str, dropped))}: the kernels need "
-                "{}.{} or later".format(*MINIMUM_ARCHITECTURE),
+                f"TORCH_CUDA_ARCH_LIST: leaving out {', '.join(map(str, dropped))}: "
+                "the kernels need {}.{} or later".format(*MINIMUM_ARCHITECTURE),
                 flush=True,
             )
         if toolkit.static_runtime() is None or not toolkit.include_dirs():
             raise BuildError(
-                f"the CUDA toolkit at {toolkit.home} lacks libcudart_static.a or cuda_runtime_api.h. "
-                "Fix: install the toolkit's cudart development package, set CUDA_HOME to a complete "
-                "toolkit, or set TOKENFLOW_CUDA=0."
+                f"the CUDA toolkit at {toolkit.home} lacks libcudart_static.a or "
+                "cuda_runtime_api.h. Fix: install the toolkit's cudart development package, set "
+                "CUDA_HOME to a complete toolkit, or set TOKENFLOW_CUDA=0."
             )
     return Plan(
         root=root,
@@ -456,8 +457,8 @@ def _common_flags(plan: Plan) -> list[str]:
 
 
 def _torch_flags(plan: Plan) -> list[str]:
-    # C++20 is what torch's own extensions are compiled with; its headers are not ours to warn about,
-    # hence -isystem.
+    # C++20 is what torch's own extensions are compiled with. Its headers are not ours to warn
+    # about, hence -isystem.
     flags = [f"-isystem{path}" for path in plan.torch_includes]
     flags += ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if plan.cuda.build:
@@ -604,7 +605,8 @@ def compile_all(plan: Plan, sources: Iterable[Path]) -> dict[Path, Path]:
     missing = [source for source in sources if not source.is_file()]
     if missing:
         raise BuildError(
-            f"source files are missing: {', '.join(map(str, missing))}. Fix: build from a complete clone."
+            f"source files are missing: {', '.join(map(str, missing))}. "
+            "Fix: build from a complete clone."
         )
     jobs = job_limit(
         usable_cores(), available_memory(), os.environ.get("MAX_JOBS"), max(1, len(sources))

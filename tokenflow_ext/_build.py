@@ -12,15 +12,13 @@ MINIMUM_TORCH = (2, 10)
 LIBRARY = Path(__file__).with_name("libtokenflow_ops.so")
 
 _HOW_TO_BUILD = (
-    "Build them with `pip install .` (or `pip install -e .`) in a clone of the repository, with a C++ "
-    "compiler on PATH; `pip install -v .` shows what is decided and why."
+    "Build them with `pip install .` (or `pip install -e .`) in a clone of the repository, with a "
+    "C++ compiler on PATH; `pip install -v .` shows what is decided and why."
 )
-
-_loaded: Path | None = None
 
 
 class KernelsMissingError(ImportError):
-    """The compiled operators are not there or cannot be loaded; the message says how to build them."""
+    """The compiled operators are missing or do not load; the message says how to build them."""
 
 
 def _check_torch(version: str) -> None:
@@ -33,28 +31,17 @@ def _check_torch(version: str) -> None:
         )
 
 
-def load_library(path: str | Path | None = None) -> Path:
-    """Loads the operator library into torch once and returns its path.
-
-    Args:
-        path: another file than the package's own, such as one built against another torch.
+def load_library() -> None:
+    """Loads the operator library into torch; a second call does nothing.
 
     Raises:
-        KernelsMissingError: torch is too old, the file is missing, or it cannot be loaded.
+        KernelsMissingError: torch is too old, the file is missing, or it does not load.
     """
-    global _loaded
-    library = LIBRARY if path is None else Path(path).resolve()
-    if _loaded is not None:
-        if path is not None and library != _loaded:
-            raise KernelsMissingError(
-                f"the operators are already loaded from {_loaded}; {library} cannot be loaded too"
-            )
-        return _loaded
     _check_torch(torch.__version__)
-    if not library.is_file():
-        raise KernelsMissingError(f"compiled operators not found at {library}. {_HOW_TO_BUILD}")
+    if not LIBRARY.is_file():
+        raise KernelsMissingError(f"compiled operators not found at {LIBRARY}. {_HOW_TO_BUILD}")
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(LIBRARY)
     except OSError as error:
         hint = ""
         if torch.version.cuda is None and "cuda" in str(error):
@@ -63,10 +50,8 @@ def load_library(path: str | Path | None = None) -> Path:
                 "build them again beside this torch. "
             )
         raise KernelsMissingError(
-            f"compiled operators at {library} cannot be loaded: {error}. {hint}{_HOW_TO_BUILD}"
+            f"compiled operators at {LIBRARY} cannot be loaded: {error}. {hint}{_HOW_TO_BUILD}"
         ) from error
-    _loaded = library
-    return library
 
 
 def build_info() -> dict[str, Any]:

