@@ -1,0 +1,219 @@
+"""The compiled operators as functions, with their fake kernels and gradients.
+
+Each operator is registered with `torch.library` under `torch.ops.tokenflow_ext` (schemas:
+csrc/torch/schema.cpp), so it composes with `torch.compile`, `torch.export` and autograd. The
+functions here take the groups of a codebook side by side, `codebook [K, D]` with
+`D = sum(dims)`, and scales as (height, width) pairs. float32 runs on CPU and CUDA, float64 on the
+CPU; half precision is computed in float32 and cast back by the callers that expose it.
+
+Errors are raised before a kernel runs: RuntimeError naming the argument and what was got. What
+would need the data itself (a NaN in the codebook, the range of indices) is checked on the CPU; on
+CUDA that would wait for the device, and the result is defined instead: a row that holds a NaN, or
+a codebook that does, gets some index in range, and an index out of range adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenflow_ext._build import load_library
+
+load_library()
+
+Size = tuple[int, int]
+
+
+class QuantizeResult(NamedTuple):
+    """What `multiscale_quantize` returns."""
+
+    quantized: Tensor
+    """f^, the sum over scales of upsampled codes, [B, D, H, W]; straight-through gradient to h."""
+    indices: Tensor
+    """Token indices, scale after scale, [B, sum(h * w)] int64; -1 where the scale was dropped."""
+    code_error: Tensor
+    """Sum of squared differences q - z of each scale, [S], differentiable in the codebook."""
+    row_error: Tensor
+    """The same numbers, differentiable in h."""
+    hits: Tensor
+    """How often each code was chosen, [K] int64."""
+
+
+def _flatten(sizes: Sequence[Size]) -> list[int]:
+    return [side for size in sizes for side in size]
+
+
+def _num_tokens(flat_sizes: Sequence[int]) -> int:
+    return sum(h * w for h, w in zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
+
+
+def nearest_code(
+    rows: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    l2_norm: bool = True,
+) -> Tensor:
+    """Index of the nearest code of every row, without a distance matrix (arXiv 2412.03069, eq. 1-3).
+
+    Args:
+        rows: [N, D] float32 or float64.
+        codebook: [K, D], the groups side by side.
+        dims: width of each group; one group of D columns by default.
+        weights: weight of each group's squared distance; 1 by default.
+        l2_norm: scale each group of rows and codes to unit length first.
+
+    Returns:
+        [N] int64, the argmin float64 arithmetic finds for these inputs, the lowest on a tie.
+    """
+    dims = [rows.shape[-1]] if dims is None else list(dims)
+    weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
+    return torch.ops.tokenflow_ext.nearest_code(rows, codebook, dims, weights, l2_norm)
+
+
+def multiscale_quantize(
+    h: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    weights: Sequence[float] | None = None,
+    l2_norm: bool = True,
+    dropped: Tensor | None = None,
+) -> QuantizeResult:
+    """The multi-scale residual loop in one call (arXiv 2412.03069, section 3.1).
+
+    Args:
+        h: features [B, D, H, W], float32 or float64.
+        codebook: [K, D], the groups side by side.
+        dims: width of each group, summing to D.
+        sizes: (height, width) of every scale.
+        weights: weight of each group's squared distance; 1 by default.
+        l2_norm: scale each group of features and codes to unit length.
+        dropped: number of one scale to leave out, as one int64 on h's device, or a negative number.
+    """
+    weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
+    return QuantizeResult(
+        *torch.ops.tokenflow_ext.multiscale_quantize(
+            h, codebook, dropped, list(dims), weights, _flatten(sizes), l2_norm
+        )
+    )
+
+
+def multiscale_rows(
+    h: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    l2_norm: bool = True,
+) -> Tensor:
+    """The rows every scale searched with, [B, L, D], normalised as the search saw them.
+
+    Args:
+        h, codebook, dims, sizes, l2_norm: as for `multiscale_quantize`.
+        indices: [B, L] int64, its result.
+    """
+    return torch.ops.tokenflow_ext.multiscale_rows(
+        h, codebook, indices, list(dims), _flatten(sizes), l2_norm
+    )
+
+
+def multiscale_decode(
+    indices: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    output_size: Size,
+    l2_norm: bool = True,
+) -> Tensor:
+    """f^ [B, D, *output_size] from indices [B, L]: the sum over scales of upsampled codes.
+
+    Not differentiable: tokens are data here.
+    """
+    return torch.ops.tokenflow_ext.multiscale_decode(
+        indices, codebook.detach(), list(dims), _flatten(sizes), *output_size, l2_norm
+    )
+
+
+def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Sums of rows [N, D] by index [N], [num_segments, D], and how many each sum holds.
+
+    Rows are added in order, in float64 where that costs nothing, so the result is the same in
+    every run. An index of -1 is skipped.
+    """
+    return torch.ops.tokenflow_ext.segment_sum(rows, indices, num_segments)
+
+
+@torch.library.register_fake("tokenflow_ext::nearest_code")
+def _(rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool):
+    return rows.new_empty(rows.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("tokenflow_ext::multiscale_quantize")
+def _(h, codebook, dropped, dims, weights, sizes, l2_norm):
+    scales = len(sizes) // 2
+    return (
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        h.new_empty((h.shape[0], _num_tokens(sizes)), dtype=torch.int64),
+        h.new_empty(scales),
+        h.new_empty(scales),
+        h.new_empty(codebook.shape[0], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("tokenflow_ext::multiscale_quantize_backward")
+def _(h, codebook, indices, grad_quantized, grad_code, grad_row, dims, sizes, l2_norm):
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(h, memory_format=contiguous),
+        torch.empty_like(codebook, memory_format=contiguous),
+    )
+
+
+@torch.library.register_fake("tokenflow_ext::multiscale_rows")
+def _(h, codebook, indices, dims, sizes, l2_norm):
+    return h.new_empty((h.shape[0], _num_tokens(sizes), codebook.shape[1]))
+
+
+@torch.library.register_fake("tokenflow_ext::multiscale_decode")
+def _(indices, codebook, dims, sizes, height, width, l2_norm):
+    return codebook.new_empty((indices.shape[0], codebook.shape[1], height, width))
+
+
+@torch.library.register_fake("tokenflow_ext::segment_sum")
+def _(rows, indices, num_segments):
+    return (
+        rows.new_empty((num_segments, rows.shape[1])),
+        rows.new_empty(num_segments, dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm = inputs
+    indices, hits = output[1], output[4]
+    ctx.mark_non_differentiable(indices, hits)
+    ctx.save_for_backward(h, codebook, indices)
+
+
+def _backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_error, _hits):
+    h, codebook, indices = ctx.saved_tensors
+    grad_h, grad_codebook = torch.ops.tokenflow_ext.multiscale_quantize_backward(
+        h,
+        codebook,
+        indices,
+        grad_quantized,
+        grad_code_error,
+        grad_row_error,
+        ctx.dims,
+        ctx.sizes,
+        ctx.l2_norm,
+    )
+    return grad_h, grad_codebook, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "tokenflow_ext::multiscale_quantize", _backward, setup_context=_setup_context
+)

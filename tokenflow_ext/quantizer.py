@@ -1,0 +1,508 @@
+"""The multi-scale residual quantizer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenflow_ext import ops
+from tokenflow_ext.ops import Size
+
+
+class CodebookUsage(NamedTuple):
+    """How a batch of tokens is spread over the codebook."""
+
+    hits: Tensor
+    """How often each code was chosen, [K] int64 (over all processes in training)."""
+    share: Tensor
+    """Share of the codes chosen at least once, scalar in [0, 1]."""
+    perplexity: Tensor
+    """exp of the entropy of the choice, scalar in [1, K]."""
+
+    @classmethod
+    def from_hits(cls, hits: Tensor) -> CodebookUsage:
+        """Share and perplexity of hits [K]."""
+        p = hits / hits.sum().clamp(min=1)
+        return cls(hits, (hits > 0).float().mean(), torch.special.entr(p).sum().exp())
+
+
+class QuantizerOutput(NamedTuple):
+    """What `MultiScaleQuantizer.forward` returns."""
+
+    quantized: Tensor
+    """f^ [B, D, H, W] in the dtype of h, with the straight-through gradient."""
+    indices: Tensor
+    """[B, L] int64, scale after scale; -1 for the tokens of a scale dropped in training."""
+    vq_loss: Tensor
+    """Scalar that moves the codes: mean over scales of mean((q - sg z)^2)."""
+    commitment_loss: Tensor
+    """Scalar that moves h: beta times mean over scales of mean((sg q - z)^2)."""
+    usage: CodebookUsage
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over every process; the tensor itself where there is one."""
+    if _distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Quantizes feature maps to a pyramid of residual tokens from joint codebooks.
+
+    Method: arXiv 2412.03069, section 3.1. Several codebooks (`dims`: semantic and pixel, or any
+    number) share one index; a code is chosen by the weighted sum of the groups' squared distances;
+    each scale quantizes what the coarser ones left. `scales=(H,)` is plain vector quantization.
+
+    Args:
+        codebook_size: number of codes K.
+        dims: channels of each codebook group; h has their sum.
+        scales: side of each scale's grid, or (height, width), coarse to fine. Features of any
+            height and width are served: they are pooled to each grid and codes upsampled back.
+        weights: weight of each group's distance, 1 by default (the paper's w_dis is the second).
+        beta: factor of the commitment loss.
+        l2_norm: scale features and codes to unit length in each group.
+        codebook_update: "gradient" (by the vq loss) or "ema" (running means of the rows assigned
+            to each code, normalised with l2_norm; the vq loss is then 0).
+        usage_decay: decay of the running hits, and of "ema".
+        scale_drop: in training, the probability of leaving out one scale, never the first.
+
+    Attributes:
+        codebooks: one parameter [K, dims[g]] for each group g.
+        usage_ema: running mean of each code's hits in a training step, [K], over all processes.
+        window_hits: hits since `usage_window(reset=True)`, [K].
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, named in the message.
+    """
+
+    usage_ema: Tensor
+    window_hits: Tensor
+    codebook_sums: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dims: Sequence[int] = (32, 8),
+        scales: Sequence[int | Size] = (1, 2, 4, 6, 8, 10, 12, 14),
+        *,
+        weights: Sequence[float] | None = None,
+        beta: float = 0.25,
+        l2_norm: bool = True,
+        codebook_update: Literal["gradient", "ema"] = "gradient",
+        usage_decay: float = 0.99,
+        scale_drop: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if codebook_size < 1:
+            raise ValueError(f"codebook_size must be at least 1, got {codebook_size}")
+        self.codebook_size = int(codebook_size)
+        self.dims = tuple(int(d) for d in dims)
+        if not self.dims or min(self.dims) < 1:
+            raise ValueError(f"dims must hold one or more positive widths, got {tuple(dims)}")
+        self.dim = sum(self.dims)
+        self.scales = tuple((s, s) if isinstance(s, int) else (s[0], s[1]) for s in scales)
+        if not self.scales or min(min(s) for s in self.scales) < 1:
+            raise ValueError(f"scales must hold one or more positive sides, got {tuple(scales)}")
+        self.weights = tuple(float(w) for w in (weights or [1.0] * len(self.dims)))
+        if len(self.weights) != len(self.dims) or not all(0 <= w < 1e30 for w in self.weights):
+            raise ValueError(
+                f"weights must hold {len(self.dims)} finite numbers >= 0, got {weights}"
+            )
+        if codebook_update not in ("gradient", "ema"):
+            raise ValueError(
+                f"codebook_update must be 'gradient' or 'ema', got {codebook_update!r}"
+            )
+        for name, value in (("usage_decay", usage_decay), ("scale_drop", scale_drop)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        self.beta = float(beta)
+        self.l2_norm = bool(l2_norm)
+        self.codebook_update = codebook_update
+        self.usage_decay = float(usage_decay)
+        self.scale_drop = float(scale_drop)
+        self.tokens_per_scale = tuple(h * w for h, w in self.scales)
+        self.num_tokens = sum(self.tokens_per_scale)
+
+        learned = codebook_update == "gradient"
+        self.codebooks = nn.ParameterList(
+            nn.Parameter(torch.empty(self.codebook_size, d), requires_grad=learned)
+            for d in self.dims
+        )
+        self.register_buffer("usage_ema", torch.zeros(self.codebook_size))
+        self.register_buffer(
+            "window_hits", torch.zeros(self.codebook_size, dtype=torch.int64), persistent=False
+        )
+        sums = torch.zeros(self.codebook_size, self.dim) if codebook_update == "ema" else None
+        self.register_buffer("codebook_sums", sums)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random unit rows with l2_norm, otherwise uniform in [-1/K, 1/K] (as VQGAN)."""
+        with torch.no_grad():
+            for codebook in self.codebooks:
+                if self.l2_norm:
+                    codebook.copy_(F.normalize(torch.randn_like(codebook), dim=-1))
+                else:
+                    codebook.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
+
+    def extra_repr(self) -> str:
+        sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
+        return f"codebook_size={self.codebook_size}, dims={self.dims}, scales={sides}"
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, h: Tensor, *, check: bool = False) -> QuantizerOutput:
+        """Quantizes features.
+
+        Args:
+            h: [B, D, H, W], float32, float64 (CPU), bfloat16 or float16. Half precision, and
+                anything under autocast, is computed in float32.
+            check: on CUDA, look for a NaN in the codebooks first, which waits for the device; on
+                the CPU that is always done.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a wrong dtype, shape or device, an empty batch, or
+                a codebook that is not finite; the message names the argument.
+        """
+        features, codebook = self._inputs(h, check)
+        if self.codebook_update == "ema" and self.training:
+            codebook = codebook.detach().clone()  # the update below must not change what is saved
+        dropped = self._draw_dropped_scale(h.device)
+        result = ops.multiscale_quantize(
+            features, codebook, self.dims, self.scales, self.weights, self.l2_norm, dropped
+        )
+        vq_loss, commitment_loss = self._losses(result, features.shape[0], dropped)
+        hits = result.hits
+        if self.training:
+            hits = self._update_state(features, codebook, result)
+        return QuantizerOutput(
+            result.quantized.to(h.dtype),
+            result.indices,
+            vq_loss,
+            commitment_loss,
+            CodebookUsage.from_hits(hits),
+        )
+
+    def _inputs(self, h: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+        """Features and joint codebook in the dtype of computation."""
+        if not h.is_floating_point():
+            raise TypeError(f"h must be a floating-point tensor, got {h.dtype}")
+        if h.dim() != 4 or h.shape[1] != self.dim or h.numel() == 0:
+            raise ValueError(
+                f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
+            )
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        return h.to(dtype), self.joint_codebook(dtype, check=check)
+
+    def joint_codebook(self, dtype: torch.dtype = torch.float32, *, check: bool = False) -> Tensor:
+        """The groups side by side, [K, D], as the operators take them.
+
+        Raises:
+            ValueError: with `check`, where a codebook holds a NaN or an infinity.
+        """
+        groups = [codebook.to(dtype) for codebook in self.codebooks]
+        if check:
+            for number, group in enumerate(groups):
+                if not bool(torch.isfinite(group).all()):
+                    raise ValueError(
+                        f"codebooks[{number}] must be finite, got a NaN or an infinity"
+                    )
+        return groups[0] if len(groups) == 1 else torch.cat(groups, dim=1)
+
+    def _draw_dropped_scale(self, device: torch.device) -> Tensor | None:
+        """The scale to leave out, or -1: on the device, so that nothing waits for it."""
+        if not self.training or self.scale_drop == 0 or len(self.scales) == 1:
+            return None
+        scale = torch.randint(1, len(self.scales), (), device=device)
+        return torch.where(torch.rand((), device=device) < self.scale_drop, scale, -1)
+
+    def _losses(
+        self, result: ops.QuantizeResult, batch: int, dropped: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        counts = [batch * tokens * self.dim for tokens in self.tokens_per_scale]
+        weight = result.code_error.new_tensor([1 / (count * len(counts)) for count in counts])
+        if dropped is not None:  # a dropped scale's error is 0; the mean is over the others
+            weight = torch.where(dropped >= 0, weight * (len(counts) / (len(counts) - 1)), weight)
+        vq_loss = result.code_error @ weight
+        if self.codebook_update == "ema":
+            vq_loss = torch.zeros_like(vq_loss)
+        return vq_loss, self.beta * (result.row_error @ weight)
+
+    @torch.no_grad()
+    def _update_state(
+        self, features: Tensor, codebook: Tensor, result: ops.QuantizeResult
+    ) -> Tensor:
+        """Running statistics after a training step; returns the hits over all processes."""
+        hits = _all_reduce(result.hits.clone())
+        self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), 1 - self.usage_decay)
+        self.window_hits.add_(hits)
+        if self.codebook_update == "ema":
+            rows = ops.multiscale_rows(
+                features.detach(), codebook, result.indices, self.dims, self.scales, self.l2_norm
+            )
+            sums, _ = ops.segment_sum(
+                rows.flatten(0, 1), result.indices.flatten(), self.codebook_size
+            )
+            sums = _all_reduce(sums).to(self.codebook_sums.dtype)
+            self.codebook_sums.lerp_(sums, 1 - self.usage_decay)
+            means = self.codebook_sums / self.usage_ema.clamp(min=1e-12).unsqueeze(1)
+            # A code that was never hit, or not for so long that its mean is noise, stays.
+            self._set_codes(means, self.usage_ema > 1e-5)
+        return hits
+
+    # ------------------------------------------------------------------ tokens
+
+    @torch.no_grad()
+    def encode(self, h: Tensor, *, check: bool = False) -> Tensor:
+        """Token indices [B, L] int64 of features [B, D, H, W]; all scales, no statistics.
+
+        Raises:
+            As `forward`.
+        """
+        features, codebook = self._inputs(h, check)
+        return ops.multiscale_quantize(
+            features, codebook, self.dims, self.scales, self.weights, self.l2_norm
+        ).indices
+
+    @torch.no_grad()
+    def decode(
+        self,
+        indices: Tensor,
+        upto: int | None = None,
+        size: Size | None = None,
+        *,
+        check: bool = False,
+    ) -> Tensor:
+        """f^ [B, D, *size] of token indices.
+
+        Args:
+            indices: [B, L] int64 of all scales, or the first scales' tokens alone.
+            upto: how many scales to sum; all that `indices` holds by default.
+            size: (height, width) of the result; the last scale's grid by default.
+            check: on CUDA, check the range of the indices, which waits for the device; without it
+                an index out of range adds nothing. On the CPU that is always checked.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a wrong dtype or shape, `upto` out of range, an
+                index out of [0, K).
+        """
+        if indices.dtype != torch.int64:
+            raise TypeError(f"indices must be int64, got {indices.dtype}")
+        if indices.dim() != 2 or indices.shape[0] == 0:
+            raise ValueError(f"indices must have shape [B, L], B > 0, got {tuple(indices.shape)}")
+        held, tokens = self._scales_in(indices.shape[1])
+        if upto is None:
+            upto = held
+        if not 1 <= upto <= held:
+            raise ValueError(f"upto must be 1 to {held} for {tokens} tokens, got {upto}")
+        indices = indices[:, : sum(self.tokens_per_scale[:upto])]
+        if check and not bool(((indices >= 0) & (indices < self.codebook_size)).all()):
+            low, high = indices.aminmax()
+            raise ValueError(
+                f"indices must be in [0, {self.codebook_size}), got {int(low)} to {int(high)}"
+            )
+        size = self.scales[-1] if size is None else size
+        codebook = self.joint_codebook(check=check)
+        return ops.multiscale_decode(
+            indices, codebook, self.dims, self.scales[:upto], size, self.l2_norm
+        )
+
+    def _scales_in(self, tokens: int) -> tuple[int, int]:
+        """How many whole scales a number of tokens holds."""
+        total = 0
+        for count, step in enumerate(self.tokens_per_scale, start=1):
+            total += step
+            if total == tokens:
+                return count, tokens
+        raise ValueError(
+            f"indices must hold the tokens of the first scales "
+            f"({', '.join(map(str, self.tokens_per_scale))}) or of all, got {tokens}"
+        )
+
+    def split(self, indices: Tensor) -> list[Tensor]:
+        """Token indices [B, L] cut by scale: [B, h * w] each."""
+        held, _ = self._scales_in(indices.shape[1])
+        return list(indices.split(self.tokens_per_scale[:held], dim=1))
+
+    @torch.no_grad()
+    def codes(self, indices: Tensor) -> Tensor:
+        """Codebook rows [..., D] of indices [...], normalised as the quantizer uses them.
+
+        Raises:
+            IndexError: an index out of [0, K) (on the CPU).
+        """
+        return torch.cat(
+            [
+                F.normalize(F.embedding(indices, group), dim=-1)
+                if self.l2_norm
+                else F.embedding(indices, group)
+                for group in self.codebooks
+            ],
+            dim=-1,
+        )
+
+    @torch.no_grad()
+    def accumulate(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
+        """One step of what a next-scale predictor sees (arXiv 2412.03069, section 3.3).
+
+        The scale's codes are added at the scale's own size and the sum is resized bicubically to
+        the next: the input of scale + 1.
+
+        Args:
+            f_hat: what the last call returned, [B, D, h, w] at this scale's size; None for scale 0.
+            indices: this scale's tokens [B, h * w].
+            scale: which scale, from 0.
+
+        Returns:
+            [B, D, h', w'] at the next scale's size; at the last scale the sum itself.
+
+        Raises:
+            ValueError: `scale` out of range, or a shape that does not fit it.
+        """
+        if not 0 <= scale < len(self.scales):
+            raise ValueError(f"scale must be 0 to {len(self.scales) - 1}, got {scale}")
+        size = self.scales[scale]
+        if indices.dim() != 2 or indices.shape[1] != self.tokens_per_scale[scale]:
+            raise ValueError(
+                f"indices must have shape [B, {self.tokens_per_scale[scale]}] at scale {scale}, "
+                f"got {tuple(indices.shape)}"
+            )
+        grid = self.codes(indices).unflatten(1, size).permute(0, 3, 1, 2)
+        if f_hat is not None:
+            if f_hat.shape != grid.shape:
+                raise ValueError(
+                    f"f_hat must have shape {tuple(grid.shape)}, got {tuple(f_hat.shape)}"
+                )
+            grid = f_hat + grid
+        if scale + 1 == len(self.scales):
+            return grid
+        return F.interpolate(grid, self.scales[scale + 1], mode="bicubic", align_corners=False)
+
+    def next_scale_inputs(self, indices: Tensor) -> Tensor:
+        """Inputs of scales 2 to S for teacher forcing, [B, L - h_1 * w_1, D].
+
+        Args:
+            indices: tokens of all scales, [B, L].
+        """
+        f_hat, inputs = None, []
+        for scale, tokens in enumerate(self.split(indices)[:-1]):
+            f_hat = self.accumulate(f_hat, tokens, scale)
+            inputs.append(f_hat.flatten(2).mT)
+        if not inputs:
+            return self.codes(indices)[:, :0]
+        return torch.cat(inputs, dim=1)
+
+    # ------------------------------------------------------------------ codebook care
+
+    @torch.no_grad()
+    def rows(self, h: Tensor) -> Tensor:
+        """The rows that the scales of h search with, [B * L, D]: features for the two below."""
+        features, codebook = self._inputs(h, False)
+        indices = self.encode(features)
+        return ops.multiscale_rows(
+            features, codebook, indices, self.dims, self.scales, self.l2_norm
+        ).flatten(0, 1)
+
+    def usage_window(self, reset: bool = True) -> CodebookUsage:
+        """Usage over the training steps since the last reset (all processes)."""
+        usage = CodebookUsage.from_hits(self.window_hits.clone())
+        if reset:
+            self.window_hits.zero_()
+        return usage
+
+    @torch.no_grad()
+    def init_kmeans(self, features: Tensor, iterations: int = 10) -> None:
+        """Sets the codebooks to k-means centres of features; the same on every process.
+
+        Every process calls it, with features of its own, not necessarily as many. A centre that
+        loses all its rows moves to a random feature.
+
+        Args:
+            features: [N, D], N > 0, such as `rows(h)` returns.
+            iterations: how many assignments and means.
+        """
+        features = self._features(features)
+        self._set_codes(self._sample(features), None)
+        for _ in range(iterations):
+            index = ops.nearest_code(
+                features, self.joint_codebook(), self.dims, self.weights, self.l2_norm
+            )
+            rows = self._normalize(features)
+            sums, counts = ops.segment_sum(rows, index, self.codebook_size)
+            sums, counts = _all_reduce(sums), _all_reduce(counts)
+            means = sums / counts.clamp(min=1).unsqueeze(1)
+            spare = self._normalize(self._sample(features))
+            self._set_codes(torch.where(counts.unsqueeze(1) > 0, means, spare), None)
+        self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
+
+    @torch.no_grad()
+    def restart_dead_codes(self, features: Tensor, threshold: float = 0.05) -> int:
+        """Moves codes that are hardly used to random features; the same on every process.
+
+        Code, running hits and running sums are reset together, the hits to the mean, so that a
+        restarted code has time to find its rows. Every process calls it.
+
+        Args:
+            features: [N, D], N > 0, such as `rows(h)` returns.
+            threshold: a code is dead where its running hits are below this share of the mean.
+
+        Returns:
+            How many codes were moved (waits for the device).
+        """
+        mean = self.usage_ema.mean()
+        dead = self.usage_ema < threshold * mean
+        self._set_codes(self._sample(self._features(features)), dead)
+        self._reset_statistics(dead, mean)
+        return int(dead.sum())
+
+    def _features(self, features: Tensor) -> Tensor:
+        if features.dim() != 2 or features.shape[1] != self.dim or features.shape[0] == 0:
+            raise ValueError(
+                f"features must have shape [N, {self.dim}], N > 0, got {tuple(features.shape)}"
+            )
+        return features.detach().to(self.codebooks[0].device, torch.float32)
+
+    def _normalize(self, rows: Tensor) -> Tensor:
+        if not self.l2_norm:
+            return rows
+        return torch.cat([F.normalize(g, dim=-1) for g in rows.split(self.dims, dim=-1)], dim=-1)
+
+    def _sample(self, features: Tensor) -> Tensor:
+        """K random rows drawn over every process, the same on each: [K, D]."""
+        world = dist.get_world_size() if _distributed() else 1
+        count = -(-self.codebook_size // world)
+        device = features.device
+        order = torch.randperm(features.shape[0], device=device)
+        if count > features.shape[0]:  # too few rows: some serve twice
+            extra = torch.randint(features.shape[0], (count - features.shape[0],), device=device)
+            order = torch.cat([order, extra])
+        mine = features[order[:count]].contiguous()
+        if world == 1:
+            return mine
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone, dim=1).flatten(0, 1)[: self.codebook_size].contiguous()
+
+    def _set_codes(self, rows: Tensor, where: Tensor | None) -> None:
+        """codebooks[where] = rows[where], normalised with l2_norm; rows [K, D], where [K]."""
+        rows = self._normalize(rows)
+        for codebook, group in zip(self.codebooks, rows.split(self.dims, dim=-1), strict=True):
+            group = group.to(codebook.dtype)
+            keep = group if where is None else torch.where(where.unsqueeze(1), group, codebook)
+            codebook.copy_(keep)
+
+    def _reset_statistics(self, where: Tensor, hits: Tensor | float) -> None:
+        self.usage_ema.copy_(torch.where(where, hits, self.usage_ema))
+        if self.codebook_sums is not None:
+            rows = self._normalize(self.joint_codebook()) * self.usage_ema.unsqueeze(1)
+            self.codebook_sums.copy_(torch.where(where.unsqueeze(1), rows, self.codebook_sums))

@@ -1,0 +1,147 @@
+"""The quantizer in the plainest PyTorch: the definition that the kernels are held against.
+
+Everything here works in the dtype of its inputs, on any device, with every intermediate in memory
+and every gradient by autograd. It is the oracle of the tests, the baseline of the benchmarks and
+the documentation of what is computed; the library never falls back to it.
+
+Shapes as in `tokenflow_ext.ops`: codebook [K, D] with the groups side by side, D = sum(dims).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenflow_ext.ops import QuantizeResult, Size
+
+
+def normalize_groups(x: Tensor, dims: Sequence[int], l2_norm: bool = True) -> Tensor:
+    """Each group of the last dimension scaled to unit length; x itself without l2_norm."""
+    if not l2_norm:
+        return x
+    return torch.cat([F.normalize(part, dim=-1) for part in x.split(list(dims), dim=-1)], dim=-1)
+
+
+def distances(
+    rows: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    l2_norm: bool = True,
+) -> Tensor:
+    """Weighted squared distances [N, K] of rows [N, D] to codes (arXiv 2412.03069, eq. 1-3)."""
+    rows = normalize_groups(rows, dims, l2_norm).split(list(dims), dim=-1)
+    codes = normalize_groups(codebook, dims, l2_norm).split(list(dims), dim=-1)
+    return sum(
+        weight * torch.cdist(row, code, compute_mode="donot_use_mm_for_euclid_dist").square()
+        for weight, row, code in zip(weights, rows, codes, strict=True)
+    )
+
+
+def nearest_code(
+    rows: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    l2_norm: bool = True,
+) -> Tensor:
+    """Index [N] of the nearest code, the lowest on a tie."""
+    return distances(rows, codebook, dims, weights, l2_norm).argmin(dim=1)
+
+
+def multiscale_quantize(
+    h: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    weights: Sequence[float] | None = None,
+    l2_norm: bool = True,
+    dropped: int = -1,
+    indices: Tensor | None = None,
+) -> QuantizeResult:
+    """The residual loop, line by line (arXiv 2412.03069, section 3.1).
+
+    With `indices` [B, L] the codes are given and nothing is searched.
+    """
+    weights = [1.0] * len(dims) if weights is None else weights
+    batch, _, height, width = h.shape
+    given = None if indices is None else indices.split([a * b for a, b in sizes], dim=1)
+    codes = normalize_groups(codebook, dims, l2_norm)
+    residual = h
+    quantized = torch.zeros_like(h)
+    all_indices, code_error, row_error = [], [], []
+    for scale, size in enumerate(sizes):
+        if scale == dropped:
+            all_indices.append(h.new_full((batch, size[0] * size[1]), -1, dtype=torch.int64))
+            code_error.append(h.new_zeros(()))
+            row_error.append(h.new_zeros(()))
+            continue
+        rows = F.interpolate(residual, size, mode="area").permute(0, 2, 3, 1).flatten(0, 2)
+        z = normalize_groups(rows, dims, l2_norm)
+        if given is None:
+            index = nearest_code(rows, codebook, dims, weights, l2_norm)
+        else:
+            index = given[scale].flatten()
+        q = codes[index]
+        all_indices.append(index.view(batch, -1))
+        code_error.append((q - z.detach()).square().sum())
+        row_error.append((q.detach() - z).square().sum())
+        straight_through = z + (q - z).detach()
+        grid = straight_through.view(batch, *size, -1).permute(0, 3, 1, 2)
+        upsampled = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+        quantized = quantized + upsampled
+        residual = residual - upsampled.detach()
+    indices = torch.cat(all_indices, dim=1)
+    hits = torch.bincount(indices[indices >= 0], minlength=codebook.shape[0])
+    return QuantizeResult(quantized, indices, torch.stack(code_error), torch.stack(row_error), hits)
+
+
+def multiscale_rows(
+    h: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    l2_norm: bool = True,
+) -> Tensor:
+    """The rows [B, L, D] every scale searched with; indices of -1 are dropped tokens."""
+    batch, _, height, width = h.shape
+    residual, out, first = h, [], 0
+    for size in sizes:
+        rows = F.interpolate(residual, size, mode="area").permute(0, 2, 3, 1).flatten(1, 2)
+        out.append(normalize_groups(rows, dims, l2_norm))
+        step = indices[:, first : first + size[0] * size[1]]
+        residual = residual - multiscale_decode(
+            step, codebook, dims, [size], (height, width), l2_norm
+        )
+        first += size[0] * size[1]
+    return torch.cat(out, dim=1)
+
+
+def multiscale_decode(
+    indices: Tensor,
+    codebook: Tensor,
+    dims: Sequence[int],
+    sizes: Sequence[Size],
+    output_size: Size,
+    l2_norm: bool = True,
+) -> Tensor:
+    """f^ [B, D, *output_size] from indices [B, L]."""
+    codes = normalize_groups(codebook, dims, l2_norm)
+    rows = codes[indices.clamp(min=0)] * (indices >= 0).unsqueeze(-1)
+    total = rows.new_zeros((indices.shape[0], codes.shape[1], *output_size))
+    for size, part in zip(sizes, rows.split([a * b for a, b in sizes], dim=1), strict=True):
+        grid = part.unflatten(1, size).permute(0, 3, 1, 2)
+        total = total + F.interpolate(grid, output_size, mode="bicubic", align_corners=False)
+    return total
+
+
+def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Sums of rows [N, D] by index [N], and counts; indices of -1 are skipped."""
+    kept = indices >= 0
+    sums = rows.new_zeros((num_segments, rows.shape[1]))
+    sums.index_add_(0, indices[kept], rows[kept])
+    return sums, torch.bincount(indices[kept], minlength=num_segments)
