@@ -398,6 +398,12 @@ def make_plan(root: Path, version: str, environment: Mapping[str, str] = os.envi
             f"tokenflow_ext builds on Linux; this is {sys.platform}. Fix: use Linux, WSL or a "
             "container."
         )
+    compiler = find_compiler(environment)
+    if not compiler_accepts(compiler, ["-std=c++20"]):
+        raise BuildError(
+            f"{shlex.join(compiler)} cannot compile a C++20 program. Fix: install g++ 10 or later, "
+            "or clang++ 13 or later, and set CXX to it."
+        )
     try:
         import torch
         from torch.utils import cpp_extension
@@ -408,12 +414,6 @@ def make_plan(root: Path, version: str, environment: Mapping[str, str] = os.envi
             "this package again."
         ) from error
     check_torch(torch.__version__)
-    compiler = find_compiler(environment)
-    if not compiler_accepts(compiler, ["-std=c++20"]):
-        raise BuildError(
-            f"{shlex.join(compiler)} cannot compile a C++20 program. Fix: install g++ 10 or later, "
-            "or clang++ 13 or later, and set CXX to it."
-        )
     toolkit = find_toolkit(environment)
     cuda = decide_cuda(
         environment.get("TOKENFLOW_CUDA"), torch.__version__, torch.version.cuda, toolkit
