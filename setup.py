@@ -21,7 +21,8 @@ BUILD_INFO = "tokenflow_ext._build_info"
 class BuildKernels(build_ext):
     """Compiles csrc/ with the flags each file needs, in place of setuptools' one set for all."""
 
-    plan: kernel_build.Plan | None = None
+    plan: kernel_build.Plan
+    objects: dict[Path, Path]
 
     def get_ext_filename(self, fullname: str) -> str:
         # A plain shared library, loaded by torch.ops.load_library: no interpreter's suffix.
@@ -34,14 +35,19 @@ class BuildKernels(build_ext):
         try:
             self.plan = kernel_build.make_plan(ROOT, self.distribution.get_version())
             print(self.plan.summary(), flush=True)
-            super().build_extensions()
+            with kernel_build.locked(self.plan):
+                self.objects = kernel_build.compile_all(
+                    self.plan,
+                    kernel_build.build_info_sources(self.plan)
+                    + kernel_build.ops_sources(self.plan),
+                )
+                super().build_extensions()
         except kernel_build.BuildError as error:
             raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
 
     def build_extension(self, ext: Extension) -> None:
-        assert self.plan is not None
-        build = kernel_build.build_ops if ext.name == OPS else kernel_build.build_info_module
-        build(self.plan, Path(self.get_ext_fullpath(ext.name)).resolve())
+        link = kernel_build.link_ops if ext.name == OPS else kernel_build.link_build_info
+        link(self.plan, self.objects, Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
 # The sources of the models and of training lie beside the library, one folder each, and are

@@ -508,40 +508,17 @@ def compile_command(plan: Plan, source: Path) -> list[str]:
 
 
 def ops_sources(plan: Plan) -> list[Path]:
-    """Sources of the operator library."""
+    """Sources of the operator library, those that take longest to compile first."""
     csrc = plan.root / "csrc"
-    sources = sorted(csrc.glob("cpu/*.cpp"))
+    sources = sorted(csrc.glob("cuda/*.cu")) if plan.cuda.build else []
     sources += sorted(p for p in csrc.glob("torch/*.cpp") if p.name != "build_info.cpp")
-    if plan.cuda.build:
-        sources += sorted(csrc.glob("cuda/*.cu"))
-    return sources
+    return sources + sorted(csrc.glob("cpu/*.cpp"))
 
 
 def build_info_sources(plan: Plan) -> list[Path]:
     """Sources of the module of build facts, the only part that knows Python."""
     csrc = plan.root / "csrc"
     return [csrc / "torch" / "build_info.cpp", csrc / "cpu" / "instruction_set.cpp"]
-
-
-def link_ops_command(plan: Plan) -> list[str]:
-    """Linker command of the operator library, without its objects and -o.
-
-    Linked with the C shim of torch and with the static CUDA runtime: neither ties the file to a
-    version of torch or of its CUDA.
-    """
-    command = [*plan.compiler, "-shared", "-Wl,--no-undefined", "-Wl,--as-needed"]
-    command += [f"-L{path}" for path in plan.torch_libraries]
-    if plan.cuda.build:
-        command.append("-Wl,--exclude-libs,ALL")  # the static runtime's symbols stay inside
-    return command
-
-
-def _link_ops_libraries(plan: Plan) -> list[str]:
-    libraries = ["-ltorch_cpu"]
-    if plan.cuda.build:
-        assert plan.toolkit is not None
-        libraries += ["-ltorch_cuda", str(plan.toolkit.static_runtime()), "-lrt", "-ldl"]
-    return [*libraries, "-lpthread"]
 
 
 _print_lock = threading.Lock()
@@ -631,18 +608,23 @@ def locked(plan: Plan) -> Iterator[None]:
         yield
 
 
-def build_ops(plan: Plan, output: Path) -> None:
-    """Builds libtokenflow_ops.so at `output`: no Python symbol, no C++ symbol of torch."""
-    with locked(plan):
-        objects = compile_all(plan, ops_sources(plan))
-        _link(
-            [*link_ops_command(plan), *map(str, objects.values()), *_link_ops_libraries(plan)],
-            output,
-        )
+def link_ops(plan: Plan, objects: Mapping[Path, Path], output: Path) -> None:
+    """Links libtokenflow_ops.so at `output`: no Python symbol, no C++ symbol of torch.
+
+    Linked with the C shim of torch and with the static CUDA runtime: neither ties the file to a
+    version of torch or of its CUDA.
+    """
+    command = [*plan.compiler, "-shared", "-Wl,--no-undefined", "-Wl,--as-needed"]
+    command += [str(objects[source]) for source in ops_sources(plan)]
+    command += [*(f"-L{path}" for path in plan.torch_libraries), "-ltorch_cpu"]
+    if plan.cuda.build:
+        assert plan.toolkit is not None
+        command += ["-ltorch_cuda", str(plan.toolkit.static_runtime()), "-lrt", "-ldl"]
+        command.append("-Wl,--exclude-libs,ALL")  # the static runtime's symbols stay inside
+    _link([*command, "-lpthread"], output)
 
 
-def build_info_module(plan: Plan, output: Path) -> None:
-    """Builds the Python extension module of build facts at `output`."""
-    with locked(plan):
-        objects = compile_all(plan, build_info_sources(plan))
-        _link([*plan.compiler, "-shared", *map(str, objects.values())], output)
+def link_build_info(plan: Plan, objects: Mapping[Path, Path], output: Path) -> None:
+    """Links the Python extension module of build facts at `output`."""
+    command = [*plan.compiler, "-shared"]
+    _link([*command, *(str(objects[source]) for source in build_info_sources(plan))], output)
