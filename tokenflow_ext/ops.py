@@ -35,7 +35,7 @@ class QuantizeResult(NamedTuple):
     indices: Tensor
     """Token indices, scale after scale, [B, sum(h * w)] int64; -1 where the scale was dropped."""
     code_error: Tensor
-    """Sum of squared differences q - z of each scale, [S], differentiable in the codebook."""
+    """Mean of squared differences q - z of each scale, [S], differentiable in the codebook."""
     row_error: Tensor
     """The same numbers, differentiable in h."""
     hits: Tensor
@@ -57,7 +57,7 @@ def nearest_code(
     weights: Sequence[float] | None = None,
     l2_norm: bool = True,
 ) -> Tensor:
-    """Index of the nearest code of every row, without a distance matrix (arXiv 2412.03069, eq. 1-3).
+    """Index of every row's nearest code, without a distance matrix (arXiv 2412.03069, eq. 1-3).
 
     Args:
         rows: [N, D] float32 or float64.

@@ -87,7 +87,7 @@ class MultiScaleQuantizer(nn.Module):
 
     usage_ema: Tensor
     window_hits: Tensor
-    codebook_sums: Tensor
+    codebook_sums: Tensor | None
 
     def __init__(
         self,
@@ -159,6 +159,15 @@ class MultiScaleQuantizer(nn.Module):
         sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
         return f"codebook_size={self.codebook_size}, dims={self.dims}, scales={sides}"
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves as every module does, but running statistics keep their precision under half()."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
     # ------------------------------------------------------------------ forward
 
     def forward(self, h: Tensor, *, check: bool = False) -> QuantizerOutput:
@@ -181,7 +190,7 @@ class MultiScaleQuantizer(nn.Module):
         result = ops.multiscale_quantize(
             features, codebook, self.dims, self.scales, self.weights, self.l2_norm, dropped
         )
-        vq_loss, commitment_loss = self._losses(result, features.shape[0], dropped)
+        vq_loss, commitment_loss = self._losses(result, dropped)
         hits = result.hits
         if self.training:
             hits = self._update_state(features, codebook, result)
@@ -226,17 +235,13 @@ class MultiScaleQuantizer(nn.Module):
         scale = torch.randint(1, len(self.scales), (), device=device)
         return torch.where(torch.rand((), device=device) < self.scale_drop, scale, -1)
 
-    def _losses(
-        self, result: ops.QuantizeResult, batch: int, dropped: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        counts = [batch * tokens * self.dim for tokens in self.tokens_per_scale]
-        weight = result.code_error.new_tensor([1 / (count * len(counts)) for count in counts])
-        if dropped is not None:  # a dropped scale's error is 0; the mean is over the others
-            weight = torch.where(dropped >= 0, weight * (len(counts) / (len(counts) - 1)), weight)
-        vq_loss = result.code_error @ weight
+    def _losses(self, result: ops.QuantizeResult, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Means over the scales that took part; a dropped scale's error is 0."""
+        scales = len(self.scales) - (0 if dropped is None else (dropped >= 0).to(torch.int64))
+        vq_loss = result.code_error.sum() / scales
         if self.codebook_update == "ema":
             vq_loss = torch.zeros_like(vq_loss)
-        return vq_loss, self.beta * (result.row_error @ weight)
+        return vq_loss, self.beta * (result.row_error.sum() / scales)
 
     @torch.no_grad()
     def _update_state(

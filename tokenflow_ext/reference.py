@@ -87,8 +87,8 @@ def multiscale_quantize(
             index = given[scale].flatten()
         q = codes[index]
         all_indices.append(index.view(batch, -1))
-        code_error.append((q - z.detach()).square().sum())
-        row_error.append((q.detach() - z).square().sum())
+        code_error.append((q - z.detach()).square().mean())
+        row_error.append((q.detach() - z).square().mean())
         straight_through = z + (q - z).detach()
         grid = straight_through.view(batch, *size, -1).permute(0, 3, 1, 2)
         upsampled = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
@@ -108,7 +108,7 @@ def multiscale_rows(
     l2_norm: bool = True,
 ) -> Tensor:
     """The rows [B, L, D] every scale searched with; indices of -1 are dropped tokens."""
-    batch, _, height, width = h.shape
+    height, width = h.shape[2:]
     residual, out, first = h, [], 0
     for size in sizes:
         rows = F.interpolate(residual, size, mode="area").permute(0, 2, 3, 1).flatten(1, 2)

@@ -31,14 +31,16 @@ struct QuantizeArgs {
   const int64_t* dropped;  // one scale number, or < 0 for none; may be null
   T* quantized;            // out [batch, dim, height, width]
   int64_t* indices;        // out [batch, tokens]
-  T* squared_error;        // out [scales]: sum over rows and channels of (q - z)^2, z normalised
+  T* squared_error;        // out [scales]: mean over rows and channels of (q - z)^2, z normalised;
+                           // 0 for a dropped scale
   int64_t* hits;           // out [codes]
 };
 
 // Gradients of the loop; recomputes it from the indices.
 //   grad_h        = sum over scales of  pool^T normalise^T (upsample^T grad_quantized
-//                                                           + 2 grad_row_error[s] (z - q))
-//   grad_codebook = normalise^T of the sum over rows of      2 grad_code_error[s] (q - z)
+//                                                           + 2 grad_row_error[s] (z - q) / n_s)
+//   grad_codebook = normalise^T of the sum over rows of      2 grad_code_error[s] (q - z) / n_s
+// with n_s = batch * area of scale s * dim, the number of squares in the scale's mean.
 // A null output is not wanted; a null gradient is zero.
 template <typename T>
 struct QuantizeBackwardArgs {

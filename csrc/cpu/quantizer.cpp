@@ -374,7 +374,7 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
     });
     double total = 0;
     for (double e : error) total += e;
-    args.squared_error[s] = static_cast<T>(total);
+    args.squared_error[s] = static_cast<T>(total / (pyramid.batch * count * dim));
   }
 
   walk.store(sum, args.quantized);
@@ -404,8 +404,9 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
     if (is_dropped(args.indices, pyramid, s)) continue;
     const Extent extent = pyramid.extent[s], full = {pyramid.height, pyramid.width};
     const int64_t count = area(extent);
-    const T row_share = args.grad_row_error ? 2 * args.grad_row_error[s] : T(0);
-    const T code_share = args.grad_code_error ? 2 * args.grad_code_error[s] : T(0);
+    const T share = T(2) / static_cast<T>(pyramid.batch * count * dim);
+    const T row_share = args.grad_row_error ? share * args.grad_row_error[s] : T(0);
+    const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
     rows.resize(pyramid.batch * walk.row_floats(s));
     walk.pool(residual, s, rows.data());
     walk.add_codes(args.indices, s, static_cast<T*>(nullptr), residual.data(),

@@ -1,0 +1,211 @@
+"""The operators as torch sees them: gradcheck, opcheck, compile, export, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenflow_ext import MultiScaleQuantizer, ops, reference
+
+OPS = torch.ops.tokenflow_ext
+SIZES = [(1, 1), (2, 3), (5, 4)]
+FLAT = [1, 1, 2, 3, 5, 4]
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_gradcheck_of_the_losses(l2_norm: bool) -> None:
+    """With one scale nothing is held back, so finite differences see the losses' gradients."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    codebook = torch.randn(9, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def run(h: torch.Tensor, codebook: torch.Tensor) -> ops.QuantizeResult:
+        return ops.multiscale_quantize(h, codebook, [4, 2], SIZES[2:], [1.0, 0.5], l2_norm)
+
+    assert torch.autograd.gradcheck(lambda h: run(h, codebook).row_error, (h,))
+    assert torch.autograd.gradcheck(lambda codebook: run(h, codebook).code_error, (codebook,))
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize("dropped", [-1, 1])
+def test_gradcheck_of_the_whole_loop(l2_norm: bool, dropped: int) -> None:
+    """The straight-through gradient is that of a smooth function: the loop with everything under
+    sg held at its value. That function is checked by finite differences, and ours against it."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    codebook = torch.randn(9, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    dims = [4, 2]
+    ours = ops.multiscale_quantize(
+        h, codebook, dims, SIZES, [1.0, 0.5], l2_norm, torch.tensor(dropped)
+    )
+    index = ours.indices.split([a * b for a, b in SIZES], dim=1)
+
+    def scales(h: torch.Tensor, codebook: torch.Tensor, held: list | None) -> list:
+        """For each scale: what sg holds (residual's offset, q - z, q, z), upsampled, errors."""
+        out, residual = [], h
+        for number, size in enumerate(SIZES):
+            if number == dropped:
+                out.append(None)
+                continue
+            source = residual if held is None else h - held[number][0]
+            rows = F.interpolate(source, size, mode="area").permute(0, 2, 3, 1).flatten(0, 2)
+            z = reference.normalize_groups(rows, dims, l2_norm)
+            q = reference.normalize_groups(codebook, dims, l2_norm)[index[number].flatten()]
+            now = (h - residual, q - z, q, z)
+            sg = now if held is None else held[number]
+            grid = (z + sg[1]).view(2, *size, -1).permute(0, 3, 1, 2)
+            u = F.interpolate(grid, h.shape[2:], mode="bicubic", align_corners=False)
+            residual = residual - u
+            out.append((*now, u, (q - sg[3]).square().mean(), (sg[2] - z).square().mean()))
+        return out
+
+    held = scales(h.detach(), codebook.detach(), None)
+
+    def frozen(h: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept = [scale for scale in scales(h, codebook, held) if scale is not None]
+        return (
+            torch.stack([scale[4] for scale in kept]).sum(0),
+            torch.stack([scale[5] for scale in kept]),
+            torch.stack([scale[6] for scale in kept]),
+        )
+
+    assert torch.autograd.gradcheck(frozen, (h, codebook))
+    kept = torch.tensor([number for number in range(len(SIZES)) if number != dropped])
+    got = (ours.quantized, ours.code_error[kept], ours.row_error[kept])
+    expected = frozen(h, codebook)
+    torch.testing.assert_close(got, expected)
+    seeds = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in expected]
+    torch.testing.assert_close(
+        torch.autograd.grad(got, [h, codebook], seeds),
+        torch.autograd.grad(expected, [h, codebook], seeds),
+    )
+
+
+def _samples() -> list[tuple]:
+    h = torch.randn(2, 6, 5, 4)
+    codebook = torch.randn(9, 6)
+    indices = torch.randint(0, 9, (2, 27))
+    dims = [4, 2]
+    grads = (torch.randn_like(h), torch.rand(3), torch.rand(3))
+    differentiable = (h.clone().requires_grad_(), codebook.clone().requires_grad_())
+    dropped = torch.tensor(2)
+    return [
+        (OPS.nearest_code, (torch.randn(7, 6), codebook, dims, [1.0, 1.0], True)),
+        (OPS.multiscale_quantize, (*differentiable, None, dims, [1.0, 1.0], FLAT, True)),
+        (OPS.multiscale_quantize, (*differentiable, dropped, dims, [1.0, 0.0], FLAT, False)),
+        (OPS.multiscale_quantize, (h.double(), codebook.double(), None, dims, [], FLAT, True)),
+        (OPS.multiscale_quantize_backward, (h, codebook, indices, *grads, dims, FLAT, True)),
+        (OPS.multiscale_rows, (h, codebook, indices, dims, FLAT, True)),
+        (OPS.multiscale_decode, (indices, codebook, dims, FLAT, 5, 4, True)),
+        (OPS.segment_sum, (torch.randn(7, 3), torch.randint(-1, 4, (7,)), 4)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_opcheck(number: int) -> None:
+    op, arguments = _samples()[number]
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_opcheck_covers_every_operator() -> None:
+    tested = {op._qualified_op_name for op, _ in _samples()}
+    registered = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("tokenflow_ext::")
+    }
+    assert tested == registered
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_compile_without_graph_breaks(training: bool, update: str) -> None:
+    torch._dynamo.reset()
+    quantizer = MultiScaleQuantizer(
+        32, (4, 2), SIZES, codebook_update=update, scale_drop=0.5 if training else 0.0
+    ).train(training)
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+
+    def step(h: torch.Tensor):
+        out = quantizer(h)
+        return out.quantized, out.indices, out.vq_loss + out.commitment_loss, out.usage.perplexity
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    torch.manual_seed(0)
+    expected = step(h)
+    expected_state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.load_state_dict(state)
+    torch.manual_seed(0)
+    got = compiled(h)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for name, value in quantizer.state_dict().items():
+        torch.testing.assert_close(value, expected_state[name])
+    gradient = torch.autograd.grad(got[0].sum() + got[2], h)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected[0].sum() + expected[2], h))
+
+
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    quantizer = MultiScaleQuantizer(32, (4, 2), SIZES).eval()
+    h = torch.randn(2, 6, 5, 4)
+    compiled = torch.compile(lambda h: quantizer(h * 2).quantized + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(h), quantizer(h * 2).quantized + 1)
+
+
+def test_export() -> None:
+    quantizer = MultiScaleQuantizer(32, (4, 2), SIZES).eval()
+    h = torch.randn(2, 6, 5, 4)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(quantizer, (h,), dynamic_shapes={"h": {0: batch}})
+    h = torch.randn(5, 6, 5, 4)
+    exported, eager = program.module()(h), quantizer(h)
+    torch.testing.assert_close(exported.quantized, eager.quantized)
+    assert torch.equal(exported.indices, eager.indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    quantizer = MultiScaleQuantizer(200, (4, 2), SIZES, scale_drop=0.0)
+    h = torch.randn(2, 6, 5, 4, dtype=dtype, requires_grad=True)
+    wide = h.detach().float().requires_grad_()
+    half, full = quantizer(h), quantizer(wide)
+    assert half.quantized.dtype == dtype
+    assert half.vq_loss.dtype == torch.float32
+    assert torch.equal(half.indices, full.indices)
+    assert torch.equal(half.quantized, full.quantized.to(dtype))
+    weight = torch.randn_like(full.quantized)
+    (half.quantized * weight.to(dtype)).sum().backward()
+    (full.quantized * weight.to(dtype).float()).sum().backward()
+    torch.testing.assert_close(h.grad, wide.grad.to(dtype))
+
+
+def test_autocast() -> None:
+    quantizer = MultiScaleQuantizer(200, (4, 2), SIZES, scale_drop=0.0)
+    project = torch.nn.Conv2d(3, 6, 1)
+    images = torch.randn(2, 3, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = project(images)
+        out = quantizer(features)
+        loss = out.quantized.float().square().mean() + out.vq_loss + out.commitment_loss
+    assert features.dtype == torch.bfloat16
+    assert out.vq_loss.dtype == torch.float32
+    loss.backward()
+    assert torch.isfinite(project.weight.grad).all()
+    assert project.weight.grad.abs().sum() > 0
+    expected = quantizer(features.detach().float())
+    assert torch.equal(out.indices, expected.indices)
+
+
+def test_strided_and_channels_last_inputs() -> None:
+    quantizer = MultiScaleQuantizer(200, (4, 2), SIZES).eval()
+    h = torch.randn(2, 6, 5, 4)
+    expected = quantizer(h)
+    for variant in (
+        h.to(memory_format=torch.channels_last),
+        torch.randn(2, 6, 5, 8)[..., ::2].copy_(h),
+        h.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert torch.equal(quantizer(variant).quantized, expected.quantized)

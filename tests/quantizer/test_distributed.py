@@ -1,0 +1,105 @@
+"""Two processes with half a batch each are one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenflow_ext import MultiScaleQuantizer
+
+
+class Model(torch.nn.Module):
+    """A quantizer behind a layer that needs its gradient."""
+
+    def __init__(self, update: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = torch.nn.Conv2d(3, 6, 1)
+        self.quantizer = MultiScaleQuantizer(
+            40, (4, 2), (1, 2, 4), codebook_update=update, scale_drop=0.0, usage_decay=0.9
+        )
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.quantizer(self.project(images))
+        return out.quantized.square().mean() + out.vq_loss + out.commitment_loss, out.usage.hits
+
+
+def train(rank: int, world: int, update: str) -> dict[str, torch.Tensor]:
+    """Three steps of the model on its share of a fixed batch; everything that must agree."""
+    model = Model(update)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    mine = images.chunk(world)[rank]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss, hits = wrapped(mine)
+        loss.backward()
+        gradients = {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    result = {**gradients, **model.state_dict(), "hits": hits}
+    return {name: value.clone() for name, value in result.items()}
+
+
+def care(rank: int) -> dict[str, torch.Tensor]:
+    """k-means and restart with other features, and other numbers of them, on every rank."""
+    torch.manual_seed(100 + rank)
+    quantizer = MultiScaleQuantizer(40, (4, 2), (1, 2, 4), scale_drop=0.0)
+    quantizer.init_kmeans(torch.randn(30 + 25 * rank, 6), iterations=3)
+    after_kmeans = quantizer.joint_codebook().clone()
+    quantizer(torch.randn(1, 6, 4, 4))
+    quantizer.restart_dead_codes(torch.randn(20 + rank, 6))
+    return {
+        "kmeans": after_kmeans.detach(),
+        "restarted": quantizer.joint_codebook().detach(),
+        "usage": quantizer.usage_ema,
+    }
+
+
+def main(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for update in ("gradient", "ema"):
+        torch.save(train(rank, 2, update), Path(folder) / f"{update}-{rank}.pt")
+    torch.save(care(rank), Path(folder) / f"care-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two-processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*command, "--nproc-per-node", "2", __file__, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_statistics_and_gradients_of_the_joint_batch(two_processes: Path, update: str) -> None:
+    alone = train(0, 1, update)
+    for rank in range(2):
+        joint = torch.load(two_processes / f"{update}-{rank}.pt")
+        assert joint.keys() == alone.keys()
+        assert torch.equal(joint["hits"], alone["hits"])
+        for name in alone:
+            torch.testing.assert_close(joint[name], alone[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_codebooks_are_the_same_on_every_process(two_processes: Path) -> None:
+    first, second = (torch.load(two_processes / f"care-{rank}.pt") for rank in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert not torch.equal(first["kmeans"], first["restarted"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

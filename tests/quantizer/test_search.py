@@ -1,0 +1,183 @@
+"""nearest_code against float64 distances: exact, on every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantizer.strategies import DEVICES, Problem, problems
+
+from tokenflow_ext import nearest_code, reference
+
+
+def assert_nearest(
+    indices: torch.Tensor,
+    rows: torch.Tensor,
+    codebook: torch.Tensor,
+    dims: list[int],
+    weights: list[float],
+    l2_norm: bool,
+) -> None:
+    """The float64 choice, or one whose distance equals the least to float64's own rounding."""
+    d = reference.distances(rows.double(), codebook.double(), dims, weights, l2_norm)
+    assert indices.dtype == torch.int64
+    assert indices.shape == (rows.shape[0],)
+    best, expected = d.min(dim=1)
+    chosen = d.gather(1, indices.unsqueeze(1)).squeeze(1)
+    other = d.scatter(1, expected.unsqueeze(1), torch.inf).amin(dim=1)
+    # The squares of unit numbers carry an absolute error of about 1e-16.
+    slack = 1e-9 * best + 1e-14
+    assert (chosen <= best + slack).all()
+    clear = other > best + slack
+    assert torch.equal(indices[clear], expected[clear])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=150)
+@given(problem=problems(), num_rows=st.integers(1, 300))
+def test_matches_float64(device: str, problem: Problem, num_rows: int) -> None:
+    dims, weights, l2_norm, codebook, _ = problem
+    rows = problem.randn(num_rows, sum(dims)) * codebook.abs().mean().clamp(min=1e-3)
+    indices = nearest_code(rows.to(device), codebook.to(device), dims, weights, l2_norm).cpu()
+    assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [511, 512, 513, 8192, 32768, 131072])
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_large_codebooks(device: str, size: int, l2_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(size)
+    codebook = torch.randn(size, 40, generator=generator)
+    rows = torch.randn(65, 40, generator=generator)
+    indices = nearest_code(rows.to(device), codebook.to(device), [32, 8], [1.0, 1.0], l2_norm)
+    assert_nearest(indices.cpu(), rows, codebook, [32, 8], [1.0, 1.0], l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dims", [[1], [2], [3], [1, 1]])
+def test_crowded_low_dimensions(device: str, dims: list[int]) -> None:
+    """Distances far below float32's resolution of the score: only exact settling is right."""
+    generator = torch.Generator().manual_seed(3)
+    codebook = torch.randn(20000, sum(dims), generator=generator)
+    rows = torch.randn(50, sum(dims), generator=generator)
+    weights = [1.0] * len(dims)
+    for l2_norm in (True, False):
+        indices = nearest_code(rows.to(device), codebook.to(device), dims, weights, l2_norm).cpu()
+        assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lowest_index_on_a_tie(device: str) -> None:
+    code = torch.randn(1, 40)
+    codebook = torch.cat([-code.expand(700, -1), code.expand(900, -1)]).to(device)
+    rows = (code * torch.linspace(0.5, 3, 20).unsqueeze(1)).to(device)
+    assert (nearest_code(rows, codebook, [32, 8]) == 700).all()
+    assert (nearest_code(code.to(device), codebook, [32, 8], l2_norm=False) == 700).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_equals_a_code_finds_it(device: str) -> None:
+    codebook = torch.randn(5000, 40, device=device)
+    order = torch.randperm(5000, device=device)
+    for l2_norm in (True, False):
+        assert torch.equal(nearest_code(codebook[order], codebook, [32, 8], None, l2_norm), order)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_are_not_finite_or_zero_stay_in_range(device: str) -> None:
+    codebook = torch.randn(600, 8, device=device)
+    rows = torch.randn(7, 8, device=device)
+    rows[1] = torch.nan
+    rows[3, 2] = torch.inf
+    rows[4] = 0
+    rows[5] = 1e38
+    clean = torch.tensor([0, 2, 6], device=device)
+    for l2_norm in (True, False):
+        indices = nearest_code(rows, codebook, [8], None, l2_norm)
+        assert ((indices >= 0) & (indices < 600)).all()
+        assert (indices[[1, 3]] == 0).all()
+        alone = nearest_code(rows[clean], codebook, [8], None, l2_norm)
+        assert torch.equal(indices[clean], alone), "a bad row must not reach another"
+
+
+def test_strides_and_float64() -> None:
+    rows, codebook = torch.randn(12, 30).T, torch.randn(12, 100).T
+    assert not rows.is_contiguous()
+    expected = nearest_code(rows.contiguous(), codebook.contiguous(), [8, 4])
+    assert torch.equal(nearest_code(rows, codebook, [8, 4]), expected)
+    assert torch.equal(nearest_code(rows.double(), codebook.double(), [8, 4]), expected)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    rows, codebook = torch.randn(2000, 40), torch.randn(3000, 40)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = nearest_code(rows, codebook, [32, 8])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, nearest_code(rows, codebook, [32, 8]))
+
+
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(instruction_set: str) -> None:
+    """The same check in a process that is held to one instruction set."""
+    program = """
+import torch
+from quantizer.test_search import assert_nearest
+from tokenflow_ext import build_info, nearest_code
+print(build_info()["cpu_instruction_set"])
+generator = torch.Generator().manual_seed(0)
+for num_rows, size, dims in [(1, 5, [3]), (23, 700, [32, 8]), (301, 5000, [5, 2, 1])]:
+    rows = torch.randn(num_rows, sum(dims), generator=generator)
+    codebook = torch.randn(size, sum(dims), generator=generator)
+    for l2_norm in (True, False):
+        weights = [1.0] * len(dims)
+        indices = nearest_code(rows, codebook, dims, weights, l2_norm)
+        assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
+"""
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "TOKENFLOW_CPU": instruction_set, "PYTHONPATH": tests}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() != instruction_set:
+        pytest.skip(f"this machine has no {instruction_set}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rows": torch.zeros(3, 7)},
+            r"rows must have sum\(dims\) = 8 columns, got shape \[3, 7\]",
+        ),
+        ({"rows": torch.zeros(0, 8)}, "rows must not be empty"),
+        ({"rows": torch.zeros(3, 8, 1)}, "rows must have 2 dimensions"),
+        (
+            {"rows": torch.zeros(3, 8, dtype=torch.int32)},
+            "rows must be float32 or float64, got Int",
+        ),
+        ({"rows": torch.zeros(3, 8, dtype=torch.float16)}, "rows must be float32 or float64"),
+        ({"rows": torch.zeros(3, 8).double()}, "codebook must have the dtype of rows"),
+        ({"codebook": torch.zeros(0, 8)}, "codebook must have at least one row"),
+        ({"codebook": torch.zeros(5, 9)}, "codebook must have sum"),
+        ({"codebook": torch.full((5, 8), torch.nan)}, "codebook must be finite.*row 0"),
+        ({"codebook": torch.eye(8) * torch.inf}, "codebook must be finite"),
+        ({"dims": []}, "dims must name 1 to"),
+        ({"dims": [9, -1]}, "dims must be positive, got -1"),
+        ({"weights": [1.0, 1.0]}, "weights must name one weight a group"),
+        ({"weights": [-1.0]}, "weights must be finite and not negative, got -1"),
+        ({"weights": [float("nan")]}, "weights must be finite"),
+    ],
+)
+def test_bad_input_is_refused(change: dict, message: str) -> None:
+    arguments = {"rows": torch.randn(3, 8), "codebook": torch.randn(5, 8), "dims": [8]}
+    with pytest.raises(RuntimeError, match=message):
+        nearest_code(**{**arguments, **change})
