@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,15 @@ def require(condition: bool, what: str) -> None:
         raise SystemExit(1)
 
 
+def device_code_bytes(library: str) -> int:
+    """Size of the CUDA machine code in a library."""
+    output = subprocess.run(
+        ["readelf", "-SW", library], check=True, capture_output=True, text=True
+    ).stdout
+    match = re.search(r"\.nv_fatbin\s+PROGBITS\s+\w+\s+\w+\s+(\w+)", output)
+    return int(match[1], 16) if match else 0
+
+
 def report(found: dict[str, Any], cuda: bool) -> None:
     """Prints and checks what a probe found; `cuda` says whether CUDA kernels must be there."""
     for key, value in found["build_info"].items():
@@ -135,7 +145,10 @@ def main() -> None:
 
         print("\n==> the package as installed")
         found = probe(python, folder)
-        require(found["build_info"]["cuda"] is not None, "CUDA kernels were compiled and linked")
+        size = device_code_bytes(found["build_info"]["library"])
+        require(
+            size > 0, f"CUDA kernels were compiled and linked ({size >> 10} KiB of device code)"
+        )
         report(found, cuda=True)
 
         if library is not None:
