@@ -60,6 +60,7 @@ class TokenFlowTokenizer(nn.Module):
             "multipliers": pixel.multipliers,
             "z_channels": pixel.z_channels,
             "groups": pixel.groups,
+            "patch": pixel.patch,
         }
         self.encoder = Encoder(channels=pixel.channels, res_blocks=pixel.res_blocks, **shape)
         self.decoder = Decoder(
@@ -191,13 +192,18 @@ class TokenFlowTokenizer(nn.Module):
         """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale."""
         return self.quantizer.encode(self.features(images))
 
-    def decode(self, indices: Tensor, upto: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def decode(
+        self, indices: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """indices [B, L] -> (images [B, 3, H, W], semantic tokens [B, N, C_teacher] or None).
 
         Args:
             upto: decode the first few scales alone; None is all.
+            grid: (rows, columns) of the latent grid, for images that were not of the configured
+                size; None is the configured grid.
         """
-        return self.decode_features(self.quantizer.decode(indices, upto))
+        size = (self.config.grid, self.config.grid) if grid is None else grid
+        return self.decode_features(self.quantizer.decode(indices, upto, size))
 
     def decode_features(self, f_hat: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantized features [B, sum(dims), h, w] -> (images, semantic tokens or None).

@@ -122,6 +122,7 @@ class Encoder(nn.Module):
         res_blocks: residual blocks a level; the last level has attention after each.
         z_channels: channels of the output.
         groups: GroupNorm groups.
+        patch: side of the pixel blocks moved into channels before the first convolution (1: none).
     """
 
     def __init__(
@@ -131,10 +132,11 @@ class Encoder(nn.Module):
         res_blocks: int = 2,
         z_channels: int = 256,
         groups: int = 32,
-        in_channels: int = 3,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.patch = patch
+        self.conv_in = nn.Conv2d(3 * patch * patch, channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         width = channels
         for i, multiplier in enumerate(multipliers):
@@ -149,8 +151,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> [B, z_channels, H/f, W/f], f = 2 ** (levels - 1)."""
-        h = self.conv_in(x)
+        """x [B, 3, H, W] -> [B, z_channels, H/f, W/f], f = patch * 2 ** (levels - 1)."""
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         for level in self.conv_blocks:
             h = _run_level(level, h)
             if hasattr(level, "downsample"):
@@ -173,9 +175,10 @@ class Decoder(nn.Module):
         res_blocks: int = 2,
         z_channels: int = 256,
         groups: int = 32,
-        out_channels: int = 3,
+        patch: int = 1,
     ) -> None:
         super().__init__()
+        self.patch = patch
         width = channels * multipliers[-1]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
         self.mid = _middle(width, groups)
@@ -187,7 +190,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
         self.norm_out = group_norm(width, groups)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, 3 * patch * patch, 3, padding=1)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -195,7 +198,7 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [B, z_channels, h, w] -> [B, 3, h f, w f], f = 2 ** (levels - 1)."""
+        """z [B, z_channels, h, w] -> [B, 3, h f, w f], f = patch * 2 ** (levels - 1)."""
         h = self.conv_in(z)
         for block in self.mid:
             h = block(h)
@@ -203,7 +206,8 @@ class Decoder(nn.Module):
             h = _run_level(level, h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        images = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(images, self.patch) if self.patch > 1 else images
 
 
 def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

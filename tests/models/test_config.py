@@ -1,0 +1,79 @@
+"""Configurations: presets, JSON form, errors that name the field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig
+from tokenflow_ext.models.config import PRESETS, PixelConfig, SemanticConfig
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = TokenizerConfig.preset(name)
+    assert TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "grid", "semantic_dim"),
+    [("B", 561, 14, 512), ("B-256", 817, 16, 512), ("L", 817, 16, 1152), ("XL", 2227, 27, 1152)],
+)
+def test_published_sizes(name, tokens, grid, semantic_dim):
+    config = TokenizerConfig.preset(name)
+    assert sum(side * side for side in config.quantizer.scales) == tokens
+    assert config.quantizer.scales[-1] == config.grid == grid
+    assert config.semantic_dim == semantic_dim
+    assert config.dims == (32, 8)
+    assert config.quantizer.codebook_size == 32768
+
+
+def test_unset_fields_take_defaults():
+    values = {"image_size": 64, "pixel": {"channels": 16}}
+    config = TokenizerConfig.from_dict(values)
+    assert config == TokenizerConfig(image_size=64, pixel=PixelConfig(channels=16))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pixels": {}}, "unknown field pixels"),
+        ({"pixel": {"chanels": 3}}, r"unknown field pixel\.chanels"),
+        ({"semantic": {"tower": {"kidn": "clip"}}}, r"unknown field semantic\.tower\.kidn"),
+        ({"pixel": {"channels": "16"}}, r"pixel\.channels must be int, got '16'"),
+        ({"pixel": {"channels": True}}, r"pixel\.channels must be int, got True"),
+        ({"pixel": {"multipliers": 4}}, r"pixel\.multipliers must be a list, got 4"),
+        ({"quantizer": {"scales": [1, "2"]}}, r"quantizer\.scales\[1\] must be int, got '2'"),
+        ({"pixel": None}, "pixel must be a mapping, got None"),
+        ({"pixel": {"multipliers": []}}, r"pixel\.multipliers must name one level"),
+        ({"quantizer": {"codebook_size": 0}}, r"quantizer\.codebook_size must be positive, got 0"),
+        ({"quantizer": {"codebook_update": "sgd"}}, "must be 'gradient' or 'ema', got 'sgd'"),
+        ({"image_size": 100}, "must be a multiple of 16.*got 100"),
+        ({"teacher": {"kind": "clip"}}, r"teacher\.kind is 'clip' but semantic\.tower\.kind"),
+        ({"teacher": {"kind": "dino"}}, "tower kind must be one of .*got 'dino'"),
+        (
+            {"image_size": 256, "semantic": {"tower": {"kind": "clip", "patch_size": 32}}},
+            r"semantic tower's grid \(8\) and the pixel encoder's \(16\) differ",
+        ),
+        (
+            {"semantic": {"tower": {"kind": "clip", "projection": 512}}},
+            r"semantic\.tower\.projection must be 0, got 512",
+        ),
+    ],
+)
+def test_errors_name_the_field(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TokenizerConfig.from_dict(values)
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match=r"preset must be one of tiny, B, .*got 'XXL'"):
+        TokenizerConfig.preset("XXL")
+
+
+def test_semantic_branch_switches_off():
+    tiny = TokenizerConfig.preset("tiny")
+    assert tiny.dims == (32, 8)
+    off = dataclasses.replace(tiny, semantic=SemanticConfig(), teacher=TowerConfig())
+    assert off.dims == (8,)
+    assert off.semantic_dim == 0
