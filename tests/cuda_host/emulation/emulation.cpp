@@ -1,0 +1,256 @@
+#include "emulation.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define TF_FIBER_ANNOTATIONS 1
+#else
+#define TF_FIBER_ANNOTATIONS 0
+#endif
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+
+enum class State { kReady, kAtBarrier, kAtWarpOperation, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  Dim3 index;
+  State state = State::kDone;
+  int next_slots = 0;  // which of the warp's two sets of slots the next operation uses
+};
+
+// Two sets of slots: a lane can start the next operation while others still read the last one's
+// result, and no lane can be two operations ahead.
+struct Warp {
+  unsigned char slots[2][kWarp * kSlotBytes];
+  int arrived = 0;
+  const char* operation = nullptr;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  unsigned threads = 0;
+  unsigned at_barrier = 0;
+  Fiber* current = nullptr;
+  Dim3 block;
+  std::unique_ptr<unsigned char[]> shared;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+
+  Order order = Order::kForward;
+  std::mt19937 random;
+  int64_t launches = 0;
+  std::map<const void*, size_t> allowed;
+};
+
+Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+// Back to the scheduler; returns when it is this fiber's turn again, or never if it has ended.
+void leave_fiber(Fiber& fiber) {
+#if TF_FIBER_ANNOTATIONS
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(fiber.state == State::kDone ? nullptr : &fake_stack,
+                                 machine().scheduler_stack, machine().scheduler_stack_bytes);
+#endif
+  swapcontext(&fiber.context, &machine().scheduler);
+#if TF_FIBER_ANNOTATIONS
+  __sanitizer_finish_switch_fiber(fake_stack, &machine().scheduler_stack,
+                                  &machine().scheduler_stack_bytes);
+#endif
+}
+
+void enter_fiber(Fiber& fiber) {
+  machine().current = &fiber;
+#if TF_FIBER_ANNOTATIONS
+  __sanitizer_start_switch_fiber(&machine().scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&machine().scheduler, &fiber.context);
+#if TF_FIBER_ANNOTATIONS
+  __sanitizer_finish_switch_fiber(machine().scheduler_fake_stack, nullptr, nullptr);
+#endif
+  machine().current = nullptr;
+}
+
+void fiber_main() {
+  Machine& m = machine();
+#if TF_FIBER_ANNOTATIONS
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
+#endif
+  (*m.body)();
+  m.current->state = State::kDone;
+  leave_fiber(*m.current);
+}
+
+std::string describe(const Dim3& at) {
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
+         ")";
+}
+
+std::string stuck_message() {
+  const Machine& m = machine();
+  std::string message = "block " + describe(m.block) + " cannot go on:";
+  unsigned done = 0, barrier = 0, warp = 0;
+  const char* operation = "";
+  for (unsigned i = 0; i < m.threads; ++i) {
+    done += m.fibers[i].state == State::kDone;
+    barrier += m.fibers[i].state == State::kAtBarrier;
+    warp += m.fibers[i].state == State::kAtWarpOperation;
+    if (m.fibers[i].state == State::kAtWarpOperation) operation = m.warps[i / kWarp].operation;
+  }
+  message += " of " + std::to_string(m.threads) + " threads " + std::to_string(barrier) +
+             " wait at the barrier, " + std::to_string(done) + " have returned";
+  if (warp) message += ", " + std::to_string(warp) + " wait for their warp in " + operation;
+  return message;
+}
+
+void run_block(size_t shared_bytes) {
+  Machine& m = machine();
+  // A buffer of its own for each block, so that its exact end is guarded.
+  m.shared.reset(new unsigned char[shared_bytes]);
+  std::memset(m.shared.get(), 0xff, shared_bytes);
+  m.at_barrier = 0;
+  for (Warp& warp : m.warps) warp = Warp{};
+  for (unsigned i = 0; i < m.threads; ++i) {
+    Fiber& fiber = m.fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
+    fiber.index = Dim3(i, 0, 0);
+    fiber.state = State::kReady;
+    fiber.next_slots = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  std::vector<unsigned> turns(m.threads);
+  std::iota(turns.begin(), turns.end(), 0u);
+  if (m.order == Order::kReverse) std::reverse(turns.begin(), turns.end());
+  for (;;) {
+    if (m.order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), m.random);
+    bool moved = false;
+    for (const unsigned i : turns) {
+      if (m.fibers[i].state != State::kReady) continue;
+      enter_fiber(m.fibers[i]);
+      moved = true;
+      if (!m.error.empty()) throw Error(std::exchange(m.error, {}));
+    }
+    if (moved) continue;
+    if (std::all_of(m.fibers.begin(), m.fibers.begin() + m.threads,
+                    [](const Fiber& fiber) { return fiber.state == State::kDone; })) {
+      return;
+    }
+    throw Error(stuck_message());
+  }
+}
+
+// Ends the launch with machine().error. The fiber is never resumed, so it must own nothing here.
+[[noreturn]] void fail() {
+  leave_fiber(*machine().current);
+  std::abort();
+}
+
+}  // namespace
+
+void set_order(Order order, unsigned seed) {
+  machine().order = order;
+  machine().random.seed(seed);
+}
+
+int64_t launches() { return machine().launches; }
+
+const Dim3& current_thread() { return machine().current->index; }
+const Dim3& current_block() { return machine().block; }
+void* shared_memory() { return machine().shared.get(); }
+int lane() { return static_cast<int>(machine().current->index.x) % kWarp; }
+
+void allow_shared_bytes(const void* kernel, size_t bytes) { machine().allowed[kernel] = bytes; }
+
+size_t allowed_shared_bytes(const void* kernel) {
+  const auto found = machine().allowed.find(kernel);
+  return std::max<size_t>(48 * 1024, found == machine().allowed.end() ? 0 : found->second);
+}
+
+void run_grid(Dim3 grid, unsigned block_threads, size_t shared_bytes,
+              const std::function<void()>& thread) {
+  Machine& m = machine();
+  ++m.launches;
+  m.error.clear();
+  m.body = &thread;
+  m.threads = block_threads;
+  if (m.fibers.size() < block_threads) m.fibers.resize(block_threads);
+  m.warps.resize((block_threads + kWarp - 1) / kWarp);
+
+  const uint64_t count = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  std::vector<uint64_t> blocks(count);
+  std::iota(blocks.begin(), blocks.end(), uint64_t{0});
+  if (m.order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
+  if (m.order == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), m.random);
+  for (const uint64_t i : blocks) {
+    m.block = Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                   static_cast<unsigned>(i / grid.x / grid.y));
+    run_block(shared_bytes);
+  }
+}
+
+void block_barrier() {
+  Machine& m = machine();
+  m.current->state = State::kAtBarrier;
+  if (++m.at_barrier == m.threads) {
+    m.at_barrier = 0;
+    for (unsigned i = 0; i < m.threads; ++i) m.fibers[i].state = State::kReady;
+  }
+  leave_fiber(*m.current);
+}
+
+const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes) {
+  Machine& m = machine();
+  Fiber& fiber = *m.current;
+  const unsigned warp_index = fiber.index.x / kWarp;
+  Warp& warp = m.warps[warp_index];
+  if (mask != 0xffffffffu || m.threads % kWarp != 0) {
+    m.error = std::string(operation) + ": only whole warps are emulated";
+    fail();
+  }
+  if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0) {
+    m.error = std::string("lanes of a warp are at different operations: ") + operation + " and " +
+              warp.operation;
+    fail();
+  }
+  const int set = fiber.next_slots;
+  fiber.next_slots = 1 - set;
+  std::memcpy(warp.slots[set] + static_cast<size_t>(lane()) * kSlotBytes, value, bytes);
+  warp.operation = operation;
+  fiber.state = State::kAtWarpOperation;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    for (unsigned i = warp_index * kWarp; i < (warp_index + 1) * kWarp; ++i) {
+      m.fibers[i].state = State::kReady;
+    }
+  }
+  leave_fiber(fiber);
+  return warp.slots[set];
+}
+
+}  // namespace emulation

@@ -1,0 +1,81 @@
+// Runs CUDA kernels on one CPU thread. The threads of a block are fibers that run until they reach
+// a barrier or a warp-wide operation; blocks run one after the other.
+//
+// What it is made to show:
+//   - a barrier that is missing: run the same launch with set_order(forward), (reverse) and
+//     (shuffled). Between two barriers a fiber then sees either none or all of what its
+//     neighbours write, so that one of the orders gives another result.
+//   - a barrier or warp-wide operation that not all threads reach: the launch throws.
+//   - shared memory used before it was written: it holds NaN (all bits set) at a block's start.
+//   - accesses out of bounds: AddressSanitizer sees the exact size of shared memory, too.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+
+namespace emulation {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  Dim3() = default;
+  Dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}  // implicit, as dim3
+};
+
+enum class Order { kForward, kReverse, kShuffled };
+
+// The order in which blocks start and fibers take turns, for all later launches.
+void set_order(Order order, unsigned seed = 0);
+
+// Kernels launched since the start of the program.
+int64_t launches();
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// --- For cuda_runtime.h
+// ---------------------------------------------------------------------------
+
+const Dim3& current_thread();
+const Dim3& current_block();
+void* shared_memory();
+
+void allow_shared_bytes(const void* kernel, size_t bytes);
+size_t allowed_shared_bytes(const void* kernel);
+
+// Runs `thread` once for every thread of the grid.
+void run_grid(Dim3 grid, unsigned block_threads, size_t shared_bytes,
+              const std::function<void()>& thread);
+
+void block_barrier();
+
+constexpr int kWarp = 32;
+
+// Posts `bytes` of this lane, waits for the whole warp and returns what all of its lanes posted,
+// kSlotBytes apart.
+constexpr size_t kSlotBytes = 8;
+const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes);
+int lane();
+
+template <typename T, typename Source>
+T exchange(unsigned mask, const char* operation, T value, Source source) {
+  static_assert(sizeof(T) <= kSlotBytes, "the hardware moves 32 or 64 bits");
+  const unsigned char* slots = post(mask, operation, &value, sizeof(T));
+  T result;
+  std::memcpy(&result, slots + static_cast<size_t>(source(lane())) * kSlotBytes, sizeof(T));
+  return result;
+}
+
+inline unsigned ballot(unsigned mask, bool predicate) {
+  const unsigned char* slots = post(mask, "ballot", &predicate, sizeof(predicate));
+  unsigned result = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    if (slots[static_cast<size_t>(i) * kSlotBytes] != 0) result |= 1u << i;
+  }
+  return result;
+}
+
+}  // namespace emulation
