@@ -34,11 +34,16 @@ struct CodebookLayout {
   double weight[kMaxGroups];
 };
 
-// Reciprocal of a group's length as F.normalize takes it; 1 where rows are used as they are.
-TF_HOST_DEVICE double inverse_norm(double squared_norm, bool l2_norm) {
+// What a group is divided by: its length as F.normalize takes it, 1 where rows are used as they
+// are.
+TF_HOST_DEVICE double group_norm(double squared_norm, bool l2_norm) {
   if (!l2_norm) return 1.0;
   const double norm = sqrt(squared_norm);
-  return 1.0 / (norm > kNormEpsilon ? norm : kNormEpsilon);
+  return norm > kNormEpsilon ? norm : kNormEpsilon;
+}
+
+TF_HOST_DEVICE double inverse_norm(double squared_norm, bool l2_norm) {
+  return 1.0 / group_norm(squared_norm, l2_norm);
 }
 
 // Squared length of columns [begin, end) of a row.
@@ -60,18 +65,19 @@ TF_HOST_DEVICE double group_bias(double squared_norm, double weight, bool l2_nor
   return 0.5 * weight * (1.0 - squared_norm * scale * scale);
 }
 
-// d_i in float64, rows normalised in float64 from what is stored.
+// d_i in float64, rows normalised in float64 from what is stored. By division, as F.normalize
+// does: a row and its multiple by a power of two then tie exactly.
 template <typename T>
 TF_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout& layout) {
   double sum = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const double row_scale = inverse_norm(squared_norm(row, begin, end), layout.l2_norm);
-    const double code_scale = inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
+    const double row_norm = group_norm(squared_norm(row, begin, end), layout.l2_norm);
+    const double code_norm = group_norm(squared_norm(code, begin, end), layout.l2_norm);
     double group = 0;
     for (int d = begin; d < end; ++d) {
       const double difference =
-          static_cast<double>(row[d]) * row_scale - static_cast<double>(code[d]) * code_scale;
+          static_cast<double>(row[d]) / row_norm - static_cast<double>(code[d]) / code_norm;
       group += difference * difference;
     }
     sum += layout.weight[g] * group;

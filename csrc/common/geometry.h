@@ -47,7 +47,8 @@ TF_HOST_DEVICE AreaBin area_bin(int i, int input, int output) {
 
 // Outputs whose area bin contains input position `i`: the transpose of area_bin.
 TF_HOST_DEVICE AreaBin area_bins_of(int i, int input, int output) {
-  // begin(o) <= i  <=>  o * input < (i + 1) * output;  end(o) > i  <=>  (o + 1) * input > i * output.
+  // begin(o) <= i  <=>  o * input < (i + 1) * output;  end(o) > i  <=>  (o + 1) * input > i *
+  // output.
   return {static_cast<int>(static_cast<int64_t>(i) * output / input),
           static_cast<int>((static_cast<int64_t>(i + 1) * output + input - 1) / input)};
 }
@@ -64,7 +65,8 @@ TF_HOST_DEVICE CubicTaps<T> cubic_taps(int i, int input, int output) {
   // Source position ((2i + 1) * input / output - 1) / 2 as the fraction numerator / (2 * output).
   const int64_t numerator = static_cast<int64_t>(2 * i + 1) * input - output;
   const int64_t denominator = 2 * static_cast<int64_t>(output);
-  const int64_t base = (numerator + denominator) / denominator - 1;  // floor: numerator > -denominator
+  const int64_t base =
+      (numerator + denominator) / denominator - 1;  // floor: numerator > -denominator
   const T t = static_cast<T>(numerator - base * denominator) / static_cast<T>(denominator);
 
   const T a = static_cast<T>(-0.75);

@@ -10,10 +10,9 @@ template <typename T>
 TF_HOST_DEVICE void normalize_row(const T* row, const CodebookLayout& layout, T* out) {
   for (int g = 0; g < layout.groups; ++g) {
     const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const double scale =
-        layout.l2_norm ? inverse_norm(squared_norm(row, begin, end), true) : 1.0;
+    const double norm = layout.l2_norm ? group_norm(squared_norm(row, begin, end), true) : 1.0;
     for (int d = begin; d < end; ++d) {
-      out[d] = static_cast<T>(static_cast<double>(row[d]) * scale);
+      out[d] = static_cast<T>(static_cast<double>(row[d]) / norm);
     }
   }
 }

@@ -289,8 +289,7 @@ void pool_transpose_add(const T* grad_rows, int dim, Extent from, Extent to, T* 
     for (int x = 0; x < to.width; ++x) {
       const AreaBin bin_x = area_bin(x, from.width, to.width);
       const T* grad = grad_rows + (static_cast<int64_t>(y) * to.width + x) * dim;
-      const T share =
-          T(1) / static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
+      const T share = T(1) / static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
       for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
         for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
           add_scaled(grad, share, dim,

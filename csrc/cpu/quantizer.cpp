@@ -53,9 +53,8 @@ template <typename Task>
 void for_ranges(const Executor& executor, int64_t count, int64_t cost, const Task& task) {
   const int64_t smallest = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
   const int64_t range = std::max(smallest, ceil_div(count, 8 * std::max(1, executor.workers)));
-  executor.for_each(ceil_div(count, range), [&](int64_t i) {
-    task(i * range, std::min(count, (i + 1) * range));
-  });
+  executor.for_each(ceil_div(count, range),
+                    [&](int64_t i) { task(i * range, std::min(count, (i + 1) * range)); });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -138,10 +137,10 @@ class Searcher<float> {
     for_ranges(executor_, num_rows, settle_cost, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t t = n / tile_rows;
-        indices[n] = rank_.settle_row(rows + n * dim, tile_.data() + t * tile_rows * dim,
-                                      tile_count(t), static_cast<int>(n % tile_rows), norms_[n],
-                                      block_max_.data() + n * blocks, blocks, codes_, codebook_,
-                                      layout_);
+        indices[n] =
+            rank_.settle_row(rows + n * dim, tile_.data() + t * tile_rows * dim, tile_count(t),
+                             static_cast<int>(n % tile_rows), norms_[n],
+                             block_max_.data() + n * blocks, blocks, codes_, codebook_, layout_);
       }
     });
   }
@@ -409,36 +408,38 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
     const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
     rows.resize(pyramid.batch * walk.row_floats(s));
     walk.pool(residual, s, rows.data());
-    walk.add_codes(args.indices, s, static_cast<T*>(nullptr), residual.data(),
-                   [&](int64_t b, const T* codes) {
-      thread_local std::vector<T> buffer;
-      buffer.resize(walk.scratch_size() + walk.row_floats(s) + dim);
-      T* scratch = buffer.data();
-      T* grad_rows = scratch + walk.scratch_size();
-      T* unit = grad_rows + walk.row_floats(s);
-      if (args.grad_h && args.grad_quantized) {
-        walk.plane().upsample_transpose(grad_quantized.data() + b * plane, dim, extent, full,
-                                        scratch, grad_rows);
-      } else {
-        std::fill_n(grad_rows, walk.row_floats(s), T(0));
-      }
-      for (int64_t n = 0; n < count; ++n) {
-        const T* row = rows.data() + (b * count + n) * dim;
-        normalize_row(row, layout, unit);
-        T* grad = grad_rows + n * dim;
-        T* code_grad =
-            want_codes ? code_rows.data() + (b * tokens + pyramid.first_token[s] + n) * dim : nullptr;
-        for (int d = 0; d < dim; ++d) {
-          const T difference = unit[d] - codes[n * dim + d];
-          grad[d] += row_share * difference;
-          if (code_grad) code_grad[d] = -code_share * difference;
-        }
-        normalize_row_backward(row, grad, layout, grad);
-      }
-      if (args.grad_h) {
-        walk.plane().pool_transpose_add(grad_rows, dim, full, extent, grad_h.data() + b * plane);
-      }
-    });
+    walk.add_codes(
+        args.indices, s, static_cast<T*>(nullptr), residual.data(), [&](int64_t b, const T* codes) {
+          thread_local std::vector<T> buffer;
+          buffer.resize(walk.scratch_size() + walk.row_floats(s) + dim);
+          T* scratch = buffer.data();
+          T* grad_rows = scratch + walk.scratch_size();
+          T* unit = grad_rows + walk.row_floats(s);
+          if (args.grad_h && args.grad_quantized) {
+            walk.plane().upsample_transpose(grad_quantized.data() + b * plane, dim, extent, full,
+                                            scratch, grad_rows);
+          } else {
+            std::fill_n(grad_rows, walk.row_floats(s), T(0));
+          }
+          for (int64_t n = 0; n < count; ++n) {
+            const T* row = rows.data() + (b * count + n) * dim;
+            normalize_row(row, layout, unit);
+            T* grad = grad_rows + n * dim;
+            T* code_grad = want_codes
+                               ? code_rows.data() + (b * tokens + pyramid.first_token[s] + n) * dim
+                               : nullptr;
+            for (int d = 0; d < dim; ++d) {
+              const T difference = unit[d] - codes[n * dim + d];
+              grad[d] += row_share * difference;
+              if (code_grad) code_grad[d] = -code_share * difference;
+            }
+            normalize_row_backward(row, grad, layout, grad);
+          }
+          if (args.grad_h) {
+            walk.plane().pool_transpose_add(grad_rows, dim, full, extent,
+                                            grad_h.data() + b * plane);
+          }
+        });
   }
   if (args.grad_h) walk.store(grad_h, args.grad_h);
   if (args.grad_codebook && !want_codes) {
@@ -470,13 +471,13 @@ void pyramid_rows(const PyramidRowsArgs<T>& args, const Executor& executor) {
     const int64_t count = area(pyramid.extent[s]);
     rows.resize(pyramid.batch * walk.row_floats(s));
     walk.pool(residual, s, rows.data());
-    walk.add_codes(args.indices, s, static_cast<T*>(nullptr), residual.data(),
-                   [&](int64_t b, const T*) {
-      T* out = args.rows + (b * tokens_per_image(pyramid) + pyramid.first_token[s]) * dim;
-      for (int64_t n = 0; n < count; ++n) {
-        normalize_row(rows.data() + (b * count + n) * dim, args.layout, out + n * dim);
-      }
-    });
+    walk.add_codes(
+        args.indices, s, static_cast<T*>(nullptr), residual.data(), [&](int64_t b, const T*) {
+          T* out = args.rows + (b * tokens_per_image(pyramid) + pyramid.first_token[s]) * dim;
+          for (int64_t n = 0; n < count; ++n) {
+            normalize_row(rows.data() + (b * count + n) * dim, args.layout, out + n * dim);
+          }
+        });
   }
 }
 

@@ -106,8 +106,8 @@ inline Pyramid make_pyramid(int64_t batch, int64_t height, int64_t width,
   pyramid.num_scales = static_cast<int>(sizes.size() / 2);
   for (int s = 0; s < pyramid.num_scales; ++s) {
     const int64_t h = sizes[2 * s], w = sizes[2 * s + 1];
-    STD_TORCH_CHECK(h > 0 && w > 0 && h <= kLargestSide && w <= kLargestSide,
-                    "sizes must be 1 to ", kLargestSide, ", got ", h, " x ", w, " at scale ", s);
+    STD_TORCH_CHECK(h > 0 && w > 0 && h <= kLargestSide && w <= kLargestSide, "sizes must be 1 to ",
+                    kLargestSide, ", got ", h, " x ", w, " at scale ", s);
     pyramid.extent[s] = {static_cast<int>(h), static_cast<int>(w)};
     pyramid.first_token[s + 1] = pyramid.first_token[s] + h * w;
   }

@@ -72,8 +72,7 @@ struct Operators {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
       const ScalarType type = h.scalar_type();
-      Tensor quantized =
-          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
+      Tensor quantized = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
       Tensor indices = empty({pyramid.batch, tokens_per_image(pyramid)}, ScalarType::Long, h);
       Tensor code_error = empty({pyramid.num_scales}, type, h);
       Tensor hits = empty({layout.codes}, ScalarType::Long, h);
@@ -118,12 +117,11 @@ struct Operators {
       const ScalarType type = h.scalar_type();
       Tensor grad_h = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
       Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h);
-      Backend::run(
-          QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
-                                  data<int64_t>(indices), data<T>(grad_quantized),
-                                  data<T>(grad_code_error), data<T>(grad_row_error),
-                                  mutable_data<T>(grad_h), mutable_data<T>(grad_codebook)},
-          h);
+      Backend::run(QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
+                                           data<int64_t>(indices), data<T>(grad_quantized),
+                                           data<T>(grad_code_error), data<T>(grad_row_error),
+                                           mutable_data<T>(grad_h), mutable_data<T>(grad_codebook)},
+                   h);
       return std::make_tuple(grad_h, grad_codebook);
     });
   }
@@ -177,8 +175,7 @@ struct Operators {
     });
   }
 
-  static std::tuple<Tensor, Tensor> segment_sum(Tensor rows, Tensor indices,
-                                                int64_t num_segments) {
+  static std::tuple<Tensor, Tensor> segment_sum(Tensor rows, Tensor indices, int64_t num_segments) {
     check_floating(rows, "rows");
     check_dim(rows, 2, "rows");
     check_indices_type(indices);

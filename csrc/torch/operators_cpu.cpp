@@ -29,8 +29,8 @@ struct CpuBackend {
   static void check_indices(const Tensor& indices, int64_t codes, int64_t lowest) {
     const int64_t* begin = data<int64_t>(indices);
     const int64_t* end = begin + indices.numel();
-    const int64_t* bad = std::find_if(
-        begin, end, [&](int64_t index) { return index < lowest || index >= codes; });
+    const int64_t* bad =
+        std::find_if(begin, end, [&](int64_t index) { return index < lowest || index >= codes; });
     STD_TORCH_CHECK(bad == end, "indices must be in [", lowest, ", ", codes, "), got ",
                     bad == end ? 0 : *bad, " at position ", bad - begin);
   }

@@ -23,5 +23,6 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   m.def(
       "multiscale_decode(Tensor indices, Tensor codebook, int[] dims, int[] sizes, int height, "
       "int width, bool l2_norm) -> Tensor");
-  m.def("segment_sum(Tensor rows, Tensor indices, int num_segments) -> (Tensor sums, Tensor counts)");
+  m.def(
+      "segment_sum(Tensor rows, Tensor indices, int num_segments) -> (Tensor sums, Tensor counts)");
 }
