@@ -5,6 +5,7 @@ total = L_sem + L_VQ + L_pix, with L_pix = l2 + LPIPS + lambda_G * L_G.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +100,9 @@ class LPIPS(nn.Module):
             import lpips
         except ImportError as error:
             raise ImportError("the LPIPS loss needs lpips: pip install lpips") from error
-        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():  # lpips builds VGG16 by an old spelling of torchvision's
+            warnings.simplefilter("ignore", UserWarning)
+            model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         with torch.no_grad():
             for slice_name, part in model.net.named_children():
                 for number, module in part.named_children():

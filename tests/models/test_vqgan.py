@@ -19,7 +19,7 @@ class Plain:
         return torch.nn.functional.conv2d(x, w, b, stride=stride, padding=padding)
 
     def norm(self, name, x):
-        batch, channels, height, width = x.shape
+        batch, channels = x.shape[:2]
         y = x.reshape(batch, self.groups, -1)
         mean = y.mean(-1, keepdim=True)
         variance = ((y - mean) ** 2).mean(-1, keepdim=True)
@@ -37,7 +37,7 @@ class Plain:
         return x + h
 
     def attn(self, name, x):
-        batch, channels, height, width = x.shape
+        batch, channels = x.shape[:2]
         y = self.norm(f"{name}.norm", x)
         q, k, v = (self.conv(f"{name}.{part}", y).reshape(batch, channels, -1) for part in "qkv")
         scores = torch.einsum("bci,bcj->bij", q, k) / channels**0.5
