@@ -43,14 +43,15 @@ def load_library() -> None:
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
+        reason = error.__cause__ or error  # torch's own message leaves the loader's out
         hint = ""
-        if torch.version.cuda is None and "cuda" in str(error):
+        if torch.version.cuda is None and "libtorch_cuda" in str(reason):
             hint = (
                 f"They were built with CUDA, and torch {torch.__version__} has none: "
                 "build them again beside this torch. "
             )
         raise KernelsMissingError(
-            f"compiled operators at {LIBRARY} cannot be loaded: {error}. {hint}{_HOW_TO_BUILD}"
+            f"compiled operators at {LIBRARY} cannot be loaded: {reason}. {hint}{_HOW_TO_BUILD}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_build import find_compiler
 
 from tokenflow_ext import _build
 
@@ -127,22 +128,29 @@ class TestWithoutLibrary:
         broken = tmp_path / "libtokenflow_ops.so"
         broken.write_bytes(b"\x7fELF, and no more")
         monkeypatch.setattr(_build, "LIBRARY", broken)
-        with pytest.raises(_build.KernelsMissingError, match=r"cannot be loaded.*`pip install \.`"):
+        with pytest.raises(
+            _build.KernelsMissingError, match=r"cannot be loaded: .*(file|header).*`pip install \.`"
+        ):
             _build.load_library()
 
     def test_cuda_library_beside_a_torch_without(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
+        # A library that needs libtorch_cuda.so (an empty one, gone again before the load).
+        source, needed_library = tmp_path / "empty.cpp", tmp_path / "libtorch_cuda.so"
+        source.touch()
         library = tmp_path / "libtokenflow_ops.so"
-        library.touch()
-
-        def load(path: object) -> None:
-            raise OSError("libtorch_cuda.so: cannot open shared object file")
-
+        compiler = [*find_compiler(os.environ), "-shared", "-fPIC", str(source)]
+        subprocess.run([*compiler, "-o", str(needed_library)], check=True)
+        link = ["-Wl,--no-as-needed", f"-L{tmp_path}", "-ltorch_cuda"]
+        subprocess.run([*compiler, *link, "-o", str(library)], check=True)
+        needed_library.unlink()
         monkeypatch.setattr(_build, "LIBRARY", library)
-        monkeypatch.setattr(torch.ops, "load_library", load)
         monkeypatch.setattr(torch.version, "cuda", None)
-        with pytest.raises(_build.KernelsMissingError, match="build them again beside this torch"):
+        with pytest.raises(
+            _build.KernelsMissingError,
+            match=r"libtorch_cuda\.so: cannot open.*build them again beside this torch",
+        ):
             _build.load_library()
 
     def test_old_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
