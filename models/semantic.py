@@ -221,7 +221,9 @@ class EfficientNetLite0Tower(Tower):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, 112]."""
-        x = self.bn1(self.conv_stem(self.pixels(self.scaled(images))))
+        # Channels last: on a CPU the tower takes two thirds of the time so (batch 32, 128 px).
+        x = self.pixels(self.scaled(images)).contiguous(memory_format=torch.channels_last)
+        x = self.bn1(self.conv_stem(x))
         return self.blocks(x).flatten(2).transpose(1, 2)
 
 
