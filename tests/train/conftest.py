@@ -1,0 +1,42 @@
+"""What the tests of training share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+def _load_micro() -> ModuleType:
+    # By its path: a package named after this folder would hide the sources' own "train".
+    path = Path(__file__).with_name("micro.py")
+    spec = importlib.util.spec_from_file_location("training_micro", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["training_micro"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def micro() -> ModuleType:
+    """The helpers of micro.py."""
+    return _load_micro()
+
+
+@pytest.fixture(scope="session")
+def images(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three small pictures."""
+    return micro.draw_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tests run beside other work; threads that wait for each other would slow both."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,142 @@
+"""Checkpoints: whole or absent, refused when altered, never executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from tokenflow_ext.train import checkpoint
+from tokenflow_ext.train.checkpoint import CheckpointError
+
+
+def save_model(folder):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(100))
+
+
+def write(folder, step=1, keep=3):
+    state = {"step": step, "weights": torch.arange(1000.0), "list": [1, (2, "three"), None]}
+    return checkpoint.save(folder, step, state, save_model, keep)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = write(tmp_path)
+    state = checkpoint.load(path)
+    assert torch.equal(state["weights"], torch.arange(1000.0))
+    assert state["list"] == [1, (2, "three"), None]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (5, 10, 9, 100000000):
+        write(tmp_path, step, keep=2)
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["step_00000010", "step_100000000"]
+
+
+def test_the_same_step_can_be_written_again(tmp_path):
+    write(tmp_path)
+    assert checkpoint.load(write(tmp_path))["step"] == 1
+
+
+@pytest.mark.parametrize("file", ["training.pt", "model.safetensors", "config.json"])
+def test_truncated_altered_and_missing_files_are_named(tmp_path, file):
+    path = write(tmp_path)
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"{file} is truncated"):
+        checkpoint.load(path)
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    (path / file).write_bytes(flipped)
+    with pytest.raises(CheckpointError, match=f"{file} is altered"):
+        checkpoint.load(path)
+    (path / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, r"no manifest\.json"),
+        ("{", "cannot be read"),
+        ("[]", "no training checkpoint"),
+        ('{"format": "something else"}', "no training checkpoint"),
+        ('{"format": "tokenflow-training-checkpoint", "version": 99}', "version 99"),
+        ('{"format": "tokenflow-training-checkpoint", "version": 1}', "names no files"),
+    ],
+)
+def test_foreign_folders_are_refused(tmp_path, manifest, message):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path)
+
+
+class Dangerous:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_nothing_is_executed_on_loading(tmp_path, writer):
+    path, mark = write(tmp_path), tmp_path / "executed"
+    content = {"step": 1, "bad": Dangerous(str(mark))}
+    if writer == "torch":
+        torch.save(content, path / "training.pt")
+    else:
+        (path / "training.pt").write_bytes(pickle.dumps(content))
+    manifest = json.loads((path / "manifest.json").read_text())
+    file = path / "training.pt"
+    manifest["files"]["training.pt"] = {
+        "bytes": file.stat().st_size,
+        "sha256": checkpoint._digest(file),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"training\.pt cannot be loaded"):
+        checkpoint.load(path)
+    assert not mark.exists()
+
+
+def test_find_takes_a_run_a_checkpoint_or_a_saved_model(tmp_path):
+    path = write(tmp_path / "checkpoints", 1)
+    newest = write(tmp_path / "checkpoints", 2)
+    assert checkpoint.find(tmp_path) == newest
+    assert checkpoint.find(tmp_path / "checkpoints") == newest
+    assert checkpoint.find(path) == path
+    assert checkpoint.find(path / "model.safetensors") == path
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_model(plain)
+    assert checkpoint.find(plain) == plain
+    with pytest.raises(CheckpointError, match="nothing at"):
+        checkpoint.find(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither"):
+        checkpoint.find(tmp_path / "empty")
+    (newest / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="truncated"):
+        checkpoint.find(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_others_alone(tmp_path):
+    path = write(tmp_path, 1)
+
+    def interrupted(folder):
+        save_model(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, {}, interrupted, 3)
+    assert checkpoint.available(tmp_path) == [path]
+    write(tmp_path, 3)
+    assert not list(tmp_path.glob(".writing*"))
+    assert checkpoint.load(path)["step"] == 1

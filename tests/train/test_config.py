@@ -1,0 +1,74 @@
+"""Configurations: files, overrides, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenflow_ext.models import ConfigError, TokenizerConfig
+from tokenflow_ext.train.config import TrainConfig, load_config, parse_overrides, to_yaml
+
+
+def test_yaml_gives_back_an_equal_configuration(tmp_path):
+    config = load_config(None, ["optim.lr=3e-4", "data.flip=no", "model.quantizer.scales=[1,8]"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config
+    assert config.optim.lr == 3e-4
+    assert config.data.flip is False
+    assert config.model.quantizer.scales == (1, 8)
+
+
+def test_no_argument_is_the_defaults():
+    assert load_config() == TrainConfig()
+    assert load_config().model == TokenizerConfig.preset("tiny")
+
+
+def test_order_is_preset_then_file_then_command_line(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: B\noptim: {lr: 1e-4, steps: 7}\nmodel: {pixel: {channels: 64}}\n")
+    config = load_config(file, ["optim.steps=9"])
+    assert (config.optim.lr, config.optim.steps) == (1e-4, 9)
+    assert config.model.pixel.channels == 64
+    assert config.model.teacher == TokenizerConfig.preset("B").teacher
+
+
+def test_both_spellings_of_an_override():
+    given = parse_overrides(["optim.lr=1e-4", "--seed", "3", "--data.flip=no", "run=a=b"])
+    assert given == {"optim": {"lr": 1e-4}, "seed": 3, "data": {"flip": False}, "run": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("optim.learning_rate=1", r"optim\.learning_rate"),
+        ("colour=red", "colour"),
+        ("optim.steps=0", r"optim\.steps.*0"),
+        ("optim.steps=many", r"optim\.steps.*many"),
+        ("optim.steps=1.5", r"optim\.steps.*1\.5"),
+        ("optim.schedule=linear", r"optim\.schedule.*linear"),
+        ("optim.precision=fp8", r"optim\.precision.*fp8"),
+        ("optim.betas=[0.9]", r"optim\.betas"),
+        ("loss.semantic=-1", r"loss\.semantic.*-1"),
+        ("loss.semantic_kind=l1", r"loss\.semantic_kind.*l1"),
+        ("preset=huge", "preset.*huge"),
+        ("optim=3", "optim.*3"),
+        ("steps", "steps"),
+        ("data.path=[", "data.path"),
+    ],
+)
+def test_an_error_names_the_key_and_the_value(argument, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, [argument])
+
+
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "optim: [unclosed\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_config(tmp_path / "nowhere.yaml")

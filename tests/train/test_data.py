@@ -1,0 +1,134 @@
+"""Crops: the same everywhere, dealt out without gap or overlap, held-out pixels never seen."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import DataConfig
+
+
+def dataset(images, seed=0, **config) -> data.RandomCrops:
+    train, _ = data.split(DataConfig(path=str(images)))
+    return data.RandomCrops(train, 16, DataConfig(path=str(images), **config), seed)
+
+
+def test_a_sample_depends_on_seed_and_index_alone(images):
+    one, other = dataset(images), dataset(images)
+    backwards = {i: other[i] for i in reversed(range(12))}
+    for i in range(12):
+        assert torch.equal(one[i], backwards[i])
+    assert not torch.equal(one[3], dataset(images, seed=1)[3])
+    assert len({one[i].numpy().tobytes() for i in range(12)}) == 12
+
+
+def test_every_picture_is_visited_once_an_epoch(images):
+    crops = dataset(images)
+    n = len(crops.pictures)
+    for epoch in range(4):
+        assert sorted(crops._which(epoch * n + i) for i in range(n)) == list(range(n))
+
+
+def test_samples_are_in_range_and_shape(images):
+    for i in range(20):
+        sample = dataset(images)[i]
+        assert sample.shape == (3, 16, 16)
+        assert sample.dtype == torch.float32
+        assert sample.min() >= -1
+        assert sample.max() <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    world=st.integers(1, 5),
+    accumulate=st.integers(1, 4),
+    local=st.integers(1, 4),
+    position=st.integers(0, 10**12),
+)
+def test_processes_share_out_the_joined_batch(world, accumulate, local, position):
+    batch = world * accumulate * local
+    shards = [data.Shard(batch, accumulate, rank, world) for rank in range(world)]
+    parts = [shard.indices(position, micro) for micro in range(accumulate) for shard in shards]
+    assert list(itertools.chain(*parts)) == list(range(position, position + batch))
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused():
+    with pytest.raises(data.DataError, match=r"10.*4 processes"):
+        data.Shard(10, 1, 0, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_starts_at_any_position(images, workers):
+    crops, shard = dataset(images), data.Shard(4, accumulate=2)
+    state = torch.get_rng_state()
+    batches = iter(data.loader(crops, shard, 8, workers))
+    for start in (8, 10, 12):
+        assert torch.equal(next(batches), torch.stack([crops[start], crops[start + 1]]))
+    assert torch.equal(state, torch.get_rng_state())  # reading leaves the generator alone
+
+
+def test_no_held_out_pixel_is_trained_on(tmp_path):
+    """The held-out band is painted red: no training crop may show it, every held-out crop does."""
+    for name, shape in (("wide", (60, 100, 3)), ("tall", (100, 60, 3))):
+        pixels = np.zeros(shape, np.uint8)
+        start, stop = (round(share * 100) for share in data.HELD_OUT_BAND)
+        band = (slice(None), slice(start, stop)) if name == "wide" else (slice(start, stop),)
+        pixels[(*band, ..., 0) if name == "tall" else (*band, 0)] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    train, held_out = data.split(DataConfig(path=str(tmp_path)))
+    crops = data.RandomCrops(train, 16, DataConfig(min_crop=0.1), 0)
+    assert all((crops[i] == -1).all() for i in range(60))
+    shown = data.held_out_crops(held_out, 16, 50)
+    assert (shown[:, 0] == 1).all()
+
+
+def test_a_large_folder_holds_out_whole_images(tmp_path):
+    for i in range(41):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    train, held_out = data.split(DataConfig(path=str(tmp_path)))
+    assert len(train) + len(held_out) == 41
+    assert not {p.path for p in train} & {p.path for p in held_out}
+    own = data.split(DataConfig(path=str(tmp_path), held_out=str(tmp_path)))
+    assert (len(own[0]), len(own[1])) == (41, 41)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 1000])
+def test_held_out_crops_keep_to_the_limit(images, limit):
+    _, held_out = data.split(DataConfig(path=str(images)))
+    crops = data.held_out_crops(held_out, 16, limit)
+    assert 1 <= len(crops) <= limit
+    assert torch.equal(crops, data.held_out_crops(held_out, 16, limit))
+
+
+def test_unreadable_images_are_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match=r"broken\.png"):
+        data.RandomCrops([data.Picture(tmp_path / "broken.png")], 16, DataConfig(), 0)
+    (tmp_path / "broken.png").unlink()
+    with pytest.raises(data.DataError, match="no image"):
+        data.list_images(tmp_path)
+    with pytest.raises(data.DataError, match="nowhere"):
+        data.list_images(tmp_path / "nowhere")
+
+
+def test_pixels_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    image = Image.fromarray(levels[..., None].expand(-1, -1, 3).contiguous().numpy())
+    assert np.array_equal(data.to_pixels(data.to_tensor(image)[None])[0], np.array(image))
+
+
+def test_built_in_photographs_open_and_have_licences():
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    paths = data.photographs()
+    assert len(paths) == len(data.PHOTOGRAPHS)
+    assert all(min(data.open_image(path).size) >= 256 for path in paths)
+    lines = data.photograph_licences().splitlines()
+    assert all("CC" in line or "public domain" in line for line in lines)

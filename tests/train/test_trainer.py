@@ -1,0 +1,261 @@
+"""Training in one process: what a step does, every loss on and off, precision, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models.teachers import find_efficientnet_lite0
+from tokenflow_ext.train import checkpoint, tokenizer
+from tokenflow_ext.train.config import OptimConfig, load_config
+from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.trainer import Ema, Trainer, learning_rate
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def teacher_or_skip() -> None:
+    try:
+        find_efficientnet_lite0()
+    except WeightsError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def make(micro, images, tmp_path):
+    """make("optim.steps=3", ...): a trainer of the micro tokenizer, ready for steps."""
+
+    def build(*more: str, semantic: bool = False) -> Trainer:
+        if semantic:
+            teacher_or_skip()
+        extra = more if semantic else (*micro.PIXEL_ONLY, *more)
+        config = load_config(None, micro.overrides(tmp_path / "run", images, *extra))
+        trainer = Trainer(config, ALONE)
+        trainer.prepare()
+        return trainer
+
+    return build
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def changed(before, model) -> set[str]:
+    return {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
+
+
+def test_the_schedule():
+    cosine = OptimConfig(steps=100, warmup=10, schedule="cosine", final_lr=0.1)
+    values = [learning_rate(step, cosine) for step in range(101)]
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert values[10] == 1
+    assert values[55] == pytest.approx(0.55)
+    assert values[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
+    constant = OptimConfig(steps=100, warmup=10, schedule="constant")
+    assert {learning_rate(step, constant) for step in range(10, 101)} == {1.0}
+
+
+def test_ema_is_the_moving_average():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(model, 0.9)
+    expected = model.weight.item()
+    for step in range(1, 200):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_weight_trains_with_every_loss(make):
+    trainer = make(
+        "loss.gan=0.5", "loss.gan_start=0", "model.quantizer.scale_drop=0", semantic=True
+    )
+    before, d_before = weights(trainer.model), weights(trainer.discriminator)
+    for _ in range(2):
+        values = trainer.train_step()
+    assert all(math.isfinite(v) for v in values.values())
+    learned = {k for k, p in trainer.model.named_parameters() if p.requires_grad}
+    assert learned <= changed(before, trainer.model)
+    assert not any(k.startswith("semantic_encoder") for k in changed(before, trainer.model))
+    assert {k for k, _ in trainer.discriminator.named_parameters()} <= changed(
+        d_before, trainer.discriminator
+    )
+
+
+@pytest.mark.parametrize(
+    ("off", "idle"),
+    [
+        ("loss.semantic=0", "decode_task_layer.0.weight"),
+        ("loss.pixel=0", "decoder.conv_out.weight"),
+        ("loss.vq=0", "quantizer.codebooks.0"),
+    ],
+)
+def test_a_loss_switched_off_moves_nothing(make, off, idle):
+    trainer = make(off, semantic=True)
+    before = weights(trainer.model)
+    for _ in range(2):
+        trainer.train_step()
+    moved = changed(before, trainer.model)
+    assert idle not in moved
+    assert {"encode_task_layer.0.weight", "encoder.conv_in.weight"} & moved
+
+
+def test_the_discriminator_waits_for_its_start(make):
+    trainer = make("loss.gan=0.5", "loss.gan_start=2")
+    before = weights(trainer.discriminator)
+    assert "discriminator" not in trainer.train_step()
+    assert "discriminator" not in trainer.train_step()
+    assert not changed(before, trainer.discriminator)
+    assert "discriminator" in trainer.train_step()
+    assert changed(before, trainer.discriminator)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_full_precision(make, precision):
+    full = make("model.quantizer.scale_drop=0")
+    half = make("model.quantizer.scale_drop=0", f"optim.precision={precision}")
+    assert half.scaler.is_enabled() == (precision == "fp16")
+    for _ in range(3):
+        a, b = full.train_step(), half.train_step()
+    assert b["l2"].item() == pytest.approx(a["l2"].item(), rel=0.05)
+
+
+def test_accumulation_is_one_large_batch(make):
+    whole = make("model.quantizer.scale_drop=0")
+    parts = make("model.quantizer.scale_drop=0", "optim.accumulate=2", "codebook.kmeans_batches=2")
+    parts.model.load_state_dict(whole.model.state_dict())
+    for trainer in (whole, parts):
+        trainer.train_step()
+    assert whole.position == parts.position == 4
+    for (name, a), (_, b) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_are_clipped(make):
+    trainer = make("optim.max_grad_norm=0.001")
+    assert trainer.train_step()["grad_norm"] > 0.001  # what it was
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None])
+    assert norm.norm() <= 0.001 * (1 + 1e-5)
+
+
+def test_kmeans_starts_codes_on_the_features(make):
+    plain, started = make("codebook.kmeans_batches=0"), make()
+    images = started.held_out
+    with torch.no_grad():
+        losses = [
+            t.model.eval().quantizer(t.model.features(images)).vq_loss for t in (plain, started)
+        ]
+    assert losses[1] < 0.7 * losses[0]
+    for a, b in zip(
+        started.model.quantizer.codebooks, started.ema.model.quantizer.codebooks, strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_dead_codes_are_restarted_in_model_and_average(make):
+    trainer = make("codebook.restart_every=2", "codebook.restart_until=1")
+    quantizer = trainer.model.quantizer
+    far = torch.nn.functional.normalize(torch.full((8,), -1.0), dim=0)
+    with torch.no_grad():
+        quantizer.codebooks[0][5] = far
+    trainer.train_step()
+    quantizer.usage_ema[5] = 0
+    trainer.train_step()
+    assert not torch.allclose(quantizer.codebooks[0][5], far, atol=0.1)
+    assert torch.equal(quantizer.codebooks[0][5], trainer.ema.model.quantizer.codebooks[0][5])
+    assert quantizer.usage_ema[5] > 0
+
+
+def test_codebooks_by_moving_average(make):
+    trainer = make("model.quantizer.codebook_update=ema")
+    before = weights(trainer.model)
+    trainer.train_step()
+    assert "quantizer.codebooks.0" in changed(before, trainer.model)
+
+
+def test_training_learns(make):
+    trainer = make("optim.lr=5e-3", "optim.steps=60", "optim.batch=8", "optim.ema_decay=0.8")
+    first = trainer.evaluate()["psnr"]
+    for _ in range(60):
+        trainer.train_step()
+    assert trainer.evaluate()["psnr"] > first + 3
+
+
+def test_a_loss_that_is_not_finite_is_an_error(make):
+    trainer = make("output.log_every=1")
+    with torch.no_grad():
+        trainer.model.decoder.conv_out.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1.*l2"):
+        trainer.fit()
+
+
+def test_a_run_leaves_what_it_says(micro, images, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = micro.overrides(run, images, *micro.PIXEL_ONLY, "output.tensorboard=yes")
+    tokenizer.main(arguments)
+    text = capsys.readouterr().out
+    assert "codebook_size: 64" in text
+    assert "PSNR" in text
+    assert str(run / "pictures" / "final.png") in text
+    assert (run / "pictures" / "final.png").is_file()
+    assert list((run / "tensorboard").iterdir())
+    assert load_config(run / "config.yaml") == load_config(None, arguments)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in lines if r["kind"] == "held_out"] == [0, 3, 6]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["last"]["psnr"] == lines[-1]["psnr"]
+    saved = checkpoint.available(run / "checkpoints")
+    assert [p.name for p in saved] == ["step_00000003", "step_00000006"]
+    model = TokenFlowTokenizer.from_pretrained(saved[-1])  # the average is ready for use
+    assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 21)
+    with pytest.raises(SystemExit, match="already holds a run"):
+        tokenizer.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("loss.perceptual=1", "VGG16"),
+        ("data.path=nowhere", "nowhere"),
+        ("optim.batch=5", "accumulation"),
+        ("optim.nothing=1", "nothing"),
+        ("init=nowhere", "nowhere"),
+    ],
+)
+def test_errors_end_with_one_line(micro, images, tmp_path, argument, message):
+    arguments = micro.overrides(
+        tmp_path / "run", images, *micro.PIXEL_ONLY, "optim.accumulate=2", argument
+    )
+    with pytest.raises(SystemExit, match=message) as caught:
+        tokenizer.main(arguments)
+    assert str(caught.value).startswith("error: ")
+
+
+def test_a_missing_teacher_is_named(micro, images, tmp_path):
+    file = tmp_path / "teacher.pth"
+    arguments = micro.overrides(tmp_path / "run", images, f"teacher_weights={file}")
+    with pytest.raises(SystemExit, match=str(file)):
+        tokenizer.main(arguments)
+
+
+def test_resuming_another_model_is_refused(micro, images, tmp_path):
+    arguments = micro.overrides(tmp_path / "run", images, *micro.PIXEL_ONLY, "optim.steps=3")
+    tokenizer.main(arguments)
+    with pytest.raises(SystemExit, match="does not fit"):
+        tokenizer.main([*arguments, "--resume", "model.quantizer.codebook_size=32"])
+    newest = checkpoint.available(tmp_path / "run" / "checkpoints")[-1]
+    (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"training\.pt is truncated"):
+        tokenizer.main([*arguments, "--resume"])

@@ -1,0 +1,176 @@
+"""Checkpoints: folders that appear whole or not at all, and are loaded without unpickling code.
+
+    RUN/checkpoints/step_00000300/
+        config.json, model.safetensors   the EMA weights, as ``save_pretrained`` writes them
+        training.pt                      everything else, read with ``weights_only=True``
+        manifest.json                    format, step, and size and SHA-256 of each file
+
+A checkpoint is written to a folder with a temporary name, every file is flushed to the disk, and
+the folder is renamed. A process killed at any moment leaves the finished checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenflow_ext.models import CheckpointError
+
+FORMAT = "tokenflow-training-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is seen whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def available(folder: Path) -> list[Path]:
+    """The finished checkpoints in ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(named)]
+
+
+def save(
+    folder: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], keep: int
+) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and delete all but the newest ``keep``.
+
+    Args:
+        state: tensors, numbers, strings and containers of them.
+        save_model: writes the weights for use (config.json, model.safetensors) into a folder.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".writing_{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".writing_*"):  # of a process that was killed
+        shutil.rmtree(left_over)
+    temporary.mkdir()
+    save_model(temporary)
+    torch.save(state, temporary / "training.pt")
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        _flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
+    _flush(temporary)
+    if final.exists():  # a run continued from an earlier checkpoint comes by again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(folder)
+    for old in available(folder)[:-keep]:
+        # Renamed first, so that a kill half-way through leaves no half of a checkpoint in sight.
+        doomed = old.with_name(f".writing_{old.name}")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at ``path`` once every file agrees with it.
+
+    Raises:
+        CheckpointError: saying what is wrong with which file.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is no training checkpoint: it has no manifest.json"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}/manifest.json cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no training checkpoint of this project")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {manifest.get('version')}; this release reads version {VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or "training.pt" not in files:
+        raise CheckpointError(f"{path}/manifest.json names no files of a checkpoint")
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} is incomplete: {name} is missing")
+        if (size := file.stat().st_size) != facts["bytes"]:
+            raise CheckpointError(
+                f"{file} is truncated or altered: {size} bytes, expected {facts['bytes']}"
+            )
+        if _digest(file) != facts["sha256"]:
+            raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in manifest.json")
+    return manifest
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The state that ``save`` was given, from a checkpoint that is whole.
+
+    Raises:
+        CheckpointError: see ``verify``; also for content other than tensors and plain containers.
+    """
+    verify(path)
+    try:
+        return torch.load(path / "training.pt", map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path / 'training.pt'} cannot be loaded: {error}") from error
+
+
+def find(path: str | Path) -> Path:
+    """The folder with config.json and model.safetensors that ``path`` means.
+
+    ``path`` is a run (its newest checkpoint is taken), a checkpoint, or a save_pretrained folder.
+
+    Raises:
+        CheckpointError: nothing there, or a checkpoint that is not whole.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise CheckpointError(f"nothing at {given}")
+    if given.is_file():
+        given = given.parent
+    if checkpoints := available(given / "checkpoints") or available(given):
+        given = checkpoints[-1]
+    if (given / "manifest.json").exists():
+        verify(given)
+    elif not ((given / "config.json").is_file() and (given / "model.safetensors").is_file()):
+        raise CheckpointError(
+            f"{given} is neither a run with a checkpoint, nor a checkpoint, nor a folder with "
+            "config.json and model.safetensors"
+        )
+    return given

@@ -1,0 +1,171 @@
+"""The command ``tokenflow``: train a tokenizer, and use a trained one on pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models.metrics import psnr
+from tokenflow_ext.train import checkpoint, data, tokenizer
+from tokenflow_ext.train.logs import over_under
+
+INDEX_FORMAT = "tokenflow-tokens"
+
+
+def _load(path: str, device: str) -> tuple[TokenFlowTokenizer, Path]:
+    folder = checkpoint.find(path)
+    return TokenFlowTokenizer.from_pretrained(folder).to(device), folder
+
+
+def read_square(path: Path, size: int) -> torch.Tensor:
+    """The image's middle square, resized: [3, size, size] in [-1, 1]."""
+    image = data.open_image(path)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _facts(model: TokenFlowTokenizer, folder: Path) -> dict[str, object]:
+    quantizer = model.quantizer
+    return {
+        "format": INDEX_FORMAT,
+        "version": 1,
+        "tokenizer": str(folder),
+        "image_size": model.config.image_size,
+        "codebook_size": quantizer.codebook_size,
+        "scales": [list(size) for size in quantizer.scales],
+        "tokens_per_image": quantizer.num_tokens,
+    }
+
+
+def _save_tokens(tokens: torch.Tensor, path: Path, facts: dict[str, object]) -> None:
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    part = path.with_name(path.name + ".part")
+    save_file({"tokens": tokens.to(torch.int32).contiguous()}, str(part), metadata=metadata)
+    part.replace(path)
+
+
+@torch.no_grad()
+def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -> list[Path]:
+    """Write for each image NAME.png (original over reconstruction) and NAME.safetensors (tokens).
+
+    Returns:
+        The pictures' paths.
+    """
+    model, folder = _load(source, device)
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    facts, written = _facts(model, folder), []
+    for name in images:
+        original = read_square(Path(name), model.config.image_size)[None].to(device)
+        tokens = model.encode(original)
+        made = model.decode(tokens)[0]
+        picture = target / f"{Path(name).stem}.png"
+        Image.fromarray(over_under(original, made, least=256)).save(picture)
+        _save_tokens(tokens.cpu(), picture.with_suffix(".safetensors"), facts)
+        print(f"{name}: {tokens.shape[1]} tokens, {psnr(made, original).item():.2f} dB, {picture}")
+        written.append(picture)
+    return written
+
+
+def _caption(path: Path) -> str | None:
+    """The first line of NAME.txt beside the image, where there is one."""
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        return None
+    lines = text.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[0] if lines else None
+
+
+@torch.no_grad()
+def tokenize(
+    folder: str, source: str, out: str, *, device: str = "cpu", batch: int = 32, shard: int = 4096
+) -> Path:
+    """Write the tokens of every image below ``folder`` as shards; returns the index's path.
+
+    The index (index.json) is written last: a folder without it is not finished. See
+    docs/training.md for the format.
+    """
+    model, place = _load(source, device)
+    paths = data.list_images(folder)
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    facts = _facts(model, place)
+    shards = []
+    bar = tqdm(total=len(paths), unit="image")
+    for number, start in enumerate(range(0, len(paths), shard)):
+        names = paths[start : start + shard]
+        tokens = []
+        for at in range(0, len(names), batch):
+            squares = [read_square(p, model.config.image_size) for p in names[at : at + batch]]
+            tokens.append(model.encode(torch.stack(squares).to(device)).cpu())
+            bar.update(len(squares))
+        file = f"tokens-{number:05d}.safetensors"
+        _save_tokens(torch.cat(tokens), target / file, facts)
+        rows = [{"image": str(p.relative_to(folder)), "caption": _caption(p)} for p in names]
+        listing = f"tokens-{number:05d}.json"
+        checkpoint.write_text(target / listing, json.dumps(rows, indent=0, ensure_ascii=False))
+        shards.append({"tokens": file, "rows": listing, "count": len(names)})
+    bar.close()
+    index = target / "index.json"
+    facts |= {"images": len(paths), "shards": shards}
+    checkpoint.write_text(index, json.dumps(facts, indent=2) + "\n")
+    print(f"{len(paths)} images, {facts['tokens_per_image']} tokens each, {index}")
+    return index
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="tokenflow", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "train", add_help=False, help="train a tokenizer; the same as torchrun train/tokenizer.py"
+    )
+    use = commands.add_parser("reconstruct", help="pictures to tokens and back")
+    use.add_argument("images", nargs="+", metavar="IMAGE")
+    write = commands.add_parser("tokenize", help="a folder of images to shards of tokens")
+    write.add_argument("folder", metavar="FOLDER")
+    write.add_argument("--batch", type=int, default=32, help="images encoded at once")
+    write.add_argument("--shard", type=int, default=4096, help="images in a file")
+    for sub, default in ((use, "reconstructions"), (write, "tokens")):
+        sub.add_argument(
+            "--checkpoint",
+            required=True,
+            metavar="PATH",
+            help="a run, one of its checkpoints, or a folder of save_pretrained",
+        )
+        sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
+        sub.add_argument("--device", default="cpu", help="[%(default)s]")
+    if arguments[:1] == ["train"]:
+        # In place of this process, which has loaded torch before its settings could be made.
+        os.execv(sys.executable, [sys.executable, tokenizer.__file__, *arguments[1:]])
+    known = parser.parse_args(arguments)
+    try:
+        if known.command == "reconstruct":
+            reconstruct(known.images, known.checkpoint, known.out, known.device)
+        else:
+            tokenize(
+                known.folder,
+                known.checkpoint,
+                known.out,
+                device=known.device,
+                batch=known.batch,
+                shard=known.shard,
+            )
+    except (CheckpointError, ConfigError, WeightsError, data.DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
