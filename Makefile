@@ -53,7 +53,7 @@ format: setup
 cpp:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
 	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS)
-	cd $(CMAKE_DIR) && ctest --output-on-failure
+	cd $(CMAKE_DIR) && ctest --output-on-failure --parallel $(JOBS)
 
 cuda-compile:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON

@@ -489,7 +489,9 @@ def compile_command(plan: Plan, source: Path) -> list[str]:
     relative = source.relative_to(plan.root / "csrc")
     if source.suffix == ".cu":
         assert plan.toolkit is not None
-        command = [plan.toolkit.nvcc, "-ccbin", plan.compiler[0], "-std=c++17", "-O3", "-lineinfo"]
+        # nvcc takes a program as its host compiler: neither a launcher before it nor flags.
+        host = [word for word in plan.compiler if not word.startswith("-")][-1]
+        command = [plan.toolkit.nvcc, "-ccbin", host, "-std=c++17", "-O3", "-lineinfo"]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", f"-I{plan.root / 'csrc'}"]
         for architecture in plan.architectures:
             command += architecture.flags()
