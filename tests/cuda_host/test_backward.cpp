@@ -1,0 +1,181 @@
+// quantize_backward against the transposed dense matrices in float64.
+#include <algorithm>
+
+#include "support.h"
+
+using namespace test;
+using namespace tokenflow;
+
+namespace {
+
+struct Wants {
+  bool grad_quantized = true, code_error = true, row_error = true;
+  bool grad_h = true, grad_codebook = true;
+};
+
+struct Gradients {
+  Vector h, codebook;
+};
+
+Gradients definition(const Pyramid& pyramid, const CodebookLayout& layout, const Floats& codebook,
+                     const Floats& h, const Indices& indices, const Floats& grad_quantized,
+                     const Floats& grad_code_error, const Floats& grad_row_error,
+                     const Wants& wants) {
+  const int64_t tokens = tokens_per_image(pyramid);
+  const int full = pyramid.height * pyramid.width, dim = layout.dim;
+  const Loop loop = residual_loop(pyramid, layout, codebook, h, indices);
+  Gradients grad = {Vector(h.size()), Vector(codebook.size())};
+  Vector code_sums(codebook.size());
+  for (int s = 0; s < pyramid.num_scales; ++s) {
+    const int height = pyramid.extent[s].height, width = pyramid.extent[s].width;
+    const Matrix from_y = average(pyramid.height, height).transposed();
+    const Matrix from_x = average(pyramid.width, width).transposed();
+    const Matrix to_y = bicubic(height, pyramid.height).transposed();
+    const Matrix to_x = bicubic(width, pyramid.width).transposed();
+    for (int64_t b = 0; b < pyramid.batch; ++b) {
+      const size_t first = static_cast<size_t>(b * tokens + pyramid.first_token[s]);
+      std::vector<Vector> row_grads(static_cast<size_t>(height * width), Vector(dim));
+      if (wants.grad_quantized) {
+        for (int d = 0; d < dim; ++d) {
+          const Vector plane(grad_quantized.begin() + (b * dim + d) * full,
+                             grad_quantized.begin() + (b * dim + d + 1) * full);
+          const Vector rows = apply(to_y, to_x, plane.data());
+          for (int p = 0; p < height * width; ++p) row_grads[p][d] = rows[p];
+        }
+      }
+      for (int p = 0; p < height * width; ++p) {
+        const Vector &code = loop.codes[first + p], &target = loop.targets[first + p];
+        if (code.empty()) {
+          row_grads[p].assign(dim, 0.0);
+          continue;
+        }
+        for (int d = 0; d < dim; ++d) {
+          const double difference = target[d] - code[d];
+          if (wants.row_error) row_grads[p][d] += 2 * grad_row_error[s] * difference;
+          if (wants.code_error) {
+            code_sums[indices[first + p] * dim + d] -= 2 * grad_code_error[s] * difference;
+          }
+        }
+        row_grads[p] = normalized_backward(loop.rows[first + p].data(), row_grads[p], layout);
+      }
+      for (int d = 0; d < dim; ++d) {
+        Vector plane(static_cast<size_t>(height * width));
+        for (int p = 0; p < height * width; ++p) plane[p] = row_grads[p][d];
+        const Vector spread = apply(from_y, from_x, plane.data());
+        for (int i = 0; i < full; ++i) grad.h[(b * dim + d) * full + i] += spread[i];
+      }
+    }
+  }
+  for (int64_t i = 0; i < layout.codes; ++i) {
+    const Vector row(codebook.begin() + i * dim, codebook.begin() + (i + 1) * dim);
+    const Vector sum(code_sums.begin() + i * dim, code_sums.begin() + (i + 1) * dim);
+    const Vector result = normalized_backward(row.data(), sum, layout);
+    std::copy(result.begin(), result.end(), grad.codebook.begin() + i * dim);
+  }
+  return grad;
+}
+
+// Random indices; every `missing`-th names no code.
+void check(const char* name, const Pyramid& pyramid, const CodebookLayout& layout,
+           const Wants& wants = {}, int missing = 5, int dropped = -1) {
+  const int64_t tokens = tokens_per_image(pyramid), dim = layout.dim;
+  const Floats codebook = random_floats(layout.codes * dim, 1);
+  const Floats h = random_floats(pyramid.batch * dim * pyramid.height * pyramid.width, 2);
+  const Floats grad_quantized = random_floats(static_cast<int64_t>(h.size()), 3);
+  const Floats grad_code_error = random_floats(pyramid.num_scales, 4);
+  const Floats grad_row_error = random_floats(pyramid.num_scales, 5);
+  Indices indices(static_cast<size_t>(pyramid.batch * tokens));
+  std::mt19937 generator(6);
+  for (size_t n = 0; n < indices.size(); ++n) {
+    indices[n] = static_cast<int64_t>(generator() % static_cast<unsigned>(layout.codes));
+    if (static_cast<int>(n) % missing == missing - 1) indices[n] = n % 2 ? -1 : layout.codes + 3;
+    const int64_t t = static_cast<int64_t>(n) % tokens;
+    if (dropped >= 0 && t >= pyramid.first_token[dropped] && t < pyramid.first_token[dropped + 1]) {
+      indices[n] = -1;
+    }
+  }
+  const Gradients wanted = definition(pyramid, layout, codebook, h, indices, grad_quantized,
+                                      grad_code_error, grad_row_error, wants);
+  Floats first_h, first_codebook;
+  in_every_order([&](const std::string& order) {
+    const std::string label = std::string(name) + " (" + order + ")";
+    Floats grad_h = poisoned<float>(static_cast<int64_t>(h.size()));
+    Floats grad_codebook = poisoned<float>(layout.codes * dim);
+    QuantizeBackwardArgs<float> args = {};
+    args.pyramid = pyramid;
+    args.layout = layout;
+    args.codebook = codebook.data();
+    args.h = h.data();
+    args.indices = indices.data();
+    args.grad_quantized = wants.grad_quantized ? grad_quantized.data() : nullptr;
+    args.grad_code_error = wants.code_error ? grad_code_error.data() : nullptr;
+    args.grad_row_error = wants.row_error ? grad_row_error.data() : nullptr;
+    args.grad_h = wants.grad_h ? grad_h.data() : nullptr;
+    args.grad_codebook = wants.grad_codebook ? grad_codebook.data() : nullptr;
+    CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
+              cudaSuccess,
+          "launch");
+    if (first_h.empty()) {
+      first_h = grad_h;
+      first_codebook = grad_codebook;
+    }
+    CHECK(same_bits(grad_h, first_h) && same_bits(grad_codebook, first_codebook),
+          "%s: other bits in another order", label.c_str());
+    if (wants.grad_h) check_close(grad_h, wanted.h, 3e-5, label + ": grad_h");
+    if (wants.grad_codebook) {
+      check_close(grad_codebook, wanted.codebook, 1e-5, label + ": grad_codebook");
+    }
+  });
+}
+
+}  // namespace
+
+int main() {
+  const Pyramid square = make_pyramid(2, 4, 4, {{1, 1}, {2, 2}, {3, 3}, {4, 4}});
+  const CodebookLayout groups = make_layout(23, {6, 3}, true, {1.0, 0.5});
+  check("TokenFlow's groups", square, make_layout(37, {32, 8}, true));
+  check("not square", make_pyramid(2, 3, 5, {{1, 2}, {3, 2}, {2, 4}, {3, 5}}),
+        make_layout(14, {3, 2, 1}, true));
+  check("no normalisation", make_pyramid(1, 5, 3, {{2, 3}, {4, 1}, {5, 3}}),
+        make_layout(20, {6}, false));
+  check("one scale", make_pyramid(2, 3, 3, {{3, 3}}), groups);
+  check("one code", make_pyramid(2, 3, 3, {{1, 1}, {3, 3}}), make_layout(1, {4}, true));
+  check("scales that shrink and exceed the plane", make_pyramid(1, 3, 4, {{5, 2}, {1, 1}, {2, 6}}),
+        groups);
+  check("dropped scale", square, groups, {}, 1000, 2);
+  check("no index names a code", make_pyramid(1, 2, 2, {{1, 1}, {2, 2}}), groups, {}, 1);
+  check("wider than a tile", make_pyramid(1, 2, 35, {{1, 3}, {2, 20}}), make_layout(6, {34}, true));
+  check("blocks of channels", make_pyramid(100, 2, 2, {{1, 1}, {2, 2}}),
+        make_layout(5, {3, 2}, true));
+  check("grad_quantized alone", square, groups, {true, false, false, true, true});
+  check("row error alone", square, groups, {false, false, true, true, false});
+  check("code error alone", square, groups, {false, true, false, true, true});
+  check("only the codebook's", square, groups, {true, true, true, false, true});
+  check("only h's", square, groups, {true, true, true, true, false});
+
+  {  // Rows and codes shorter than epsilon are only scaled by 1 / epsilon.
+    const Pyramid pyramid = make_pyramid(1, 1, 1, {{1, 1}});
+    const CodebookLayout layout = make_layout(1, {2, 1}, true);
+    const Floats codebook = {0, 0, 2}, h = {0, 0, 3}, grad_quantized = {1e-12f, -2e-12f, 5};
+    const Floats grad_code_error = {0.5f}, grad_row_error = {0.0f};
+    const Indices indices = {0};
+    Floats grad_h = poisoned<float>(3), grad_codebook = poisoned<float>(3);
+    QuantizeBackwardArgs<float> args = {};
+    args.pyramid = pyramid;
+    args.layout = layout;
+    args.codebook = codebook.data();
+    args.h = h.data();
+    args.indices = indices.data();
+    args.grad_quantized = grad_quantized.data();
+    args.grad_code_error = grad_code_error.data();
+    args.grad_row_error = grad_row_error.data();
+    args.grad_h = grad_h.data();
+    args.grad_codebook = grad_codebook.data();
+    CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
+              cudaSuccess,
+          "launch");
+    check_close(grad_h, {1, -2, 0}, 1e-6, "zero row");
+    check_close(grad_codebook, {0, 0, 0}, 1e-6, "zero code");
+  }
+  return 0;
+}

@@ -1,0 +1,68 @@
+// segment_sum against a loop in float64.
+#include <algorithm>
+
+#include "support.h"
+
+using namespace test;
+using namespace tokenflow;
+
+namespace {
+
+// Indices from `lowest` to `highest`, both included.
+void check(int64_t codes, int dim, int64_t num_rows, int64_t lowest, int64_t highest) {
+  const std::string name = std::to_string(num_rows) + " rows of " + std::to_string(dim) + " to " +
+                           std::to_string(codes) + " codes";
+  const Floats rows = random_floats(num_rows * dim, 1);
+  Indices indices(static_cast<size_t>(num_rows));
+  std::mt19937_64 generator(2);
+  std::uniform_int_distribution<int64_t> pick(lowest, highest);
+  for (int64_t& index : indices) index = pick(generator);
+
+  Vector wanted(static_cast<size_t>(codes * dim));
+  Indices wanted_counts(static_cast<size_t>(codes));
+  for (int64_t n = 0; n < num_rows; ++n) {
+    if (indices[n] < 0 || indices[n] >= codes) continue;
+    ++wanted_counts[indices[n]];
+    for (int d = 0; d < dim; ++d) wanted[indices[n] * dim + d] += rows[n * dim + d];
+  }
+  Floats first;
+  in_every_order([&](const char*) {
+    Floats sums = poisoned<float>(codes * dim);
+    Indices counts = poisoned<int64_t>(codes);
+    SegmentSumArgs<float> args = {};
+    args.codes = codes;
+    args.dim = dim;
+    args.num_rows = num_rows;
+    args.rows = rows.data();
+    args.indices = indices.data();
+    args.sums = sums.data();
+    args.counts = counts.data();
+    CHECK(run(args, cuda::segment_sum_workspace_bytes, cuda::launch_segment_sum) == cudaSuccess,
+          "launch");
+    CHECK(counts == wanted_counts, "%s: counts", name.c_str());
+    if (first.empty()) first = sums;
+    CHECK(same_bits(sums, first), "%s: other bits in another order", name.c_str());
+    check_close(sums, wanted, 1e-7, name);
+  });
+}
+
+}  // namespace
+
+int main() {
+  check(7, 5, 0, 0, 6);
+  check(1, 1, 1, 0, 0);
+  check(5, 3, 1, -1, -1);
+  check(20, 33, 700, -3, 24);         // indices that name no code; more columns than lanes
+  check(300, 4, 4500, 0, 299);        // two digits, several tiles
+  check(255, 2, 2048, 0, 255);        // a full tile; the largest key of one digit
+  check(256, 2, 2049, 250, 255);      // the smallest number of codes that needs two digits
+  check(3, 40, 2300, 1, 1);           // a long segment, summed by the whole block
+  check(66000, 2, 90, 65530, 66002);  // three digits
+  // Far outside the range.
+  check(4, 2, 40, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max());
+
+  SegmentSumArgs<float> args = {};
+  args.num_rows = 4;
+  CHECK(cuda::launch_segment_sum(args, nullptr, nullptr) == cudaErrorInvalidValue, "no codes");
+  return 0;
+}
