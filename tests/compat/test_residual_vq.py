@@ -1,0 +1,239 @@
+"""`ResidualVQ` against vector-quantize-pytorch's own, from the same state."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from compat.helpers import close, compare, largest_tensor, same_state
+
+from tokenflow_ext.compat import ResidualVQ
+
+theirs_module = pytest.importorskip("vector_quantize_pytorch")
+
+DIM, LAYERS = 8, 4
+SHAPE = (3, 20, DIM)
+
+OPTIONS = {
+    "defaults": {},
+    "straight-through": {"rotation_trick": False},
+    "cosine": {"use_cosine_sim": True, "commitment_weight": 0.5},
+    "projected": {"codebook_dim": 4},
+    "sizes": {"codebook_size": (24, 12, 7, 30), "num_quantizers": None},
+    "gradient between layers": {"quant_grad_frac": 0.3},
+    "learnable": {"learnable_codebook": True, "ema_update": False},
+    "dead codes": {"threshold_ema_dead_code": 2},
+    # Few codes: those of a single row would leave rounding errors for the next layer to cluster.
+    "k-means": {"kmeans_init": True, "kmeans_iters": 3, "codebook_size": 5, "num_quantizers": 2},
+    "dropout": {"quantize_dropout": True},
+    "dropout in pairs": {
+        "quantize_dropout": True,
+        "quantize_dropout_cutoff_index": 1,
+        "quantize_dropout_multiple_of": 2,
+    },
+    "shared": {"shared_codebook": True},
+    "shared, straight-through": {"shared_codebook": True, "rotation_trick": False},
+    "shared, cosine": {"shared_codebook": True, "use_cosine_sim": True},
+    "shared, projected": {"shared_codebook": True, "codebook_dim": 5},
+    "shared, dropout": {"shared_codebook": True, "quantize_dropout": True},
+    "shared, learnable": {
+        "shared_codebook": True,
+        "learnable_codebook": True,
+        "ema_update": False,
+    },
+}
+
+
+def pair(**options):
+    options = {"dim": DIM, "codebook_size": 24, "num_quantizers": LAYERS, **options}
+    torch.manual_seed(0)
+    theirs, ours = theirs_module.ResidualVQ(**options), ResidualVQ(**options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def batch(step: int, shape=SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_and_evaluation_agree(name: str) -> None:
+    theirs, ours = pair(**OPTIONS[name])
+    for step in range(4):
+        compare(theirs, ours, batch(step))
+    theirs.eval(), ours.eval()
+    _, indices, losses, *_ = compare(theirs, ours, batch(9))
+    assert indices.shape == (*SHAPE[:2], ours.num_quantizers)
+    assert torch.equal(losses, torch.zeros(ours.num_quantizers))
+    close(ours.get_codes_from_indices(indices), theirs.get_codes_from_indices(indices))
+    close(ours.get_output_from_indices(indices), theirs.get_output_from_indices(indices))
+    for mine, other in zip(ours.codebooks, theirs.codebooks, strict=True):
+        close(mine, other)
+
+
+def test_return_all_codes() -> None:
+    theirs, ours = pair(quantize_dropout=True)
+    arguments = {"return_all_codes": True, "rand_quantize_dropout_fixed_seed": 3}
+    *_, [mine] = compare(theirs, ours, batch(0), **arguments)
+    *_, other = theirs(batch(1), **arguments)
+    close(ours(batch(1), **arguments)[-1], other)
+    assert mine.shape == (LAYERS, *SHAPE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["dropout", "dropout in pairs", "shared, dropout"])
+def test_dropped_layers(name: str, seed: int) -> None:
+    theirs, ours = pair(**OPTIONS[name])
+    _, indices, losses, *_ = compare(
+        theirs, ours, batch(seed), rand_quantize_dropout_fixed_seed=seed
+    )
+    dropped = (indices == -1).all(dim=(0, 1))
+    assert torch.equal(losses == 0, dropped)
+    close(
+        ours.get_output_from_indices(indices[..., ~dropped]),
+        theirs.get_output_from_indices(indices),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_masks(training: bool, shared: bool, zeros: bool) -> None:
+    theirs, ours = pair(shared_codebook=shared, return_zeros_for_masked_padding=zeros)
+    theirs.train(training), ours.train(training)
+    mask = torch.arange(20) < torch.tensor([[20], [3], [11]])
+    for step in range(2):
+        quantized, indices, *_ = compare(theirs, ours, batch(step), mask=mask)
+    assert torch.equal(indices[..., 0] == -1, ~mask)
+    assert torch.equal(quantized[~mask], batch(1)[~mask] * (0 if zeros else 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"shared_codebook": True}])
+@pytest.mark.parametrize("training", [True, False])
+def test_images_are_sequences(options: dict, training: bool) -> None:
+    torch.manual_seed(0)
+    images = ResidualVQ(
+        dim=DIM, codebook_size=24, num_quantizers=3, accept_image_fmap=True, **options
+    ).train(training)
+    sequences = ResidualVQ(dim=DIM, codebook_size=24, num_quantizers=3, **options).train(training)
+    sequences.load_state_dict(images.state_dict())
+    x = batch(0, (2, DIM, 5, 6))
+    quantized, indices, losses = images(x)
+    flat, flat_indices, flat_losses = sequences(x.flatten(2).mT)
+    close(quantized, flat.mT.unflatten(2, (5, 6)))
+    assert torch.equal(indices, flat_indices.unflatten(1, (5, 6)))
+    close(losses, flat_losses)
+    if not training:
+        close(images.get_output_from_indices(indices).movedim(-1, 1), quantized)
+
+
+def test_one_token_each() -> None:
+    theirs, ours = pair(shared_codebook=True)
+    compare(theirs, ours, batch(0, (17, DIM)))
+    theirs.eval(), ours.eval()
+    compare(theirs, ours, batch(0, (17, DIM)))
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_one_call_gives_what_the_layers_give(cosine: bool) -> None:
+    _, ours = pair(shared_codebook=True, use_cosine_sim=cosine)
+    ours.eval()
+    x = batch(0)
+    assert ours._fusable(None)
+    quantized, indices, _ = ours._pyramid(x)
+    by_layer, layer_indices, _ = ours._layers(x, None, False, LAYERS - 1)
+    assert torch.equal(indices, layer_indices)
+    close(quantized, by_layer)
+
+
+def test_dead_codes_of_a_shared_codebook_are_moved_once() -> None:
+    _, ours = pair(shared_codebook=True, threshold_ema_dead_code=2, decay=0.5)
+    x = batch(0)
+    quantized, indices, _ = ours.eval()(x)
+    before = ours.codebooks[0].clone()
+    trained, trained_indices, _ = ours.train()(x)
+    assert torch.equal(indices, trained_indices)
+    close(trained, quantized)
+    assert not torch.equal(ours.codebooks[0], before)
+    assert (ours.layers[0]._codebook.cluster_size >= 2).all()
+    same_state(ours.layers[0], ours.layers[-1])
+
+
+def test_no_matrix_of_distances() -> None:
+    rows, codes = 600, 900
+    for shared in (True, False):
+        ours = ResidualVQ(dim=DIM, codebook_size=codes, num_quantizers=3, shared_codebook=shared)
+        with largest_tensor() as largest:
+            quantized, _, losses = ours(torch.randn(1, rows, DIM, requires_grad=True))
+            (quantized.sum() + losses.sum()).backward()
+            ours.eval()(torch.randn(1, rows, DIM))
+        assert rows * DIM <= largest.numel < rows * codes / 10
+
+
+UNSERVED = {
+    "diveq": True,
+    "heads": 2,
+    "implicit_neural_codebook": True,
+    "mlp_kwargs": {"depth": 2},
+    "beam_size": 4,
+    "eval_beam_size": 4,
+    "beam_score_quantizer_weights": [1.0, 0.5],
+    "channel_last": False,
+    "accept_3d_fmap": True,
+    "affine_param": True,
+    "stochastic_sample_codes": True,
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_unserved_options_say_so(name: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=2, **{name: UNSERVED[name]})
+    assert f"{name}={UNSERVED[name]!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("indices", [torch.zeros(1)]), ("beam_size", 2), ("sample_codebook_temp", 0.5)],
+)
+def test_unserved_arguments_say_so(name: str, value: object) -> None:
+    with pytest.raises(NotImplementedError, match=f"{name}="):
+        pair()[1](batch(0), **{name: value})
+
+
+def test_every_option_is_known() -> None:
+    for method in ("__init__", "forward"):
+        mine = inspect.signature(getattr(ResidualVQ, method)).parameters
+        other = inspect.signature(getattr(theirs_module.ResidualVQ, method)).parameters
+        assert list(mine) == list(other)
+        for name, parameter in other.items():
+            assert (mine[name].default or None) == (parameter.default or None), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "num_quantizers must be at least 1"),
+        ({"codebook_size": (4, 4), "num_quantizers": 3}, r"codebook_size=\(4, 4\)"),
+        ({"codebook_size": (4, 5), "shared_codebook": True}, "shared_codebook needs one"),
+        (
+            {"num_quantizers": 3, "quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
+            "quantize_dropout_cutoff_index must be 0 to 2, got 3",
+        ),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResidualVQ(**{"dim": DIM, "codebook_size": 4, **options})
+
+
+def test_bad_shapes() -> None:
+    ours = ResidualVQ(dim=DIM, codebook_size=4, num_quantizers=2)
+    with pytest.raises(ValueError, match=rf"{DIM} channels in dimension -1, got \(2, 3, 4\)"):
+        ours(torch.zeros(2, 3, 4))
+    images = ResidualVQ(dim=DIM, codebook_size=4, num_quantizers=2, accept_image_fmap=True)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        images(torch.zeros(2, DIM, 4))
+    with pytest.raises(ValueError, match="only with quantize_dropout"):
+        ours.get_codes_from_indices(torch.zeros(2, 3, 1, dtype=torch.int64))

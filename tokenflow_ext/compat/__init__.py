@@ -1,0 +1,28 @@
+"""Stand-ins for other libraries' quantizers, on the fused search: swap the import, keep the rest.
+
+| class | stands in for |
+|---|---|
+| `VectorQuantizer` | TokenFlow's released quantizer (tokenflow/tokenizer/vq_model.py) |
+| `VectorQuantizer2` | VAR's (models/quant.py), with its phi convolutions |
+| `VectorQuantize`, `ResidualVQ`, `HierarchicalVQ` | those of vector-quantize-pytorch 1.32 |
+
+Constructors, return values and the names in a `state_dict` are theirs, so that their checkpoints
+load. The search never forms the matrix of distances; an option that needs it, or that is not served
+for another reason, raises NotImplementedError naming the option and what was given. Running
+statistics are summed over all processes, by collectives that every process enters at every step.
+docs/migration.md shows each swap and lists what differs.
+"""
+
+from tokenflow_ext.compat.hierarchical_vq import HierarchicalVQ
+from tokenflow_ext.compat.residual_vq import ResidualVQ
+from tokenflow_ext.compat.tokenflow import VectorQuantizer
+from tokenflow_ext.compat.var import VectorQuantizer2
+from tokenflow_ext.compat.vector_quantize import VectorQuantize
+
+__all__ = [
+    "HierarchicalVQ",
+    "ResidualVQ",
+    "VectorQuantize",
+    "VectorQuantizer",
+    "VectorQuantizer2",
+]

@@ -1,0 +1,318 @@
+"""Stands in for `VectorQuantizer2` of VAR: a residual pyramid with convolutions between scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenflow_ext import ops
+from tokenflow_ext.compat._common import computable
+from tokenflow_ext.ops import Size
+from tokenflow_ext.quantizer import _all_reduce
+
+
+class Phi(nn.Conv2d):
+    """h + r (conv(h) - h): a 3 x 3 convolution mixed in by |quant_resi| = r."""
+
+    def __init__(self, embed_dim: int, quant_resi: float) -> None:
+        super().__init__(embed_dim, embed_dim, 3, padding=1)
+        self.resi_ratio = abs(quant_resi)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.lerp(super().forward(h), self.resi_ratio)
+
+
+def _nearest_tick(count: int, position: float) -> int:
+    """Which of `count` convolutions serves a scale at `position`, 0 the coarsest and 1 the finest.
+
+    Their places are even, the first 1 / 2 count from the end; VAR puts that of four at 1 / 3 count.
+    """
+    first = 1 / 3 / count if count == 4 else 1 / 2 / count
+    last = 1 - first
+    step = (last - first) / max(1, count - 1)
+    # Scales do fall half way between two places: the order of rounding below decides as VAR's does.
+    places = [i * step + first for i in range(count - 1)] + [last]
+    return min(range(count), key=lambda i: abs(places[i] - position))
+
+
+class PhiShared(nn.Module):
+    """One convolution for every scale."""
+
+    def __init__(self, qresi: nn.Module) -> None:
+        super().__init__()
+        self.qresi = qresi
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return self.qresi
+
+
+class PhiPartiallyShared(nn.Module):
+    """A few convolutions; a scale takes the one whose place is nearest."""
+
+    def __init__(self, qresi_ls: nn.ModuleList) -> None:
+        super().__init__()
+        self.qresi_ls = qresi_ls
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return self.qresi_ls[_nearest_tick(len(self.qresi_ls), position)]
+
+
+class PhiNonShared(nn.ModuleList):
+    """As many convolutions as scales."""
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return super().__getitem__(_nearest_tick(len(self), position))
+
+
+class VectorQuantizer2(nn.Module):
+    """VAR's quantizer (arXiv 2404.02905, algorithms 1 and 2) on the fused search.
+
+    Args:
+        vocab_size: codes K.
+        Cvae: channels.
+        using_znorm: search by cosine; codes are added as they are either way.
+        beta: factor of the loss that moves the features.
+        default_qresi_counts: how many convolutions with share_quant_resi=0; one a scale by default.
+        v_patch_nums: side of each scale, coarse to fine; the last is that of the features.
+        quant_resi: share of the convolution, 0 for none.
+        share_quant_resi: 0: a convolution for each scale, 1: one, n: n of them shared by scales.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        Cvae: int,
+        using_znorm: bool,
+        beta: float = 0.25,
+        default_qresi_counts: int = 0,
+        v_patch_nums: Sequence[int] | None = None,
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 4,
+    ) -> None:
+        super().__init__()
+        if not v_patch_nums or min(v_patch_nums) < 1:
+            raise ValueError(f"v_patch_nums must hold one or more sides, got {v_patch_nums}")
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        if share_quant_resi < 0:
+            raise ValueError(f"share_quant_resi must be at least 0, got {share_quant_resi}")
+        self.vocab_size = vocab_size
+        self.Cvae = Cvae
+        self.using_znorm = using_znorm
+        self.beta = beta
+        self.v_patch_nums = tuple(v_patch_nums)
+        self.quant_resi_ratio = quant_resi
+        self.has_phi = abs(quant_resi) > 1e-6
+
+        def phis(count: int) -> list[nn.Module]:
+            return [Phi(Cvae, quant_resi) if self.has_phi else nn.Identity() for _ in range(count)]
+
+        self.quant_resi: PhiShared | PhiPartiallyShared | PhiNonShared
+        if share_quant_resi == 0:
+            self.quant_resi = PhiNonShared(phis(default_qresi_counts or len(self.v_patch_nums)))
+        elif share_quant_resi == 1:
+            self.quant_resi = PhiShared(*phis(1))
+        else:
+            self.quant_resi = PhiPartiallyShared(nn.ModuleList(phis(share_quant_resi)))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.record_hit = 0
+        self.embedding = nn.Embedding(vocab_size, Cvae)
+        self.prog_si = -1  # last scale to encode; -1 for all of them
+
+    def eini(self, eini: float) -> None:
+        """Initialises the codes: normal of deviation eini > 0, or uniform in +-|eini| / K."""
+        with torch.no_grad():
+            if eini > 0:
+                nn.init.trunc_normal_(self.embedding.weight, std=eini)
+            elif eini < 0:
+                self.embedding.weight.uniform_(eini / self.vocab_size, -eini / self.vocab_size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.v_patch_nums}, znorm={self.using_znorm}, beta={self.beta}  |  "
+            f"S={len(self.v_patch_nums)}, quant_resi={self.quant_resi_ratio}"
+        )
+
+    # ------------------------------------------------------------------ training of the tokenizer
+
+    def forward(
+        self, f_BChw: Tensor, ret_usages: bool = False
+    ) -> tuple[Tensor, list[float] | None, Tensor]:
+        """Quantizes features.
+
+        Args:
+            f_BChw: [B, C, H, W], H = W = the last scale's side.
+            ret_usages: also return, by scale, the share of codes whose running hits pass VAR's
+                margin, in percent (waits for the device).
+
+        Returns:
+            (f^ [B, C, H, W] with the straight-through gradient, usages or None, vq loss).
+        """
+        f = computable(f_BChw)
+        sizes = self._sizes(f, None)
+        target = f.detach()
+        f_hat = torch.zeros_like(target)
+        loss = target.new_zeros(())
+        indices = []
+        with torch.autocast(f.device.type, enabled=False):
+            for index, h in self._scales(target, sizes):
+                indices.append(index)
+                f_hat = f_hat + h
+                loss = loss + self.beta * F.mse_loss(f_hat.detach(), f)
+                loss = loss + F.mse_loss(f_hat, target)
+            if self.training:
+                self._record_hits(indices)
+            straight_through = f + (f_hat.detach() - target)
+        usages = self._usages(f) if ret_usages else None
+        return straight_through, usages, loss / len(sizes)
+
+    @torch.no_grad()
+    def _record_hits(self, indices: list[Tensor]) -> None:
+        """Running hits of each scale, over all processes: one reduction a step."""
+        hits = torch.zeros_like(self.ema_vocab_hit_SV)
+        for row, index in zip(hits, indices, strict=True):
+            row.scatter_add_(0, index.flatten(), torch.ones_like(row[:1]).expand(index.numel()))
+        hits = _all_reduce(hits)
+        momentum = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
+        self.ema_vocab_hit_SV.lerp_(hits, 1 - momentum)
+        self.record_hit += 1
+
+    def _usages(self, f: Tensor) -> list[float]:
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        margin = world * (f.numel() / f.shape[1]) / self.vocab_size * 0.08
+        return [100 * share for share in (self.ema_vocab_hit_SV >= margin).float().mean(1).tolist()]
+
+    # ------------------------------------------------------------------ tokens
+
+    @torch.no_grad()
+    def f_to_idxBl_or_fhat(
+        self,
+        f_BChw: Tensor,
+        to_fhat: bool,
+        v_patch_nums: Sequence[int | Size] | None = None,
+    ) -> list[Tensor]:
+        """By scale, the tokens [B, l] of features, or f^ [B, C, H, W] up to it.
+
+        Args:
+            f_BChw: [B, C, H, W].
+            to_fhat: f^ rather than tokens.
+            v_patch_nums: other scales than the constructor's; the last has to be (H, W).
+        """
+        f = computable(f_BChw.detach())
+        sizes = self._sizes(f, v_patch_nums)
+        kept = sizes if self.prog_si < 0 else sizes[: self.prog_si + 1]
+        out: list[Tensor] = []
+        f_hat = torch.zeros_like(f)
+        for index, h in self._scales(f, kept, total=len(sizes)):
+            f_hat = f_hat + h
+            out.append(f_hat if to_fhat else index)
+        return out
+
+    @torch.no_grad()
+    def embed_to_fhat(
+        self, ms_h_BChw: list[Tensor], all_to_max_scale: bool = True, last_one: bool = False
+    ) -> list[Tensor] | Tensor:
+        """f^ from codes by scale, [B, C, s, s] each: up to each scale, or the last alone.
+
+        With all_to_max_scale=False, f^ grows with the scales and each scale's convolution runs at
+        its own size (VAR keeps it for experiments).
+        """
+        total = len(self.v_patch_nums)
+        side = self.v_patch_nums[-1] if all_to_max_scale else self.v_patch_nums[0]
+        f_hat = computable(ms_h_BChw[0]).new_zeros(len(ms_h_BChw[0]), self.Cvae, side, side)
+        out = []
+        for scale, (patches, codes) in enumerate(zip(self.v_patch_nums, ms_h_BChw, strict=True)):
+            size = f_hat.shape[2:] if all_to_max_scale else (patches, patches)
+            f_hat = _resize(f_hat, size) + self._phi(scale, total)(_resize(codes, size))
+            out.append(f_hat)
+        return out[-1] if last_one else out
+
+    # ------------------------------------------------------------------ inputs of the transformer
+
+    @torch.no_grad()
+    def idxBl_to_var_input(self, gt_ms_idx_Bl: list[Tensor]) -> Tensor | None:
+        """Teacher-forced inputs of scales 2 to S, [B, L - l_1, C], from tokens [B, l] by scale."""
+        total = len(self.v_patch_nums)
+        side = self.v_patch_nums[-1]
+        f_hat: Tensor | float = 0.0
+        inputs = []
+        for scale in range(total - 1 if self.prog_si < 0 else min(total - 1, self.prog_si)):
+            patches, following = self.v_patch_nums[scale : scale + 2]
+            codes = self._codes(gt_ms_idx_Bl[scale], (patches, patches))
+            f_hat = f_hat + self._phi(scale, total)(_resize(codes, (side, side)))
+            following_map = F.interpolate(f_hat, (following, following), mode="area")
+            inputs.append(following_map.flatten(2).mT)
+        return torch.cat(inputs, dim=1) if inputs else None
+
+    @torch.no_grad()
+    def get_next_autoregressive_input(
+        self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds scale si's codes [B, C, s, s] to f^ in place; (f^, the next scale's input)."""
+        side = self.v_patch_nums[-1]
+        f_hat.add_(self._phi(si, SN)(_resize(h_BChw, (side, side))))
+        if si == SN - 1:
+            return f_hat, f_hat
+        following = self.v_patch_nums[si + 1]
+        return f_hat, F.interpolate(f_hat, (following, following), mode="area")
+
+    # ------------------------------------------------------------------ the loop
+
+    def _sizes(self, f: Tensor, scales: Sequence[int | Size] | None) -> list[Size]:
+        scales = scales or self.v_patch_nums
+        sizes = [(s, s) if isinstance(s, int) else (s[0], s[1]) for s in scales]
+        if f.dim() != 4 or f.shape[1] != self.Cvae or f.shape[0] == 0:
+            raise ValueError(
+                f"f_BChw must have shape [B, {self.Cvae}, H, W], B > 0, got {tuple(f.shape)}"
+            )
+        if tuple(f.shape[2:]) != sizes[-1]:
+            raise ValueError(
+                f"f_BChw must have the last scale's size {sizes[-1]}, got {tuple(f.shape[2:])}"
+            )
+        return sizes
+
+    def _phi(self, scale: int, total: int) -> nn.Module:
+        return self.quant_resi[scale / max(1, total - 1)]
+
+    def _codes(self, indices: Tensor, size: Size) -> Tensor:
+        return computable(self.embedding(indices)).unflatten(1, size).permute(0, 3, 1, 2)
+
+    def _scales(
+        self, f: Tensor, sizes: list[Size], total: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each scale's tokens [B, l] and what they add to f^, [B, C, H, W].
+
+        f has no gradient; what is yielded has that of codes and convolutions.
+        """
+        codebook = self.embedding.weight.detach().to(f.dtype)
+        fused = not self.has_phi and not self.using_znorm
+        if fused:  # the pyramid as the kernel knows it
+            found = ops.multiscale_quantize(f, codebook, [self.Cvae], sizes, l2_norm=False)
+            tokens = found.indices.split([height * width for height, width in sizes], dim=1)
+        rest = f
+        for scale, size in enumerate(sizes):
+            if fused:
+                index = tokens[scale]
+            else:
+                rows = F.interpolate(rest, size, mode="area").permute(0, 2, 3, 1).flatten(0, 2)
+                index = ops.nearest_code(rows, codebook, l2_norm=self.using_znorm)
+                index = index.view(len(f), -1)
+            h = _resize(self._codes(index, size), f.shape[2:])
+            h = self._phi(scale, total or len(sizes))(h)
+            rest = rest - h.detach()
+            yield index, h
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bicubic", align_corners=False)
