@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--device", default="cpu", help="[%(default)s]")
     if arguments[:1] == ["train"]:
         # In place of this process, which has loaded torch before its settings could be made.
-        os.execv(sys.executable, [sys.executable, tokenizer.__file__, *arguments[1:]])
+        return os.execv(sys.executable, [sys.executable, tokenizer.__file__, *arguments[1:]])
     known = parser.parse_args(arguments)
     try:
         if known.command == "reconstruct":

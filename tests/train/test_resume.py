@@ -1,0 +1,179 @@
+"""Resuming: bit for bit, after a kill at any moment, and never from half a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokenflow_ext.train import checkpoint, tokenizer
+
+TIMES = {"images_per_second", "seconds"}
+
+
+def flatten(value, path=""):
+    """(path, leaf) of every leaf in nested containers."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from flatten(item, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def assert_same_end(one, other):
+    """Both runs' last checkpoints and logs agree in every bit that is not a time."""
+    newest = [checkpoint.available(run / "checkpoints")[-1] for run in (one, other)]
+    assert newest[0].name == newest[1].name
+    states = [dict(flatten(checkpoint.load(path))) for path in newest]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        if key in (".seconds", ".config"):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states[1][key]), key
+        else:
+            assert value == states[1][key], key
+    averages = [load_file(path / "model.safetensors") for path in newest]
+    for key, value in averages[0].items():
+        assert torch.equal(value, averages[1][key]), key
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (one, other)
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("loss.gan=0.5", "loss.gan_start=2", "optim.accumulate=2", "codebook.restart_every=2"),
+        ("optim.precision=bf16", "data.workers=1", "model.quantizer.codebook_update=ema"),
+        ("optim.precision=fp16", "optim.schedule=constant", "model.quantizer.scale_drop=0.5"),
+    ],
+    ids=["plain", "adversarial", "bf16", "fp16"],
+)
+def test_six_steps_are_three_and_three(micro, images, tmp_path, settings):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    tokenizer.main(micro.overrides(whole, images, *micro.PIXEL_ONLY, *settings))
+    # The schedule must know of all six steps: the second half is lost, not missing.
+    tokenizer.main(micro.overrides(halves, images, *micro.PIXEL_ONLY, *settings))
+    last = checkpoint.available(halves / "checkpoints")[-1]
+    assert last.name == "step_00000006"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    with (halves / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "kind"')  # a line that the killed process did not finish
+    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
+    tokenizer.main([f"run={halves}", "--resume"])  # the folder holds its configuration
+    assert_same_end(whole, halves)
+
+
+def test_a_finished_run_resumes_to_its_summary(micro, images, tmp_path, capsys):
+    run = tmp_path / "run"
+    tokenizer.main(micro.overrides(run, images, *micro.PIXEL_ONLY))
+    before = json.loads((run / "summary.json").read_text())
+    tokenizer.main([f"run={run}", "--resume"])
+    assert json.loads((run / "summary.json").read_text()) == before
+    assert "continuing from" in capsys.readouterr().out
+
+
+def test_resuming_a_run_without_a_checkpoint_starts_it(micro, images, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    tokenizer.main([*micro.overrides(run, images, *micro.PIXEL_ONLY), "--resume"])
+    assert checkpoint.available(run / "checkpoints")
+
+
+# Training whose files reach the disk slowly, so that a kill lands inside a write.
+SLOW = """
+import os, sys, time
+import tokenflow_ext.train.checkpoint as checkpoint
+flush = checkpoint._flush
+def slow(path):
+    print("writing", path, flush=True)
+    time.sleep(0.2)
+    flush(path)
+checkpoint._flush = slow
+from tokenflow_ext.train.tokenizer import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_writing(micro, images, tmp_path):
+    """SIGKILL at different places of a write; each resumed run starts from a whole checkpoint, no
+    more than one interval back, and the end is that of a run that was never killed."""
+    settings = (*micro.PIXEL_ONLY, "optim.steps=8", "output.checkpoint_every=2", "output.keep=2")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tokenizer.main(micro.overrides(whole, images, *settings))
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    arguments = [*micro.overrides(killed, images, *settings), "--resume"]
+
+    finished = []
+    for victim in ("training.pt", "manifest.json.part", None):
+        process = micro.launch(arguments, script=script)
+        seen = 0
+        for line in process.stdout:
+            if victim and "/.writing_" in line and line.strip().endswith(victim):
+                # The second write of this process: one interval was saved, one is under way.
+                seen += 1
+                if seen == 2:
+                    time.sleep(0.05)
+                    process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        available = checkpoint.available(killed / "checkpoints")
+        for path in available:
+            checkpoint.verify(path)
+        steps = [int(path.name.removeprefix("step_")) for path in available]
+        if process.returncode == -signal.SIGKILL:
+            finished.append(steps[-1])
+            assert list((killed / "checkpoints").glob(".writing_*"))
+    assert finished == [2, 4]  # every process got one interval further before it was killed
+    assert_same_end(whole, killed)
+
+
+def test_killed_at_any_moment(micro, images, tmp_path):
+    """SIGKILL after times that no one chose with care; in the end every step has been made."""
+    settings = (
+        *micro.PIXEL_ONLY,
+        "optim.steps=60",
+        "output.checkpoint_every=1",
+        "output.eval_every=60",
+    )
+    run = tmp_path / "run"
+    arguments = [*micro.overrides(run, images, *settings), "--resume"]
+    kills, reached = 0, 0
+    for delay in (0.05, 0.34):
+        process = micro.launch(arguments)
+        deadline = time.monotonic() + 60
+        # Wait until it trains (a checkpoint of its own), then a little.
+        while time.monotonic() < deadline and process.poll() is None:
+            available = checkpoint.available(run / "checkpoints")
+            if available and int(available[-1].name.removeprefix("step_")) > reached:
+                break
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        newest = checkpoint.available(run / "checkpoints")[-1]
+        checkpoint.verify(newest)
+        reached = int(newest.name.removeprefix("step_"))
+    assert kills == 2
+    micro.finish(micro.launch(arguments))
+    assert checkpoint.available(run / "checkpoints")[-1].name == "step_00000060"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == list(range(1, 61))
