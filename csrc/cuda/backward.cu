@@ -129,7 +129,7 @@ struct RowGradientArgs {
 // Grid: a thread a token, kTokenThreads a block; no shared memory.
 // Bytes: about 30 dim a token, rows of neighbouring threads side by side in the first-level cache;
 // bound by memory latency.
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, 8)
     row_gradient_kernel(const __grid_constant__ RowGradientArgs args) {
   const Pyramid& pyramid = args.pyramid;
   const CodebookLayout& layout = args.layout;

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPackThreads)
 }
 
 // Grid: a thread for every row, in blocks of kPackThreads. Reads and writes the rows once.
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(kPackThreads, 8)
     pack_rows_kernel(const __grid_constant__ CodebookLayout layout, const float* rows,
                      int64_t num_rows, const __grid_constant__ PackedRows packed) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kRankThreads, 2)
       load_lines<kTileCodes>(codes + static_cast<int64_t>(d0) * kTileCodes, kTileCodes, depth,
                              shared.codes);
       block_barrier();
-#pragma unroll 4
+#pragma unroll 2
       for (int d = 0; d < depth; ++d) {
         float z[kRowsPerThread], c[8];
 #pragma unroll
@@ -183,7 +183,7 @@ struct Choice {
 
   // Candidates of one thread come in ascending order, so a tie keeps the lower index.
   __device__ __forceinline__ void consider(const float* row, int64_t code, const SearchArgs& args) {
-    const double d = distance_to(row, code, args);
+    const double d = tokenflow::distance(row, args.codebook + code * args.layout.dim, args.layout);
     if (d < distance) *this = {d, code};
   }
 
@@ -193,12 +193,6 @@ struct Choice {
       const int64_t i = shuffle_xor(index, step);
       if (d < distance || (d == distance && i < index)) *this = {d, i};
     }
-  }
-
- private:
-  static __device__ __forceinline__ double distance_to(const float* row, int64_t code,
-                                                       const SearchArgs& args) {
-    return tokenflow::distance(row, args.codebook + code * args.layout.dim, args.layout);
   }
 };
 
@@ -221,10 +215,9 @@ __device__ __forceinline__ void settle_tile(const SearchArgs& args, const float*
     scores.w = fmaf(z, c.w, scores.w);
   }
   const int64_t code = tile * kTileCodes + 4 * lane_index();
-  if (scores.x >= threshold) choice->consider(row, code, args);
-  if (scores.y >= threshold) choice->consider(row, code + 1, args);
-  if (scores.z >= threshold) choice->consider(row, code + 2, args);
-  if (scores.w >= threshold) choice->consider(row, code + 3, args);
+  unsigned near = (scores.x >= threshold ? 1u : 0u) | (scores.y >= threshold ? 2u : 0u) |
+                  (scores.z >= threshold ? 4u : 0u) | (scores.w >= threshold ? 8u : 0u);
+  for (; near != 0; near &= near - 1) choice->consider(row, code + lowest_bit(near), args);
 }
 
 __device__ __forceinline__ double row_squared_error(const SearchArgs& args, int64_t n,
@@ -250,7 +243,7 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, int6
 // Bytes: 4 a tile of codes for the maxima, and 4 (dim + 1) kTileCodes for each tile looked at again
 // (nearly always one), from the second-level cache, which bounds it. A row whose scores leave
 // float32, or a codebook of equal rows, costs the distance to every code in float64.
-__global__ void __launch_bounds__(kSettleThreads)
+__global__ void __launch_bounds__(kSettleThreads, 6)
     settle_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();

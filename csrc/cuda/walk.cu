@@ -154,7 +154,7 @@ __device__ __forceinline__ void pool(const WalkArgs& args, const ChannelBlock& b
     rows[static_cast<int64_t>(p) * args.layout.dim + block.first + c] =
         total / static_cast<float>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
   }
-  block_barrier();
+  // No barrier: what comes next begins with one, or writes nothing that is read here.
 }
 
 // The image's last block to arrive here sees the rows of all the others and finishes them. Which
@@ -193,7 +193,7 @@ __device__ __forceinline__ void finish_rows(const WalkArgs& args, const ChannelB
 // Bytes a scale: 4 dim (rows + height width) read, the same written; 2 reads and 1 write more of
 // the plane where the walk is cut at every scale by a search. Operations: 16 a scale and element of
 // the plane. Bound by latency for the small planes of TokenFlow, by memory for large ones.
-__global__ void __launch_bounds__(kPlaneThreads)
+__global__ void __launch_bounds__(kPlaneThreads, 3)
     walk_kernel(const __grid_constant__ WalkArgs args, const __grid_constant__ WalkShared sizes) {
   const Pyramid& pyramid = args.pyramid;
   const ChannelBlock block = channel_block(blockIdx.x, args.layout.dim, args.channels);
@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
       (block.image * args.layout.dim + block.first) * pyramid.height * pyramid.width;
   for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {
     shared.plane[i] = args.plane_in ? args.plane_in[offset + i] : 0.0f;
-  }
-  block_barrier();
+  }  // whatever reads it comes after a barrier
   for (int s = args.first; s <= args.last; ++s) {
     if (s >= 0) add_codes(args, block, s, shared);
     if (args.rows && s + 1 < pyramid.num_scales) pool(args, block, s + 1, shared);

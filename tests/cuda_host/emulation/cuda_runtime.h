@@ -60,7 +60,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncthreads() { ::emulation::block_barrier(); }
 
-// Blocks run one after the other and fibers one at a time: every write is seen at once.
+// Fibers run one at a time on one CPU thread: every write is seen at once.
 inline void __threadfence() {}
 
 template <typename T>

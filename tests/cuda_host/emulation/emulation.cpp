@@ -51,6 +51,9 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
+// Blocks that take turns in shuffled order.
+constexpr size_t kBlocksAtOnce = 3;
+
 // A place to go on from.
 struct Context {
 #if defined(__x86_64__)
@@ -89,7 +92,10 @@ void start_context(Context& context, unsigned char* stack, void (*entry)()) {
 
 enum class State { kReady, kAtBarrier, kAtWarpOperation, kDone };
 
+struct Block;
+
 struct Fiber {
+  Block* block = nullptr;
   Context context;
   std::unique_ptr<unsigned char[]> stack;
   Dim3 index;
@@ -105,14 +111,19 @@ struct Warp {
   const char* operation = nullptr;
 };
 
-struct Machine {
-  std::vector<Fiber> fibers;
+struct Block {
+  Dim3 index;
+  std::vector<Fiber> fibers;    // one a thread
+  std::vector<unsigned> turns;  // in shuffled order of its warps, else of its threads
   std::vector<Warp> warps;
-  unsigned threads = 0;
   unsigned at_barrier = 0;
-  Fiber* current = nullptr;
-  Dim3 block;
   std::unique_ptr<unsigned char[]> shared;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Block>> idle;  // kept for their stacks
+  std::vector<std::unique_ptr<Block>> running;
+  Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
   std::string error;
   Context scheduler;
@@ -172,57 +183,92 @@ std::string describe(const Dim3& at) {
          ")";
 }
 
-std::string stuck_message() {
-  const Machine& m = machine();
-  std::string message = "block " + describe(m.block) + " cannot go on:";
+std::string stuck_message(const Block& block) {
+  std::string message = "block " + describe(block.index) + " cannot go on:";
   unsigned done = 0, barrier = 0, warp = 0;
   const char* operation = "";
-  for (unsigned i = 0; i < m.threads; ++i) {
-    done += m.fibers[i].state == State::kDone;
-    barrier += m.fibers[i].state == State::kAtBarrier;
-    warp += m.fibers[i].state == State::kAtWarpOperation;
-    if (m.fibers[i].state == State::kAtWarpOperation) operation = m.warps[i / kWarp].operation;
+  for (const Fiber& fiber : block.fibers) {
+    done += fiber.state == State::kDone;
+    barrier += fiber.state == State::kAtBarrier;
+    warp += fiber.state == State::kAtWarpOperation;
+    if (fiber.state == State::kAtWarpOperation) {
+      operation = block.warps[fiber.index.x / kWarp].operation;
+    }
   }
-  message += " of " + std::to_string(m.threads) + " threads " + std::to_string(barrier) +
+  message += " of " + std::to_string(block.fibers.size()) + " threads " + std::to_string(barrier) +
              " wait at the barrier, " + std::to_string(done) + " have returned";
   if (warp) message += ", " + std::to_string(warp) + " wait for their warp in " + operation;
   return message;
 }
 
-void run_block(size_t shared_bytes) {
+void start_block(Dim3 index, unsigned threads, size_t shared_bytes) {
   Machine& m = machine();
+  if (m.idle.empty()) m.idle.push_back(std::make_unique<Block>());
+  m.running.push_back(std::move(m.idle.back()));
+  m.idle.pop_back();
+  Block& block = *m.running.back();
+  block.index = index;
+  block.at_barrier = 0;
+  block.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   // A buffer of its own for each block, so that its exact end is guarded.
-  m.shared.reset(new unsigned char[shared_bytes]);
-  std::memset(m.shared.get(), 0xff, shared_bytes);
-  m.at_barrier = 0;
-  for (Warp& warp : m.warps) warp = Warp{};
-  for (unsigned i = 0; i < m.threads; ++i) {
-    Fiber& fiber = m.fibers[i];
+  block.shared.reset(new unsigned char[shared_bytes]);
+  std::memset(block.shared.get(), 0xff, shared_bytes);
+  block.fibers.resize(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
+    fiber.block = &block;
     fiber.index = Dim3(i, 0, 0);
     fiber.state = State::kReady;
     fiber.next_slots = 0;
     start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
-  std::vector<unsigned> turns(m.threads);
-  std::iota(turns.begin(), turns.end(), 0u);
-  if (m.order == Order::kReverse) std::reverse(turns.begin(), turns.end());
-  for (;;) {
-    if (m.order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), m.random);
-    bool moved = false;
-    for (const unsigned i : turns) {
-      if (m.fibers[i].state != State::kReady) continue;
-      enter_fiber(m.fibers[i]);
-      moved = true;
-      if (!m.error.empty()) throw Error(std::exchange(m.error, {}));
-    }
-    if (moved) continue;
-    if (std::all_of(m.fibers.begin(), m.fibers.begin() + m.threads,
-                    [](const Fiber& fiber) { return fiber.state == State::kDone; })) {
-      return;
-    }
-    throw Error(stuck_message());
+  block.turns.resize(m.order == Order::kShuffled ? block.warps.size() : threads);
+  std::iota(block.turns.begin(), block.turns.end(), 0u);
+  if (m.order == Order::kReverse) std::reverse(block.turns.begin(), block.turns.end());
+  if (m.order == Order::kShuffled) {
+    std::shuffle(block.turns.begin(), block.turns.end(), m.random);
+    std::swap(m.running[m.random() % m.running.size()], m.running.back());
   }
+}
+
+void enter_if_ready(Fiber& fiber) {
+  if (fiber.state != State::kReady) return;
+  enter_fiber(fiber);
+  if (!machine().error.empty()) throw Error(std::exchange(machine().error, {}));
+}
+
+// Whether it is time for another warp or block to be the one that runs ahead.
+bool change_favourite() { return machine().random() % 64 == 0; }
+
+// Lets some of the block's threads run; false if all have returned.
+bool run_turns(Block& block) {
+  Machine& m = machine();
+  const auto is_ready = [](const Fiber& fiber) { return fiber.state == State::kReady; };
+  if (std::none_of(block.fibers.begin(), block.fibers.end(), is_ready)) {
+    for (const Fiber& fiber : block.fibers) {
+      if (fiber.state != State::kDone) throw Error(stuck_message(block));
+    }
+    return false;
+  }
+  if (m.order != Order::kShuffled) {
+    for (const unsigned i : block.turns) enter_if_ready(block.fibers[i]);
+    return true;
+  }
+  // The first warp that can run does, as far ahead of the others as barriers allow.
+  if (change_favourite()) std::shuffle(block.turns.begin(), block.turns.end(), m.random);
+  for (const unsigned warp : block.turns) {
+    const auto begin = block.fibers.begin() + warp * kWarp;
+    const auto end = block.fibers.begin() +
+                     std::min<size_t>((warp + 1) * static_cast<size_t>(kWarp), block.fibers.size());
+    if (std::none_of(begin, end, is_ready)) continue;
+    std::vector<Fiber*> lanes;
+    for (auto fiber = begin; fiber != end; ++fiber) lanes.push_back(&*fiber);
+    std::shuffle(lanes.begin(), lanes.end(), m.random);
+    for (Fiber* fiber : lanes) enter_if_ready(*fiber);
+    break;
+  }
+  return true;
 }
 
 // Ends the launch with machine().error. The fiber is never resumed, so it must own nothing here.
@@ -241,8 +287,8 @@ void set_order(Order order, unsigned seed) {
 int64_t launches() { return machine().launches; }
 
 const Dim3& current_thread() { return machine().current->index; }
-const Dim3& current_block() { return machine().block; }
-void* shared_memory() { return machine().shared.get(); }
+const Dim3& current_block() { return machine().current->block->index; }
+void* shared_memory() { return machine().current->block->shared.get(); }
 int lane() { return static_cast<int>(machine().current->index.x) % kWarp; }
 
 void allow_shared_bytes(const void* kernel, size_t bytes) { machine().allowed[kernel] = bytes; }
@@ -258,38 +304,49 @@ void run_grid(Dim3 grid, unsigned block_threads, size_t shared_bytes,
   ++m.launches;
   m.error.clear();
   m.body = &thread;
-  m.threads = block_threads;
-  if (m.fibers.size() < block_threads) m.fibers.resize(block_threads);
-  m.warps.resize((block_threads + kWarp - 1) / kWarp);
+  m.running.clear();  // what an error has left behind
 
   const uint64_t count = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   std::vector<uint64_t> blocks(count);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   if (m.order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
   if (m.order == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), m.random);
-  for (const uint64_t i : blocks) {
-    m.block = Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                   static_cast<unsigned>(i / grid.x / grid.y));
-    run_block(shared_bytes);
+  const size_t at_once = m.order == Order::kShuffled ? kBlocksAtOnce : 1;
+  uint64_t started = 0;
+  while (started < count || !m.running.empty()) {
+    for (; started < count && m.running.size() < at_once; ++started) {
+      const uint64_t i = blocks[started];
+      start_block(
+          Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+               static_cast<unsigned>(i / grid.x / grid.y)),
+          block_threads, shared_bytes);
+    }
+    if (at_once > 1 && change_favourite()) {
+      std::shuffle(m.running.begin(), m.running.end(), m.random);
+    }
+    if (run_turns(*m.running.front())) continue;
+    m.idle.push_back(std::move(m.running.front()));
+    m.running.erase(m.running.begin());
   }
 }
 
 void block_barrier() {
-  Machine& m = machine();
-  m.current->state = State::kAtBarrier;
-  if (++m.at_barrier == m.threads) {
-    m.at_barrier = 0;
-    for (unsigned i = 0; i < m.threads; ++i) m.fibers[i].state = State::kReady;
+  Fiber& self = *machine().current;
+  Block& block = *self.block;
+  self.state = State::kAtBarrier;
+  if (++block.at_barrier == block.fibers.size()) {
+    block.at_barrier = 0;
+    for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
   }
-  leave_fiber(*m.current);
+  leave_fiber(self);
 }
 
 const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes) {
   Machine& m = machine();
   Fiber& fiber = *m.current;
   const unsigned warp_index = fiber.index.x / kWarp;
-  Warp& warp = m.warps[warp_index];
-  if (mask != 0xffffffffu || m.threads % kWarp != 0) {
+  Warp& warp = fiber.block->warps[warp_index];
+  if (mask != 0xffffffffu || fiber.block->fibers.size() % kWarp != 0) {
     m.error = std::string(operation) + ": only whole warps are emulated";
     fail();
   }
@@ -306,7 +363,7 @@ const unsigned char* post(unsigned mask, const char* operation, const void* valu
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     for (unsigned i = warp_index * kWarp; i < (warp_index + 1) * kWarp; ++i) {
-      m.fibers[i].state = State::kReady;
+      fiber.block->fibers[i].state = State::kReady;
     }
   }
   leave_fiber(fiber);

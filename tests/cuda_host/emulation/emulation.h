@@ -1,10 +1,12 @@
 // Runs CUDA kernels on one CPU thread. The threads of a block are fibers that run until they reach
-// a barrier or a warp-wide operation; blocks run one after the other.
+// a barrier or a warp-wide operation; blocks run one after the other, or in shuffled order a few at
+// a time.
 //
 // What it is made to show:
 //   - a barrier that is missing: run the same launch with set_order(forward), (reverse) and
-//     (shuffled). Between two barriers a fiber then sees either none or all of what its
-//     neighbours write, so that one of the orders gives another result.
+//     (shuffled). In the first two a thread sees either none or all of what its neighbours write
+//     between two barriers; in the last, one warp runs as far ahead of the others as it can, and
+//     one block of the others. One of them gives another result.
 //   - a barrier or warp-wide operation that not all threads reach: the launch throws.
 //   - shared memory used before it was written: it holds NaN (all bits set) at a block's start.
 //   - accesses out of bounds: AddressSanitizer sees the exact size of shared memory, too.
