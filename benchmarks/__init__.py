@@ -1,0 +1,1 @@
+"""Measurements of the kernels against eager PyTorch; `pytest benchmarks` runs them all."""

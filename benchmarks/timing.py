@@ -1,0 +1,73 @@
+"""Interleaved timing: A B A B, so that a noisy machine disturbs all candidates alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+
+def clock() -> float:
+    """Seconds, after everything that was launched on the GPU has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Time of one call and of freeing its result."""
+    begin = clock()
+    call()
+    return clock() - begin
+
+
+@dataclass
+class Times:
+    """Seconds of each candidate, round by round; "ours" is one of them."""
+
+    by_name: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """Median time of a candidate, seconds."""
+        return statistics.median(self.by_name[name])
+
+    def ratio(self, name: str) -> float:
+        """Median over rounds of the candidate's time over ours."""
+        pairs = zip(self.by_name[name], self.by_name["ours"], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
+def rounds_within(budget: float, one_round: float, at_least: int = 3, at_most: int = 30) -> int:
+    """Rounds that fit a budget of seconds."""
+    return max(at_least, min(at_most, int(budget / max(one_round, 1e-9))))
+
+
+def interleave(
+    benchmark: Any,
+    ours: Callable[[], object],
+    rivals: Mapping[str, Callable[[], object]],
+    rounds: int,
+) -> Times:
+    """Times ours with pytest-benchmark, and before each of its rounds every rival once.
+
+    Skips the test where pytest-benchmark is told not to measure.
+    """
+    if benchmark.disabled:
+        pytest.skip("results agree; timing is disabled")
+    times = Times({name: [] for name in rivals})
+
+    def run_rivals() -> None:
+        for name, call in rivals.items():
+            times.by_name[name].append(seconds(call))
+
+    def run_ours() -> None:
+        ours()
+
+    benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds, iterations=1)
+    times.by_name["ours"] = list(benchmark.stats.stats.data)
+    return times
