@@ -304,7 +304,7 @@ class TokenizerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (lists for tuples), ready for JSON or YAML."""
-        return _plain(self)
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
@@ -313,18 +313,24 @@ class TokenizerConfig:
         Raises:
             ConfigError: an unknown field or a value of the wrong type, named by its path.
         """
-        return _build(cls, values, "")
+        return from_plain(cls, values)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars, ready for JSON or YAML."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [to_plain(v) for v in value]
     return value
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def from_plain(cls: type, values: Any, path: str = "") -> Any:
+    """Inverse of :func:`to_plain`; ``path`` is what comes before a field's name in messages.
+
+    Raises:
+        ConfigError: an unknown field or a value of the wrong type, named by its path.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'configuration'} must be a mapping, got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -344,7 +350,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path)
+        return from_plain(kind, value, path)
     options = typing.get_args(kind)
     if type(None) in options:
         if value is None:

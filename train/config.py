@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tokenflow_ext.models.config import ConfigError, TokenizerConfig, _build, _plain
+from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
 
 
 @dataclass
@@ -212,9 +212,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ConfigError(f"{path} must hold a mapping, got {type(given).__name__}")
     given = _overlay(given, parse_overrides(overrides or []))
     model = TokenizerConfig.preset(given.get("preset", "tiny"))
-    return _build(TrainConfig, _overlay(_plain(TrainConfig(model=model)), given), "")
+    return from_plain(TrainConfig, _overlay(to_plain(TrainConfig(model=model)), given))
 
 
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None, width=100)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

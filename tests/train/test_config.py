@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import tokenflow_ext.train as configs
 from tokenflow_ext.models import ConfigError, TokenizerConfig
 from tokenflow_ext.train.config import TrainConfig, load_config, parse_overrides, to_yaml
 
@@ -72,3 +75,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["B", "L", "XL"])
+def test_the_published_configurations_load(name):
+    config = load_config(Path(configs.__file__).parent / "configs" / f"{name}.yaml")
+    assert config.model == TokenizerConfig.preset(name)
+    assert (config.optim.batch, config.optim.lr, config.loss.gan) == (256, 1e-4, 0.5)
