@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -153,6 +154,26 @@ def test_projection_learns_from_padded_batches() -> None:
     same_state(ours, twin)
 
 
+@pytest.mark.parametrize("rotation", [True, False])
+def test_projection_learns_where_the_input_needs_no_gradient(rotation: bool) -> None:
+    _, ours = pair(codebook_dim=4, rotation_trick=rotation, commitment_weight=0.0)
+    x = torch.randn(SEQUENCE)
+    gradients = []
+    for inputs in (x, x.clone().requires_grad_()):
+        ours.zero_grad()
+        ours(inputs, freeze_codebook=True)[0].square().sum().backward()
+        gradients.append(ours.project_in.weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_loss_of_training_can_always_be_sent_back() -> None:
+    for module in pair(commitment_weight=0.0):
+        *_, loss = module(torch.randn(SEQUENCE))
+        loss.backward()
+        assert loss == 0
+
+
 def test_loss_breakdown_and_freezing_for_a_step() -> None:
     theirs, ours = pair(orthogonal_reg_weight=2.0, commitment_weight=0.5)
     arguments = {"return_loss_breakdown": True, "freeze_codebook": True}
@@ -277,8 +298,6 @@ def test_unserved_arguments_say_so(name: str, value: object) -> None:
 
 def test_every_option_is_known() -> None:
     """Constructor and forward take what theirs take, with the same defaults."""
-    import inspect
-
     for method in ("__init__", "forward"):
         mine = inspect.signature(getattr(VectorQuantize, method)).parameters
         other = inspect.signature(getattr(theirs_module.VectorQuantize, method)).parameters

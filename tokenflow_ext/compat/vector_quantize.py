@@ -244,14 +244,14 @@ class VectorQuantize(nn.Module):
             ValueError: a shape that does not fit.
         """
         refuse(
-            "forward",
+            "VectorQuantize.forward",
             NEEDS_DISTANCES,
             indices=indices,
             topk=topk,
             sample_codebook_temp=sample_codebook_temp,
         )
         refuse(
-            "forward",
+            "VectorQuantize.forward",
             OTHER_RULE,
             codebook_transform_fn=codebook_transform_fn,
             ema_update_weight=ema_update_weight,
@@ -290,6 +290,8 @@ class VectorQuantize(nn.Module):
                 else:
                     quantized = x + (quantized - x).detach()
         loss = commitment * self.commitment_weight + orthogonal * self.orthogonal_reg_weight
+        if self.training and not loss.requires_grad:
+            loss.requires_grad_()  # backward() may be called on it whatever flows into it
 
         if self.heads > 1:
             quantized = quantized.flatten(-2)

@@ -1,0 +1,130 @@
+"""Two processes with half a batch each keep the statistics of one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenflow_ext.compat import (
+    HierarchicalVQ,
+    ResidualVQ,
+    VectorQuantize,
+    VectorQuantizer2,
+)
+
+DIM = 6
+SEQUENCE, IMAGE = (4, 24, DIM), (4, DIM, 6, 6)
+
+# What draws nothing at random: equal to one process with the joined batch.
+JOINED = {
+    "VectorQuantize": (lambda: VectorQuantize(DIM, 20), SEQUENCE),
+    "VectorQuantize, cosine": (lambda: VectorQuantize(DIM, 20, use_cosine_sim=True), SEQUENCE),
+    "ResidualVQ": (lambda: ResidualVQ(dim=DIM, codebook_size=20, num_quantizers=3), SEQUENCE),
+    "ResidualVQ, shared": (
+        lambda: ResidualVQ(dim=DIM, codebook_size=20, num_quantizers=3, shared_codebook=True),
+        SEQUENCE,
+    ),
+    "HierarchicalVQ": (
+        lambda: HierarchicalVQ(
+            dim=DIM,
+            codebook_size=20,
+            scales=(1, 3, 6),
+            accept_image_fmap=True,
+            kmeans_init=False,
+            threshold_ema_dead_code=0,
+        ),
+        IMAGE,
+    ),
+    "VectorQuantizer2": (lambda: VectorQuantizer2(20, DIM, False, v_patch_nums=(1, 3, 6)), IMAGE),
+}
+
+# What draws at random, each process with its own seed: at least the same on every process.
+DRAWN = {
+    "k-means and dead codes": (
+        lambda: VectorQuantize(DIM, 20, kmeans_init=True, threshold_ema_dead_code=4),
+        SEQUENCE,
+    ),
+    "more codes than rows": (
+        lambda: VectorQuantize(DIM, 200, kmeans_init=True, threshold_ema_dead_code=4),
+        SEQUENCE,
+    ),
+    "dropout": (
+        lambda: ResidualVQ(
+            dim=DIM,
+            codebook_size=20,
+            num_quantizers=4,
+            shared_codebook=True,
+            quantize_dropout=True,
+            threshold_ema_dead_code=2,
+        ),
+        SEQUENCE,
+    ),
+    "nested dropout": (
+        lambda: HierarchicalVQ(
+            dim=DIM, codebook_size=20, scales=(1, 3, 6), nested_dropout=0.5, accept_image_fmap=True
+        ),
+        IMAGE,
+    ),
+}
+
+
+def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Four steps without an optimizer on a share of fixed batches; the state after them."""
+    build, shape = case
+    torch.manual_seed(0)
+    module = build()
+    torch.manual_seed(seed)
+    for step in range(4):
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        module(batch.chunk(world)[rank])
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    state = {name: train(case, rank, 2) for name, case in JOINED.items()}
+    state |= {name: train(case, rank, 2, seed=1 + rank) for name, case in DRAWN.items()}
+    torch.save(state, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two-processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*command, "--nproc-per-node", "2", __file__, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_statistics_of_the_joint_batch(states: list[dict], name: str) -> None:
+    alone = train(JOINED[name], 0, 1)
+    for state in states:
+        assert state[name].keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(state[name][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_same_on_every_process(states: list[dict], name: str) -> None:
+    first, second = (state[name] for state in states)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    changed = train(DRAWN[name], 0, 1)
+    assert any(not torch.equal(first[key], value) for key, value in changed.items())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
