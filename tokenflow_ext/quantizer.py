@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
+from tokenflow_ext.collectives import all_reduce, sample_rows
 from tokenflow_ext.ops import Size
 
 
@@ -43,17 +43,6 @@ class QuantizerOutput(NamedTuple):
     commitment_loss: Tensor
     """Scalar that moves h: beta times mean over scales of mean((sg q - z)^2)."""
     usage: CodebookUsage
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over every process; the tensor itself where there is one."""
-    if _distributed():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -248,7 +237,7 @@ class MultiScaleQuantizer(nn.Module):
         self, features: Tensor, codebook: Tensor, result: ops.QuantizeResult
     ) -> Tensor:
         """Running statistics after a training step; returns the hits over all processes."""
-        hits = _all_reduce(result.hits.clone())
+        hits = all_reduce(result.hits.clone())
         self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), 1 - self.usage_decay)
         self.window_hits.add_(hits)
         if self.codebook_update == "ema":
@@ -258,7 +247,7 @@ class MultiScaleQuantizer(nn.Module):
             sums, _ = ops.segment_sum(
                 rows.flatten(0, 1), result.indices.flatten(), self.codebook_size
             )
-            sums = _all_reduce(sums).to(self.codebook_sums.dtype)
+            sums = all_reduce(sums).to(self.codebook_sums.dtype)
             self.codebook_sums.lerp_(sums, 1 - self.usage_decay)
             means = self.codebook_sums / self.usage_ema.clamp(min=1e-12).unsqueeze(1)
             # A code that was never hit, or not for so long that its mean is noise, stays.
@@ -437,16 +426,16 @@ class MultiScaleQuantizer(nn.Module):
             iterations: how many assignments and means.
         """
         features = self._features(features)
-        self._set_codes(self._sample(features), None)
+        self._set_codes(sample_rows(features, self.codebook_size), None)
         for _ in range(iterations):
             index = ops.nearest_code(
                 features, self.joint_codebook(), self.dims, self.weights, self.l2_norm
             )
             rows = self._normalize(features)
             sums, counts = ops.segment_sum(rows, index, self.codebook_size)
-            sums, counts = _all_reduce(sums), _all_reduce(counts)
+            sums, counts = all_reduce(sums), all_reduce(counts)
             means = sums / counts.clamp(min=1).unsqueeze(1)
-            spare = self._normalize(self._sample(features))
+            spare = self._normalize(sample_rows(features, self.codebook_size))
             self._set_codes(torch.where(counts.unsqueeze(1) > 0, means, spare), None)
         self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
 
@@ -466,7 +455,7 @@ class MultiScaleQuantizer(nn.Module):
         """
         mean = self.usage_ema.mean()
         dead = self.usage_ema < threshold * mean
-        self._set_codes(self._sample(self._features(features)), dead)
+        self._set_codes(sample_rows(self._features(features), self.codebook_size), dead)
         self._reset_statistics(dead, mean)
         return int(dead.sum())
 
@@ -481,22 +470,6 @@ class MultiScaleQuantizer(nn.Module):
         if not self.l2_norm:
             return rows
         return torch.cat([F.normalize(g, dim=-1) for g in rows.split(self.dims, dim=-1)], dim=-1)
-
-    def _sample(self, features: Tensor) -> Tensor:
-        """K random rows drawn over every process, the same on each: [K, D]."""
-        world = dist.get_world_size() if _distributed() else 1
-        count = -(-self.codebook_size // world)
-        device = features.device
-        order = torch.randperm(features.shape[0], device=device)
-        if count > features.shape[0]:  # too few rows: some serve twice
-            extra = torch.randint(features.shape[0], (count - features.shape[0],), device=device)
-            order = torch.cat([order, extra])
-        mine = features[order[:count]].contiguous()
-        if world == 1:
-            return mine
-        everyone = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(everyone, mine)
-        return torch.stack(everyone, dim=1).flatten(0, 1)[: self.codebook_size].contiguous()
 
     def _set_codes(self, rows: Tensor, where: Tensor | None) -> None:
         """codebooks[where] = rows[where], normalised with l2_norm; rows [K, D], where [K]."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.quantizer import _all_reduce, _distributed
+from tokenflow_ext.collectives import all_reduce, sample_rows
 
 EPS = 1e-6
 
@@ -31,25 +30,9 @@ def rotate(x: Tensor, target: Tensor) -> Tensor:
     return (x - 2 * along_w * w + 2 * along_u * q) * (target_norm / x_norm.clamp(min=EPS))
 
 
-def sample(rows: Tensor, count: int) -> Tensor:
-    """`count` random rows of [N, D] drawn over every process, the same on each: [count, D]."""
-    world = dist.get_world_size() if _distributed() else 1
-    share = -(-count // world)
-    order = torch.randperm(len(rows), device=rows.device)[:share]
-    if share > len(rows):  # too few rows: some serve twice
-        extra = torch.randint(len(rows), (share - len(rows),), device=rows.device)
-        order = torch.cat([order, extra])
-    mine = rows[order]
-    if world == 1:
-        return mine
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone, dim=1).flatten(0, 1)[:count]
-
-
 def shared_seed(device: torch.device) -> int:
     """A random number that every process agrees on."""
-    return int(_all_reduce(torch.randint(0, 10_000, (), device=device)))
+    return int(all_reduce(torch.randint(0, 10_000, (), device=device)))
 
 
 class Codebook(nn.Module):
@@ -116,10 +99,10 @@ class Codebook(nn.Module):
         """k-means on the first rows [N, D] that come, of all processes, where it was asked for."""
         if not self.kmeans_init or self.initted:
             return
-        means = sample(rows, self.embed.shape[1])
+        means = sample_rows(rows, self.embed.shape[1])
         for _ in range(self.kmeans_iters):
             index = ops.nearest_code(rows, means, l2_norm=self.use_cosine_sim)
-            sums, counts = map(_all_reduce, ops.segment_sum(rows, index, len(means)))
+            sums, counts = map(all_reduce, ops.segment_sum(rows, index, len(means)))
             new = sums / counts.clamp(min=1).unsqueeze(1)
             if self.use_cosine_sim:
                 new = unit(new)
@@ -132,7 +115,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def track(self, rows: Tensor, indices: Tensor) -> None:
         """Adds rows [N, D] to the running statistics of their codes; an index of -1 is skipped."""
-        sums, counts = map(_all_reduce, ops.segment_sum(rows, indices, self.embed.shape[1]))
+        sums, counts = map(all_reduce, ops.segment_sum(rows, indices, self.embed.shape[1]))
         self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
         self.embed_avg.lerp_(sums.to(self.embed_avg), 1 - self.decay)
 
@@ -153,7 +136,7 @@ class Codebook(nn.Module):
         if kept is not None and bool(kept.any()):
             rows = rows[kept]
         dead = self.cluster_size[0] < self.threshold_ema_dead_code
-        samples = sample(rows, len(dead))[(dead.cumsum(0) - 1).clamp(min=0)]
+        samples = sample_rows(rows, len(dead))[(dead.cumsum(0) - 1).clamp(min=0)]
         self.embed.copy_(torch.where(dead.unsqueeze(1), samples, self.embed))
         samples = samples * self.threshold_ema_dead_code
         self.embed_avg.copy_(torch.where(dead.unsqueeze(1), samples, self.embed_avg))

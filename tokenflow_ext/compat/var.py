@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
+from tokenflow_ext.collectives import all_reduce
 from tokenflow_ext.compat._common import computable
 from tokenflow_ext.ops import Size
-from tokenflow_ext.quantizer import _all_reduce
 
 
 class Phi(nn.Conv2d):
@@ -181,7 +181,7 @@ class VectorQuantizer2(nn.Module):
         hits = torch.zeros_like(self.ema_vocab_hit_SV)
         for row, index in zip(hits, indices, strict=True):
             row.scatter_add_(0, index.flatten(), torch.ones_like(row[:1]).expand(index.numel()))
-        hits = _all_reduce(hits)
+        hits = all_reduce(hits)
         momentum = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
         self.ema_vocab_hit_SV.lerp_(hits, 1 - momentum)
         self.record_hit += 1
