@@ -150,8 +150,10 @@ __global__ void __launch_bounds__(kTokenThreads, 8)
     for (int d = 0; d < layout.dim; ++d) grad[d] = code_grad[d] = 0;
     return;
   }
-  const float row_share = args.grad_row_error ? 2 * args.grad_row_error[s] : 0.0f;
-  const float code_share = args.grad_code_error ? 2 * args.grad_code_error[s] : 0.0f;
+  const int64_t squares = pyramid.batch * area(extent) * layout.dim;  // in the scale's mean
+  const float share = 2.0f / static_cast<float>(squares);
+  const float row_share = args.grad_row_error ? share * args.grad_row_error[s] : 0.0f;
+  const float code_share = args.grad_code_error ? share * args.grad_code_error[s] : 0.0f;
   normalize_row(row, layout, code_grad);
   for (int g = 0; g < layout.groups; ++g) {
     for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {

@@ -9,12 +9,13 @@ constexpr int kErrorThreads = 256;
 
 int64_t total_tokens(const Pyramid& pyramid) { return pyramid.batch * tokens_per_image(pyramid); }
 
-// Grid: a block a scale, which owns that scale's sum. Sums in float64 in a fixed order: every
+// Grid: a block a scale, which owns that scale's mean over rows and channels (0 where it was
+// dropped: its rows' errors are 0). Sums in float64 in a fixed order: every
 // thread over rows kErrorThreads apart, then a tree. Shared memory: a double a thread.
 // Bytes: 8 a row; bound by latency.
 __global__ void __launch_bounds__(kErrorThreads)
-    sum_errors_kernel(const __grid_constant__ Pyramid pyramid, const double* row_error,
-                      float* squared_error) {
+    mean_errors_kernel(const __grid_constant__ Pyramid pyramid, int dim, const double* row_error,
+                       float* squared_error) {
   const int s = static_cast<int>(blockIdx.x);
   double* partial = shared_memory<double>();
   const TokenMap map = {tokens_per_image(pyramid), pyramid.first_token[s],
@@ -28,7 +29,10 @@ __global__ void __launch_bounds__(kErrorThreads)
     block_barrier();
     if (static_cast<int>(threadIdx.x) < step) partial[threadIdx.x] += partial[threadIdx.x + step];
   }
-  if (threadIdx.x == 0) squared_error[s] = static_cast<float>(partial[0]);
+  if (threadIdx.x == 0) {
+    const double squares = static_cast<double>(pyramid.batch * map.count * dim);
+    squared_error[s] = static_cast<float>(partial[0] / squares);
+  }
 }
 
 int64_t largest_rows(const Pyramid& pyramid) {
@@ -151,8 +155,8 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
     walk.finish = last ? Finish::kNothing : Finish::kPack;
     TF_CUDA_TRY(launch_walk(walk, stream));
   }
-  return launch(sum_errors_kernel, dim3(static_cast<unsigned>(pyramid.num_scales)), kErrorThreads,
-                kErrorThreads * sizeof(double), stream, pyramid, scratch.row_error,
+  return launch(mean_errors_kernel, dim3(static_cast<unsigned>(pyramid.num_scales)), kErrorThreads,
+                kErrorThreads * sizeof(double), stream, pyramid, layout.dim, scratch.row_error,
                 args.squared_error);
 }
 

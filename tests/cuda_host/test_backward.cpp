@@ -28,6 +28,7 @@ Gradients definition(const Pyramid& pyramid, const CodebookLayout& layout, const
   Vector code_sums(codebook.size());
   for (int s = 0; s < pyramid.num_scales; ++s) {
     const int height = pyramid.extent[s].height, width = pyramid.extent[s].width;
+    const double squares = static_cast<double>(pyramid.batch * height * width * dim);
     const Matrix from_y = average(pyramid.height, height).transposed();
     const Matrix from_x = average(pyramid.width, width).transposed();
     const Matrix to_y = bicubic(height, pyramid.height).transposed();
@@ -51,9 +52,10 @@ Gradients definition(const Pyramid& pyramid, const CodebookLayout& layout, const
         }
         for (int d = 0; d < dim; ++d) {
           const double difference = target[d] - code[d];
-          if (wants.row_error) row_grads[p][d] += 2 * grad_row_error[s] * difference;
+          if (wants.row_error) row_grads[p][d] += 2 * grad_row_error[s] * difference / squares;
           if (wants.code_error) {
-            code_sums[indices[first + p] * dim + d] -= 2 * grad_code_error[s] * difference;
+            code_sums[indices[first + p] * dim + d] -=
+                2 * grad_code_error[s] * difference / squares;
           }
         }
         row_grads[p] = normalized_backward(loop.rows[first + p].data(), row_grads[p], layout);
@@ -82,8 +84,15 @@ void check(const char* name, const Pyramid& pyramid, const CodebookLayout& layou
   const Floats codebook = random_floats(layout.codes * dim, 1);
   const Floats h = random_floats(pyramid.batch * dim * pyramid.height * pyramid.width, 2);
   const Floats grad_quantized = random_floats(static_cast<int64_t>(h.size()), 3);
-  const Floats grad_code_error = random_floats(pyramid.num_scales, 4);
-  const Floats grad_row_error = random_floats(pyramid.num_scales, 5);
+  Floats grad_code_error = random_floats(pyramid.num_scales, 4);
+  Floats grad_row_error = random_floats(pyramid.num_scales, 5);
+  for (int s = 0; s < pyramid.num_scales; ++s) {  // as large as the rest, whatever the mean is over
+    const Extent extent = pyramid.extent[s];
+    const float squares =
+        static_cast<float>(pyramid.batch * extent.height * extent.width * layout.dim);
+    grad_code_error[s] *= squares;
+    grad_row_error[s] *= squares;
+  }
   Indices indices(static_cast<size_t>(pyramid.batch * tokens));
   std::mt19937 generator(6);
   for (size_t n = 0; n < indices.size(); ++n) {

@@ -83,6 +83,9 @@ void check_quantize(const Case& test, const Floats& codebook, const Floats& h, c
   Indices hits(static_cast<size_t>(test.layout.codes));
   Vector squared_error(static_cast<size_t>(test.pyramid.num_scales));
   for (int s = 0; s < test.pyramid.num_scales; ++s) {
+    const Extent extent = test.pyramid.extent[s];
+    const double squares =
+        static_cast<double>(test.pyramid.batch * extent.height * extent.width * test.layout.dim);
     for (int64_t b = 0; b < test.pyramid.batch; ++b) {
       for (int64_t t = test.pyramid.first_token[s]; t < test.pyramid.first_token[s + 1]; ++t) {
         const size_t n = static_cast<size_t>(b * tokens + t);
@@ -105,7 +108,7 @@ void check_quantize(const Case& test, const Floats& codebook, const Floats& h, c
               name.c_str(), n, chosen, best);
         for (int d = 0; d < test.layout.dim; ++d) {
           const double difference = codes[index][d] - loop.targets[n][d];
-          squared_error[s] += difference * difference;
+          squared_error[s] += difference * difference / squares;
         }
       }
     }
@@ -178,6 +181,18 @@ int main() {
   // More shared memory than a kernel has without asking.
   check({"large plane", make_pyramid(1, 70, 70, {{3, 2}}), make_layout(4, {1}, false), -1, 11});
 
+  {  // Rows are finished by an image's last block: in no order before another block's warps are
+     // done.
+    const Case test = {"", make_pyramid(6, 6, 11, {{6, 11}}), make_layout(2, {3, 1}, true)};
+    const Floats codebook = random_floats(2 * 4, 40), h = random_floats(6 * 4 * 66, 41);
+    const Indices indices(6 * 66, 0);
+    const Floats wanted = pyramid_rows(test, codebook, h, indices);
+    for (unsigned seed = 0; seed < 60; ++seed) {
+      emulation::set_order(emulation::Order::kShuffled, seed);
+      CHECK(same_bits(pyramid_rows(test, codebook, h, indices), wanted), "seed %u", seed);
+    }
+    emulation::set_order(emulation::Order::kForward);
+  }
   {  // An image with a NaN leaves the others alone.
     const Case test = {"NaN", make_pyramid(3, 3, 3, {{1, 1}, {3, 3}}),
                        make_layout(12, {3, 2}, true)};
