@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -99,7 +100,9 @@ class MultiScaleQuantizer(nn.Module):
         if not self.dims or min(self.dims) < 1:
             raise ValueError(f"dims must hold one or more positive widths, got {tuple(dims)}")
         self.dim = sum(self.dims)
-        self.scales = tuple((s, s) if isinstance(s, int) else (s[0], s[1]) for s in scales)
+        self.scales = tuple(
+            (int(s), int(s)) if isinstance(s, Integral) else (int(s[0]), int(s[1])) for s in scales
+        )
         if not self.scales or min(min(s) for s in self.scales) < 1:
             raise ValueError(f"scales must hold one or more positive sides, got {tuple(scales)}")
         self.weights = tuple(float(w) for w in (weights or [1.0] * len(self.dims)))
