@@ -61,6 +61,9 @@ int main() {
   // Far outside the range.
   check(4, 2, 40, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max());
 
+  check(4, 2, 40, (int64_t{1} << 32) - 1, (int64_t{1} << 32) + 3);  // a code in 32 bits
+  check(4, 2, 40, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::min() + 3);
+
   SegmentSumArgs<float> args = {};
   args.num_rows = 4;
   CHECK(cuda::launch_segment_sum(args, nullptr, nullptr) == cudaErrorInvalidValue, "no codes");
