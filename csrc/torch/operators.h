@@ -4,7 +4,7 @@
 //   template <typename T> static constexpr bool serves      (is float / double served?)
 //   check_codebook<T>(layout, codebook)                      data-dependent checks, or nothing
 //   check_indices(indices, codes, lowest)                    likewise
-//   check_shape(pyramid, layout)                             limits of its kernels, or nothing
+//   check_shape([pyramid, ]layout)                           limits of its kernels, or nothing
 //   run(args, like)                                          one overload an args struct
 #pragma once
 
@@ -40,6 +40,7 @@ struct Operators {
     STD_TORCH_CHECK(rows.size(0) > 0, "rows must not be empty, got shape ", shape_of(rows));
     check_like(codebook, "codebook", rows, "rows");
     check_device(codebook, "codebook", rows, "rows");
+    Backend::check_shape(layout);
     rows = torch::stable::contiguous(rows);
     codebook = torch::stable::contiguous(codebook);
     return dispatch(rows, "rows", [&](auto zero) {

@@ -35,6 +35,7 @@ struct CpuBackend {
                     bad == end ? 0 : *bad, " at position ", bad - begin);
   }
 
+  static void check_shape(const CodebookLayout&) {}
   static void check_shape(const Pyramid&, const CodebookLayout&) {}
 
   template <typename T>

@@ -21,8 +21,9 @@ struct CudaBackend {
 
   static void check_indices(const Tensor&, int64_t, int64_t) {}
 
-  static void check_shape(const Pyramid& pyramid, const CodebookLayout& layout) {
-    const char* reason = cuda::unsupported_reason(pyramid, layout);
+  template <typename... Shape>
+  static void check_shape(const Shape&... shape) {
+    const char* reason = cuda::unsupported_reason(shape...);
     STD_TORCH_CHECK(reason == nullptr, reason ? reason : "");
   }
 
