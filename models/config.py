@@ -382,12 +382,12 @@ def _tiny() -> TokenizerConfig:
         semantic=SemanticConfig(
             tower,
             frozen=True,
-            decoder_width=192,
+            decoder_width=128,
             decoder_depth=3,
-            decoder_heads=6,
+            decoder_heads=4,
             decoder_grid=8,
         ),
-        quantizer=QuantizerConfig(codebook_size=1024, scales=(1, 2, 4, 6, 8)),
+        quantizer=QuantizerConfig(codebook_size=1024, scales=(1, 2, 3, 4, 5, 6, 7, 8)),
         teacher=tower,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -148,8 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
         sub.add_argument("--device", default="cpu", help="[%(default)s]")
     if arguments[:1] == ["train"]:
-        # In place of this process, which has loaded torch before its settings could be made.
-        return os.execv(sys.executable, [sys.executable, tokenizer.__file__, *arguments[1:]])
+        return tokenizer.main(arguments[1:])
     known = parser.parse_args(arguments)
     try:
         if known.command == "reconstruct":

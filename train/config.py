@@ -30,7 +30,7 @@ class DataConfig:
     held_out: str | None = None
     held_out_crops: int = 96
     min_crop: float = 0.25  # side of the smallest random crop, as a share of the shorter side
-    max_crop: float = 1.0
+    max_crop: float = 0.6
     aspect: float = 1.15  # width / height of a random crop lies within [1 / aspect, aspect]
     flip: bool = True
     workers: int = 0  # processes that decode images; none: in the training process itself
@@ -41,10 +41,10 @@ class OptimConfig:
     """Adam and its schedule. ``batch`` is the number of images of one optimizer step over all
     processes and accumulation steps together, so a run means the same on any machine."""
 
-    steps: int = 1200
-    batch: int = 32
+    steps: int = 1300
+    batch: int = 16
     accumulate: int = 1
-    lr: float = 1.0e-3
+    lr: float = 2.0e-3
     discriminator_lr: float = 2.0e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -80,7 +80,7 @@ class CodebookConfig:
     """How codes come to life: k-means on the first batches' features before the first step, and
     codes that are hardly used set anew to a feature of the current batch."""
 
-    kmeans_batches: int = 8  # 0: keep the random start
+    kmeans_batches: int = 16  # 0: keep the random start
     kmeans_iterations: int = 10
     restart_every: int = 0  # optimizer steps; 0: never
     restart_until: float = 0.8  # share of the run after which codes are left alone
@@ -92,11 +92,11 @@ class OutputConfig:
     """How often what is written, in optimizer steps. The last step always writes everything."""
 
     log_every: int = 10
-    eval_every: int = 300
-    picture_every: int = 300
-    checkpoint_every: int = 300
+    eval_every: int = 325
+    picture_every: int = 325
+    checkpoint_every: int = 325
     keep: int = 2  # checkpoints
-    pictures: int = 16  # held-out crops shown in a picture
+    pictures: int = 24  # held-out crops shown in a picture
     tensorboard: bool = True
     progress: bool = True
 
@@ -109,6 +109,10 @@ class TrainConfig:
     preset: str = "tiny"
     seed: int = 0
     device: str = "auto"  # "cpu", "cuda" or "auto"
+    # Of each process on a CPU, besides one that reads ahead; 0 is torch's choice. Threads that
+    # share every small operation wait for each other thousands of times a step: on a machine that
+    # does anything else, two are slower than one.
+    threads: int = 1
     teacher_weights: str | None = None  # the teacher's file where no package ships it
     pretrained_tower: bool = True  # start the semantic encoder from the teacher's weights
     init: str | None = None  # a save_pretrained folder to start from
@@ -126,6 +130,7 @@ class TrainConfig:
         if len(self.optim.betas) != 2:
             raise ConfigError(f"optim.betas must be two numbers, got {self.optim.betas}")
         least = {
+            "": (self, 0, ("seed", "threads")),
             "optim": (self.optim, 1, ("steps", "batch", "accumulate")),
             "output": (
                 self.output,
@@ -138,7 +143,8 @@ class TrainConfig:
         for section, (values, minimum, names) in least.items():
             for name in names:
                 if (value := getattr(values, name)) < minimum:
-                    raise ConfigError(f"{section}.{name} must be {minimum} or more, got {value}")
+                    key = f"{section}.{name}".lstrip(".")
+                    raise ConfigError(f"{key} must be {minimum} or more, got {value}")
 
 
 def _one_of(key: str, value: str, *allowed: str) -> None:

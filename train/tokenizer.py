@@ -7,14 +7,9 @@ scikit-learn, distilled from EfficientNet-Lite0, in under ten minutes on two CPU
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-# Read when torch is loaded. Threads that spin while they wait for each other make a step several
-# times slower as soon as anything else runs on the machine; threads that sleep do not.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.train import checkpoint, data

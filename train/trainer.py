@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, group: Processes) -> None:
         self.config, self.group = config, group
+        if group.device.type == "cpu" and config.threads:
+            torch.set_num_threads(config.threads)
         self.run = Path(config.run)
         self.step = 0
         self.seconds = 0.0
@@ -80,7 +83,9 @@ class Trainer:
         )
         self.position = 0
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
-        self._batches: Iterator[Tensor] | None = None
+        self._batches: Iterator[Tensor] = iter(())
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
 
         self._seed(0)  # every process builds the same weights
         if config.init is None:
@@ -167,10 +172,32 @@ class Trainer:
         self.parallel = self._distribute(self.model)
         if self.discriminator is not None:
             self.d_parallel = self._distribute(self.discriminator)
-        self._batches = self._read(self.position)
+        self._batches = self._read(self.position, self.config.data.workers)
+        if self.group.device.type == "cpu":
+            self._pool = ThreadPoolExecutor(1)
+            self._pending = self._pool.submit(self._next_batch)
 
-    def _read(self, position: int) -> Iterator[Tensor]:
-        return iter(data.loader(self.dataset, self.shard, position, self.config.data.workers))
+    def _read(self, position: int, workers: int = 0) -> Iterator[Tensor]:
+        return iter(data.loader(self.dataset, self.shard, position, workers))
+
+    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+        """The next micro-batch, and the teacher's tokens of it."""
+        images = next(self._batches).to(self.group.device, non_blocking=True)
+        if self.teacher is None:
+            return images, None
+        with self._autocast():
+            return images, self.teacher(images)
+
+    def _take_batch(self) -> tuple[Tensor, Tensor | None]:
+        """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
+
+        Neither images nor teacher depend on what is learned or drawn, so nothing else changes.
+        """
+        if self._pool is None:
+            return self._next_batch()
+        ready = self._pending.result()
+        self._pending = self._pool.submit(self._next_batch)
+        return ready
 
     @torch.no_grad()
     def _start_codebooks(self) -> None:
@@ -206,10 +233,10 @@ class Trainer:
         if adversarial:
             self.d_optimizer.zero_grad(set_to_none=True)
         for micro in range(optim.accumulate):
-            images = next(self._batches).to(self.group.device, non_blocking=True)
+            images, target = self._take_batch()
             last = micro == optim.accumulate - 1
             with self._no_sync(self.parallel, last):
-                made, parts = self._generator(images, adversarial)
+                made, parts = self._generator(images, target, adversarial)
             if adversarial:
                 with self._no_sync(self.d_parallel, last):
                     parts |= self._discriminator(images, made)
@@ -229,11 +256,12 @@ class Trainer:
     def _no_sync(self, module: nn.Module, last: bool) -> Any:
         return nullcontext() if last or self.group.world == 1 else module.no_sync()
 
-    def _generator(self, images: Tensor, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator(
+        self, images: Tensor, target: Tensor | None, adversarial: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of the tokenizer: its images (without graph) and its losses."""
         loss = self.config.loss
         with self._autocast():
-            target = None if self.teacher is None else self.teacher(images)
             out = self.parallel(images, target if self.tower_is_teacher else None)
             logits = None
             if adversarial:
@@ -449,6 +477,8 @@ class Trainer:
             self.last = self.evaluate()
         if log is not None:
             log.close()
+        if self._pool is not None:
+            self._pool.shutdown()
         self.group.wait()
         return self._summary()
 

@@ -33,7 +33,7 @@ def images(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro.draw_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Tests run beside other work; threads that wait for each other would slow both."""
     before = torch.get_num_threads()
