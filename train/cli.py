@@ -92,6 +92,8 @@ def tokenize(
 ) -> Path:
     """Write the tokens of every image below ``folder`` as shards; returns the index's path.
 
+    Files that cannot be read are left out, and named in the index.
+
     The index (index.json) is written last: a folder without it is not finished. See
     docs/training.md for the format.
     """
@@ -100,26 +102,39 @@ def tokenize(
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     facts = _facts(model, place)
-    shards = []
+    shards, skipped = [], []
     bar = tqdm(total=len(paths), unit="image")
     for number, start in enumerate(range(0, len(paths), shard)):
-        names = paths[start : start + shard]
-        tokens = []
-        for at in range(0, len(names), batch):
-            squares = [read_square(p, model.config.image_size) for p in names[at : at + batch]]
-            tokens.append(model.encode(torch.stack(squares).to(device)).cpu())
-            bar.update(len(squares))
-        file = f"tokens-{number:05d}.safetensors"
-        _save_tokens(torch.cat(tokens), target / file, facts)
-        rows = [{"image": str(p.relative_to(folder)), "caption": _caption(p)} for p in names]
-        listing = f"tokens-{number:05d}.json"
-        checkpoint.write_text(target / listing, json.dumps(rows, indent=0, ensure_ascii=False))
-        shards.append({"tokens": file, "rows": listing, "count": len(names)})
+        tokens, rows = [], []
+        for at in range(start, min(start + shard, len(paths)), batch):
+            squares = []
+            for path in paths[at : min(at + batch, start + shard)]:
+                bar.update()
+                name = str(path.relative_to(folder))
+                try:
+                    squares.append(read_square(path, model.config.image_size))
+                except data.DataError as error:  # one of a million must not end the others
+                    bar.write(f"left out: {error}")
+                    skipped.append(name)
+                    continue
+                rows.append({"image": name, "caption": _caption(path)})
+            if squares:
+                tokens.append(model.encode(torch.stack(squares).to(device)).cpu())
+        if not rows:
+            continue
+        names = {"tokens": f"tokens-{number:05d}.safetensors", "rows": f"tokens-{number:05d}.json"}
+        _save_tokens(torch.cat(tokens), target / names["tokens"], facts)
+        listing = json.dumps(rows, indent=0, ensure_ascii=False)
+        checkpoint.write_text(target / names["rows"], listing)
+        shards.append({**names, "count": len(rows)})
     bar.close()
     index = target / "index.json"
-    facts |= {"images": len(paths), "shards": shards}
+    images = sum(entry["count"] for entry in shards)
+    if not images:
+        raise data.DataError(f"no image below {folder} can be read")
+    facts |= {"images": images, "skipped": skipped, "shards": shards}
     checkpoint.write_text(index, json.dumps(facts, indent=2) + "\n")
-    print(f"{len(paths)} images, {facts['tokens_per_image']} tokens each, {index}")
+    print(f"{images} images, {facts['tokens_per_image']} tokens each, {index}")
     return index
 
 

@@ -40,12 +40,13 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
 
 def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
     (images / "picture1.txt").write_text("Waves of colour.\nMore.\n")
+    (images / "broken.png").write_bytes(b"no image")
     out = tmp_path / "tokens"
     arguments = ["--checkpoint", str(run), "--out", str(out), "--shard", "2", "--batch", "1"]
     cli.main(["tokenize", str(images), *arguments])
     index = json.loads((out / "index.json").read_text())
     assert (index["images"], index["codebook_size"], index["tokens_per_image"]) == (3, 64, 21)
-    assert [shard["count"] for shard in index["shards"]] == [2, 1]
+    assert [shard["count"] for shard in index["shards"]] == [1, 2]
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
     captions = {}
     for shard in index["shards"]:
@@ -60,6 +61,8 @@ def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
             original = cli.read_square(images / row["image"], 32)[None]
             assert torch.equal(line.long(), model.encode(original)[0])
     (images / "picture1.txt").unlink()
+    (images / "broken.png").unlink()
+    assert index["skipped"] == ["broken.png"]
     expected = {"picture0.png": None, "picture1.png": "Waves of colour.", "picture2.png": None}
     assert captions == expected
 
@@ -75,10 +78,14 @@ def test_every_kind_of_checkpoint_path(run, images, tmp_path, place):
 
 
 def test_errors_end_with_one_line(run, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no image")
     for arguments, message in (
         (["reconstruct", "nowhere.png", "--checkpoint", str(run)], r"nowhere\.png"),
         (["reconstruct", "x.png", "--checkpoint", str(tmp_path / "none")], "nothing at"),
         (["tokenize", str(tmp_path / "none"), "--checkpoint", str(run)], "no folder"),
+        (["tokenize", str(broken), "--checkpoint", str(run)], "can be read"),
     ):
         with pytest.raises(SystemExit, match=message):
             cli.main([*arguments, "--out", str(tmp_path / "out")])
