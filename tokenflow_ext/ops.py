@@ -15,6 +15,7 @@ a codebook that does, gets some index in range, and an index out of range adds n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ class QuantizeResult(NamedTuple):
     """The same numbers, differentiable in h."""
     hits: Tensor
     """How often each code was chosen, [K] int64."""
+
+
+def as_sizes(scales: Sequence[int | Size]) -> list[Size]:
+    """(height, width) of scales given by their side or by both."""
+    return [(int(s), int(s)) if isinstance(s, Integral) else (int(s[0]), int(s[1])) for s in scales]
 
 
 def _flatten(sizes: Sequence[Size]) -> list[int]:

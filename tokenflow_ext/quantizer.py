@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -100,9 +99,7 @@ class MultiScaleQuantizer(nn.Module):
         if not self.dims or min(self.dims) < 1:
             raise ValueError(f"dims must hold one or more positive widths, got {tuple(dims)}")
         self.dim = sum(self.dims)
-        self.scales = tuple(
-            (int(s), int(s)) if isinstance(s, Integral) else (int(s[0]), int(s[1])) for s in scales
-        )
+        self.scales = tuple(ops.as_sizes(scales))
         if not self.scales or min(min(s) for s in self.scales) < 1:
             raise ValueError(f"scales must hold one or more positive sides, got {tuple(scales)}")
         self.weights = tuple(float(w) for w in (weights or [1.0] * len(self.dims)))
@@ -338,15 +335,8 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             IndexError: an index out of [0, K) (on the CPU).
         """
-        return torch.cat(
-            [
-                F.normalize(F.embedding(indices, group), dim=-1)
-                if self.l2_norm
-                else F.embedding(indices, group)
-                for group in self.codebooks
-            ],
-            dim=-1,
-        )
+        rows = torch.cat([F.embedding(indices, group) for group in self.codebooks], dim=-1)
+        return self._normalize(rows)
 
     @torch.no_grad()
     def accumulate(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
@@ -429,16 +419,16 @@ class MultiScaleQuantizer(nn.Module):
             iterations: how many assignments and means.
         """
         features = self._features(features)
+        rows = self._normalize(features)
         self._set_codes(sample_rows(features, self.codebook_size), None)
         for _ in range(iterations):
             index = ops.nearest_code(
                 features, self.joint_codebook(), self.dims, self.weights, self.l2_norm
             )
-            rows = self._normalize(features)
             sums, counts = ops.segment_sum(rows, index, self.codebook_size)
             sums, counts = all_reduce(sums), all_reduce(counts)
             means = sums / counts.clamp(min=1).unsqueeze(1)
-            spare = self._normalize(sample_rows(features, self.codebook_size))
+            spare = sample_rows(features, self.codebook_size)
             self._set_codes(torch.where(counts.unsqueeze(1) > 0, means, spare), None)
         self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
 

@@ -316,20 +316,7 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   Workspace workspace(workspace_memory);
   const BackwardScratch scratch(workspace, args);
   TF_CUDA_TRY(launch_scale_codes(layout, args.codebook, scratch.code_scales, stream));
-
-  WalkArgs walk = {};
-  walk.pyramid = pyramid;
-  walk.layout = layout;
-  walk.first = -1;
-  walk.last = pyramid.num_scales - 2;
-  walk.codebook = args.codebook;
-  walk.code_scales = scratch.code_scales;
-  walk.indices = args.indices;
-  walk.plane_in = args.h;
-  walk.sign = -1;
-  walk.rows = scratch.rows;
-  walk.finish = Finish::kNothing;
-  TF_CUDA_TRY(launch_walk(walk, stream));
+  TF_CUDA_TRY(launch_walk(recompute_rows(args, scratch.code_scales, scratch.rows), stream));
 
   const bool upsampled = args.grad_h && args.grad_quantized;
   if (upsampled) TF_CUDA_TRY(launch_upsample_transpose(args, scratch.grad_rows, stream));

@@ -174,17 +174,7 @@ cudaError_t launch_pyramid_rows(const PyramidRowsArgs<float>& args, void* worksp
   TF_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
                               static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
   TF_CUDA_TRY(launch_scale_codes(args.layout, args.codebook, scratch.code_scales, stream));
-  WalkArgs walk = {};
-  walk.pyramid = pyramid;
-  walk.layout = args.layout;
-  walk.first = -1;
-  walk.last = pyramid.num_scales - 2;
-  walk.codebook = args.codebook;
-  walk.code_scales = scratch.code_scales;
-  walk.indices = args.indices;
-  walk.plane_in = args.h;
-  walk.sign = -1;
-  walk.rows = args.rows;
+  WalkArgs walk = recompute_rows(args, scratch.code_scales, args.rows);
   walk.finish = Finish::kNormalize;
   walk.images_done = scratch.images_done;
   return launch_walk(walk, stream);

@@ -92,6 +92,24 @@ struct WalkArgs {
   PackedRows packed;  // used if finish is kPack
 };
 
+// The walk that recomputes the rows of every scale from h and known indices, unfinished.
+template <typename Args>
+WalkArgs recompute_rows(const Args& args, const double* code_scales, float* rows) {
+  WalkArgs walk = {};
+  walk.pyramid = args.pyramid;
+  walk.layout = args.layout;
+  walk.first = -1;
+  walk.last = args.pyramid.num_scales - 2;
+  walk.codebook = args.codebook;
+  walk.code_scales = code_scales;
+  walk.indices = args.indices;
+  walk.plane_in = args.h;
+  walk.sign = -1;
+  walk.rows = rows;
+  walk.finish = Finish::kNothing;
+  return walk;
+}
+
 // `args.channels` is chosen here.
 cudaError_t launch_walk(WalkArgs args, cudaStream_t stream);
 

@@ -30,6 +30,33 @@ struct Operators {
     return run(float{});
   }
 
+  // What every operator on features starts from: h and the codebook checked against each other and
+  // made contiguous, their shapes as the kernels take them.
+  struct Problem {
+    CodebookLayout layout;
+    Pyramid pyramid;
+  };
+
+  static Problem check_problem(Tensor& h, Tensor& codebook, const std::vector<int64_t>& dims,
+                               const std::vector<double>& weights,
+                               const std::vector<int64_t>& sizes, bool l2_norm) {
+    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+    const Pyramid pyramid = make_pyramid(h, layout, sizes);
+    check_like(codebook, "codebook", h, "h");
+    check_device(codebook, "codebook", h, "h");
+    Backend::check_shape(pyramid, layout);
+    h = torch::stable::contiguous(h);
+    codebook = torch::stable::contiguous(codebook);
+    return {layout, pyramid};
+  }
+
+  static void check_tokens(Tensor& indices, const Pyramid& pyramid, const Tensor& other,
+                           const char* other_name) {
+    torch_ops::check_indices(indices, pyramid);
+    check_device(indices, "indices", other, other_name);
+    indices = torch::stable::contiguous(indices);
+  }
+
   static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
                              std::vector<double> weights, bool l2_norm) {
     const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
@@ -57,18 +84,14 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiscale_quantize(
       Tensor h, Tensor codebook, std::optional<Tensor> dropped, std::vector<int64_t> dims,
       std::vector<double> weights, std::vector<int64_t> sizes, bool l2_norm) {
-    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
-    const Pyramid pyramid = make_pyramid(h, layout, sizes);
-    check_like(codebook, "codebook", h, "h");
-    check_device(codebook, "codebook", h, "h");
+    const Problem problem = check_problem(h, codebook, dims, weights, sizes, l2_norm);
+    const CodebookLayout& layout = problem.layout;
+    const Pyramid& pyramid = problem.pyramid;
     if (dropped) {
       check_device(*dropped, "dropped", h, "h");
       STD_TORCH_CHECK(dropped->scalar_type() == ScalarType::Long && dropped->numel() == 1,
                       "dropped must be one int64, got shape ", shape_of(*dropped));
     }
-    Backend::check_shape(pyramid, layout);
-    h = torch::stable::contiguous(h);
-    codebook = torch::stable::contiguous(codebook);
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
@@ -91,16 +114,14 @@ struct Operators {
   static std::tuple<Tensor, Tensor> multiscale_quantize_backward(
       Tensor h, Tensor codebook, Tensor indices, Tensor grad_quantized, Tensor grad_code_error,
       Tensor grad_row_error, std::vector<int64_t> dims, std::vector<int64_t> sizes, bool l2_norm) {
-    const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
-    const Pyramid pyramid = make_pyramid(h, layout, sizes);
-    torch_ops::check_indices(indices, pyramid);
+    const Problem problem = check_problem(h, codebook, dims, {}, sizes, l2_norm);
+    const CodebookLayout& layout = problem.layout;
+    const Pyramid& pyramid = problem.pyramid;
+    check_tokens(indices, pyramid, h, "h");
     check_shape(grad_quantized, {pyramid.batch, layout.dim, pyramid.height, pyramid.width},
                 "grad_quantized");
     check_shape(grad_code_error, {pyramid.num_scales}, "grad_code_error");
     check_shape(grad_row_error, {pyramid.num_scales}, "grad_row_error");
-    check_device(indices, "indices", h, "h");
-    check_device(codebook, "codebook", h, "h");
-    check_like(codebook, "codebook", h, "h");
     for (const auto& [tensor, name] : {std::make_pair(&grad_quantized, "grad_quantized"),
                                        std::make_pair(&grad_code_error, "grad_code_error"),
                                        std::make_pair(&grad_row_error, "grad_row_error")}) {
@@ -108,10 +129,6 @@ struct Operators {
       check_device(*tensor, name, h, "h");
       *tensor = torch::stable::contiguous(*tensor);
     }
-    Backend::check_shape(pyramid, layout);
-    h = torch::stable::contiguous(h);
-    codebook = torch::stable::contiguous(codebook);
-    indices = torch::stable::contiguous(indices);
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
@@ -130,16 +147,10 @@ struct Operators {
   static Tensor multiscale_rows(Tensor h, Tensor codebook, Tensor indices,
                                 std::vector<int64_t> dims, std::vector<int64_t> sizes,
                                 bool l2_norm) {
-    const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
-    const Pyramid pyramid = make_pyramid(h, layout, sizes);
-    torch_ops::check_indices(indices, pyramid);
-    check_device(indices, "indices", h, "h");
-    check_device(codebook, "codebook", h, "h");
-    check_like(codebook, "codebook", h, "h");
-    Backend::check_shape(pyramid, layout);
-    h = torch::stable::contiguous(h);
-    codebook = torch::stable::contiguous(codebook);
-    indices = torch::stable::contiguous(indices);
+    const Problem problem = check_problem(h, codebook, dims, {}, sizes, l2_norm);
+    const CodebookLayout& layout = problem.layout;
+    const Pyramid& pyramid = problem.pyramid;
+    check_tokens(indices, pyramid, h, "h");
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
@@ -158,11 +169,9 @@ struct Operators {
     const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
     check_dim(indices, 2, "indices");
     const Pyramid pyramid = make_pyramid(indices.size(0), height, width, sizes);
-    torch_ops::check_indices(indices, pyramid);
-    check_device(codebook, "codebook", indices, "indices");
+    check_tokens(indices, pyramid, codebook, "codebook");
     Backend::check_shape(pyramid, layout);
     codebook = torch::stable::contiguous(codebook);
-    indices = torch::stable::contiguous(indices);
     return dispatch(codebook, "codebook", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, 0);

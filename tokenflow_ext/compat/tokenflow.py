@@ -111,7 +111,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"h must have shape [B, {self.e_dim}, H, W] with no side of 0, got {tuple(h.shape)}"
             )
-        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in scales]
+        sizes = ops.as_sizes(scales)
         features, codebook = computable(h), self._codebook().to(computable(h).dtype)
         out = ops.multiscale_quantize(features, codebook, self.split, sizes, l2_norm=self.l2_norm)
         vq_loss = commit_loss = entropy_loss = None
@@ -141,7 +141,7 @@ class VectorQuantizer(nn.Module):
         self, indices: Tensor, scales: Sequence[int | Size], size: Size | None = None
     ) -> Tensor:
         """f^ [B, e_dim, *size] of indices [B, L]; `size` is the last scale's by default."""
-        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in scales]
+        sizes = ops.as_sizes(scales)
         codebook = computable(self._codebook())
         return ops.multiscale_decode(
             indices, codebook, self.split, sizes, size or sizes[-1], self.l2_norm

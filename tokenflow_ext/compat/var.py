@@ -269,7 +269,7 @@ class VectorQuantizer2(nn.Module):
 
     def _sizes(self, f: Tensor, scales: Sequence[int | Size] | None) -> list[Size]:
         scales = scales or self.v_patch_nums
-        sizes = [(s, s) if isinstance(s, int) else (s[0], s[1]) for s in scales]
+        sizes = ops.as_sizes(scales)
         if f.dim() != 4 or f.shape[1] != self.Cvae or f.shape[0] == 0:
             raise ValueError(
                 f"f_BChw must have shape [B, {self.Cvae}, H, W], B > 0, got {tuple(f.shape)}"
