@@ -65,6 +65,11 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
 
+// The sum depends on the order of arrival: only where a caller has asked for that.
+__device__ __forceinline__ void atomic_add(float* address, float value) {
+  atomicAdd(address, value);
+}
+
 // Maximum of floats that are not negative (or NaN with the sign cleared, which wins): their bit
 // patterns are ordered as integers, and the result does not depend on the order of arrival.
 __device__ __forceinline__ void atomic_max_not_negative(float* address, float value) {
