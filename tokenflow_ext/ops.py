@@ -88,6 +88,7 @@ def multiscale_quantize(
     weights: Sequence[float] | None = None,
     l2_norm: bool = True,
     dropped: Tensor | None = None,
+    atomic_codebook_gradient: bool = False,
 ) -> QuantizeResult:
     """The multi-scale residual loop in one call (arXiv 2412.03069, section 3.1).
 
@@ -99,11 +100,21 @@ def multiscale_quantize(
         weights: weight of each group's squared distance; 1 by default.
         l2_norm: scale each group of features and codes to unit length.
         dropped: number of one scale to leave out, as one int64 on h's device, or a negative number.
+        atomic_codebook_gradient: on CUDA, sum the codebook's gradient by float32 atomics in their
+            order of arrival: no sort, but not the same bits in every run. Of no effect on the CPU
+            and under `torch.use_deterministic_algorithms(True)`, where the sum is always in order.
     """
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return QuantizeResult(
         *torch.ops.tokenflow_ext.multiscale_quantize(
-            h, codebook, dropped, list(dims), weights, _flatten(sizes), l2_norm
+            h,
+            codebook,
+            dropped,
+            list(dims),
+            weights,
+            _flatten(sizes),
+            l2_norm,
+            atomic_codebook_gradient,
         )
     )
 
@@ -159,7 +170,7 @@ def _(rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize")
-def _(h, codebook, dropped, dims, weights, sizes, l2_norm):
+def _(h, codebook, dropped, dims, weights, sizes, l2_norm, atomic_codebook_gradient=False):
     scales = len(sizes) // 2
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
@@ -171,7 +182,18 @@ def _(h, codebook, dropped, dims, weights, sizes, l2_norm):
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize_backward")
-def _(h, codebook, indices, grad_quantized, grad_code, grad_row, dims, sizes, l2_norm):
+def _(
+    h,
+    codebook,
+    indices,
+    grad_quantized,
+    grad_code_error,
+    grad_row_error,
+    dims,
+    sizes,
+    l2_norm,
+    atomic_codebook_gradient=False,
+):
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(h, memory_format=contiguous),
@@ -198,7 +220,7 @@ def _(rows, indices, num_segments):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm = inputs
+    h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm, ctx.atomic_codebook_gradient = inputs
     indices, hits = output[1], output[4]
     ctx.mark_non_differentiable(indices, hits)
     ctx.save_for_backward(h, codebook, indices)
@@ -206,18 +228,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_error, _hits):
     h, codebook, indices = ctx.saved_tensors
+    wants_codebook = ctx.needs_input_grad[1]
+    # As torch's own sums by index do: another algorithm, not an error.
+    atomic = ctx.atomic_codebook_gradient and not torch.are_deterministic_algorithms_enabled()
     grad_h, grad_codebook = torch.ops.tokenflow_ext.multiscale_quantize_backward(
         h,
         codebook,
         indices,
         grad_quantized,
-        grad_code_error,
+        grad_code_error if wants_codebook else None,
         grad_row_error,
         ctx.dims,
         ctx.sizes,
         ctx.l2_norm,
+        atomic,
     )
-    return grad_h, grad_codebook, None, None, None, None, None
+    return grad_h, grad_codebook if wants_codebook else None, *[None] * 6
 
 
 torch.library.register_autograd(

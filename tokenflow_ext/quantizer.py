@@ -64,6 +64,11 @@ class MultiScaleQuantizer(nn.Module):
             to each code, normalised with l2_norm; the vq loss is then 0).
         usage_decay: decay of the running hits, and of "ema".
         scale_drop: in training, the probability of leaving out one scale, never the first.
+        atomic_codebook_gradient: on CUDA, sum the codebooks' gradient by float32 atomics in their
+            order of arrival. That saves the sort of the tokens by code, but the gradient is not the
+            same bit for bit in every run, and tokens of one code wait for each other. Of no effect
+            on the CPU, with "ema", and under `torch.use_deterministic_algorithms(True)`: there the
+            gradient is always the reproducible one.
 
     Attributes:
         codebooks: one parameter [K, dims[g]] for each group g.
@@ -90,6 +95,7 @@ class MultiScaleQuantizer(nn.Module):
         codebook_update: Literal["gradient", "ema"] = "gradient",
         usage_decay: float = 0.99,
         scale_drop: float = 0.1,
+        atomic_codebook_gradient: bool = False,
     ) -> None:
         super().__init__()
         if codebook_size < 1:
@@ -119,6 +125,7 @@ class MultiScaleQuantizer(nn.Module):
         self.codebook_update = codebook_update
         self.usage_decay = float(usage_decay)
         self.scale_drop = float(scale_drop)
+        self.atomic_codebook_gradient = bool(atomic_codebook_gradient)
         self.tokens_per_scale = tuple(h * w for h, w in self.scales)
         self.num_tokens = sum(self.tokens_per_scale)
 
@@ -177,7 +184,14 @@ class MultiScaleQuantizer(nn.Module):
             codebook = codebook.detach().clone()  # the update below must not change what is saved
         dropped = self._draw_dropped_scale(h.device)
         result = ops.multiscale_quantize(
-            features, codebook, self.dims, self.scales, self.weights, self.l2_norm, dropped
+            features,
+            codebook,
+            self.dims,
+            self.scales,
+            self.weights,
+            self.l2_norm,
+            dropped,
+            self.atomic_codebook_gradient,
         )
         vq_loss, commitment_loss = self._losses(result, dropped)
         hits = result.hits

@@ -54,6 +54,9 @@ struct QuantizeBackwardArgs {
   const T* grad_row_error;   // [scales] or null
   T* grad_h;                 // out [batch, dim, height, width] or null
   T* grad_codebook;          // out [codes, dim] or null
+  // CUDA may sum grad_codebook by float atomics in order of arrival, faster and not the same bits
+  // at every call. The CPU's sum is always in row order.
+  bool atomic_codebook_gradient;
 };
 
 // The rows that each scale searched with (normalised if the layout says so), from the indices.

@@ -1,14 +1,19 @@
 // Gradients of the residual loop. Nothing was saved but the indices: the rows of every scale are
 // recomputed by the walk of the forward pass. Every transposed operation gathers, so that no float
-// is added by two threads in an unknown order.
-#include "../common/normalize.h"
+// is added by two threads in an unknown order; the sum over a code's rows does so only where the
+// caller asks for it.
 #include "pyramid.cuh"
 #include "quantizer.h"
 
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kTokenThreads = 128;
+constexpr int kTokenThreads = 256;
+// Lanes that share a token: eight neighbouring channels are one sector of memory, and the channels
+// of TokenFlow's groups (32 and 8) leave none of the lanes idle.
+constexpr int kTokenLanes = 8;
+constexpr int kTokensPerBlock = kTokenThreads / kTokenLanes;
+constexpr int kCodeThreads = 256;
 constexpr int kTransposeTile = 32;
 constexpr int kTransposeThreads = 256;
 
@@ -119,55 +124,92 @@ struct RowGradientArgs {
   const int64_t* indices;
   const float* grad_code_error;  // [scales] or null
   const float* grad_row_error;   // [scales] or null
-  const float* rows;             // [batch, tokens, dim], not normalised
-  bool has_grad_rows;            // grad_rows holds the gradient from f^, else nothing
-  float* grad_rows;  // in and out [batch, tokens, dim]: becomes the gradient of each plane position
-                     // in the row's bin
-  float* code_rows;  // out [batch, tokens, dim]: gradient of each token's normalised code
+  float* rows;         // [batch, tokens, dim], not normalised; becomes the gradient of each token's
+                       // normalised code if there is a grad_code_error and no code_sums
+  float* code_sums;    // [codes, dim] gains that gradient in order of arrival instead, or null
+  bool has_grad_rows;  // grad_rows holds the gradient from f^, else nothing
+  float* grad_rows;  // in and out [batch, tokens, dim] or null: becomes the gradient of each plane
+                     // position in the row's bin
 };
 
-// Grid: a thread a token, kTokenThreads a block; no shared memory.
-// Bytes: about 30 dim a token, rows of neighbouring threads side by side in the first-level cache;
-// bound by memory latency.
-__global__ void __launch_bounds__(kTokenThreads, 8)
+// Grid: kTokenLanes lanes a token, kTokensPerBlock tokens a block; a lane owns every eighth channel
+// of each group. No shared memory.
+// Bytes: 8 a token, 4 dim each of rows, grad_rows and the codebook read, 4 dim of grad_rows and
+// 4 dim of rows written: 20 dim + 8. The second look at a channel is served by the first-level
+// cache. Operations: about 12 dim in float64. With code_sums dim atomics instead of the rows
+// written; they wait for each other where many tokens have one code. Bound by memory.
+__global__ void __launch_bounds__(kTokenThreads)
     row_gradient_kernel(const __grid_constant__ RowGradientArgs args) {
   const Pyramid& pyramid = args.pyramid;
   const CodebookLayout& layout = args.layout;
-  const int64_t tokens = tokens_per_image(pyramid);
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x;
-  if (token >= pyramid.batch * tokens) return;
-  const int64_t in_image = token % tokens;
+  const int lane = lane_index() % kTokenLanes;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock +
+                        static_cast<int>(threadIdx.x) / kTokenLanes;
+  const bool present = token < pyramid.batch * tokens_per_image(pyramid);
+  const int64_t index = present ? args.indices[token] : -1;
+  const bool named = names_code(index, layout);
+
+  // 32 bits hold the number of a token (see unsupported_reason).
+  const int in_image = static_cast<int>(static_cast<unsigned>(token) %
+                                        static_cast<unsigned>(tokens_per_image(pyramid)));
   int s = 0;
   while (in_image >= pyramid.first_token[s + 1]) ++s;
   const Extent extent = pyramid.extent[s];
-  const int p = static_cast<int>(in_image - pyramid.first_token[s]);
-
-  const float* row = args.rows + token * layout.dim;
-  float* grad = args.grad_rows + token * layout.dim;
-  float* code_grad = args.code_rows + token * layout.dim;
-  const int64_t index = args.indices[token];
-  if (!names_code(index, layout)) {
-    for (int d = 0; d < layout.dim; ++d) grad[d] = code_grad[d] = 0;
-    return;
-  }
+  const int p = in_image - static_cast<int>(pyramid.first_token[s]);
+  const AreaBin bin_x = area_bin(p % extent.width, pyramid.width, extent.width);
+  const AreaBin bin_y = area_bin(p / extent.width, pyramid.height, extent.height);
+  const double bin_share =
+      1.0 / static_cast<double>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
   const int64_t squares = pyramid.batch * area(extent) * layout.dim;  // in the scale's mean
   const float share = 2.0f / static_cast<float>(squares);
   const float row_share = args.grad_row_error ? share * args.grad_row_error[s] : 0.0f;
   const float code_share = args.grad_code_error ? share * args.grad_code_error[s] : 0.0f;
-  normalize_row(row, layout, code_grad);
+
+  float* rows = args.rows + token * layout.dim;
+  float* grad_rows = args.grad_rows ? args.grad_rows + token * layout.dim : nullptr;
   for (int g = 0; g < layout.groups; ++g) {
-    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      const float difference =
-          code_grad[d] - unit_code(args.codebook, args.code_scales, layout, index, d, g);
-      grad[d] = (args.has_grad_rows ? grad[d] : 0.0f) + row_share * difference;
-      code_grad[d] = -code_share * difference;
+    const int begin = layout.begin[g] + lane, end = layout.begin[g + 1];
+    if (grad_rows && present && !named) {
+      for (int d = begin; d < end; d += kTokenLanes) grad_rows[d] = 0;
+    }
+    // z and q: the normalised row and code; y: the row; u: the gradient from f^.
+    const auto code = [&](int d) {
+      return static_cast<double>(unit_code(args.codebook, args.code_scales, layout, index, d, g));
+    };
+    const auto upsampled = [&](int d) {
+      return args.has_grad_rows ? static_cast<double>(grad_rows[d]) : 0.0;
+    };
+    double yy = 0, yq = 0, yu = 0;
+    for (int d = begin; named && d < end; d += kTokenLanes) {
+      const double y = static_cast<double>(rows[d]);
+      yy += y * y;
+      if (grad_rows) {
+        yq += y * code(d);
+        yu += y * upsampled(d);
+      }
+    }
+    yy = sum_over_lanes<kTokenLanes>(yy);
+    yq = sum_over_lanes<kTokenLanes>(yq);
+    yu = sum_over_lanes<kTokenLanes>(yu);
+    const double scale = inverse_norm(yy, layout.l2_norm);
+    // <y, u + row_share (z - q)>
+    const double dot = yu + static_cast<double>(row_share) * (yy * scale - yq);
+    const GroupTranspose transpose = group_transpose(yy, dot, layout.l2_norm);
+    for (int d = begin; named && d < end; d += kTokenLanes) {
+      const double y = static_cast<double>(rows[d]);
+      const double difference = y * scale - code(d);
+      if (grad_rows) {
+        const double grad = upsampled(d) + static_cast<double>(row_share) * difference;
+        grad_rows[d] = static_cast<float>(apply(transpose, y, grad) * bin_share);
+      }
+      const float code_grad = -code_share * static_cast<float>(difference);
+      if (args.code_sums) {
+        atomic_add(args.code_sums + index * layout.dim + d, code_grad);
+      } else if (args.grad_code_error) {
+        rows[d] = code_grad;
+      }
     }
   }
-  normalize_row_backward(row, grad, layout, grad);
-  const AreaBin bin_x = area_bin(p % extent.width, pyramid.width, extent.width);
-  const AreaBin bin_y = area_bin(p / extent.width, pyramid.height, extent.height);
-  const float bin = static_cast<float>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
-  for (int d = 0; d < layout.dim; ++d) grad[d] /= bin;
 }
 
 struct PoolTransposeArgs {
@@ -232,37 +274,41 @@ __global__ void __launch_bounds__(kTransposeThreads)
   }
 }
 
-// Grid: a thread a code, kTokenThreads a block; no shared memory. Reads the codebook and reads and
-// writes the gradient once; bound by memory.
-__global__ void __launch_bounds__(kTokenThreads)
+// Grid: a warp a code. No shared memory. For sums that came by atomics; those of a code without
+// rows are zeros, and stay so whatever the code holds.
+// Bytes: 4 dim a code read, and for each that has rows 4 dim more of the codebook and 4 dim
+// written; bound by memory.
+__global__ void __launch_bounds__(kCodeThreads)
     code_gradient_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                         const int64_t* counts, float* grad_codebook) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x;
-  if (i >= layout.codes || counts[i] == 0) return;
+                         float* grad_codebook) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kCodeThreads / kWarpSize) + warp_index();
+  if (i >= layout.codes) return;
   float* grad = grad_codebook + i * layout.dim;
-  normalize_row_backward(codebook + i * layout.dim, grad, layout, grad);
+  bool any = false;
+  for (int d = lane_index(); d < layout.dim; d += kWarpSize) any |= grad[d] != 0;
+  if (ballot(any) != 0) code_gradient_by_warp(layout, codebook + i * layout.dim, grad);
 }
 
 struct BackwardScratch {
+  bool wants_codes;  // more than zeros
+  bool sorts;
   double* code_scales;
   float* rows;
   float* grad_rows;
-  float* code_rows;
-  int64_t* counts;
   SegmentSumArgs<float> segments;
   void* sort;
 
   BackwardScratch(Workspace& workspace, const QuantizeBackwardArgs<float>& args) {
+    const CodebookLayout& layout = args.layout;
     const int64_t tokens = args.pyramid.batch * tokens_per_image(args.pyramid);
-    code_scales = workspace.take<double>(args.layout.codes * args.layout.groups);
-    rows = workspace.take<float>(tokens * args.layout.dim);
-    grad_rows = workspace.take<float>(tokens * args.layout.dim);
-    code_rows = workspace.take<float>(tokens * args.layout.dim);
-    counts = workspace.take<int64_t>(args.layout.codes);
-    segments = {args.layout.codes, args.layout.dim,    tokens, code_rows,
-                args.indices,      args.grad_codebook, counts};
-    sort =
-        workspace.take<unsigned char>(static_cast<int64_t>(segment_sum_workspace_bytes(segments)));
+    wants_codes = args.grad_codebook && args.grad_code_error && tokens > 0;
+    sorts = wants_codes && !args.atomic_codebook_gradient;
+    code_scales = workspace.take<double>(layout.codes * layout.groups);
+    rows = workspace.take<float>(tokens * layout.dim);
+    grad_rows = args.grad_h ? workspace.take<float>(tokens * layout.dim) : nullptr;
+    segments = {layout.codes, layout.dim, tokens, rows, args.indices, args.grad_codebook, nullptr};
+    const size_t sort_bytes = sorts ? segment_sum_workspace_bytes(segments) : 0;
+    sort = workspace.take<unsigned char>(static_cast<int64_t>(sort_bytes));
   }
 };
 
@@ -306,34 +352,35 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   const CodebookLayout& layout = args.layout;
   if (unsupported_reason(pyramid, layout)) return cudaErrorInvalidValue;
   const int64_t tokens = pyramid.batch * tokens_per_image(pyramid);
-  const bool wants_codes = args.grad_codebook && args.grad_code_error && tokens > 0;
-  if (args.grad_codebook && !wants_codes) {
+  Workspace workspace(workspace_memory);
+  const BackwardScratch scratch(workspace, args);
+  if (args.grad_codebook && !scratch.sorts) {
     TF_CUDA_TRY(cudaMemsetAsync(args.grad_codebook, 0,
                                 static_cast<size_t>(layout.codes * layout.dim) * sizeof(float),
                                 stream));
   }
-  if (tokens == 0 || (!wants_codes && !args.grad_h)) return cudaSuccess;
-  Workspace workspace(workspace_memory);
-  const BackwardScratch scratch(workspace, args);
+  if (tokens == 0 || (!scratch.wants_codes && !args.grad_h)) return cudaSuccess;
   TF_CUDA_TRY(launch_scale_codes(layout, args.codebook, scratch.code_scales, stream));
   TF_CUDA_TRY(launch_walk(recompute_rows(args, scratch.code_scales, scratch.rows), stream));
 
-  const bool upsampled = args.grad_h && args.grad_quantized;
-  if (upsampled) TF_CUDA_TRY(launch_upsample_transpose(args, scratch.grad_rows, stream));
-  const RowGradientArgs row_gradient = {pyramid,
-                                        layout,
-                                        args.codebook,
-                                        scratch.code_scales,
-                                        args.indices,
-                                        args.grad_code_error,
-                                        args.grad_row_error,
-                                        scratch.rows,
-                                        upsampled,
-                                        scratch.grad_rows,
-                                        scratch.code_rows};
+  RowGradientArgs row_gradient = {};
+  row_gradient.pyramid = pyramid;
+  row_gradient.layout = layout;
+  row_gradient.codebook = args.codebook;
+  row_gradient.code_scales = scratch.code_scales;
+  row_gradient.indices = args.indices;
+  row_gradient.grad_code_error = scratch.wants_codes ? args.grad_code_error : nullptr;
+  row_gradient.grad_row_error = args.grad_row_error;
+  row_gradient.rows = scratch.rows;
+  row_gradient.code_sums = scratch.wants_codes && !scratch.sorts ? args.grad_codebook : nullptr;
+  row_gradient.has_grad_rows = args.grad_h && args.grad_quantized;
+  row_gradient.grad_rows = scratch.grad_rows;
+  if (row_gradient.has_grad_rows) {
+    TF_CUDA_TRY(launch_upsample_transpose(args, scratch.grad_rows, stream));
+  }
   TF_CUDA_TRY(launch(row_gradient_kernel,
-                     dim3(static_cast<unsigned>(ceil_div(tokens, kTokenThreads))), kTokenThreads, 0,
-                     stream, row_gradient));
+                     dim3(static_cast<unsigned>(ceil_div(tokens, kTokensPerBlock))), kTokenThreads,
+                     0, stream, row_gradient));
   if (args.grad_h) {
     const PoolTransposeArgs pool = {pyramid, layout.dim, scratch.grad_rows, args.grad_h};
     const dim3 grid(static_cast<unsigned>(pyramid.batch * pyramid.height),
@@ -342,11 +389,13 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
     TF_CUDA_TRY(launch(pool_transpose_kernel, grid, kTransposeThreads, sizeof(PoolTransposeShared),
                        stream, pool));
   }
-  if (wants_codes) {
-    TF_CUDA_TRY(launch_segment_sum(scratch.segments, scratch.sort, stream));
-    TF_CUDA_TRY(launch(
-        code_gradient_kernel, dim3(static_cast<unsigned>(ceil_div(layout.codes, kTokenThreads))),
-        kTokenThreads, 0, stream, layout, args.codebook, scratch.counts, args.grad_codebook));
+  if (scratch.sorts) {
+    return launch_codebook_gradient(scratch.segments, layout, args.codebook, scratch.sort, stream);
+  }
+  if (row_gradient.code_sums && layout.l2_norm) {
+    return launch(code_gradient_kernel,
+                  dim3(static_cast<unsigned>(ceil_div(layout.codes, kCodeThreads / kWarpSize))),
+                  kCodeThreads, 0, stream, layout, args.codebook, args.grad_codebook);
   }
   return cudaSuccess;
 }

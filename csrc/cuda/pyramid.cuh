@@ -3,6 +3,8 @@
 
 #include "../common/codebook.h"
 #include "../common/geometry.h"
+#include "../common/normalize.h"
+#include "../common/quantizer_args.h"
 #include "search.cuh"
 
 namespace tokenflow::cuda {
@@ -33,6 +35,13 @@ __device__ __forceinline__ float unit_code(const float* codebook, const double* 
                                            int group) {
   return static_cast<float>(static_cast<double>(codebook[index * layout.dim + d]) *
                             scales[index * layout.groups + group]);
+}
+
+// Sum over kLanes neighbouring lanes, the same bits in each of them. The whole warp takes part.
+template <int kLanes>
+__device__ __forceinline__ double sum_over_lanes(double value) {
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
 }
 
 // How a plane kernel's grid covers [batch, dim]: block i owns channels [first, first + count) of
@@ -112,5 +121,34 @@ WalkArgs recompute_rows(const Args& args, const double* code_scales, float* rows
 
 // `args.channels` is chosen here.
 cudaError_t launch_walk(WalkArgs args, cudaStream_t stream);
+
+// A row of `grad`, the gradient of a normalised row of the codebook, becomes the gradient of the
+// row itself; the work of a warp. Lane l reads and writes channels l, l + 32, ... of `grad` alone.
+__device__ __forceinline__ void code_gradient_by_warp(const CodebookLayout& layout,
+                                                      const float* code, float* grad) {
+  for (int g = 0; g < layout.groups; ++g) {
+    const int begin = layout.begin[g], end = layout.begin[g + 1];
+    const int skip = (lane_index() - begin) & (kWarpSize - 1);  // to this lane's first channel
+    double squared = 0, dot = 0;
+    for (int d = begin + skip; d < end; d += kWarpSize) {
+      const double channel = static_cast<double>(code[d]);
+      squared += channel * channel;
+      dot += channel * static_cast<double>(grad[d]);
+    }
+    squared = sum_over_lanes<kWarpSize>(squared);
+    dot = sum_over_lanes<kWarpSize>(dot);
+    const GroupTranspose transpose = group_transpose(squared, dot, layout.l2_norm);
+    for (int d = begin + skip; d < end; d += kWarpSize) {
+      grad[d] = static_cast<float>(
+          apply(transpose, static_cast<double>(code[d]), static_cast<double>(grad[d])));
+    }
+  }
+}
+
+// launch_segment_sum, and what a code has received goes back through the normalisation of its row
+// of `codebook`. args.counts may be null.
+cudaError_t launch_codebook_gradient(const SegmentSumArgs<float>& args,
+                                     const CodebookLayout& layout, const float* codebook,
+                                     void* workspace, cudaStream_t stream);
 
 }  // namespace tokenflow::cuda

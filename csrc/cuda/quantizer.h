@@ -3,7 +3,8 @@
 // A launch allocates nothing, never waits for the device and never reads its memory from the host,
 // so it can be captured in a CUDA graph. `workspace` is device memory of X_workspace_bytes(args)
 // bytes, aligned to 256, used until the launch's work on `stream` is done; it does not grow with
-// the number of rows times the number of codes. Results are the same bits at every call.
+// the number of rows times the number of codes. Results are the same bits at every call, but for a
+// gradient that is asked for with atomic_codebook_gradient.
 //
 // The kernels are defined for any data: a row that holds a NaN or an infinity takes index 0, an
 // index outside [0, codes) counts as -1 (it adds nothing), and nothing is read or written out of

@@ -2,60 +2,87 @@
 // every code adds its own rows in row order.
 #include <climits>
 
+#include "pyramid.cuh"
 #include "quantizer.h"
-#include "search.cuh"
 
 namespace tokenflow::cuda {
 namespace {
 
 constexpr int kSortThreads = 256;
+constexpr int kSortWarps = kSortThreads / kWarpSize;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kSortWarps = kSortThreads / kWarpSize;
-constexpr int kSortRounds = 8;
-constexpr int kSortTile = kSortThreads * kSortRounds;  // pairs a block sorts by one digit
 static_assert(kSortThreads == kDigits, "a thread owns a digit");
+// Blocks of a pass: each reads the counts of all, so there is no launch that scans them. About as
+// many as a device has multiprocessors; more pairs make the tiles longer.
+constexpr int64_t kMostTiles = 128;
 
 constexpr int kSumThreads = 256;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
-// A code with more rows than this is summed by the whole block.
-constexpr int64_t kLongSegment = 512;
+// Sorted pairs of a chunk. A code with more rows than this is summed by the blocks of the chunks
+// that hold them, any other by a warp.
+constexpr int64_t kChunk = 256;
 
+// Pairs in their order before a pass; the first pass reads them from the indices.
 struct SortPass {
-  const int64_t* indices;   // of the first pass, else null
-  const uint32_t* keys_in;  // of later passes
-  const uint32_t* rows_in;  // likewise
+  const int64_t* indices;  // [num_rows] in the first pass, else null
+  int64_t codes;
+  int64_t num_rows;
+  const uint32_t* keys_in;
+  const uint32_t* rows_in;
   uint32_t* keys_out;
   uint32_t* rows_out;
-  int* offsets;   // [kDigits][tiles]
-  int64_t codes;  // also the key of an index that names no code: it sorts last
-  int64_t count;
-  int64_t tiles;
+  int* num_pairs;  // those whose index names a code: counted by the first pass, which drops others
+  int* digit_counts;  // [tiles][kDigits]
+  int* chunks_done;   // [chunks], set to zero by the first pass
+  int64_t chunks;
+  int tiles;
+  int rounds;  // of kSortThreads pairs in a tile
   int shift;
 
-  __device__ __forceinline__ uint32_t key(int64_t i) const {
-    if (!indices) return keys_in[i];
-    return static_cast<uint32_t>(indices[i] >= 0 && indices[i] < codes ? indices[i] : codes);
+  // Whether there is a pair at place i, and its key.
+  __device__ __forceinline__ bool read(int64_t i, int64_t count, uint32_t* key) const {
+    if (i >= count) return false;
+    if (!indices) {
+      *key = keys_in[i];
+      return true;
+    }
+    const int64_t index = indices[i];
+    *key = static_cast<uint32_t>(index);
+    return index >= 0 && index < codes;
+  }
+  __device__ __forceinline__ int64_t count() const { return indices ? num_rows : *num_pairs; }
+  __device__ __forceinline__ int64_t first_of_tile() const {
+    return static_cast<int64_t>(blockIdx.x) * rounds * kSortThreads;
   }
   __device__ __forceinline__ int digit(uint32_t key) const {
     return static_cast<int>(key >> shift) & (kDigits - 1);
   }
 };
 
-// Grid: a block for every tile of kSortTile pairs; it owns the tile's histogram. Shared memory: a
-// counter a digit (1 KiB). Bytes: 4 to 8 a pair; bound by shared atomics on integers.
+// Grid: a block for every tile; it owns the tile's counts of digits. Shared memory: a counter a
+// digit (1 KiB). Bytes: 8 a row in the first pass, 4 a pair in others, 1 KiB of counts a tile;
+// bound by latency, and by integer atomics of shared memory where many pairs have one digit.
 __global__ void __launch_bounds__(kSortThreads)
     count_digits_kernel(const __grid_constant__ SortPass pass) {
   int* counts = shared_memory<int>();
   counts[threadIdx.x] = 0;
   block_barrier();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSortTile;
-  for (int r = 0; r < kSortRounds; ++r) {
+  const int64_t first = pass.first_of_tile(), count = pass.count();
+  for (int r = 0; r < pass.rounds; ++r) {
     const int64_t i = first + r * kSortThreads + threadIdx.x;
-    if (i < pass.count) atomic_add(counts + pass.digit(pass.key(i)), 1);
+    uint32_t key = 0;
+    if (pass.read(i, count, &key)) atomic_add(counts + pass.digit(key), 1);
+  }
+  if (pass.indices) {
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x; i < pass.chunks;
+         i += static_cast<int64_t>(pass.tiles) * kSortThreads) {
+      pass.chunks_done[i] = 0;
+    }
   }
   block_barrier();
-  pass.offsets[threadIdx.x * pass.tiles + blockIdx.x] = counts[threadIdx.x];
+  pass.digit_counts[static_cast<int>(blockIdx.x) * kDigits + static_cast<int>(threadIdx.x)] =
+      counts[threadIdx.x];
 }
 
 __device__ __forceinline__ int inclusive_scan_warp(int value) {
@@ -66,210 +93,324 @@ __device__ __forceinline__ int inclusive_scan_warp(int value) {
   return value;
 }
 
-// Grid: one block, which turns counts into where each digit of each tile begins. Shared memory: an
-// int a warp. Bytes: 8 a counter, in rounds of kSortThreads: bound by latency, 13 rounds for the
-// 26,144 tokens of a batch of 32.
-__global__ void __launch_bounds__(kSortThreads) exclusive_scan_kernel(int* values, int64_t count) {
-  int* warp_totals = shared_memory<int>();
-  int carry = 0;
-  for (int64_t first = 0; first < count; first += kSortThreads) {
-    const int64_t i = first + threadIdx.x;
-    const int value = i < count ? values[i] : 0;
-    const int inclusive = inclusive_scan_warp(value);
-    if (lane_index() == kWarpSize - 1) warp_totals[warp_index()] = inclusive;
-    block_barrier();
-    int before = carry;
-    for (int w = 0; w < kSortWarps; ++w) {
-      if (w < warp_index()) before += warp_totals[w];
-      carry += warp_totals[w];
-    }
-    if (i < count) values[i] = before + inclusive - value;
-    block_barrier();
-  }
-}
-
 struct ScatterShared {
-  int next[kDigits];              // where the tile's next pair with this digit goes
-  int warp[kSortWarps][kDigits];  // pairs of a warp with this digit, then where they begin
+  int totals[kSortWarps];  // pairs with a digit of the warp's
+  // Of the round's pairs, those of a warp with a digit, then the place of the first of them. Two
+  // rounds take turns, so that one is cleared while the other is read.
+  int places[2][kSortWarps][kDigits];
 };
 
-// Grid: a block for every tile of kSortTile pairs; it owns the places that the scan gave the tile.
-// The pairs of a round keep their order: by warp, then by lane. Shared memory: 9 KiB.
-// Bytes: 8 read and 8 written a pair, the writes scattered by digit, which bounds it.
+// Grid: a block for every tile; it owns the places of its pairs: after the pairs of all tiles with
+// a lower digit and those of earlier tiles with the same. A thread keeps a digit and adds up its
+// counts over the tiles. Pairs of a round keep their order: by warp, then by lane.
+// Shared memory: 16 KiB. Bytes: the counts of all tiles (1 KiB each, from the second-level cache),
+// 8 read and 8 written a pair, the writes scattered by digit. Bound by latency: tiles / 8 reads of
+// the counts one after the other, then two barriers a round.
 __global__ void __launch_bounds__(kSortThreads)
     scatter_kernel(const __grid_constant__ SortPass pass) {
   ScatterShared& shared = *shared_memory<ScatterShared>();
-  const int own = static_cast<int>(threadIdx.x);  // the digit that this thread keeps
-  shared.next[own] = pass.offsets[own * pass.tiles + blockIdx.x];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSortTile;
-  for (int r = 0; r < kSortRounds; ++r) {
+  const int own = static_cast<int>(threadIdx.x), warp = warp_index(), lane = lane_index();
+  int earlier = 0, total = 0;
+#pragma unroll 8
+  for (int t = 0; t < pass.tiles; ++t) {
+    const int count = pass.digit_counts[t * kDigits + own];
+    if (t < static_cast<int>(blockIdx.x)) earlier += count;
+    total += count;
+  }
+  const int up_to_own = inclusive_scan_warp(total);
+  if (lane == kWarpSize - 1) shared.totals[warp] = up_to_own;
+  for (int w = 0; w < kSortWarps; ++w) shared.places[0][w][own] = 0;
+  block_barrier();
+  int next = earlier + up_to_own - total;  // where the tile's next pair with the own digit goes
+  for (int w = 0; w < warp; ++w) next += shared.totals[w];
+  if (pass.indices && blockIdx.x == 0 && own == kDigits - 1) *pass.num_pairs = next + total;
+
+  const int64_t first = pass.first_of_tile(), count = pass.count();
+  for (int r = 0; r < pass.rounds; ++r) {
+    int(*places)[kDigits] = shared.places[r % 2];
     const int64_t i = first + r * kSortThreads + threadIdx.x;
-    const bool present = i < pass.count;
-    const uint32_t key = present ? pass.key(i) : 0;
+    uint32_t key = 0;
+    const bool present = pass.read(i, count, &key);
     const int digit = pass.digit(key);
-    for (int w = 0; w < kSortWarps; ++w) shared.warp[w][own] = 0;
-    block_barrier();
     unsigned same = ballot(present);  // lanes with this lane's digit
     for (int bit = 0; bit < kDigitBits; ++bit) {
       const bool set = (digit >> bit & 1) != 0;
       const unsigned lanes = ballot(set);
       same &= set ? lanes : ~lanes;
     }
-    const int before = count_bits(same & ((1u << lane_index()) - 1));
-    if (present && before == 0) shared.warp[warp_index()][digit] = count_bits(same);
+    const int before = count_bits(same & ((1u << lane) - 1));
+    if (present && before == 0) places[warp][digit] = count_bits(same);
     block_barrier();
     for (int w = 0; w < kSortWarps; ++w) {
-      const int count = shared.warp[w][own];
-      shared.warp[w][own] = shared.next[own];
-      shared.next[own] += count;
+      const int pairs = places[w][own];
+      places[w][own] = next;
+      next += pairs;
+      shared.places[1 - r % 2][w][own] = 0;
     }
     block_barrier();
     if (present) {
-      const int place = shared.warp[warp_index()][digit] + before;
+      const int place = places[warp][digit] + before;
       pass.keys_out[place] = key;
       pass.rows_out[place] = pass.indices ? static_cast<uint32_t>(i) : pass.rows_in[i];
     }
-    block_barrier();
   }
 }
 
-// The first place whose key is not below `key`.
-__device__ __forceinline__ int64_t lower_bound(const uint32_t* keys, int64_t count, uint32_t key) {
-  int64_t low = 0, high = count;
+// Sorted places [begin, end) that hold a code.
+struct Segment {
+  int64_t begin;
+  int64_t end;
+
+  __device__ __forceinline__ bool is_long() const { return end - begin > kChunk; }
+};
+
+// The first place in [low, high) whose key is not below `key`, or high. The warp looks at 32 places
+// at a time: three times for 32,768 pairs.
+__device__ __forceinline__ int64_t lower_bound_by_warp(const uint32_t* keys, int64_t low,
+                                                       int64_t high, uint32_t key) {
   while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (keys[middle] < key) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+    const int64_t step = (high - low + kWarpSize - 1) / kWarpSize;
+    const int64_t probe = low + (lane_index() + 1) * step - 1;
+    const int below = count_bits(ballot(probe < high && keys[probe] < key));
+    low += below * step;
+    if (low + step - 1 < high) high = low + step - 1;
   }
   return low;
 }
 
-__device__ __forceinline__ double sum_column(const SegmentSumArgs<float>& args,
-                                             const uint32_t* order, int64_t begin, int64_t end,
-                                             int64_t d) {
-  double sum = 0;
-  for (int64_t k = begin; k < end; ++k) {
-    sum += static_cast<double>(args.rows[static_cast<int64_t>(order[k]) * args.dim + d]);
+__device__ __forceinline__ Segment find_segment(const uint32_t* keys, int64_t count,
+                                                uint32_t code) {
+  const int64_t begin = lower_bound_by_warp(keys, 0, count, code);
+  const int64_t mine = begin + lane_index();
+  const int held = count_bits(ballot(mine < count && keys[mine] == code));
+  if (held < kWarpSize) return {begin, begin + held};  // nearly always
+  return {begin, lower_bound_by_warp(keys, begin + kWarpSize, count, code + 1)};
+}
+
+struct SumArgs {
+  SegmentSumArgs<float> segments;  // counts may be null
+  CodebookLayout layout;           // used with `codebook`
+  const float*
+      codebook;  // sums are gradients of its normalised rows; null: they are left as they are
+  const uint32_t* keys;   // sorted
+  const uint32_t* order;  // the pairs' rows
+  const int* num_pairs;
+  int64_t chunks;
+  double* partials;  // [chunks][2][dim]: of the long codes at the chunk's first and last pair
+  int* chunks_done;  // [chunks] zeros: how many have added to the long code that begins in a chunk
+
+  __device__ __forceinline__ double row_channel(int64_t place, int64_t d) const {
+    return static_cast<double>(
+        segments.rows[static_cast<int64_t>(order[place]) * segments.dim + d]);
   }
+  // Warp-wide, lane l having written channels l, l + 32, ... of the code's sum.
+  __device__ __forceinline__ void finish(int64_t code) const {
+    if (!codebook) return;
+    code_gradient_by_warp(layout, codebook + code * segments.dim,
+                          segments.sums + code * segments.dim);
+  }
+};
+
+template <typename Value>
+__device__ __forceinline__ double sum_range(int64_t begin, int64_t end, const Value& value) {
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t k = begin; k < end; ++k) sum += value(k);
   return sum;
 }
 
 struct SumShared {
-  int64_t begin[kSumWarps];
-  int64_t end[kSumWarps];
+  int earlier;
   double partial[kSumWarps][kWarpSize];
 };
 
-// Grid: a warp a code, kSumWarps codes a block; a warp owns its code's sums. A code with more than
-// kLongSegment rows is left to the whole block, cut in equal parts that are added in order.
-// Shared memory: 2.1 KiB. Bytes: 4 dim rows read, 4 dim codes written; bound by memory.
-__global__ void __launch_bounds__(kSumThreads)
-    sum_segments_kernel(const __grid_constant__ SegmentSumArgs<float> args, const uint32_t* keys,
-                        const uint32_t* order) {
-  SumShared& shared = *shared_memory<SumShared>();
+// Adds value(k, d) over [begin, end) in parts of equal length, a warp each; the lane of warp 0 that
+// keeps channel d adds the parts in order and hands over store(d, sum).
+template <typename Value, typename Store>
+__device__ __forceinline__ void sum_by_block(SumShared& shared, int64_t begin, int64_t end,
+                                             int64_t dim, const Value& value, const Store& store) {
   const int warp = warp_index(), lane = lane_index();
-  const int64_t first_code = static_cast<int64_t>(blockIdx.x) * kSumWarps;
-  const int64_t code = first_code + warp;
-  int64_t begin = 0, end = 0;
-  if (code < args.codes) {
-    begin = lower_bound(keys, args.num_rows, static_cast<uint32_t>(code));
-    end = lower_bound(keys, args.num_rows, static_cast<uint32_t>(code + 1));
-    if (lane == 0) args.counts[code] = end - begin;
-    if (end - begin <= kLongSegment) {
-      for (int64_t d = lane; d < args.dim; d += kWarpSize) {
-        args.sums[code * args.dim + d] = static_cast<float>(sum_column(args, order, begin, end, d));
-      }
-    }
-  }
-  if (lane == 0) {
-    shared.begin[warp] = begin;
-    shared.end[warp] = end;
-  }
-  block_barrier();
-  for (int w = 0; w < kSumWarps; ++w) {
-    const int64_t count = shared.end[w] - shared.begin[w];
-    if (count <= kLongSegment) continue;  // the same for the whole block
-    const int64_t part = (count + kSumWarps - 1) / kSumWarps;
-    const int64_t part_begin = shared.begin[w] + warp * part;
-    const int64_t part_end = part_begin + part < shared.end[w] ? part_begin + part : shared.end[w];
-    for (int64_t d0 = 0; d0 < args.dim; d0 += kWarpSize) {
-      const int64_t d = d0 + lane;
+  const int64_t part = (end - begin + kSumWarps - 1) / kSumWarps;
+  const int64_t part_begin = begin + warp * part;
+  const int64_t part_end = part_begin + part < end ? part_begin + part : end;
+  for (int64_t first = 0; first < dim; first += kWarpSize) {
+    const int64_t d = first + lane;
+    if (d < dim) {
       shared.partial[warp][lane] =
-          d < args.dim ? sum_column(args, order, part_begin, part_end, d) : 0.0;
-      block_barrier();
-      if (warp == 0 && d < args.dim) {
-        double total = 0;
-        for (int v = 0; v < kSumWarps; ++v) total += shared.partial[v][lane];
-        args.sums[(first_code + w) * args.dim + d] = static_cast<float>(total);
-      }
-      block_barrier();
+          sum_range(part_begin, part_end, [&](int64_t k) { return value(k, d); });
     }
+    block_barrier();
+    if (warp == 0 && d < dim) {
+      double total = 0;
+      for (int w = 0; w < kSumWarps; ++w) total += shared.partial[w][lane];
+      store(d, total);
+    }
+    block_barrier();
   }
+}
+
+// A block's share of the long codes: at most two reach into a chunk, one over its first pair and
+// one over its last, for a code inside is not long. The block that is the last to add to a code
+// adds the chunks in order; which block that is does not show in the result.
+__device__ __forceinline__ void sum_chunk(const SumArgs& args, SumShared& shared, int64_t chunk,
+                                          int64_t num_pairs) {
+  const SegmentSumArgs<float>& segments = args.segments;
+  const int64_t begin = chunk * kChunk;
+  const int64_t end = begin + kChunk < num_pairs ? begin + kChunk : num_pairs;
+  if (begin >= end) return;
+  for (int side = 0; side < 2; ++side) {
+    const uint32_t code = args.keys[side == 0 ? begin : end - 1];
+    if (side == 1 && code == args.keys[begin]) return;
+    const Segment segment = find_segment(args.keys, num_pairs, code);
+    if (!segment.is_long()) continue;
+    sum_by_block(
+        shared, begin > segment.begin ? begin : segment.begin,
+        end < segment.end ? end : segment.end, segments.dim,
+        [&](int64_t place, int64_t d) { return args.row_channel(place, d); },
+        [&](int64_t d, double sum) { args.partials[(2 * chunk + side) * segments.dim + d] = sum; });
+    const int64_t first_chunk = segment.begin / kChunk, last_chunk = (segment.end - 1) / kChunk;
+    if (threadIdx.x == 0) {  // after the barrier at the end of sum_by_block
+      device_fence();
+      shared.earlier = atomic_add(args.chunks_done + first_chunk, 1);
+      device_fence();
+    }
+    block_barrier();
+    if (shared.earlier != last_chunk - first_chunk) continue;
+    sum_by_block(
+        shared, first_chunk, last_chunk + 1, segments.dim,
+        [&](int64_t c, int64_t d) {
+          const int at = c * kChunk < segment.begin ? 1 : 0;
+          return args.partials[(2 * c + at) * segments.dim + d];
+        },
+        [&](int64_t d, double sum) {
+          segments.sums[code * segments.dim + d] = static_cast<float>(sum);
+        });
+    if (warp_index() == 0) args.finish(code);
+  }
+}
+
+// Grid: a block for every chunk of sorted pairs, which owns the chunk's part of the codes with more
+// than kChunk rows; then a warp for every code, kSumWarps a block, which owns the code's sum and
+// count if it has fewer. Shared memory: 2.1 KiB, of the chunks' blocks alone.
+// Bytes: 4 dim + 4 a row read, 4 dim a code written (and, with a codebook, 4 dim read and 8 dim
+// moved in the cache for each code that has rows); bound by memory.
+__global__ void __launch_bounds__(kSumThreads)
+    sum_segments_kernel(const __grid_constant__ SumArgs args) {
+  const SegmentSumArgs<float>& segments = args.segments;
+  const int64_t num_pairs = *args.num_pairs;
+  if (blockIdx.x < args.chunks) {
+    sum_chunk(args, *shared_memory<SumShared>(), blockIdx.x, num_pairs);
+    return;
+  }
+  const int64_t code = (blockIdx.x - args.chunks) * kSumWarps + warp_index();
+  if (code >= segments.codes) return;
+  const Segment segment = find_segment(args.keys, num_pairs, static_cast<uint32_t>(code));
+  if (segments.counts && lane_index() == 0) segments.counts[code] = segment.end - segment.begin;
+  if (segment.is_long()) return;
+  for (int64_t d = lane_index(); d < segments.dim; d += kWarpSize) {
+    segments.sums[code * segments.dim + d] = static_cast<float>(sum_range(
+        segment.begin, segment.end, [&](int64_t place) { return args.row_channel(place, d); }));
+  }
+  if (segment.begin < segment.end) args.finish(code);
 }
 
 struct SortScratch {
   uint32_t* keys[2];
   uint32_t* rows[2];
-  int64_t tiles;
-  int* offsets;
+  int tiles;
+  int rounds;
+  int* digit_counts;
+  int* num_pairs;
+  int64_t chunks;
+  double* partials;
+  int* chunks_done;
 
-  SortScratch(Workspace& workspace, int64_t num_rows)
-      : keys{workspace.take<uint32_t>(num_rows), workspace.take<uint32_t>(num_rows)},
-        rows{workspace.take<uint32_t>(num_rows), workspace.take<uint32_t>(num_rows)},
-        tiles(ceil_div(num_rows, kSortTile)),
-        offsets(workspace.take<int>(kDigits * tiles)) {}
+  SortScratch(Workspace& workspace, const SegmentSumArgs<float>& args) {
+    for (uint32_t*& half : keys) half = workspace.take<uint32_t>(args.num_rows);
+    for (uint32_t*& half : rows) half = workspace.take<uint32_t>(args.num_rows);
+    rounds = static_cast<int>(ceil_div(args.num_rows, kMostTiles * kSortThreads));
+    tiles = rounds == 0 ? 0 : static_cast<int>(ceil_div(args.num_rows, rounds * kSortThreads));
+    digit_counts = workspace.take<int>(static_cast<int64_t>(tiles) * kDigits);
+    num_pairs = workspace.take<int>(1);
+    chunks = ceil_div(args.num_rows, kChunk);
+    partials = workspace.take<double>(chunks * 2 * args.dim);
+    chunks_done = workspace.take<int>(chunks);
+  }
 };
 
-}  // namespace
-
-size_t segment_sum_workspace_bytes(const SegmentSumArgs<float>& args) {
-  Workspace workspace(nullptr);
-  const SortScratch scratch(workspace, args.num_rows);
-  (void)scratch;
-  return workspace.bytes();
-}
-
-cudaError_t launch_segment_sum(const SegmentSumArgs<float>& args, void* workspace_memory,
-                               cudaStream_t stream) {
+// `codebook` may be null: the sums are left as they are.
+cudaError_t sort_and_sum(const SegmentSumArgs<float>& args, const CodebookLayout& layout,
+                         const float* codebook, void* workspace_memory, cudaStream_t stream) {
   if (args.codes < 1 || args.codes > (int64_t{1} << 30) || args.num_rows < 0 ||
       args.num_rows > INT_MAX) {
     return cudaErrorInvalidValue;
   }
   if (args.num_rows == 0) {
-    TF_CUDA_TRY(
-        cudaMemsetAsync(args.counts, 0, static_cast<size_t>(args.codes) * sizeof(int64_t), stream));
+    if (args.counts) {
+      TF_CUDA_TRY(cudaMemsetAsync(args.counts, 0, static_cast<size_t>(args.codes) * sizeof(int64_t),
+                                  stream));
+    }
     return cudaMemsetAsync(args.sums, 0, static_cast<size_t>(args.codes * args.dim) * sizeof(float),
                            stream);
   }
   Workspace workspace(workspace_memory);
-  const SortScratch scratch(workspace, args.num_rows);
+  const SortScratch scratch(workspace, args);
   int sorted = 0;  // which of the two sets of pairs is the latest
-  for (int shift = 0; args.codes >> shift != 0; shift += kDigitBits) {
+  for (int shift = 0; shift == 0 || (args.codes - 1) >> shift != 0; shift += kDigitBits) {
     SortPass pass = {};
     pass.indices = shift == 0 ? args.indices : nullptr;
+    pass.codes = args.codes;
+    pass.num_rows = args.num_rows;
     pass.keys_in = scratch.keys[sorted];
     pass.rows_in = scratch.rows[sorted];
     sorted = 1 - sorted;
     pass.keys_out = scratch.keys[sorted];
     pass.rows_out = scratch.rows[sorted];
-    pass.offsets = scratch.offsets;
-    pass.codes = args.codes;
-    pass.count = args.num_rows;
+    pass.num_pairs = scratch.num_pairs;
+    pass.digit_counts = scratch.digit_counts;
+    pass.chunks_done = scratch.chunks_done;
+    pass.chunks = scratch.chunks;
     pass.tiles = scratch.tiles;
+    pass.rounds = scratch.rounds;
     pass.shift = shift;
     const dim3 grid(static_cast<unsigned>(scratch.tiles));
     TF_CUDA_TRY(
         launch(count_digits_kernel, grid, kSortThreads, kDigits * sizeof(int), stream, pass));
-    TF_CUDA_TRY(launch(exclusive_scan_kernel, dim3(1), kSortThreads, kSortWarps * sizeof(int),
-                       stream, scratch.offsets, kDigits * scratch.tiles));
     TF_CUDA_TRY(launch(scatter_kernel, grid, kSortThreads, sizeof(ScatterShared), stream, pass));
   }
-  return launch(sum_segments_kernel, dim3(static_cast<unsigned>(ceil_div(args.codes, kSumWarps))),
-                kSumThreads, sizeof(SumShared), stream, args, scratch.keys[sorted],
-                scratch.rows[sorted]);
+  SumArgs sum = {};
+  sum.segments = args;
+  sum.layout = layout;
+  sum.codebook = codebook;
+  sum.keys = scratch.keys[sorted];
+  sum.order = scratch.rows[sorted];
+  sum.num_pairs = scratch.num_pairs;
+  sum.chunks = scratch.chunks;
+  sum.partials = scratch.partials;
+  sum.chunks_done = scratch.chunks_done;
+  return launch(sum_segments_kernel,
+                dim3(static_cast<unsigned>(scratch.chunks + ceil_div(args.codes, kSumWarps))),
+                kSumThreads, sizeof(SumShared), stream, sum);
+}
+
+}  // namespace
+
+size_t segment_sum_workspace_bytes(const SegmentSumArgs<float>& args) {
+  Workspace workspace(nullptr);
+  const SortScratch scratch(workspace, args);
+  (void)scratch;
+  return workspace.bytes();
+}
+
+cudaError_t launch_segment_sum(const SegmentSumArgs<float>& args, void* workspace,
+                               cudaStream_t stream) {
+  return sort_and_sum(args, {}, nullptr, workspace, stream);
+}
+
+cudaError_t launch_codebook_gradient(const SegmentSumArgs<float>& args,
+                                     const CodebookLayout& layout, const float* codebook,
+                                     void* workspace, cudaStream_t stream) {
+  return sort_and_sum(args, layout, layout.l2_norm ? codebook : nullptr, workspace, stream);
 }
 
 }  // namespace tokenflow::cuda

@@ -83,7 +83,8 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiscale_quantize(
       Tensor h, Tensor codebook, std::optional<Tensor> dropped, std::vector<int64_t> dims,
-      std::vector<double> weights, std::vector<int64_t> sizes, bool l2_norm) {
+      std::vector<double> weights, std::vector<int64_t> sizes, bool l2_norm,
+      bool /*atomic_codebook_gradient*/) {
     const Problem problem = check_problem(h, codebook, dims, weights, sizes, l2_norm);
     const CodebookLayout& layout = problem.layout;
     const Pyramid& pyramid = problem.pyramid;
@@ -112,34 +113,36 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor> multiscale_quantize_backward(
-      Tensor h, Tensor codebook, Tensor indices, Tensor grad_quantized, Tensor grad_code_error,
-      Tensor grad_row_error, std::vector<int64_t> dims, std::vector<int64_t> sizes, bool l2_norm) {
+      Tensor h, Tensor codebook, Tensor indices, Tensor grad_quantized,
+      std::optional<Tensor> grad_code_error, Tensor grad_row_error, std::vector<int64_t> dims,
+      std::vector<int64_t> sizes, bool l2_norm, bool atomic_codebook_gradient) {
     const Problem problem = check_problem(h, codebook, dims, {}, sizes, l2_norm);
     const CodebookLayout& layout = problem.layout;
     const Pyramid& pyramid = problem.pyramid;
     check_tokens(indices, pyramid, h, "h");
-    check_shape(grad_quantized, {pyramid.batch, layout.dim, pyramid.height, pyramid.width},
-                "grad_quantized");
-    check_shape(grad_code_error, {pyramid.num_scales}, "grad_code_error");
-    check_shape(grad_row_error, {pyramid.num_scales}, "grad_row_error");
-    for (const auto& [tensor, name] : {std::make_pair(&grad_quantized, "grad_quantized"),
-                                       std::make_pair(&grad_code_error, "grad_code_error"),
-                                       std::make_pair(&grad_row_error, "grad_row_error")}) {
-      check_like(*tensor, name, h, "h");
-      check_device(*tensor, name, h, "h");
-      *tensor = torch::stable::contiguous(*tensor);
-    }
+    const auto check_grad = [&](Tensor& grad, const char* name, const std::vector<int64_t>& shape) {
+      check_shape(grad, shape, name);
+      check_like(grad, name, h, "h");
+      check_device(grad, name, h, "h");
+      grad = torch::stable::contiguous(grad);
+    };
+    check_grad(grad_quantized, "grad_quantized",
+               {pyramid.batch, layout.dim, pyramid.height, pyramid.width});
+    if (grad_code_error) check_grad(*grad_code_error, "grad_code_error", {pyramid.num_scales});
+    check_grad(grad_row_error, "grad_row_error", {pyramid.num_scales});
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
       const ScalarType type = h.scalar_type();
       Tensor grad_h = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
       Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h);
-      Backend::run(QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
-                                           data<int64_t>(indices), data<T>(grad_quantized),
-                                           data<T>(grad_code_error), data<T>(grad_row_error),
-                                           mutable_data<T>(grad_h), mutable_data<T>(grad_codebook)},
-                   h);
+      Backend::run(
+          QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
+                                  data<int64_t>(indices), data<T>(grad_quantized),
+                                  grad_code_error ? data<T>(*grad_code_error) : nullptr,
+                                  data<T>(grad_row_error), mutable_data<T>(grad_h),
+                                  mutable_data<T>(grad_codebook), atomic_codebook_gradient},
+          h);
       return std::make_tuple(grad_h, grad_codebook);
     });
   }

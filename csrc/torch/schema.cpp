@@ -3,6 +3,8 @@
 //
 // Conventions: the groups of a codebook are passed concatenated, [K, D] with D = sum(dims);
 // `sizes` is the (height, width) of every scale, flattened; an index of -1 is a dropped token.
+// multiscale_quantize takes atomic_codebook_gradient for the sake of its gradient alone; a
+// grad_code_error of None is zeros, and so is grad_codebook then.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
@@ -11,12 +13,13 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
       "-> Tensor");
   m.def(
       "multiscale_quantize(Tensor h, Tensor codebook, Tensor? dropped, int[] dims, "
-      "float[] weights, int[] sizes, bool l2_norm) "
+      "float[] weights, int[] sizes, bool l2_norm, bool atomic_codebook_gradient=False) "
       "-> (Tensor quantized, Tensor indices, Tensor code_error, Tensor row_error, Tensor hits)");
   m.def(
       "multiscale_quantize_backward(Tensor h, Tensor codebook, Tensor indices, "
-      "Tensor grad_quantized, Tensor grad_code_error, Tensor grad_row_error, int[] dims, "
-      "int[] sizes, bool l2_norm) -> (Tensor grad_h, Tensor grad_codebook)");
+      "Tensor grad_quantized, Tensor? grad_code_error, Tensor grad_row_error, int[] dims, "
+      "int[] sizes, bool l2_norm, bool atomic_codebook_gradient=False) "
+      "-> (Tensor grad_h, Tensor grad_codebook)");
   m.def(
       "multiscale_rows(Tensor h, Tensor codebook, Tensor indices, int[] dims, int[] sizes, "
       "bool l2_norm) -> Tensor");

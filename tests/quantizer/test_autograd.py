@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, nop
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflow_ext import MultiScaleQuantizer, ops, reference
+from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput, ops, reference
 
 OPS = torch.ops.tokenflow_ext
 SIZES = [(1, 1), (2, 3), (5, 4)]
@@ -95,20 +98,27 @@ def _samples() -> list[tuple]:
         (OPS.multiscale_quantize, (*differentiable, None, dims, [1.0, 1.0], FLAT, True)),
         (OPS.multiscale_quantize, (*differentiable, dropped, dims, [1.0, 0.0], FLAT, False)),
         (OPS.multiscale_quantize, (h.double(), codebook.double(), None, dims, [], FLAT, True)),
+        (OPS.multiscale_quantize, (*differentiable, None, dims, [], FLAT, True, True)),
         (OPS.multiscale_quantize_backward, (h, codebook, indices, *grads, dims, FLAT, True)),
+        (OPS.multiscale_quantize_backward, (h, codebook, indices, *grads, dims, FLAT, True, True)),
+        (
+            OPS.multiscale_quantize_backward,
+            (h, codebook, indices, grads[0], None, grads[2], dims, FLAT, False),
+        ),
         (OPS.multiscale_rows, (h, codebook, indices, dims, FLAT, True)),
         (OPS.multiscale_decode, (indices, codebook, dims, FLAT, 5, 4, True)),
         (OPS.segment_sum, (torch.randn(7, 3), torch.randint(-1, 4, (7,)), 4)),
     ]
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(11))
 def test_opcheck(number: int) -> None:
     op, arguments = _samples()[number]
     torch.library.opcheck(op.default, arguments)
 
 
 def test_opcheck_covers_every_operator() -> None:
+    assert len(_samples()) == 11
     tested = {op._qualified_op_name for op, _ in _samples()}
     registered = {
         schema.name
@@ -116,6 +126,99 @@ def test_opcheck_covers_every_operator() -> None:
         if schema.name.startswith("tokenflow_ext::")
     }
     assert tested == registered
+
+
+class Backwards(TorchDispatchMode):
+    """Records the arguments of every multiscale_quantize_backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is OPS.multiscale_quantize_backward.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append(dict(zip(names, args, strict=False)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(before)
+
+
+def loss_of(out: QuantizerOutput) -> torch.Tensor:
+    return out.quantized.square().mean() + out.vq_loss + out.commitment_loss
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_atomic_codebook_gradient_reaches_the_backward(atomic: bool, deterministic) -> None:
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(
+        32, (4, 2), SIZES, scale_drop=0.0, atomic_codebook_gradient=atomic
+    )
+    plain = MultiScaleQuantizer(32, (4, 2), SIZES, scale_drop=0.0)
+    plain.load_state_dict(quantizer.state_dict())
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    parameters = [h, *quantizer.codebooks]
+    with Backwards() as backward:
+        gradients = torch.autograd.grad(loss_of(quantizer(h)), parameters)
+    # The default may be left out of the recorded arguments.
+    assert [call.get("atomic_codebook_gradient", False) for call in backward.calls] == [atomic]
+    # On the CPU the sum is the same, in the same order.
+    expected = torch.autograd.grad(loss_of(plain(h)), [h, *plain.codebooks])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+    deterministic(True)
+    out = quantizer(h)
+    with Backwards() as backward:
+        torch.autograd.grad(loss_of(out), parameters)
+    assert [call.get("atomic_codebook_gradient", False) for call in backward.calls] == [False]
+
+
+def test_compiled_atomic_codebook_gradient(deterministic) -> None:
+    """The option is in the compiled backward graph; asking for determinism compiles another."""
+    torch._dynamo.reset()
+    seen: list[bool] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list):
+        for node in graph.graph.nodes:
+            if node.target is OPS.multiscale_quantize_backward.default:
+                seen.append(len(node.args) > 9 and node.args[9])
+        return make_boxed_func(graph.forward)
+
+    quantizer = MultiScaleQuantizer(
+        32, (4, 2), SIZES, scale_drop=0.0, atomic_codebook_gradient=True
+    )
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    compiled = torch.compile(
+        lambda h: loss_of(quantizer(h)),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=nop, bw_compiler=record),
+    )
+    for strict in (False, True):
+        deterministic(strict)
+        gradients = torch.autograd.grad(compiled(h), [h, *quantizer.codebooks])
+        expected = torch.autograd.grad(loss_of(quantizer(h)), [h, *quantizer.codebooks])
+        torch.testing.assert_close(gradients, expected)
+    assert seen == [True, False]
+
+
+def test_an_unwanted_codebook_gradient_is_not_computed() -> None:
+    quantizer = MultiScaleQuantizer(32, (4, 2), SIZES, scale_drop=0.0)
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss_of(quantizer(h)), h)
+    quantizer.codebooks.requires_grad_(False)
+    with Backwards() as backward:
+        (gradient,) = torch.autograd.grad(loss_of(quantizer(h)), h)
+    (call,) = backward.calls
+    assert call["grad_code_error"] is None
+    assert torch.equal(gradient, expected)
+    grad_h, grad_codebook = OPS.multiscale_quantize_backward(*call.values())
+    assert torch.equal(grad_h, expected)
+    assert not grad_codebook.any()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -233,7 +233,7 @@ def test_restart_of_dead_codes(update: str) -> None:
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 def test_copies_pickles_and_state(update: str) -> None:
-    quantizer = make(codebook_update=update)
+    quantizer = make(codebook_update=update, atomic_codebook_gradient=True)
     h = torch.randn(2, 6, 4, 4)
     quantizer(h)
     fresh = make(codebook_update=update)
@@ -244,6 +244,8 @@ def test_copies_pickles_and_state(update: str) -> None:
     saved = make(codebook_update=update)
     saved.load_state_dict(torch.load(buffer, weights_only=True))
     twins = (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer)), fresh, saved)
+    # How the gradient is summed belongs to the module, not to its state.
+    assert [twin.atomic_codebook_gradient for twin in twins] == [True, True, False, False]
     expected = quantizer(h)
     for twin in twins:
         for a, b in zip(twin(h)[:4], expected[:4], strict=True):
