@@ -17,7 +17,7 @@ PACKAGE_SOURCES := pyproject.toml setup.py constraints.txt \
 	$(shell find build_backend csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test benchmark lint format cpp cuda-compile setup clean
+.PHONY: help train test benchmark lint format cpp cuda-compile sass setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo 'make lint          check style; make format mends it'
 	@echo 'make cpp           build the C++ library without torch and run its tests'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
+	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
+	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory)'
 	@echo 'make setup         only create $(VENV) with everything in it'
 	@echo 'make clean         remove builds (not $(VENV))'
 
@@ -58,6 +60,9 @@ cpp:
 cuda-compile:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
 	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS) --target cuda_compile
+
+sass: setup cuda-compile
+	$(BIN)/python -m benchmarks.sass --build $(CMAKE_DIR)/cuda $(ARGS)
 
 setup: $(VENV)/.installed
 
