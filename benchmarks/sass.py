@@ -55,6 +55,7 @@ class Multiprocessor:
     shared_bytes_block: int  # the most that one block may ask for
     float32_lanes: int  # a scheduler
     tensor_multiply_adds: int  # a scheduler and cycle
+    integer_lanes: int = 16  # a scheduler: additions, logic, comparisons, minima and maxima
     threads: int = 2048
     blocks: int = 32
     registers: int = 65536
@@ -165,6 +166,15 @@ class Instruction:
             if candidate in _KIND_OF:
                 return _KIND_OF[candidate]
         return "other"
+
+    @property
+    def integer_lanes(self) -> bool:
+        """Whether it takes the lanes of comparisons and integers; products take those of FFMA."""
+        if self.mnemonic.startswith("U"):  # once a warp, on lanes of its own
+            return False
+        return self.kind in ("min/max", "compare") or (
+            self.kind == "integer" and self.mnemonic not in ("IMAD", "IMUL", "IDP", "IDP4A")
+        )
 
     @property
     def bytes_lane(self) -> int:
@@ -314,6 +324,7 @@ class Loop:
         cycles = {
             "issue": float(len(self.instructions)),
             "float32": self.kinds["float32"] * WARP / sm.float32_lanes,
+            "integer": sum(i.integer_lanes for i in self.instructions) * WARP / sm.integer_lanes,
             "tensor": 0.0,
         }
         if all(i.tensor_rate for i in tensor):
@@ -758,14 +769,12 @@ def work_table(architecture: str, kernels: Sequence[Kernel]) -> Table:
                 _number(work),
                 _number(1024 * len(loop.instructions) / work, ",.1f"),
                 _number(1024 * loop.shared_bytes / work),
-                _number(cycles["issue"]),
-                _number(cycles["float32"]),
-                _number(cycles["tensor"]),
+                *(_number(cycles[name]) for name in ("issue", "float32", "integer", "tensor")),
                 _number(cycles[unit] / max(cycles.values()) if known else None, ".0%") + f" {unit}",
             ]
         )
     header = ["kernel", "multiply-adds", "instructions / 1,024", "shared bytes / 1,024"]
-    header += ["issue cycles", "float32 cycles", "tensor cycles", "at most"]
+    header += ["issue cycles", "float32 cycles", "integer cycles", "tensor cycles", "at most"]
     return Table(f"{architecture}, multiply-add loops", header, rows)
 
 

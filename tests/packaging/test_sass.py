@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -251,12 +252,21 @@ class TestLoops:
         body += "@P1 BRA `(.L_x_1)\n@P0 BRA `(.L_x_0)\nEXIT"
         assert sass.hot_loop(sass.find_loops(code_of(body))).kinds["tensor"] == 1
 
+    def test_integer_lanes(self) -> None:
+        body = (
+            ".L_x_0:\nFMNMX R0, R1, R2, PT\nIADD3 R0, R0, R1, RZ\nISETP.GE.AND P0, PT, R0, R1, PT\n"
+        )
+        body += "IMAD R0, R0, R1, R2\nUIADD3 UR0, UR0, UR1, URZ\n@P0 BRA `(.L_x_0)\nEXIT"
+        (loop,) = sass.find_loops(code_of(body))
+        assert loop.cycles(sass.MULTIPROCESSORS["sm_90"])["integer"] == 6
+
     def test_cycles(self) -> None:
         body = ".L_x_0:\n" + "FFMA R0, R0, R1, R2\n" * 7 + "@P0 BRA `(.L_x_0)\nEXIT"
         (loop,) = sass.find_loops(code_of(body))
         assert loop.cycles(sass.MULTIPROCESSORS["sm_80"]) == {
             "issue": 8,
             "float32": 14,
+            "integer": 0,
             "tensor": 0,
         }
         body = ".L_x_0:\n" + "HMMA.16816.F32 R0, R4, R8, R0\n" * 3 + "@P0 BRA `(.L_x_0)\nEXIT"
@@ -412,7 +422,8 @@ template __global__ void clean<4>(const float*, float*, int);
 
 
 def nvcc() -> str:
-    path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=str(toolkit))
     if path is None:
         pytest.skip("no nvcc here")
     try:
