@@ -466,7 +466,11 @@ class Kernel:
                 f"spills ({self.spill_stores} bytes stored, {self.spill_loads} bytes loaded)"
             )
         if self.local_stores or self.local_loads:
-            parts.append(f"local memory ({self.local_stores} STL, {self.local_loads} LDL)")
+            hot = self.hot_loop.kinds["local"] if self.hot_loop else 0
+            parts.append(
+                f"local memory ({self.local_stores} STL, {self.local_loads} LDL; "
+                f"{hot} of them in the hot loop)"
+            )
         return ", ".join(parts) or None
 
     def as_json(self) -> dict[str, object]:

@@ -295,7 +295,7 @@ class TestKernel:
         assert kernel.hot_loop.kinds["local"] == 2
         assert kernel.problem() == (
             "a stack frame of 272 bytes, spills (12 bytes stored, 20 bytes loaded), "
-            "local memory (3 STL, 2 LDL)"
+            "local memory (3 STL, 2 LDL; 2 of them in the hot loop)"
         )
 
     @pytest.mark.parametrize(
