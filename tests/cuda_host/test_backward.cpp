@@ -13,6 +13,14 @@ struct Wants {
   bool grad_h = true, grad_codebook = true;
 };
 
+// Which code a token takes: a random one, except that
+struct Tokens {
+  int missing = 5;    // every so many-th names none,
+  int dropped = -1;   // nor does any of this scale,
+  int hot_share = 0;  // and of a hundred tokens this many take one code.
+  int64_t hot = 0;
+};
+
 struct Gradients {
   Vector h, codebook;
 };
@@ -77,10 +85,28 @@ Gradients definition(const Pyramid& pyramid, const CodebookLayout& layout, const
   return grad;
 }
 
-// Random indices; every `missing`-th names no code.
+Indices choose(const Pyramid& pyramid, int64_t codes, const Tokens& choice) {
+  const int64_t tokens = tokens_per_image(pyramid);
+  Indices indices(static_cast<size_t>(pyramid.batch * tokens));
+  std::mt19937 generator(6);
+  for (size_t n = 0; n < indices.size(); ++n) {
+    indices[n] = static_cast<int64_t>(generator() % static_cast<unsigned>(codes));
+    if (static_cast<int>(generator() % 100) < choice.hot_share) indices[n] = choice.hot;
+    if (static_cast<int>(n) % choice.missing == choice.missing - 1) {
+      indices[n] = n % 2 ? -1 : codes + 3;
+    }
+    const int64_t t = static_cast<int64_t>(n) % tokens;
+    if (choice.dropped >= 0 && t >= pyramid.first_token[choice.dropped] &&
+        t < pyramid.first_token[choice.dropped + 1]) {
+      indices[n] = -1;
+    }
+  }
+  return indices;
+}
+
 void check(const char* name, const Pyramid& pyramid, const CodebookLayout& layout,
-           const Wants& wants = {}, int missing = 5, int dropped = -1) {
-  const int64_t tokens = tokens_per_image(pyramid), dim = layout.dim;
+           const Wants& wants = {}, const Tokens& choice = {}) {
+  const int64_t dim = layout.dim;
   const Floats codebook = random_floats(layout.codes * dim, 1);
   const Floats h = random_floats(pyramid.batch * dim * pyramid.height * pyramid.width, 2);
   const Floats grad_quantized = random_floats(static_cast<int64_t>(h.size()), 3);
@@ -93,48 +119,98 @@ void check(const char* name, const Pyramid& pyramid, const CodebookLayout& layou
     grad_code_error[s] *= squares;
     grad_row_error[s] *= squares;
   }
-  Indices indices(static_cast<size_t>(pyramid.batch * tokens));
-  std::mt19937 generator(6);
-  for (size_t n = 0; n < indices.size(); ++n) {
-    indices[n] = static_cast<int64_t>(generator() % static_cast<unsigned>(layout.codes));
-    if (static_cast<int>(n) % missing == missing - 1) indices[n] = n % 2 ? -1 : layout.codes + 3;
-    const int64_t t = static_cast<int64_t>(n) % tokens;
-    if (dropped >= 0 && t >= pyramid.first_token[dropped] && t < pyramid.first_token[dropped + 1]) {
-      indices[n] = -1;
-    }
-  }
+  const Indices indices = choose(pyramid, layout.codes, choice);
   const Gradients wanted = definition(pyramid, layout, codebook, h, indices, grad_quantized,
                                       grad_code_error, grad_row_error, wants);
-  Floats first_h, first_codebook;
-  in_every_order([&](const std::string& order) {
-    const std::string label = std::string(name) + " (" + order + ")";
-    Floats grad_h = poisoned<float>(static_cast<int64_t>(h.size()));
-    Floats grad_codebook = poisoned<float>(layout.codes * dim);
+  for (const bool atomic : {false, true}) {
+    Floats first_h, first_codebook;
+    in_every_order([&](const std::string& order) {
+      const std::string label = std::string(name) + " (" + order + (atomic ? ", atomic)" : ")");
+      Floats grad_h = poisoned<float>(static_cast<int64_t>(h.size()));
+      Floats grad_codebook = poisoned<float>(layout.codes * dim);
+      QuantizeBackwardArgs<float> args = {};
+      args.pyramid = pyramid;
+      args.layout = layout;
+      args.codebook = codebook.data();
+      args.h = h.data();
+      args.indices = indices.data();
+      args.grad_quantized = wants.grad_quantized ? grad_quantized.data() : nullptr;
+      args.grad_code_error = wants.code_error ? grad_code_error.data() : nullptr;
+      args.grad_row_error = wants.row_error ? grad_row_error.data() : nullptr;
+      args.grad_h = wants.grad_h ? grad_h.data() : nullptr;
+      args.grad_codebook = wants.grad_codebook ? grad_codebook.data() : nullptr;
+      args.atomic_codebook_gradient = atomic;
+      CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
+                cudaSuccess,
+            "launch");
+      if (first_h.empty()) {
+        first_h = grad_h;
+        first_codebook = grad_codebook;
+      }
+      CHECK(same_bits(grad_h, first_h), "%s: other bits in another order", label.c_str());
+      if (!atomic) {
+        CHECK(same_bits(grad_codebook, first_codebook), "%s: other bits in another order",
+              label.c_str());
+      }
+      if (wants.grad_h) check_close(grad_h, wanted.h, 3e-5, label + ": grad_h");
+      if (wants.grad_codebook) {
+        check_close(grad_codebook, wanted.codebook, 1e-5, label + ": grad_codebook");
+      }
+    });
+  }
+}
+
+// One image of one token, its code the first; the others hold NaN and get zeros.
+void check_one_token(const char* name, const CodebookLayout& layout, const Floats& h,
+                     const Floats& grad_quantized, const Vector& wanted_h,
+                     const Vector& wanted_code) {
+  const Pyramid pyramid = make_pyramid(1, 1, 1, {{1, 1}});
+  Floats codebook = poisoned<float>(layout.codes * layout.dim);
+  std::fill_n(codebook.begin(), layout.dim, 0.0f);
+  codebook[layout.dim - 1] = 2;
+  const Floats grad_code_error = {0.5f}, grad_row_error = {0.0f};
+  const Indices indices = {0};
+  for (const bool atomic : {false, true}) {
+    Floats grad_h = poisoned<float>(layout.dim);
+    Floats grad_codebook = poisoned<float>(layout.codes * layout.dim);
     QuantizeBackwardArgs<float> args = {};
     args.pyramid = pyramid;
     args.layout = layout;
     args.codebook = codebook.data();
     args.h = h.data();
     args.indices = indices.data();
-    args.grad_quantized = wants.grad_quantized ? grad_quantized.data() : nullptr;
-    args.grad_code_error = wants.code_error ? grad_code_error.data() : nullptr;
-    args.grad_row_error = wants.row_error ? grad_row_error.data() : nullptr;
-    args.grad_h = wants.grad_h ? grad_h.data() : nullptr;
-    args.grad_codebook = wants.grad_codebook ? grad_codebook.data() : nullptr;
+    args.grad_quantized = grad_quantized.data();
+    args.grad_code_error = grad_code_error.data();
+    args.grad_row_error = grad_row_error.data();
+    args.grad_h = grad_h.data();
+    args.grad_codebook = grad_codebook.data();
+    args.atomic_codebook_gradient = atomic;
     CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
               cudaSuccess,
           "launch");
-    if (first_h.empty()) {
-      first_h = grad_h;
-      first_codebook = grad_codebook;
-    }
-    CHECK(same_bits(grad_h, first_h) && same_bits(grad_codebook, first_codebook),
-          "%s: other bits in another order", label.c_str());
-    if (wants.grad_h) check_close(grad_h, wanted.h, 3e-5, label + ": grad_h");
-    if (wants.grad_codebook) {
-      check_close(grad_codebook, wanted.codebook, 1e-5, label + ": grad_codebook");
-    }
-  });
+    check_close(grad_h, wanted_h, 1e-6, std::string(name) + ": row");
+    Vector wanted(grad_codebook.size());
+    std::copy(wanted_code.begin(), wanted_code.end(), wanted.begin());
+    check_close(grad_codebook, wanted, 1e-6, std::string(name) + ": codes");
+  }
+}
+
+int64_t launches_of(int64_t codes, bool atomic) {
+  const Pyramid pyramid = make_pyramid(1, 2, 2, {{1, 1}, {2, 2}});
+  const CodebookLayout layout = make_layout(codes, {2}, true);
+  const Floats codebook = random_floats(codes * 2, 1), h = random_floats(8, 2);
+  const Floats errors = {1.0f, 1.0f};
+  const Indices indices = {0, 1, -1, codes - 1, 0};
+  Floats grad_h(8), grad_codebook(static_cast<size_t>(codes) * 2);
+  const QuantizeBackwardArgs<float> args = {
+      pyramid,  layout,        codebook.data(), h.data(),      indices.data(),
+      h.data(), errors.data(), errors.data(),   grad_h.data(), grad_codebook.data(),
+      atomic};
+  const int64_t before = emulation::launches();
+  CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
+            cudaSuccess,
+        "launch");
+  return emulation::launches() - before;
 }
 
 }  // namespace
@@ -151,8 +227,8 @@ int main() {
   check("one code", make_pyramid(2, 3, 3, {{1, 1}, {3, 3}}), make_layout(1, {4}, true));
   check("scales that shrink and exceed the plane", make_pyramid(1, 3, 4, {{5, 2}, {1, 1}, {2, 6}}),
         groups);
-  check("dropped scale", square, groups, {}, 1000, 2);
-  check("no index names a code", make_pyramid(1, 2, 2, {{1, 1}, {2, 2}}), groups, {}, 1);
+  check("dropped scale", square, groups, {}, {1000, 2});
+  check("no index names a code", make_pyramid(1, 2, 2, {{1, 1}, {2, 2}}), groups, {}, {1});
   check("wider than a tile", make_pyramid(1, 2, 35, {{1, 3}, {2, 20}}), make_layout(6, {34}, true));
   check("blocks of channels", make_pyramid(100, 2, 2, {{1, 1}, {2, 2}}),
         make_layout(5, {3, 2}, true));
@@ -162,29 +238,28 @@ int main() {
   check("only the codebook's", square, groups, {true, true, true, false, true});
   check("only h's", square, groups, {true, true, true, true, false});
 
-  {  // Rows and codes shorter than epsilon are only scaled by 1 / epsilon.
-    const Pyramid pyramid = make_pyramid(1, 1, 1, {{1, 1}});
-    const CodebookLayout layout = make_layout(1, {2, 1}, true);
-    const Floats codebook = {0, 0, 2}, h = {0, 0, 3}, grad_quantized = {1e-12f, -2e-12f, 5};
-    const Floats grad_code_error = {0.5f}, grad_row_error = {0.0f};
-    const Indices indices = {0};
-    Floats grad_h = poisoned<float>(3), grad_codebook = poisoned<float>(3);
-    QuantizeBackwardArgs<float> args = {};
-    args.pyramid = pyramid;
-    args.layout = layout;
-    args.codebook = codebook.data();
-    args.h = h.data();
-    args.indices = indices.data();
-    args.grad_quantized = grad_quantized.data();
-    args.grad_code_error = grad_code_error.data();
-    args.grad_row_error = grad_row_error.data();
-    args.grad_h = grad_h.data();
-    args.grad_codebook = grad_codebook.data();
-    CHECK(run(args, cuda::quantize_backward_workspace_bytes, cuda::launch_quantize_backward) ==
-              cudaSuccess,
-          "launch");
-    check_close(grad_h, {1, -2, 0}, 1e-6, "zero row");
-    check_close(grad_codebook, {0, 0, 0}, 1e-6, "zero code");
-  }
+  check("codes of three digits", square, make_layout(65537, {3, 2}, true), {}, {5, -1, 20, 65536});
+  check("hot code", make_pyramid(5, 16, 16, {{1, 1}, {4, 4}, {16, 16}}),
+        make_layout(30, {5, 2}, true), {}, {9, -1, 85, 17});
+  check("hot code of many channels, not normalised", make_pyramid(3, 12, 12, {{12, 12}}),
+        make_layout(3, {45}, false), {}, {7, -1, 90, 2});
+  check("wider than a warp", square, make_layout(9, {35, 70, 1}, true));
+  std::vector<int> many(kMaxGroups);
+  for (int g = 0; g < kMaxGroups; ++g) many[g] = 1 + g % 3;
+  check("as many groups as there can be", make_pyramid(2, 3, 3, {{1, 1}, {3, 3}}),
+        make_layout(7, many, true));
+
+  // Rows and codes shorter than epsilon are only scaled by 1 / epsilon. Nothing else follows from a
+  // code that no token has, whatever it holds.
+  check_one_token("short", make_layout(1, {2, 1}, true), {0, 0, 3}, {1e-12f, -2e-12f, 5},
+                  {1, -2, 0}, {0, 0, 0});
+  check_one_token("codes of NaN", make_layout(9, {2, 1}, true), {0, 0, 3}, {1e-12f, -2e-12f, 5},
+                  {1, -2, 0}, {0, 0, 0});
+
+  CHECK(launches_of(256, false) == 8, "a digit");
+  CHECK(launches_of(257, false) == 10, "two digits");
+  CHECK(launches_of(65536, false) == 10, "two digits");
+  CHECK(launches_of(65537, false) == 12, "three digits");
+  CHECK(launches_of(257, true) == 6, "atomic");
   return 0;
 }

@@ -8,15 +8,11 @@ using namespace tokenflow;
 
 namespace {
 
-// Indices from `lowest` to `highest`, both included.
-void check(int64_t codes, int dim, int64_t num_rows, int64_t lowest, int64_t highest) {
-  const std::string name = std::to_string(num_rows) + " rows of " + std::to_string(dim) + " to " +
-                           std::to_string(codes) + " codes";
+void check(const std::string& what, int64_t codes, int dim, const Indices& indices) {
+  const int64_t num_rows = static_cast<int64_t>(indices.size());
+  const std::string name = what + ": " + std::to_string(num_rows) + " rows of " +
+                           std::to_string(dim) + " to " + std::to_string(codes) + " codes";
   const Floats rows = random_floats(num_rows * dim, 1);
-  Indices indices(static_cast<size_t>(num_rows));
-  std::mt19937_64 generator(2);
-  std::uniform_int_distribution<int64_t> pick(lowest, highest);
-  for (int64_t& index : indices) index = pick(generator);
 
   Vector wanted(static_cast<size_t>(codes * dim));
   Indices wanted_counts(static_cast<size_t>(codes));
@@ -46,6 +42,25 @@ void check(int64_t codes, int dim, int64_t num_rows, int64_t lowest, int64_t hig
   });
 }
 
+// Indices from `lowest` to `highest`, both included.
+void check(int64_t codes, int dim, int64_t num_rows, int64_t lowest, int64_t highest) {
+  Indices indices(static_cast<size_t>(num_rows));
+  std::mt19937_64 generator(2);
+  std::uniform_int_distribution<int64_t> pick(lowest, highest);
+  for (int64_t& index : indices) index = pick(generator);
+  check("random", codes, dim, indices);
+}
+
+// Code i has counts[i] rows, in shuffled order with `missing` rows that name no code.
+void check_counts(const std::string& what, int dim, const std::vector<int>& counts, int missing) {
+  Indices indices(static_cast<size_t>(missing), -1);
+  for (size_t i = 0; i < counts.size(); ++i) {
+    indices.insert(indices.end(), static_cast<size_t>(counts[i]), static_cast<int64_t>(i));
+  }
+  std::shuffle(indices.begin(), indices.end(), std::mt19937(3));
+  check(what, static_cast<int64_t>(counts.size()), dim, indices);
+}
+
 }  // namespace
 
 int main() {
@@ -54,10 +69,18 @@ int main() {
   check(5, 3, 1, -1, -1);
   check(20, 33, 700, -3, 24);         // indices that name no code; more columns than lanes
   check(300, 4, 4500, 0, 299);        // two digits, several tiles
-  check(255, 2, 2048, 0, 255);        // a full tile; the largest key of one digit
-  check(256, 2, 2049, 250, 255);      // the smallest number of codes that needs two digits
-  check(3, 40, 2300, 1, 1);           // a long segment, summed by the whole block
-  check(66000, 2, 90, 65530, 66002);  // three digits
+  check(256, 2, 2049, 0, 256);        // the largest number of codes of one digit
+  check(257, 2, 2049, 250, 256);      // the smallest that needs two
+  check(65536, 1, 90, 65500, 65536);  // the largest of two
+  check(300, 1, 70000, -5, 299);      // tiles of several rounds
+
+  // Long segments are summed by the blocks of the chunks of 256 pairs that they reach into.
+  check_counts("one long code", 40, {0, 2300, 0}, 0);
+  check_counts("just long", 3, {255, 257, 256, 300}, 40);
+  check_counts("two in a chunk", 70, {10, 400, 3, 270, 700}, 5);
+  check_counts("neighbours", 5, {300, 300, 2000, 300, 257}, 0);
+  check_counts("whole chunks", 5, {256, 512, 512, 256, 1024}, 700);
+
   // Far outside the range.
   check(4, 2, 40, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max());
 
