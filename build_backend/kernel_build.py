@@ -38,19 +38,22 @@ MEMORY_PER_JOB = 2 << 30
 TORCH_TARGET_VERSION = f"0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000ULL"
 
 # Source files named *_avx2.cpp hold code picked at run time; elsewhere they compile to nothing.
+_AVX512 = [
+    "-mavx512f",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512bw",
+    "-mavx2",
+    "-mfma",
+    # g++ before 13 takes the undefined operand inside its own intrinsics for a mistake of ours.
+    "-Wno-unknown-warning-option",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 INSTRUCTION_SETS = {
     "_avx2": ["-mavx2", "-mfma"],
-    "_avx512": [
-        "-mavx512f",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512bw",
-        "-mavx2",
-        "-mfma",
-        # g++ before 13 takes the undefined operand inside its own intrinsics for a mistake of ours.
-        "-Wno-unknown-warning-option",
-        "-Wno-maybe-uninitialized",
-    ],
+    "_avx512": _AVX512,
+    "_avx512vnni": [*_AVX512, "-mavx512vnni"],
 }
 
 _ARCHITECTURE_NAMES = {

@@ -1,10 +1,13 @@
 // How the CPU kernels reach threads without knowing whose threads they are.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
 namespace tokenflow::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs body(context, worker) once for every worker in [0, workers), in parallel, and returns when
 // all are done. The operators pass torch's thread pool, the C++ tests plain threads.
@@ -34,6 +37,17 @@ struct Executor {
           }
         },
         &shared);
+  }
+
+  // task(begin, end) over ranges of [0, count), none so small that handing it to another thread
+  // costs more than the work; an item costs about `cost` operations.
+  template <typename Task>
+  void for_ranges(int64_t count, int64_t cost, const Task& task) const {
+    constexpr int64_t kGrain = 16384;
+    const int64_t smallest = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
+    const int64_t range = std::max(smallest, ceil_div(count, 8 * std::max(1, workers)));
+    for_each(ceil_div(count, range),
+             [&](int64_t i) { task(i * range, std::min(count, (i + 1) * range)); });
   }
 };
 

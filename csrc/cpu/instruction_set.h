@@ -3,13 +3,13 @@
 
 namespace tokenflow::cpu {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Vnni };
 
-// The best one that this machine has and this library was built with. TOKENFLOW_CPU
-// ("portable", "avx2" or "avx512") asks for a lesser one, to test or compare it.
+// The best one that this machine has. TOKENFLOW_CPU, one of the names below, asks for a lesser one,
+// to test or compare it.
 InstructionSet detect_instruction_set();
 
-// "portable", "avx2" or "avx512".
+// "portable", "avx2", "avx512" or "avx512_vnni".
 const char* instruction_set();
 
 }  // namespace tokenflow::cpu

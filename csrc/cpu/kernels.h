@@ -1,8 +1,9 @@
 // The inner loops of the CPU back end, compiled once for each instruction set and called through
-// a table picked at run time. Image planes are channels-last here, [height * width, dim], so that
+// tables picked at run time. Image planes are channels-last here, [height * width, dim], so that
 // every loop runs along contiguous channels.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/codebook.h"
@@ -11,34 +12,53 @@
 namespace tokenflow::cpu {
 
 // Codes are ranked in blocks of this many; a row keeps one maximum for each block.
-constexpr int kBlockCodes = 512;
+constexpr int kBlockCodes = 256;
 
-// The codebook as the ranking loop reads it: panels of `panel_width` codes, each panel
-// [dim + 1][panel_width] with the bias as its first line. Missing codes have bias -inf.
-struct PackedCodes {
-  const float* panels;
-  int64_t num_panels;
-  float norm;  // largest length of a packed row
-  float bias;  // largest |bias|
+// Alignment of packed codes and rows.
+constexpr size_t kAlignment = 64;
+
+// What ranking needs to know of the codebook. Its codes c, and the rows z, are normalised and each
+// scaled by the square root of the weight; `packed` is what became of them.
+struct CodeBounds {
+  double step;   // value of one unit of a packed number
+  double norm;   // largest |c|
+  double error;  // largest |c - packed|
+  double bias;   // largest |bias|
 };
 
+// What ranking needs to know of a packed row.
+struct RowScale {
+  float margin;      // twice the proven bound on a rank's error, in units of the rank
+  float bias_scale;  // units of the rank in one unit of the bias
+};
+
+// Ranks every code for every row by a number that is within a proven bound of the code's score
+// (common/codebook.h), in units of each row's own. A block of codes whose largest rank is more than
+// `margin` below the row's best cannot hold the nearest code.
 struct RankKernels {
   int panel_width;  // codes in a panel
   int tile_rows;    // rows in a full tile
 
-  // Packs codes [first_panel * panel_width, ...) of one panel; returns its largest length and bias.
-  void (*pack_panel)(const float* codebook, const CodebookLayout& layout, int64_t panel,
-                     float* packed, float* norm, float* bias);
-  // Normalises `rows` (at most tile_rows) rows into a tile [dim][rows] and their lengths.
-  void (*pack_tile)(const float* rows, int count, const CodebookLayout& layout, float* tile,
-                    float* norms);
-  // block_max[r * stride] = the largest score of tile row r over `num_panels` panels.
-  void (*rank_tile)(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
-                    float* block_max, int64_t stride);
-  // The exact choice for tile row r from its block maxima.
-  int64_t (*settle_row)(const float* row, const float* tile, int count, int r, float norm,
-                        const float* block_max, int64_t num_blocks, const PackedCodes& codes,
-                        const float* codebook, const CodebookLayout& layout);
+  size_t (*panel_bytes)(int dim);
+  size_t (*row_bytes)(int dim);
+  // The step that packs numbers up to `largest` in magnitude.
+  double (*step)(double largest);
+
+  // Packs a panel of codes given as lines [dim][panel_width] and raises `bounds` to cover them.
+  void (*pack_panel)(const float* lines, const CodebookLayout& layout, void* packed,
+                     CodeBounds* bounds);
+  // Packs `count` (at most tile_rows) rows into a tile. The margin of a row that is not finite is
+  // not finite either.
+  void (*pack_tile)(const float* rows, int count, const CodebookLayout& layout,
+                    const CodeBounds& bounds, void* tile, RowScale* scales);
+  // block_max[r * stride] = the largest rank of tile row r in `num_panels` panels.
+  void (*rank_tile)(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
+                    const void* panels, int64_t num_panels, float* block_max, int64_t stride);
+  // The codes of a block (counted from its first) whose rank for tile row r is at least
+  // `threshold`, in ascending order; returns how many.
+  int (*scan_block)(const void* tile, int count, int r, int dim, const RowScale* scales,
+                    bool has_bias, const void* panels, int64_t num_panels, float threshold,
+                    int* codes);
 };
 
 template <typename T>
@@ -61,10 +81,22 @@ struct KernelTable {
   RankKernels rank;
   PlaneKernels<float> plane_float;
   PlaneKernels<double> plane_double;
+  // The blocks that may hold a row's nearest code, those whose maximum is within `margin` of the
+  // largest, in ascending order; returns how many, and the least maximum that counts. It is not
+  // finite, and no block is returned, where the maxima or the margin are not.
+  int (*near_blocks)(const float* block_max, int count, float margin, int* blocks,
+                     float* threshold);
+  // Scores (common/codebook.h) in float64 of some codes for a row that is normalised already.
+  void (*scores)(const double* unit_row, const float* codebook, const CodebookLayout& layout,
+                 const int64_t* codes, int64_t count, double* scores);
 };
 
 const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+
+// Ranking in 8-bit integers: coarser, with a wider margin, and faster.
+const RankKernels& int8_rank_avx2();
+const RankKernels& int8_rank_avx512vnni();
 
 }  // namespace tokenflow::cpu

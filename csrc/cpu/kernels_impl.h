@@ -7,19 +7,13 @@
 // Ranking, the loop that takes nearly all the time: a tile of rows is held against a panel of
 // codes, `kTileRows` x 2 vectors of scores in registers, one fused multiply-add a score and
 // channel. The argmax is not carried along: each row keeps one maximum for each block of
-// kBlockCodes codes. settle_row then looks again at every block whose maximum is within twice the
-// proven rounding bound of the best, and decides there in float64.
+// kBlockCodes codes, and the blocks that may hold the nearest code are scanned again (search.cpp).
 #include <cstdint>
 #include <cstring>
 
 #include "../common/normalize.h"
 #include "kernels.h"
 
-#if defined(__AVX512F__)
-// GCC 12 takes the undefined operand inside _mm512_max_ps for a mistake of ours (GCC bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -46,7 +40,15 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 
 static inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
-static inline Vector broadcast(float x) { return Vector{} + x; }
+static inline Vector broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return x - Vector{};  // unlike a sum, a difference with +0 is x itself, and compiles to nothing
+#endif
+}
 
 // a where a > b, else b: a NaN in `a` is passed over.
 static inline Vector maximum(Vector a, Vector b) {
@@ -60,59 +62,86 @@ static inline Vector maximum(Vector a, Vector b) {
 }
 
 static inline float horizontal_maximum(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
-void pack_panel(const float* codebook, const CodebookLayout& layout, int64_t panel, float* packed,
-                float* largest_norm, float* largest_bias) {
-  const int dim = layout.dim;
-  double norm = 0, bound = 0;
-  for (int lane = 0; lane < kPanelWidth; ++lane) {
-    const int64_t code = panel * kPanelWidth + lane;
-    if (code >= layout.codes) {
-      packed[lane] = -kInfinity;
-      for (int d = 0; d < dim; ++d) packed[(d + 1) * kPanelWidth + lane] = 0;
-      continue;
-    }
-    const float* row = codebook + code * dim;
-    double bias = 0, weighted_norm = 0;
+// Half as many doubles fill a vector.
+constexpr int kHalfLanes = kLanes / 2;
+typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double)), aligned(8)));
+typedef float HalfVector __attribute__((vector_size(kHalfLanes * sizeof(float)), aligned(4)));
+
+static inline Doubles load_doubles(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Doubles);
+}
+
+static inline void store_floats(Doubles v, float* p) {
+  *reinterpret_cast<HalfVector*>(p) = __builtin_convertvector(v, HalfVector);
+}
+
+static inline double larger(double a, double b) { return a > b ? a : b; }
+
+// A panel: the biases, then [dim][kPanelWidth]. A tile: [dim][rows].
+size_t panel_bytes(int dim) { return sizeof(float) * kPanelWidth * (dim + 1); }
+
+size_t row_bytes(int dim) { return sizeof(float) * dim; }
+
+double step(double) { return 1.0; }
+
+void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
+                CodeBounds* bounds) {
+  float* bias_line = static_cast<float*>(packed);
+  float* out = bias_line + kPanelWidth;
+  for (int first = 0; first < kPanelWidth; first += kHalfLanes) {
+    Doubles bias = {}, squared_length = {};
     for (int g = 0; g < layout.groups; ++g) {
-      const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
-      const double weight = layout.weight[g];
-      const double scale = weight * inverse_norm(squared, layout.l2_norm);
-      bias += group_bias(squared, weight, layout.l2_norm);
-      weighted_norm += squared * scale * scale;
+      Doubles squared = {}, scale;
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        packed[(d + 1) * kPanelWidth + lane] =
-            static_cast<float>(static_cast<double>(row[d]) * scale);
+        const Doubles c = load_doubles(lines + d * kPanelWidth + first);
+        squared += c * c;
+      }
+      for (int i = 0; i < kHalfLanes; ++i) {
+        scale[i] = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared[i], layout.l2_norm);
+        bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
+      }
+      squared_length += squared * scale * scale;
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        const int at = d * kPanelWidth + first;
+        store_floats(load_doubles(lines + at) * scale, out + at);
       }
     }
-    packed[lane] = static_cast<float>(bias);
-    if (weighted_norm > norm) norm = weighted_norm;
-    if (-bias > bound) bound = -bias;
-    if (bias > bound) bound = bias;
+    store_floats(bias, bias_line + first);
+    for (int i = 0; i < kHalfLanes; ++i) {
+      bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
+      bounds->bias = larger(bounds->bias, bias[i] < 0 ? -bias[i] : bias[i]);
+    }
   }
-  *largest_norm = static_cast<float>(__builtin_sqrt(norm)) * 1.000001f;
-  *largest_bias = static_cast<float>(bound) * 1.000001f;
 }
 
-void pack_tile(const float* rows, int count, const CodebookLayout& layout, float* tile,
-               float* norms) {
+void pack_tile(const float* rows, int count, const CodebookLayout& layout, const CodeBounds& bounds,
+               void* tile, RowScale* scales) {
+  float* packed = static_cast<float*>(tile);
   for (int r = 0; r < count; ++r) {
     const float* row = rows + static_cast<int64_t>(r) * layout.dim;
-    double length = 0;
+    double squared_length = 0;
     for (int g = 0; g < layout.groups; ++g) {
       const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
-      const double scale = inverse_norm(squared, layout.l2_norm);
-      length += squared * scale * scale;
+      const double scale = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
+      squared_length += squared * scale * scale;
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        tile[static_cast<int64_t>(d) * count + r] =
+        packed[static_cast<int64_t>(d) * count + r] =
             static_cast<float>(static_cast<double>(row[d]) * scale);
       }
     }
-    norms[r] = static_cast<float>(__builtin_sqrt(length)) * 1.000001f;
+    scales[r].margin =
+        static_cast<float>(2 * score_error_bound(layout.dim, __builtin_sqrt(squared_length),
+                                                 bounds.norm, bounds.bias));
+    scales[r].bias_scale = 1;
   }
 }
 
@@ -160,74 +189,98 @@ void rank_tile_from(const float* tile, int count, int dim, const float* panels, 
   }
 }
 
-void rank_tile(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
-               float* block_max, int64_t stride) {
-  rank_tile_from<kTileRows>(tile, count, dim, panels, num_panels, block_max, stride);
+void rank_tile(const void* tile, int count, int dim, const RowScale*, bool, const void* panels,
+               int64_t num_panels, float* block_max, int64_t stride) {
+  rank_tile_from<kTileRows>(static_cast<const float*>(tile), count, dim,
+                            static_cast<const float*>(panels), num_panels, block_max, stride);
 }
 
-// The best code so far under (distance, index), in float64.
-struct Choice {
-  double distance;
-  int64_t index;
-};
-
-void consider(const float* row, int64_t index, const float* codebook, const CodebookLayout& layout,
-              Choice* choice) {
-  const double d = distance(row, codebook + index * layout.dim, layout);
-  // Codes come in ascending order, so a tie keeps the lower index.
-  if (d < choice->distance) *choice = {d, index};
-}
-
-int64_t settle_row(const float* row, const float* tile, int count, int r, float norm,
-                   const float* block_max, int64_t num_blocks, const PackedCodes& codes,
-                   const float* codebook, const CodebookLayout& layout) {
-  const int dim = layout.dim;
-  Choice choice = {__builtin_inf(), 0};
-  if (!__builtin_isfinite(squared_norm(row, 0, dim))) return 0;
-
-  float best = -kInfinity;
-  for (int64_t b = 0; b < num_blocks; ++b) best = block_max[b] > best ? block_max[b] : best;
-  const float threshold = best - 2 * score_error_bound(dim, norm, codes.norm, codes.bias);
-  if (!__builtin_isfinite(threshold)) {  // scores beyond float32: decide everything in float64
-    for (int64_t i = 0; i < layout.codes; ++i) consider(row, i, codebook, layout, &choice);
-    return choice.index;
-  }
-
+int scan_block(const void* tile, int count, int r, int dim, const RowScale*, bool,
+               const void* panels, int64_t num_panels, float threshold, int* codes) {
+  const float* row = static_cast<const float*>(tile) + r;
+  int found = 0;
   // Several panels at once, for enough independent sums to keep the multiply-adds busy.
   constexpr int kPanels = 4;
-  constexpr int64_t kBlockPanels = kBlockCodes / kPanelWidth;
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    if (!(block_max[b] >= threshold)) continue;
-    const int64_t end_panel =
-        (b + 1) * kBlockPanels < codes.num_panels ? (b + 1) * kBlockPanels : codes.num_panels;
-    for (int64_t p = b * kBlockPanels; p < end_panel; p += kPanels) {
-      const int64_t last = end_panel - 1 - p;
-      const float* panel[kPanels];
-      Vector scores[kPanels][2];
-      for (int64_t k = 0; k < kPanels; ++k) {
-        panel[k] = codes.panels + (p + (k < last ? k : last)) * (dim + 1) * kPanelWidth;
-        scores[k][0] = load(panel[k]);
-        scores[k][1] = load(panel[k] + kLanes);
-      }
-      for (int d = 0; d < dim; ++d) {
-        const Vector value = broadcast(tile[static_cast<int64_t>(d) * count + r]);
+  for (int64_t p = 0; p < num_panels; p += kPanels) {
+    const int64_t last = num_panels - 1 - p;
+    const float* code[kPanels];
+    Vector scores[kPanels][2];
 #pragma GCC unroll 4
-        for (int k = 0; k < kPanels; ++k) {
-          panel[k] += kPanelWidth;
-          scores[k][0] += value * load(panel[k]);
-          scores[k][1] += value * load(panel[k] + kLanes);
-        }
+    for (int k = 0; k < kPanels; ++k) {
+      code[k] =
+          static_cast<const float*>(panels) + (p + (k < last ? k : last)) * (dim + 1) * kPanelWidth;
+      scores[k][0] = load(code[k]);
+      scores[k][1] = load(code[k] + kLanes);
+    }
+    for (int d = 0; d < dim; ++d) {
+      const Vector value = broadcast(row[static_cast<int64_t>(d) * count]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPanels; ++k) {
+        code[k] += kPanelWidth;
+        scores[k][0] += value * load(code[k]);
+        scores[k][1] += value * load(code[k] + kLanes);
       }
-      for (int64_t k = 0; k <= last && k < kPanels; ++k) {
-        if (horizontal_maximum(maximum(scores[k][0], scores[k][1])) < threshold) continue;
-        for (int lane = 0; lane < kPanelWidth; ++lane) {
-          if (scores[k][lane / kLanes][lane % kLanes] < threshold) continue;
-          consider(row, (p + k) * kPanelWidth + lane, codebook, layout, &choice);
-        }
+    }
+    for (int k = 0; k <= last && k < kPanels; ++k) {
+      if (horizontal_maximum(maximum(scores[k][0], scores[k][1])) < threshold) continue;
+      for (int lane = 0; lane < kPanelWidth; ++lane) {
+        if (scores[k][lane / kLanes][lane % kLanes] < threshold) continue;
+        codes[found++] = static_cast<int>(p + k) * kPanelWidth + lane;
       }
     }
   }
-  return choice.index;
+  return found;
+}
+
+int near_blocks(const float* block_max, int count, float margin, int* blocks, float* threshold) {
+  float best = -kInfinity;
+  int b = 0;
+  if (count >= kLanes) {
+    Vector widest = load(block_max);
+    for (b = kLanes; b + kLanes <= count; b += kLanes)
+      widest = maximum(load(block_max + b), widest);
+    best = horizontal_maximum(widest);
+  }
+  for (; b < count; ++b) best = block_max[b] > best ? block_max[b] : best;
+  const float least = *threshold = best - margin;
+  if (!__builtin_isfinite(least)) return 0;
+  int found = 0;
+  for (b = 0; b < count; ++b) {
+    blocks[found] = b;  // overwritten unless it counts: no branch to predict
+    found += block_max[b] >= least;
+  }
+  return found;
+}
+
+void scores(const double* unit_row, const float* codebook, const CodebookLayout& layout,
+            const int64_t* codes, int64_t count, double* scores) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* code = codebook + codes[i] * layout.dim;
+    double score = 0;
+    for (int g = 0; g < layout.groups; ++g) {
+      const int end = layout.begin[g + 1];
+      Doubles dots = {}, squares = {};
+      double dot = 0, squared = 0;
+      int d = layout.begin[g];
+      for (; d + kHalfLanes <= end; d += kHalfLanes) {
+        const Doubles c = load_doubles(code + d);
+        dots += *reinterpret_cast<const Doubles*>(unit_row + d) * c;
+        squares += c * c;
+      }
+      for (; d < end; ++d) {
+        const double c = static_cast<double>(code[d]);
+        dot += unit_row[d] * c;
+        squared += c * c;
+      }
+      for (int lane = 0; lane < kHalfLanes; ++lane) {
+        dot += dots[lane];
+        squared += squares[lane];
+      }
+      score += layout.weight[g] * dot * inverse_norm(squared, layout.l2_norm) +
+               group_bias(squared, layout.weight[g], layout.l2_norm);
+    }
+    scores[i] = score;
+  }
 }
 
 template <typename T>
@@ -370,15 +423,14 @@ constexpr PlaneKernels<T> plane_kernels() {
 
 const KernelTable& TF_KERNEL_TABLE() {
   static constexpr KernelTable table = {
-      {kPanelWidth, kTileRows, pack_panel, pack_tile, rank_tile, settle_row},
+      {kPanelWidth, kTileRows, panel_bytes, row_bytes, step, pack_panel, pack_tile, rank_tile,
+       scan_block},
       plane_kernels<float>(),
       plane_kernels<double>(),
+      near_blocks,
+      scores,
   };
   return table;
 }
 
 }  // namespace tokenflow::cpu
-
-#if defined(__AVX512F__)
-#pragma GCC diagnostic pop
-#endif

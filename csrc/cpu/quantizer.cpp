@@ -1,41 +1,16 @@
 #include "quantizer.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <memory>
+#include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "../common/normalize.h"
-#include "instruction_set.h"
 #include "kernels.h"
+#include "search.h"
 
 namespace tokenflow::cpu {
 namespace {
-
-// Rows whose block maxima are held at once: bounds the scratch of a search at this many times
-// codes / kBlockCodes floats, whatever the number of rows.
-constexpr int64_t kRowsAtOnce = 1536;
-
-// Rows that share one pass over a block of codes; their tiles stay in the first-level cache.
-constexpr int64_t kRowsPerTask = 192;
-
-// Work items of fewer elements than this are not worth handing to another thread.
-constexpr int64_t kGrain = 16384;
-
-const KernelTable& kernels() {
-  switch (detect_instruction_set()) {
-#if defined(__x86_64__)
-    case InstructionSet::kAvx512:
-      return avx512_kernels();
-    case InstructionSet::kAvx2:
-      return avx2_kernels();
-#endif
-    default:
-      return portable_kernels();
-  }
-}
 
 template <typename T>
 const PlaneKernels<T>& plane_kernels() {
@@ -46,161 +21,10 @@ const PlaneKernels<T>& plane_kernels() {
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// task(begin, end) over ranges of [0, count), each of at least kGrain / cost items.
-template <typename Task>
-void for_ranges(const Executor& executor, int64_t count, int64_t cost, const Task& task) {
-  const int64_t smallest = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
-  const int64_t range = std::max(smallest, ceil_div(count, 8 * std::max(1, executor.workers)));
-  executor.for_each(ceil_div(count, range),
-                    [&](int64_t i) { task(i * range, std::min(count, (i + 1) * range)); });
-}
-
-// ---------------------------------------------------------------------------------------------
-// Search
-// ---------------------------------------------------------------------------------------------
-
-// Nearest codes of many rows in one codebook, packed once and searched as often as wanted.
-template <typename T>
-class Searcher;
-
-template <>
-class Searcher<float> {
- public:
-  Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor)
-      : layout_(layout), codebook_(codebook), executor_(executor), rank_(kernels().rank) {
-    const int64_t panel_floats = static_cast<int64_t>(rank_.panel_width) * (layout.dim + 1);
-    const int64_t panels = ceil_div(layout.codes, rank_.panel_width);
-    panels_.reset(new float[panels * panel_floats]);
-    std::vector<float> norm(panels), bias(panels);
-    for_ranges(executor, panels, panel_floats, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        rank_.pack_panel(codebook, layout, p, panels_.get() + p * panel_floats, &norm[p], &bias[p]);
-      }
-    });
-    codes_ = {panels_.get(), panels, *std::max_element(norm.begin(), norm.end()),
-              *std::max_element(bias.begin(), bias.end())};
-  }
-
-  void search(const float* rows, int64_t num_rows, int64_t* indices) {
-    for (int64_t first = 0; first < num_rows; first += kRowsAtOnce) {
-      const int64_t count = std::min(kRowsAtOnce, num_rows - first);
-      search_some(rows + first * layout_.dim, count, indices + first);
-    }
-  }
-
- private:
-  void search_some(const float* rows, int64_t num_rows, int64_t* indices) {
-    const int dim = layout_.dim;
-    const int64_t tile_rows = rank_.tile_rows;
-    const int64_t tiles = ceil_div(num_rows, tile_rows);
-    const int64_t block_panels = kBlockCodes / rank_.panel_width;
-    const int64_t blocks = ceil_div(codes_.num_panels, block_panels);
-    tile_.resize(static_cast<size_t>(num_rows) * dim);
-    norms_.resize(num_rows);
-    block_max_.resize(static_cast<size_t>(num_rows) * blocks);
-    const auto tile_count = [&](int64_t t) {
-      return static_cast<int>(std::min(tile_rows, num_rows - t * tile_rows));
-    };
-
-    for_ranges(executor_, tiles, tile_rows * dim, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        rank_.pack_tile(rows + t * tile_rows * dim, tile_count(t), layout_,
-                        tile_.data() + t * tile_rows * dim, norms_.data() + t * tile_rows);
-      }
-    });
-
-    // Tasks are rows x ranges of codes: few rows are split along the codebook.
-    const int64_t task_tiles = std::max<int64_t>(1, kRowsPerTask / tile_rows);
-    const int64_t row_tasks = ceil_div(tiles, task_tiles);
-    const int64_t wanted = std::max<int64_t>(1, ceil_div(8 * executor_.workers, row_tasks));
-    const int64_t task_blocks = ceil_div(blocks, std::min(blocks, wanted));
-    const int64_t code_tasks = ceil_div(blocks, task_blocks);
-    executor_.for_each(row_tasks * code_tasks, [&](int64_t task) {
-      const int64_t first_tile = task / code_tasks * task_tiles;
-      const int64_t end_tile = std::min(tiles, first_tile + task_tiles);
-      const int64_t first_block = task % code_tasks * task_blocks;
-      const int64_t end_block = std::min(blocks, first_block + task_blocks);
-      for (int64_t b = first_block; b < end_block; ++b) {
-        const int64_t panel = b * block_panels;
-        const int64_t panels = std::min(block_panels, codes_.num_panels - panel);
-        for (int64_t t = first_tile; t < end_tile; ++t) {
-          rank_.rank_tile(tile_.data() + t * tile_rows * dim, tile_count(t), dim,
-                          codes_.panels + panel * (dim + 1) * rank_.panel_width, panels,
-                          block_max_.data() + t * tile_rows * blocks + b, blocks);
-        }
-      }
-    });
-
-    const int64_t settle_cost = static_cast<int64_t>(kBlockCodes) * dim / 8;
-    for_ranges(executor_, num_rows, settle_cost, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t t = n / tile_rows;
-        indices[n] =
-            rank_.settle_row(rows + n * dim, tile_.data() + t * tile_rows * dim, tile_count(t),
-                             static_cast<int>(n % tile_rows), norms_[n],
-                             block_max_.data() + n * blocks, blocks, codes_, codebook_, layout_);
-      }
-    });
-  }
-
-  const CodebookLayout& layout_;
-  const float* codebook_;
-  const Executor& executor_;
-  const RankKernels& rank_;
-  std::unique_ptr<float[]> panels_;
-  PackedCodes codes_;
-  std::vector<float> tile_, norms_, block_max_;
-};
-
-// float64: the definition itself, over rows and codes normalised once.
-template <>
-class Searcher<double> {
- public:
-  Searcher(const CodebookLayout& layout, const double* codebook, const Executor& executor)
-      : layout_(layout), executor_(executor), codes_(layout.codes * layout.dim) {
-    for_ranges(executor, layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        normalize_row(codebook + i * layout.dim, layout, codes_.data() + i * layout.dim);
-      }
-    });
-  }
-
-  void search(const double* rows, int64_t num_rows, int64_t* indices) {
-    CodebookLayout unit = layout_;
-    unit.l2_norm = false;
-    for_ranges(executor_, num_rows, layout_.codes * layout_.dim, [&](int64_t begin, int64_t end) {
-      std::vector<double> row(layout_.dim);
-      for (int64_t n = begin; n < end; ++n) {
-        normalize_row(rows + n * layout_.dim, layout_, row.data());
-        double best = std::numeric_limits<double>::infinity();
-        indices[n] = 0;
-        for (int64_t i = 0; i < layout_.codes; ++i) {
-          const double d = distance(row.data(), codes_.data() + i * layout_.dim, unit);
-          if (d < best) {
-            best = d;
-            indices[n] = i;
-          }
-        }
-      }
-    });
-  }
-
- private:
-  const CodebookLayout& layout_;
-  const Executor& executor_;
-  std::vector<double> codes_;
-};
-
-// ---------------------------------------------------------------------------------------------
-// Pyramid
-// ---------------------------------------------------------------------------------------------
-
 int64_t area(Extent e) { return static_cast<int64_t>(e.height) * e.width; }
 
-// The residual loop of one call, whose images are walked in step: all of them through a scale
-// before the next, because a scale's rows of every image are searched together.
+// The residual pyramid of one call, image by image: an image's planes are channels-last and belong
+// to one thread at a time.
 template <typename T>
 class Walk {
  public:
@@ -212,78 +36,66 @@ class Walk {
         executor_(executor),
         plane_(plane_kernels<T>()),
         full_{pyramid.height, pyramid.width} {
-    int64_t widest = 0;
     for (int s = 0; s < pyramid.num_scales; ++s) {
       const Extent e = pyramid.extent[s];
-      widest = std::max({widest, area(e), static_cast<int64_t>(e.height) * full_.width});
+      scratch_size_ = std::max({scratch_size_, area(e) * layout.dim,
+                                static_cast<int64_t>(e.height) * full_.width * layout.dim});
     }
-    scratch_size_ = widest * layout.dim;
   }
 
+  // Elements of a plane, of a scale's rows, and of a scratch area, which holds either scale's rows.
   int64_t plane_size() const { return area(full_) * layout_.dim; }
+  int64_t row_size(int s) const { return area(pyramid_.extent[s]) * layout_.dim; }
+  int64_t scratch_size() const { return scratch_size_; }
 
-  // residual = h, in channels-last planes.
-  void load(const T* h, std::vector<T>* planes) const {
-    planes->resize(pyramid_.batch * plane_size());
-    each_image([&](int64_t b, T*) {
-      plane_.to_channels_last(h + b * plane_size(), layout_.dim, area(full_),
-                              planes->data() + b * plane_size());
-    });
-  }
-
-  void store(const std::vector<T>& planes, T* out) const {
-    each_image([&](int64_t b, T*) {
-      plane_.to_channels_first(planes.data() + b * plane_size(), layout_.dim, area(full_),
-                               out + b * plane_size());
-    });
-  }
-
-  // rows [batch, extent[s], dim] = the residual pooled to scale s, not normalised.
-  void pool(const std::vector<T>& residual, int s, T* rows) const {
-    each_image([&](int64_t b, T*) {
-      plane_.pool(residual.data() + b * plane_size(), layout_.dim, full_, pyramid_.extent[s],
-                  rows + b * row_floats(s));
-    });
-  }
-
-  // sum += u, residual -= u for the upsampled codes of scale s; either may be null.
-  // indices [batch, tokens]; visit(b, rows) sees an image's codes [extent[s], dim] on the way.
-  template <typename Visit>
-  void add_codes(const int64_t* indices, int s, T* sum, T* residual, const Visit& visit) const {
-    each_image([&](int64_t b, T* scratch) {
-      const Extent extent = pyramid_.extent[s];
-      T* rows = scratch + scratch_size_;
-      const int64_t* index = indices + b * tokens_per_image(pyramid_) + pyramid_.first_token[s];
-      for (int64_t n = 0; n < area(extent); ++n) gather(index[n], rows + n * layout_.dim);
-      visit(b, rows);
-      plane_.upsample(rows, layout_.dim, extent, full_, scratch,
-                      sum ? sum + b * plane_size() : nullptr,
-                      residual ? residual + b * plane_size() : nullptr);
-    });
-  }
-
-  // A normalised codebook row, or zeros for a dropped token.
-  void gather(int64_t index, T* row) const {
-    if (index < 0) {
-      std::fill_n(row, layout_.dim, T(0));
-    } else {
-      normalize_row(codebook_ + index * layout_.dim, layout_, row);
-    }
-  }
-
-  // task(b, scratch) for every image; scratch holds two areas of scratch_size().
+  // task(b, scratch) for every image; scratch holds `areas` scratch areas.
   template <typename Task>
-  void each_image(const Task& task) const {
+  void each_image(int areas, const Task& task) const {
     executor_.for_each(pyramid_.batch, [&](int64_t b) {
       thread_local std::vector<T> scratch;
-      scratch.resize(2 * scratch_size_);
+      scratch.resize(std::max<size_t>(scratch.size(), areas * scratch_size_));
       task(b, scratch.data());
     });
   }
 
-  int64_t scratch_size() const { return scratch_size_; }
-  int64_t row_floats(int s) const { return area(pyramid_.extent[s]) * layout_.dim; }
-  const PlaneKernels<T>& plane() const { return plane_; }
+  // Between [batch, dim, height, width] and an image's plane.
+  void load(const T* h, int64_t b, T* plane) const {
+    plane_.to_channels_last(h + b * plane_size(), layout_.dim, area(full_), plane);
+  }
+  void store(const T* plane, int64_t b, T* out) const {
+    plane_.to_channels_first(plane, layout_.dim, area(full_), out + b * plane_size());
+  }
+
+  // rows [extent[s], dim] = the plane pooled to scale s, not normalised.
+  void pool(const T* plane, int s, T* rows) const {
+    plane_.pool(plane, layout_.dim, full_, pyramid_.extent[s], rows);
+  }
+  void pool_transpose_add(const T* grad_rows, int s, T* grad_plane) const {
+    plane_.pool_transpose_add(grad_rows, layout_.dim, full_, pyramid_.extent[s], grad_plane);
+  }
+
+  // rows [extent[s], dim] = normalised codebook rows of an image's tokens, zeros for a dropped one.
+  // indices [batch, tokens].
+  void gather(const int64_t* indices, int64_t b, int s, T* rows) const {
+    const int64_t* index = indices + b * tokens_per_image(pyramid_) + pyramid_.first_token[s];
+    for (int64_t n = 0; n < area(pyramid_.extent[s]); ++n, rows += layout_.dim) {
+      if (index[n] < 0) {
+        std::fill_n(rows, layout_.dim, T(0));
+      } else {
+        normalize_row(codebook_ + index[n] * layout_.dim, layout_, rows);
+      }
+    }
+  }
+
+  // sum += u, residual -= u for the upsampled rows of scale s; either may be null. `scratch` is one
+  // area.
+  void add(const T* rows, int s, T* scratch, T* sum, T* residual) const {
+    plane_.upsample(rows, layout_.dim, pyramid_.extent[s], full_, scratch, sum, residual);
+  }
+  void add_transpose(const T* grad_plane, int s, T* scratch, T* grad_rows) const {
+    plane_.upsample_transpose(grad_plane, layout_.dim, pyramid_.extent[s], full_, scratch,
+                              grad_rows);
+  }
 
  private:
   const Pyramid& pyramid_;
@@ -295,22 +107,13 @@ class Walk {
   int64_t scratch_size_ = 0;
 };
 
-bool is_dropped(const int64_t* indices, const Pyramid& pyramid, int s) {
-  return indices[pyramid.first_token[s]] < 0;
-}
-
-struct NoVisit {
-  template <typename T>
-  void operator()(int64_t, const T*) const {}
-};
-
 }  // namespace
 
 template <typename T>
 int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
                              const Executor& executor) {
   std::atomic<int64_t> first{layout.codes};
-  for_ranges(executor, layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
+  executor.for_ranges(layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       // x * 0 is NaN for a NaN or an infinity and 0 otherwise; one test a row.
       T sum = 0;
@@ -330,53 +133,66 @@ void nearest_code(const NearestCodeArgs<T>& args, const Executor& executor) {
   Searcher<T>(args.layout, args.codebook, executor).search(args.rows, args.num_rows, args.indices);
 }
 
+// The images go through a scale together, because its rows are searched together: a scale is one
+// parallel search and one parallel step of the pyramid.
 template <typename T>
 void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
   const int64_t tokens = tokens_per_image(pyramid);
-  Walk<T> walk(pyramid, args.layout, args.codebook, executor);
+  const Walk<T> walk(pyramid, args.layout, args.codebook, executor);
+  const int64_t plane = walk.plane_size();
   Searcher<T> searcher(args.layout, args.codebook, executor);
-  std::vector<T> residual, sum(pyramid.batch * walk.plane_size()), rows;
+  std::vector<T> residual(pyramid.batch * plane), sum(pyramid.batch * plane), rows, next_rows;
   std::vector<int64_t> found;
   std::vector<double> error(pyramid.batch);
-  walk.load(args.h, &residual);
 
+  const auto size_rows = [&](int s) { next_rows.resize(pyramid.batch * walk.row_size(s)); };
+  const auto pool = [&](int64_t b, int s) {
+    walk.pool(residual.data() + b * plane, s, next_rows.data() + b * walk.row_size(s));
+  };
+  if (pyramid.num_scales > 0) size_rows(0);
+  walk.each_image(0, [&](int64_t b, T*) {
+    walk.load(args.h, b, residual.data() + b * plane);
+    if (pyramid.num_scales > 0) pool(b, 0);
+  });
   for (int s = 0; s < pyramid.num_scales; ++s) {
-    const int64_t count = area(pyramid.extent[s]);
-    if (args.dropped && *args.dropped == s) {
-      for (int64_t b = 0; b < pyramid.batch; ++b) {
-        std::fill_n(args.indices + b * tokens + pyramid.first_token[s], count, int64_t{-1});
-      }
-      args.squared_error[s] = 0;
-      continue;
+    const int64_t count = area(pyramid.extent[s]), first = pyramid.first_token[s];
+    const bool is_dropped = args.dropped && *args.dropped == s;
+    const bool is_last = s + 1 == pyramid.num_scales;
+    rows.swap(next_rows);
+    if (!is_last) size_rows(s + 1);
+    if (!is_dropped) {
+      found.resize(pyramid.batch * count);
+      searcher.search(rows.data(), pyramid.batch * count, found.data());
     }
-    rows.resize(pyramid.batch * walk.row_floats(s));
-    found.resize(pyramid.batch * count);
-    walk.pool(residual, s, rows.data());
-    searcher.search(rows.data(), pyramid.batch * count, found.data());
-    for (int64_t b = 0; b < pyramid.batch; ++b) {
-      std::copy_n(found.data() + b * count, count,
-                  args.indices + b * tokens + pyramid.first_token[s]);
-    }
-    walk.add_codes(args.indices, s, sum.data(), residual.data(), [&](int64_t b, const T* codes) {
-      double total = 0;
-      for (int64_t n = 0; n < count; ++n) {
-        T* row = rows.data() + (b * count + n) * dim;
-        normalize_row(row, args.layout, row);
-        for (int d = 0; d < dim; ++d) {
-          const double difference = static_cast<double>(codes[n * dim + d]) - row[d];
-          total += difference * difference;
+    walk.each_image(2, [&](int64_t b, T* scratch) {
+      int64_t* indices = args.indices + b * tokens + first;
+      error[b] = 0;
+      if (is_dropped) {
+        std::fill_n(indices, count, int64_t{-1});
+      } else {
+        std::copy_n(found.data() + b * count, count, indices);
+        T* codes = scratch + walk.scratch_size();
+        walk.gather(args.indices, b, s, codes);
+        T* row = rows.data() + b * walk.row_size(s);
+        for (int64_t n = 0; n < count; ++n, row += dim) {
+          normalize_row(row, args.layout, row);
+          for (int d = 0; d < dim; ++d) {
+            const double difference = static_cast<double>(codes[n * dim + d]) - row[d];
+            error[b] += difference * difference;
+          }
         }
+        walk.add(codes, s, scratch, sum.data() + b * plane, residual.data() + b * plane);
       }
-      error[b] = total;
+      if (!is_last) pool(b, s + 1);
     });
     double total = 0;
     for (double e : error) total += e;
-    args.squared_error[s] = static_cast<T>(total / (pyramid.batch * count * dim));
+    args.squared_error[s] =
+        is_dropped ? T(0) : static_cast<T>(total / (pyramid.batch * count * dim));
   }
-
-  walk.store(sum, args.quantized);
+  walk.each_image(0, [&](int64_t b, T*) { walk.store(sum.data() + b * plane, b, args.quantized); });
   std::fill_n(args.hits, args.layout.codes, int64_t{0});
   for (int64_t n = 0; n < pyramid.batch * tokens; ++n) {
     if (args.indices[n] >= 0) ++args.hits[args.indices[n]];
@@ -389,59 +205,59 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
   const CodebookLayout& layout = args.layout;
   const int dim = layout.dim;
   const int64_t tokens = tokens_per_image(pyramid);
-  Walk<T> walk(pyramid, layout, args.codebook, executor);
+  const Walk<T> walk(pyramid, layout, args.codebook, executor);
   const int64_t plane = walk.plane_size();
-  std::vector<T> residual, grad_quantized, grad_h, rows;
-  std::vector<T> code_rows;  // gradient of each token's (normalised) codebook row
   const bool want_codes = args.grad_codebook && args.grad_code_error;
-  walk.load(args.h, &residual);
-  if (args.grad_quantized) walk.load(args.grad_quantized, &grad_quantized);
-  if (args.grad_h) grad_h.resize(pyramid.batch * plane);
+  const bool want_h = args.grad_h != nullptr;
+  std::vector<T> code_rows;  // gradient of each token's (normalised) codebook row
   if (want_codes) code_rows.resize(pyramid.batch * tokens * dim);
 
-  for (int s = 0; s < pyramid.num_scales; ++s) {
-    if (is_dropped(args.indices, pyramid, s)) continue;
-    const Extent extent = pyramid.extent[s], full = {pyramid.height, pyramid.width};
-    const int64_t count = area(extent);
-    const T share = T(2) / static_cast<T>(pyramid.batch * count * dim);
-    const T row_share = args.grad_row_error ? share * args.grad_row_error[s] : T(0);
-    const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
-    rows.resize(pyramid.batch * walk.row_floats(s));
-    walk.pool(residual, s, rows.data());
-    walk.add_codes(
-        args.indices, s, static_cast<T*>(nullptr), residual.data(), [&](int64_t b, const T* codes) {
-          thread_local std::vector<T> buffer;
-          buffer.resize(walk.scratch_size() + walk.row_floats(s) + dim);
-          T* scratch = buffer.data();
-          T* grad_rows = scratch + walk.scratch_size();
-          T* unit = grad_rows + walk.row_floats(s);
-          if (args.grad_h && args.grad_quantized) {
-            walk.plane().upsample_transpose(grad_quantized.data() + b * plane, dim, extent, full,
-                                            scratch, grad_rows);
-          } else {
-            std::fill_n(grad_rows, walk.row_floats(s), T(0));
+  if (want_h || want_codes) {
+    walk.each_image(4, [&](int64_t b, T* scratch) {
+      thread_local std::vector<T> planes, unit;
+      planes.resize(3 * plane);
+      unit.resize(dim);
+      T* residual = planes.data();
+      T* grad_quantized = residual + plane;
+      T* grad_h = grad_quantized + plane;
+      T* codes = scratch + walk.scratch_size();
+      T* rows = codes + walk.scratch_size();
+      T* grad_rows = rows + walk.scratch_size();
+      walk.load(args.h, b, residual);
+      if (args.grad_quantized) walk.load(args.grad_quantized, b, grad_quantized);
+      std::fill_n(grad_h, plane, T(0));
+      for (int s = 0; s < pyramid.num_scales; ++s) {
+        if (args.indices[pyramid.first_token[s]] < 0) continue;  // dropped
+        const int64_t count = area(pyramid.extent[s]);
+        const T share = T(2) / static_cast<T>(pyramid.batch * count * dim);
+        const T row_share = args.grad_row_error ? share * args.grad_row_error[s] : T(0);
+        const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
+        walk.pool(residual, s, rows);
+        walk.gather(args.indices, b, s, codes);
+        walk.add(codes, s, scratch, static_cast<T*>(nullptr), residual);
+        if (want_h && args.grad_quantized) {
+          walk.add_transpose(grad_quantized, s, scratch, grad_rows);
+        } else {
+          std::fill_n(grad_rows, walk.row_size(s), T(0));
+        }
+        T* code_grad =
+            want_codes ? code_rows.data() + (b * tokens + pyramid.first_token[s]) * dim : nullptr;
+        for (int64_t n = 0; n < count; ++n) {
+          const T* row = rows + n * dim;
+          T* grad = grad_rows + n * dim;
+          normalize_row(row, layout, unit.data());
+          for (int d = 0; d < dim; ++d) {
+            const T difference = unit[d] - codes[n * dim + d];
+            grad[d] += row_share * difference;
+            if (code_grad) code_grad[n * dim + d] = -code_share * difference;
           }
-          for (int64_t n = 0; n < count; ++n) {
-            const T* row = rows.data() + (b * count + n) * dim;
-            normalize_row(row, layout, unit);
-            T* grad = grad_rows + n * dim;
-            T* code_grad = want_codes
-                               ? code_rows.data() + (b * tokens + pyramid.first_token[s] + n) * dim
-                               : nullptr;
-            for (int d = 0; d < dim; ++d) {
-              const T difference = unit[d] - codes[n * dim + d];
-              grad[d] += row_share * difference;
-              if (code_grad) code_grad[d] = -code_share * difference;
-            }
-            normalize_row_backward(row, grad, layout, grad);
-          }
-          if (args.grad_h) {
-            walk.plane().pool_transpose_add(grad_rows, dim, full, extent,
-                                            grad_h.data() + b * plane);
-          }
-        });
+          if (want_h) normalize_row_backward(row, grad, layout, grad);
+        }
+        if (want_h) walk.pool_transpose_add(grad_rows, s, grad_h);
+      }
+      if (want_h) walk.store(grad_h, b, args.grad_h);
+    });
   }
-  if (args.grad_h) walk.store(grad_h, args.grad_h);
   if (args.grad_codebook && !want_codes) {
     std::fill_n(args.grad_codebook, layout.codes * dim, T(0));
   }
@@ -450,7 +266,7 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
     segment_sum<T>({layout.codes, dim, pyramid.batch * tokens, code_rows.data(), args.indices,
                     args.grad_codebook, counts.data()},
                    executor);
-    for_ranges(executor, layout.codes, dim, [&](int64_t begin, int64_t end) {
+    executor.for_ranges(layout.codes, dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (counts[i] == 0) continue;
         T* grad = args.grad_codebook + i * dim;
@@ -464,31 +280,38 @@ template <typename T>
 void pyramid_rows(const PyramidRowsArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
-  Walk<T> walk(pyramid, args.layout, args.codebook, executor);
-  std::vector<T> residual, rows;
-  walk.load(args.h, &residual);
-  for (int s = 0; s < pyramid.num_scales; ++s) {
-    const int64_t count = area(pyramid.extent[s]);
-    rows.resize(pyramid.batch * walk.row_floats(s));
-    walk.pool(residual, s, rows.data());
-    walk.add_codes(
-        args.indices, s, static_cast<T*>(nullptr), residual.data(), [&](int64_t b, const T*) {
-          T* out = args.rows + (b * tokens_per_image(pyramid) + pyramid.first_token[s]) * dim;
-          for (int64_t n = 0; n < count; ++n) {
-            normalize_row(rows.data() + (b * count + n) * dim, args.layout, out + n * dim);
-          }
-        });
-  }
+  const Walk<T> walk(pyramid, args.layout, args.codebook, executor);
+  walk.each_image(3, [&](int64_t b, T* scratch) {
+    thread_local std::vector<T> residual;
+    residual.resize(walk.plane_size());
+    T* codes = scratch + walk.scratch_size();
+    T* rows = codes + walk.scratch_size();
+    walk.load(args.h, b, residual.data());
+    for (int s = 0; s < pyramid.num_scales; ++s) {
+      walk.pool(residual.data(), s, rows);
+      T* out = args.rows + (b * tokens_per_image(pyramid) + pyramid.first_token[s]) * dim;
+      for (int64_t n = 0; n < area(pyramid.extent[s]); ++n) {
+        normalize_row(rows + n * dim, args.layout, out + n * dim);
+      }
+      walk.gather(args.indices, b, s, codes);
+      walk.add(codes, s, scratch, static_cast<T*>(nullptr), residual.data());
+    }
+  });
 }
 
 template <typename T>
 void decode(const DecodeArgs<T>& args, const Executor& executor) {
-  Walk<T> walk(args.pyramid, args.layout, args.codebook, executor);
-  std::vector<T> sum(args.pyramid.batch * walk.plane_size());
-  for (int s = 0; s < args.pyramid.num_scales; ++s) {
-    walk.add_codes(args.indices, s, sum.data(), static_cast<T*>(nullptr), NoVisit{});
-  }
-  walk.store(sum, args.quantized);
+  const Walk<T> walk(args.pyramid, args.layout, args.codebook, executor);
+  walk.each_image(2, [&](int64_t b, T* scratch) {
+    thread_local std::vector<T> sum;
+    sum.assign(walk.plane_size(), T(0));
+    T* codes = scratch + walk.scratch_size();
+    for (int s = 0; s < args.pyramid.num_scales; ++s) {
+      walk.gather(args.indices, b, s, codes);
+      walk.add(codes, s, scratch, sum.data(), static_cast<T*>(nullptr));
+    }
+    walk.store(sum.data(), b, args.quantized);
+  });
 }
 
 template <typename T>
@@ -505,7 +328,7 @@ void segment_sum(const SegmentSumArgs<T>& args, const Executor& executor) {
   for (int64_t n = 0; n < args.num_rows; ++n) {
     if (args.indices[n] >= 0) order[end[args.indices[n]]++] = n;  // end[i] moves up to end[i + 1]
   }
-  for_ranges(executor, args.codes, args.dim, [&](int64_t first, int64_t last) {
+  executor.for_ranges(args.codes, args.dim, [&](int64_t first, int64_t last) {
     std::vector<double> sum(args.dim);
     for (int64_t i = first; i < last; ++i) {
       std::fill(sum.begin(), sum.end(), 0.0);

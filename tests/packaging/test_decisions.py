@@ -150,7 +150,10 @@ class TestInstructionSets:
             "-mavx2",
             "-mfma",
         ]
-        assert "-mavx512vl" in kernel_build.instruction_set_flags("a_avx512.cpp", "x86_64")
+        avx512 = kernel_build.instruction_set_flags("a_avx512.cpp", "x86_64")
+        assert "-mavx512vl" in avx512
+        assert "-mavx512vnni" not in avx512
+        assert "-mavx512vnni" in kernel_build.instruction_set_flags("a_avx512vnni.cpp", "x86_64")
         assert kernel_build.instruction_set_flags("avx2_notes.cpp", "x86_64") == []
 
     def test_nothing_elsewhere(self) -> None:

@@ -1,0 +1,370 @@
+// Body of rank_int8_avx2.cpp and rank_int8_avx512vnni.cpp: ranking in 8-bit integers.
+// TF_RANK_KERNELS names the function that the including file defines. Internal linkage, as in
+// kernels_impl.h.
+//
+// Rows z and codes c, normalised and each scaled by the square root of the weight, are rounded to
+// integers Z and C with z = a Z + e, c = b C + f: a is the row's own step, b the codebook's. Then
+//
+//   <z, c> - a b <Z, C> = <e, c> + <a Z, f>   and   |<z, c> - a b <Z, C>| <= |e| |c| + |a Z| |f|
+//
+// where the integer sum is exact. |e| and |a Z| are measured for every row, max |c| and max |f|
+// over the codes, so the bound follows what rounding really did. The bias, if any code has one, is
+// rounded to units of a b. Codes are stored with 128 added, as unsigned bytes, which is what the
+// instructions multiply with signed ones; it adds 128 sum Z to every rank of a row alike.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace tokenflow::cpu {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 12;
+constexpr int kRowLevels = 127;
+#else
+constexpr int kLanes = 8;
+constexpr int kTileRows = 4;
+// Two products of a code (at most 255) and a row meet in 16 bits: 2 * 255 * 63 < 2^15.
+constexpr int kRowLevels = 63;
+#endif
+
+// GCC keeps arrays of this type in registers; of __m512i it does not.
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
+
+static inline Ints load(const void* p) { return *static_cast<const Ints*>(p); }
+
+static inline Ints broadcast(int32_t x) { return x - Ints{}; }
+
+#if defined(__AVX512VNNI__)
+static inline __m512i raw(Ints a) { return reinterpret_cast<__m512i>(a); }
+
+static inline Ints maximum(Ints a, Ints b) {
+  return reinterpret_cast<Ints>(_mm512_max_epi32(raw(a), raw(b)));
+}
+
+static inline int32_t horizontal_maximum(Ints a) { return _mm512_reduce_max_epi32(raw(a)); }
+
+// sum + the products of four unsigned bytes of `codes` with four signed ones of `row`, by lane.
+static inline Ints dot4(Ints sum, Ints codes, Ints row) {
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(raw(sum), raw(codes), raw(row)));
+}
+
+static inline unsigned at_least(Ints a, Ints b) { return _mm512_cmpge_epi32_mask(raw(a), raw(b)); }
+
+static inline Ints scaled_bias(const float* bias, float scale) {
+  return reinterpret_cast<Ints>(
+      _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(scale))));
+}
+#else
+static inline __m256i raw(Ints a) { return reinterpret_cast<__m256i>(a); }
+
+static inline Ints maximum(Ints a, Ints b) {
+  return reinterpret_cast<Ints>(_mm256_max_epi32(raw(a), raw(b)));
+}
+
+static inline int32_t horizontal_maximum(Ints a) {
+  int32_t best = a[0];
+  for (int i = 1; i < kLanes; ++i) best = a[i] > best ? a[i] : best;
+  return best;
+}
+
+static inline Ints dot4(Ints sum, Ints codes, Ints row) {
+  const __m256i pairs = _mm256_maddubs_epi16(raw(codes), raw(row));
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+static inline unsigned at_least(Ints a, Ints b) {
+  const __m256i less = _mm256_cmpgt_epi32(raw(b), raw(a));
+  return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less))) & 0xffu;
+}
+
+static inline Ints scaled_bias(const float* bias, float scale) {
+  return reinterpret_cast<Ints>(
+      _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(bias), _mm256_set1_ps(scale))));
+}
+#endif
+
+constexpr int kHalfLanes = kLanes / 2;
+typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double)), aligned(8)));
+typedef float HalfFloats __attribute__((vector_size(kHalfLanes * sizeof(float)), aligned(4)));
+typedef int32_t HalfInts __attribute__((vector_size(kHalfLanes * sizeof(int32_t)), aligned(4)));
+typedef int8_t HalfBytes __attribute__((vector_size(kHalfLanes), aligned(1)));
+
+static inline Doubles load_doubles(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(p), Doubles);
+}
+
+constexpr int kVectors = 2;  // of codes in a panel
+constexpr int kPanelWidth = kVectors * kLanes;
+constexpr int kCodeLevels = 127;
+constexpr int kCodeOffset = 128;
+static_assert(kBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
+
+// A row's step is never so fine that a bias exceeds this many units.
+constexpr double kLargestBias = 1 << 28;
+
+static inline int quads_of(int dim) { return (dim + 3) / 4; }
+
+// A panel: the biases, then [quads][kPanelWidth] groups of four channels of a code.
+size_t panel_bytes(int dim) { return sizeof(float) * kPanelWidth * (1 + quads_of(dim)); }
+
+// A tile: [quads][rows] groups of four channels of a row.
+size_t row_bytes(int dim) { return sizeof(int32_t) * quads_of(dim); }
+
+double step(double largest) { return largest > 0 ? largest / kCodeLevels : 1.0; }
+
+static inline double larger(double a, double b) { return a > b ? a : b; }
+
+void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
+                CodeBounds* bounds) {
+  const int dim = layout.dim;
+  float* bias_line = static_cast<float*>(packed);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(bias_line + kPanelWidth);
+  if (dim % 4 != 0) std::memset(bytes, kCodeOffset, panel_bytes(dim) - sizeof(float) * kPanelWidth);
+  const double per_step = 1 / bounds->step;
+  for (int first = 0; first < kPanelWidth; first += kHalfLanes) {
+    Doubles bias = {}, squared_length = {}, squared_error = {};
+    for (int g = 0; g < layout.groups; ++g) {
+      Doubles squared = {}, scale;
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        const Doubles c = load_doubles(lines + d * kPanelWidth + first);
+        squared += c * c;
+      }
+      const double root = __builtin_sqrt(layout.weight[g]);
+      for (int i = 0; i < kHalfLanes; ++i) {
+        scale[i] = root * inverse_norm(squared[i], layout.l2_norm);
+        bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
+      }
+      squared_length += squared * scale * scale;
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        const Doubles exact = load_doubles(lines + d * kPanelWidth + first) * scale;
+        // Positive before the conversion cuts the fraction off; `step` keeps it within a byte.
+        const HalfInts value =
+            __builtin_convertvector(exact * per_step + (kCodeOffset + 0.5), HalfInts);
+        const Doubles error =
+            exact - (__builtin_convertvector(value, Doubles) - kCodeOffset) * bounds->step;
+        squared_error += error * error;
+        uint8_t* out = bytes + (d / 4 * kPanelWidth + first) * 4 + d % 4;
+        for (int i = 0; i < kHalfLanes; ++i) out[4 * i] = static_cast<uint8_t>(value[i]);
+      }
+    }
+    for (int i = 0; i < kHalfLanes; ++i) {
+      bias_line[first + i] = static_cast<float>(bias[i]);
+      bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
+      bounds->error = larger(bounds->error, __builtin_sqrt(squared_error[i]));
+      bounds->bias = larger(bounds->bias, bias[i] < 0 ? -bias[i] : bias[i]);
+    }
+  }
+}
+
+static inline double horizontal_sum(Doubles v) {
+  double sum = 0;
+  for (int i = 0; i < kHalfLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// Channels of a row are scaled this many at a time.
+constexpr int kChunk = 64;
+
+// out = channels [first, first + kChunk) of a row times their group's scale, zeros past the end.
+static inline void scale_chunk(const float* row, const CodebookLayout& layout, const double* scale,
+                               int first, double* out) {
+  std::memset(out, 0, kChunk * sizeof(double));
+  for (int g = 0; g < layout.groups; ++g) {
+    const int begin = layout.begin[g] > first ? layout.begin[g] : first;
+    const int end = layout.begin[g + 1] < first + kChunk ? layout.begin[g + 1] : first + kChunk;
+    for (int d = begin; d < end; ++d) out[d - first] = static_cast<double>(row[d]) * scale[g];
+  }
+}
+
+void pack_tile(const float* rows, int count, const CodebookLayout& layout, const CodeBounds& bounds,
+               void* tile, RowScale* scales) {
+  const int dim = layout.dim;
+  int8_t* bytes = static_cast<int8_t*>(tile);
+  for (int r = 0; r < count; ++r) {
+    const float* row = rows + static_cast<int64_t>(r) * dim;
+    double scale[kMaxGroups], exact[kChunk];
+    double total = 0;
+    for (int g = 0; g < layout.groups; ++g) {
+      const int end = layout.begin[g + 1];
+      Doubles squares = {};
+      int d = layout.begin[g];
+      for (; d + kHalfLanes <= end; d += kHalfLanes) {
+        const Doubles z = load_doubles(row + d);
+        squares += z * z;
+      }
+      const double squared = horizontal_sum(squares) + squared_norm(row, d, end);
+      scale[g] = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
+      total += squared;
+    }
+    if (!__builtin_isfinite(total)) {
+      for (int q = 0; q < quads_of(dim); ++q) std::memset(bytes + 4 * (q * count + r), 0, 4);
+      scales[r] = {__builtin_nanf(""), 0};
+      continue;
+    }
+    Doubles largest = {};
+    for (int first = 0; first < dim; first += kChunk) {
+      scale_chunk(row, layout, scale, first, exact);
+      for (int i = 0; i < kChunk; i += kHalfLanes) {
+        const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
+        largest = z > largest ? z : largest;
+        largest = -z > largest ? -z : largest;
+      }
+    }
+    double unit = bounds.bias / (bounds.step * kLargestBias);
+    for (int i = 0; i < kHalfLanes; ++i) unit = larger(unit, largest[i] / kRowLevels);
+    if (!(unit > 0)) unit = 1;
+    const double per_unit = 1 / unit;
+    Doubles squared_error = {}, packed_length = {};
+    for (int first = 0; first < dim; first += kChunk) {
+      if (dim > kChunk) scale_chunk(row, layout, scale, first, exact);
+      int8_t values[kChunk];
+      for (int i = 0; i < kChunk; i += kHalfLanes) {
+        const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
+        // Positive before the conversion cuts the fraction off.
+        const HalfInts value =
+            __builtin_convertvector(z * per_unit + (kRowLevels + 0.5), HalfInts) - kRowLevels;
+        const Doubles packed = __builtin_convertvector(value, Doubles) * unit;
+        squared_error += (z - packed) * (z - packed);
+        packed_length += packed * packed;
+        *reinterpret_cast<HalfBytes*>(values + i) = __builtin_convertvector(value, HalfBytes);
+      }
+      for (int d = first; d < dim && d < first + kChunk; d += 4) {
+        std::memcpy(bytes + (static_cast<int64_t>(d) / 4 * count + r) * 4, values + d - first, 4);
+      }
+    }
+    const double bias_scale = 1 / (unit * bounds.step);
+    const double bias_units = bounds.bias * bias_scale;
+    const double bound = (__builtin_sqrt(horizontal_sum(squared_error)) * bounds.norm +
+                          __builtin_sqrt(horizontal_sum(packed_length)) * bounds.error) *
+                             bias_scale +
+                         // The bias in float32, its product with bias_scale, then an integer.
+                         bias_units * 0x1p-22 + 1 +
+                         // Integer sums are kept as float32 maxima.
+                         (bias_units + 255.0 * kRowLevels * dim) * 0x1p-23;
+    scales[r] = {static_cast<float>(2 * bound * 1.00001), static_cast<float>(bias_scale)};
+  }
+}
+
+template <int kRows, bool kHasBias>
+void rank_rows(const int8_t* tile, int quads, const RowScale* scales, const uint8_t* panels,
+               int64_t num_panels, float* block_max, int64_t stride) {
+  Ints best[kRows];
+  for (int r = 0; r < kRows; ++r) best[r] = broadcast(INT32_MIN);
+  for (int64_t p = 0; p < num_panels; ++p) {
+    const float* bias = reinterpret_cast<const float*>(panels);
+    const uint8_t* code = panels + sizeof(float) * kPanelWidth;
+    Ints low[kRows], high[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      low[r] = kHasBias ? scaled_bias(bias, scales[r].bias_scale) : broadcast(0);
+      high[r] = kHasBias ? scaled_bias(bias + kLanes, scales[r].bias_scale) : broadcast(0);
+    }
+    const int8_t* z = tile;
+    for (int q = 0; q < quads; ++q) {
+      const Ints code_low = load(code), code_high = load(code + sizeof(Ints));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int32_t four;
+        __builtin_memcpy(&four, z + 4 * r, sizeof(four));
+        const Ints value = broadcast(four);
+        low[r] = dot4(low[r], code_low, value);
+        high[r] = dot4(high[r], code_high, value);
+      }
+      code += 4 * kPanelWidth;
+      z += 4 * kRows;
+    }
+    panels = code;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) best[r] = maximum(best[r], maximum(low[r], high[r]));
+  }
+  for (int r = 0; r < kRows; ++r) {
+    block_max[r * stride] = static_cast<float>(horizontal_maximum(best[r]));
+  }
+}
+
+template <int kRows>
+void rank_tile_from(const int8_t* tile, int count, int quads, const RowScale* scales, bool has_bias,
+                    const uint8_t* panels, int64_t num_panels, float* block_max, int64_t stride) {
+  if constexpr (kRows > 0) {
+    if (count != kRows) {
+      rank_tile_from<kRows - 1>(tile, count, quads, scales, has_bias, panels, num_panels, block_max,
+                                stride);
+    } else if (has_bias) {
+      rank_rows<kRows, true>(tile, quads, scales, panels, num_panels, block_max, stride);
+    } else {
+      rank_rows<kRows, false>(tile, quads, scales, panels, num_panels, block_max, stride);
+    }
+  }
+}
+
+void rank_tile(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
+               const void* panels, int64_t num_panels, float* block_max, int64_t stride) {
+  rank_tile_from<kTileRows>(static_cast<const int8_t*>(tile), count, quads_of(dim), scales,
+                            has_bias, static_cast<const uint8_t*>(panels), num_panels, block_max,
+                            stride);
+}
+
+int scan_block(const void* tile, int count, int r, int dim, const RowScale* scales, bool has_bias,
+               const void* panels, int64_t num_panels, float threshold, int* codes) {
+  // Ranks are integers above -2^31.
+  const Ints lowest = broadcast(
+      threshold > -0x1p31f ? static_cast<int32_t>(__builtin_floorf(threshold)) : INT32_MIN + 1);
+  const int quads = quads_of(dim);
+  const int64_t bytes = static_cast<int64_t>(panel_bytes(dim));
+  const int8_t* row = static_cast<const int8_t*>(tile) + 4 * r;
+  int found = 0;
+  // Several panels at once, for enough independent sums to keep the multipliers busy.
+  constexpr int kPanels = 4;
+  for (int64_t p = 0; p < num_panels; p += kPanels) {
+    const int64_t last = num_panels - 1 - p;
+    const uint8_t* code[kPanels];
+    Ints ranks[kPanels][kVectors];
+#pragma GCC unroll 4
+    for (int k = 0; k < kPanels; ++k) {
+      const uint8_t* panel =
+          static_cast<const uint8_t*>(panels) + (p + (k < last ? k : last)) * bytes;
+      const float* bias = reinterpret_cast<const float*>(panel);
+      code[k] = panel + sizeof(float) * kPanelWidth;
+      for (int v = 0; v < kVectors; ++v) {
+        ranks[k][v] =
+            has_bias ? scaled_bias(bias + v * kLanes, scales[r].bias_scale) : broadcast(0);
+      }
+    }
+    for (int q = 0; q < quads; ++q) {
+      int32_t four;
+      __builtin_memcpy(&four, row + static_cast<int64_t>(4) * q * count, sizeof(four));
+      const Ints value = broadcast(four);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPanels; ++k) {
+        ranks[k][0] = dot4(ranks[k][0], load(code[k]), value);
+        ranks[k][1] = dot4(ranks[k][1], load(code[k] + sizeof(Ints)), value);
+        code[k] += 4 * kPanelWidth;
+      }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kPanels; ++k) {
+      if (k > last) continue;
+      for (int v = 0; v < kVectors; ++v) {
+        for (unsigned near = at_least(ranks[k][v], lowest); near != 0; near &= near - 1) {
+          codes[found++] = static_cast<int>(p + k) * kPanelWidth + v * kLanes + __builtin_ctz(near);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+const RankKernels& TF_RANK_KERNELS() {
+  static constexpr RankKernels kernels = {kPanelWidth, kTileRows, panel_bytes, row_bytes, step,
+                                          pack_panel,  pack_tile, rank_tile,   scan_block};
+  return kernels;
+}
+
+}  // namespace tokenflow::cpu

@@ -1,0 +1,352 @@
+#include "search.h"
+
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "../common/normalize.h"
+#include "instruction_set.h"
+
+namespace tokenflow::cpu {
+namespace {
+
+// Rows that share a pass over the codebook: at least, so that reading it costs little beside the
+// work, and at most, so that their tiles stay in the first-level cache and threads share evenly.
+constexpr int64_t kFewestRows = 48;
+constexpr int64_t kMostRows = 192;
+
+// Integers are tried on this many rows before what they leave to look at again is judged.
+constexpr int64_t kTrialRows = 64;
+
+const RankKernels* int8_rank() {
+#if defined(__x86_64__)
+  switch (detect_instruction_set()) {
+    case InstructionSet::kAvx512Vnni:
+      return &int8_rank_avx512vnni();
+    case InstructionSet::kAvx2:
+      return &int8_rank_avx2();
+    default:
+      break;
+  }
+#endif
+  return nullptr;
+}
+
+std::unique_ptr<std::byte[], void (*)(std::byte*)> allocate(size_t bytes) {
+  return {static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(kAlignment))),
+          [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+#if defined(__x86_64__)
+  switch (detect_instruction_set()) {
+    case InstructionSet::kAvx512Vnni:
+    case InstructionSet::kAvx512:
+      return avx512_kernels();
+    case InstructionSet::kAvx2:
+      return avx2_kernels();
+    default:
+      break;
+  }
+#endif
+  return portable_kernels();
+}
+
+// ---------------------------------------------------------------------------------------------
+// float32
+// ---------------------------------------------------------------------------------------------
+
+// Packed rows.
+struct Searcher<float>::Tiles {
+  const float* rows;
+  int64_t num_rows;
+  std::byte* tiles;
+  RowScale* scales;
+  size_t row_bytes;
+  int tile_rows;
+
+  int64_t num_tiles() const { return ceil_div(num_rows, tile_rows); }
+  int64_t first_row(int64_t t) const { return t * tile_rows; }
+  int count(int64_t t) const {
+    return static_cast<int>(std::min<int64_t>(tile_rows, num_rows - first_row(t)));
+  }
+  std::byte* tile(int64_t t) const { return tiles + first_row(t) * row_bytes; }
+};
+
+// A thread's own memory, kept from call to call.
+struct Searcher<float>::Scratch {
+  std::vector<std::byte> tiles;
+  std::vector<RowScale> scales;
+  std::vector<float> block_max, lines;
+  std::vector<int64_t> candidates;
+
+  Tiles pack(const Searcher& searcher, const float* rows, int64_t num_rows) {
+    const RankKernels& rank = *searcher.packed_.rank;
+    const CodebookLayout& layout = searcher.layout_;
+    const size_t row_bytes = rank.row_bytes(layout.dim);
+    if (tiles.size() < num_rows * row_bytes) tiles.resize(num_rows * row_bytes);
+    if (scales.size() < static_cast<size_t>(num_rows)) scales.resize(num_rows);
+    const Tiles packed = {rows, num_rows, tiles.data(), scales.data(), row_bytes, rank.tile_rows};
+    for (int64_t t = 0; t < packed.num_tiles(); ++t) {
+      rank.pack_tile(rows + packed.first_row(t) * layout.dim, packed.count(t), layout,
+                     searcher.packed_.bounds, packed.tile(t), scales.data() + packed.first_row(t));
+    }
+    return packed;
+  }
+};
+
+Searcher<float>::Scratch& Searcher<float>::scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
+                          const Executor& executor)
+    : layout_(layout),
+      codebook_(codebook),
+      executor_(executor),
+      packed_(pack(int8_rank() ? *int8_rank() : kernels().rank)),
+      coarse_(packed_.rank != &kernels().rank) {}
+
+Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
+  const int dim = layout_.dim, width = rank.panel_width;
+  // The largest number to be packed.
+  double largest = 0, largest_weight = 0;
+  for (int g = 0; g < layout_.groups; ++g) {
+    const double root = std::sqrt(layout_.weight[g]);
+    largest_weight = std::max(largest_weight, layout_.weight[g]);
+    if (layout_.l2_norm) {
+      largest = std::max(largest, root);
+    } else {
+      for (int64_t i = 0; i < layout_.codes; ++i) {
+        for (int d = layout_.begin[g]; d < layout_.begin[g + 1]; ++d) {
+          largest = std::max(largest, std::abs(static_cast<double>(codebook_[i * dim + d])) * root);
+        }
+      }
+    }
+  }
+  const int64_t num_panels = ceil_div(layout_.codes, width);
+  const size_t panel_bytes = rank.panel_bytes(dim);
+  Packed packed = {&rank, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}, true};
+  packed.bounds.step = rank.step(largest);
+  std::atomic<double> norm{0}, error{0}, bias{0};
+  const auto raise = [](std::atomic<double>& to, double value) {
+    double seen = to.load();
+    while (seen < value && !to.compare_exchange_weak(seen, value)) {
+    }
+  };
+  executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
+    std::vector<float>& lines = scratch().lines;
+    lines.resize(static_cast<size_t>(width) * dim);
+    CodeBounds bounds = packed.bounds;
+    for (int64_t p = begin; p < end; ++p) {
+      for (int lane = 0; lane < width; ++lane) {
+        // A missing code of the last panel is a copy of the last one: it changes no maximum.
+        const float* code = codebook_ + std::min(p * width + lane, layout_.codes - 1) * dim;
+        for (int d = 0; d < dim; ++d) lines[d * width + lane] = code[d];
+      }
+      rank.pack_panel(lines.data(), layout_, packed.panels.get() + p * panel_bytes, &bounds);
+    }
+    raise(norm, bounds.norm);
+    raise(error, bounds.error);
+    raise(bias, bounds.bias);
+  });
+  packed.bounds.norm = norm;
+  packed.bounds.error = error;
+  packed.bounds.bias = bias;
+  // Of normalised codes only those without a length have a bias beyond float64's rounding.
+  packed.has_bias = bias > 1e-12 * largest_weight;
+  return packed;
+}
+
+void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {
+  int64_t done = 0;
+  if (coarse_ && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
+  search_some(rows, done, indices);
+  if (coarse_ && rows_seen_ >= kTrialRows) {
+    const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
+    // Integers take a quarter to a half of the time of float32, and a block scanned again three
+    // times as much as a block ranked; comparing a code in float64 takes as long as ranking 64.
+    if (4 * blocks_scanned_ > rows_seen_ * blocks ||
+        64 * codes_compared_ > rows_seen_ * layout_.codes) {
+      packed_ = pack(kernels().rank);
+      coarse_ = false;
+    }
+  }
+  search_some(rows + done * layout_.dim, num_rows - done, indices + done);
+}
+
+void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* indices) {
+  if (num_rows == 0) return;
+  const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
+  const int64_t workers = std::max(1, executor_.workers);
+  const int64_t tile_rows = packed_.rank->tile_rows;
+
+  if (num_rows >= kFewestRows * workers || workers == 1) {
+    const int64_t share = ceil_div(num_rows, 8 * workers);
+    const int64_t task_rows =
+        ceil_div(std::min(std::max(share, kFewestRows), kMostRows), tile_rows) * tile_rows;
+    executor_.for_each(ceil_div(num_rows, task_rows), [&](int64_t task) {
+      const int64_t first = task * task_rows, count = std::min(task_rows, num_rows - first);
+      Scratch& mine = scratch();
+      const Tiles tiles = mine.pack(*this, rows + first * layout_.dim, count);
+      mine.block_max.resize(std::max<size_t>(mine.block_max.size(), count * blocks));
+      rank_blocks(tiles, 0, tiles.num_tiles(), 0, blocks, mine.block_max.data());
+      settle_rows(tiles, 0, count, mine.block_max.data(), indices + first);
+    });
+    return;
+  }
+  // Few rows: the codebook is shared out instead, and whoever ranks the last part settles.
+  Scratch& mine = scratch();
+  const Tiles tiles = mine.pack(*this, rows, num_rows);
+  mine.block_max.resize(std::max<size_t>(mine.block_max.size(), num_rows * blocks));
+  float* block_max = mine.block_max.data();
+  const int64_t tasks = std::min(blocks, 4 * workers), task_blocks = ceil_div(blocks, tasks);
+  std::atomic<int64_t> left{ceil_div(blocks, task_blocks)};
+  executor_.for_each(left, [&](int64_t task) {
+    const int64_t first = task * task_blocks;
+    rank_blocks(tiles, 0, tiles.num_tiles(), first, std::min(blocks, first + task_blocks),
+                block_max);
+    if (left.fetch_sub(1) == 1) settle_rows(tiles, 0, num_rows, block_max, indices);
+  });
+}
+
+// block_max [rows, blocks] for some tiles and blocks.
+void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_tile, int64_t end_tile,
+                                  int64_t first_block, int64_t end_block, float* block_max) const {
+  const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
+  const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
+  for (int64_t b = first_block; b < end_block; ++b) {
+    const int64_t panel = b * block_panels;
+    for (int64_t t = first_tile; t < end_tile; ++t) {
+      packed_.rank->rank_tile(tiles.tile(t), tiles.count(t), layout_.dim,
+                              tiles.scales + tiles.first_row(t), packed_.has_bias,
+                              packed_.panels.get() + panel * packed_.panel_bytes,
+                              std::min(block_panels, packed_.num_panels - panel),
+                              block_max + tiles.first_row(t) * blocks + b, blocks);
+    }
+  }
+}
+
+void Searcher<float>::settle_rows(const Tiles& tiles, int64_t first, int64_t end,
+                                  const float* block_max, int64_t* indices) {
+  const int dim = layout_.dim;
+  const int blocks = static_cast<int>(ceil_div(layout_.codes, kBlockCodes));
+  const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
+  std::vector<int64_t>& candidates = scratch().candidates;
+  std::vector<int> near(blocks);
+  int64_t scanned = 0, compared = 0;
+  for (int64_t n = first; n < end; ++n) {
+    const float* row = tiles.rows + n * dim;
+    const int64_t t = n / tiles.tile_rows;
+    float threshold;
+    const int found = kernels().near_blocks(block_max + n * blocks, blocks, tiles.scales[n].margin,
+                                            near.data(), &threshold);
+    candidates.clear();
+    if (!std::isfinite(threshold)) {
+      if (!std::isfinite(squared_norm(row, 0, dim))) {
+        indices[n] = 0;
+        continue;
+      }
+      // Ranks beyond float32: every code is compared.
+      for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
+    }
+    for (int k = 0; k < found; ++k) {
+      int codes[kBlockCodes];
+      const int64_t panel = near[k] * block_panels;
+      const int count = packed_.rank->scan_block(
+          tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
+          tiles.scales + tiles.first_row(t), packed_.has_bias,
+          packed_.panels.get() + panel * packed_.panel_bytes,
+          std::min(block_panels, packed_.num_panels - panel), threshold, codes);
+      for (int i = 0; i < count; ++i) {
+        const int64_t code = int64_t{near[k]} * kBlockCodes + codes[i];
+        if (code < layout_.codes) candidates.push_back(code);
+      }
+    }
+    indices[n] = candidates.size() == 1 ? candidates[0] : nearest_of(row, candidates);
+    scanned += found;
+    compared += static_cast<int64_t>(candidates.size());
+  }
+  rows_seen_ += end - first;
+  blocks_scanned_ += scanned;
+  codes_compared_ += compared;
+}
+
+// The nearest of several codes, which come in ascending order; the lowest on a tie.
+int64_t Searcher<float>::nearest_of(const float* row,
+                                    const std::vector<int64_t>& candidates) const {
+  thread_local std::vector<double> unit, scores;
+  unit.resize(layout_.dim);
+  scores.resize(candidates.size());
+  double squared_length = 0;  // with the weights
+  for (int g = 0; g < layout_.groups; ++g) {
+    const int begin = layout_.begin[g], end = layout_.begin[g + 1];
+    const double squared = squared_norm(row, begin, end);
+    const double scale = inverse_norm(squared, layout_.l2_norm);
+    squared_length += layout_.weight[g] * squared * scale * scale;
+    for (int d = begin; d < end; ++d) unit[d] = static_cast<double>(row[d]) * scale;
+  }
+  kernels().scores(unit.data(), codebook_, layout_, candidates.data(),
+                   static_cast<int64_t>(candidates.size()), scores.data());
+  // The definition decides between scores that float64 cannot tell apart.
+  const double largest = std::sqrt(squared_length) * packed_.bounds.norm + packed_.bounds.bias;
+  const double threshold = *std::max_element(scores.begin(), scores.end()) -
+                           (layout_.dim + 16) * std::ldexp(1.0, -50) * largest;
+  double least = std::numeric_limits<double>::infinity();
+  int64_t index = 0, near = 0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    if (!(scores[i] >= threshold)) continue;
+    ++near;
+    index = candidates[i];
+  }
+  if (near == 1) return index;
+  index = 0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    if (!(scores[i] >= threshold)) continue;
+    const double d = distance(row, codebook_ + candidates[i] * layout_.dim, layout_);
+    if (d < least) {
+      least = d;
+      index = candidates[i];
+    }
+  }
+  return index;
+}
+
+// ---------------------------------------------------------------------------------------------
+// float64
+// ---------------------------------------------------------------------------------------------
+
+Searcher<double>::Searcher(const CodebookLayout& layout, const double* codebook,
+                           const Executor& executor)
+    : layout_(layout), executor_(executor), codes_(layout.codes * layout.dim) {
+  executor.for_ranges(layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      normalize_row(codebook + i * layout.dim, layout, codes_.data() + i * layout.dim);
+    }
+  });
+}
+
+void Searcher<double>::search(const double* rows, int64_t num_rows, int64_t* indices) {
+  CodebookLayout unit = layout_;
+  unit.l2_norm = false;
+  executor_.for_ranges(num_rows, layout_.codes * layout_.dim, [&](int64_t begin, int64_t end) {
+    std::vector<double> row(layout_.dim);
+    for (int64_t n = begin; n < end; ++n) {
+      normalize_row(rows + n * layout_.dim, layout_, row.data());
+      double best = std::numeric_limits<double>::infinity();
+      indices[n] = 0;
+      for (int64_t i = 0; i < layout_.codes; ++i) {
+        const double d = distance(row.data(), codes_.data() + i * layout_.dim, unit);
+        if (d < best) {
+          best = d;
+          indices[n] = i;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace tokenflow::cpu

@@ -1,0 +1,78 @@
+// Nearest codes of many rows in one codebook, packed once and searched as often as wanted.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../common/codebook.h"
+#include "executor.h"
+#include "kernels.h"
+
+namespace tokenflow::cpu {
+
+// The kernels of the instruction set in use.
+const KernelTable& kernels();
+
+template <typename T>
+class Searcher;
+
+// float32: a tile of rows is ranked against every code (RankKernels), in 8-bit integers where the
+// machine is fast at them. What is kept of the ranks is one maximum for a row and kBlockCodes
+// codes. Codes of the blocks that may hold the nearest one are ranked again; of those that may be
+// it, nearly always one to five, the distance in float64 decides.
+template <>
+class Searcher<float> {
+ public:
+  Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor);
+
+  // indices[n] = the nearest code of rows[n], 0 for a row that is not finite.
+  void search(const float* rows, int64_t num_rows, int64_t* indices);
+
+ private:
+  struct Packed {
+    const RankKernels* rank;
+    std::unique_ptr<std::byte[], void (*)(std::byte*)> panels;
+    size_t panel_bytes;
+    int64_t num_panels;
+    CodeBounds bounds;
+    bool has_bias;
+  };
+  struct Tiles;
+  struct Scratch;
+
+  Packed pack(const RankKernels& rank) const;
+  void search_some(const float* rows, int64_t num_rows, int64_t* indices);
+  void rank_blocks(const Tiles& tiles, int64_t first_tile, int64_t end_tile, int64_t first_block,
+                   int64_t end_block, float* block_max) const;
+  void settle_rows(const Tiles& tiles, int64_t first, int64_t end, const float* block_max,
+                   int64_t* indices);
+  int64_t settle_row(const float* row, std::vector<int64_t>& candidates) const;
+  int64_t nearest_of(const float* row, const std::vector<int64_t>& candidates) const;
+  static Scratch& scratch();
+
+  const CodebookLayout& layout_;
+  const float* codebook_;
+  const Executor& executor_;
+  Packed packed_;
+  bool coarse_;  // packed_ is ranked in integers
+  // Whether integers pay: what ranking in them has left to look at again so far.
+  std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
+};
+
+// float64: the definition itself, over rows and codes normalised once.
+template <>
+class Searcher<double> {
+ public:
+  Searcher(const CodebookLayout& layout, const double* codebook, const Executor& executor);
+
+  void search(const double* rows, int64_t num_rows, int64_t* indices);
+
+ private:
+  const CodebookLayout& layout_;
+  const Executor& executor_;
+  std::vector<double> codes_;
+};
+
+}  // namespace tokenflow::cpu

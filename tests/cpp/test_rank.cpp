@@ -1,0 +1,263 @@
+// Every ranking the machine can run, against scores in float64: ranks are within the margin that
+// they claim, and the codes within it are found again.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using namespace tokenflow;
+using namespace tokenflow::cpu;
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+std::mt19937 generator(11);
+
+// Gaussian rows whose lengths are spread over 10^(-decades) .. 10^decades.
+std::vector<float> rows_of(int64_t count, int dim, double decades) {
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<double> exponent(-decades, decades);
+  std::vector<float> values(count * dim);
+  for (int64_t n = 0; n < count; ++n) {
+    const float length = static_cast<float>(std::pow(10.0, exponent(generator)));
+    for (int d = 0; d < dim; ++d) values[n * dim + d] = normal(generator) * length;
+  }
+  return values;
+}
+
+CodebookLayout layout_of(int64_t codes, const std::vector<int>& dims,
+                         const std::vector<double>& weights, bool l2_norm) {
+  CodebookLayout layout = {};
+  layout.codes = codes;
+  layout.groups = static_cast<int>(dims.size());
+  layout.l2_norm = l2_norm;
+  for (size_t g = 0; g < dims.size(); ++g) {
+    layout.begin[g] = layout.dim;
+    layout.dim += dims[g];
+    layout.weight[g] = weights[g];
+  }
+  layout.begin[dims.size()] = layout.dim;
+  return layout;
+}
+
+// -1/2 the weighted distance, and what is the same for all codes taken out before it can cancel:
+// sum_g w_g (<z_g, c_g> - |c_g|^2 / 2).
+double score(const float* row, const float* code, const CodebookLayout& layout) {
+  double total = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    double a = 0, b = 0, dot = 0;
+    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+      a += static_cast<double>(row[d]) * row[d];
+      b += static_cast<double>(code[d]) * code[d];
+      dot += static_cast<double>(row[d]) * code[d];
+    }
+    const double x = layout.l2_norm ? std::max(std::sqrt(a), 1e-12) : 1;
+    const double y = layout.l2_norm ? std::max(std::sqrt(b), 1e-12) : 1;
+    total += layout.weight[g] * (dot / x / y - b / y / y / 2);
+  }
+  return total;
+}
+
+struct Ranking {
+  std::string name;
+  const RankKernels* kernels;
+};
+
+std::vector<Ranking> rankings() {
+  std::vector<Ranking> all = {{"portable", &portable_kernels().rank}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    all.push_back({"avx2", &avx2_kernels().rank});
+    all.push_back({"int8 avx2", &int8_rank_avx2()});
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+    all.push_back({"avx512", &avx512_kernels().rank});
+    if (__builtin_cpu_supports("avx512vnni")) {
+      all.push_back({"int8 avx512vnni", &int8_rank_avx512vnni()});
+    }
+  }
+#endif
+  return all;
+}
+
+void test(const Ranking& ranking, const CodebookLayout& layout, const std::vector<float>& codebook,
+          const std::vector<float>& rows, const std::string& name) {
+  const RankKernels& rank = *ranking.kernels;
+  const int dim = layout.dim, width = rank.panel_width;
+  const int count = static_cast<int>(rows.size()) / dim;
+  const std::string where = ranking.name + ", " + name;
+
+  // Each code fills a panel of its own, so that a block's maximum is its rank.
+  double largest = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    const double root = std::sqrt(layout.weight[g]);
+    if (layout.l2_norm) largest = std::max(largest, root);
+    for (int64_t i = 0; i < layout.codes && !layout.l2_norm; ++i) {
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        largest = std::max(largest, std::abs(static_cast<double>(codebook[i * dim + d])) * root);
+      }
+    }
+  }
+  const size_t panel_bytes = rank.panel_bytes(dim);
+  std::vector<unsigned char> panels(layout.codes * panel_bytes);
+  CodeBounds bounds = {rank.step(largest), 0, 0, 0};
+  std::vector<float> lines(dim * width);
+  for (int64_t i = 0; i < layout.codes; ++i) {
+    for (int d = 0; d < dim; ++d) std::fill_n(&lines[d * width], width, codebook[i * dim + d]);
+    rank.pack_panel(lines.data(), layout, panels.data() + i * panel_bytes, &bounds);
+  }
+  std::vector<unsigned char> tile(rank.tile_rows * rank.row_bytes(dim));
+  std::vector<RowScale> scales(rank.tile_rows);
+
+  for (int first = 0; first < count; first += rank.tile_rows) {
+    const int some = std::min(rank.tile_rows, count - first);
+    rank.pack_tile(rows.data() + first * dim, some, layout, bounds, tile.data(), scales.data());
+    std::vector<float> ranks(some * layout.codes);
+    for (int64_t i = 0; i < layout.codes; ++i) {
+      rank.rank_tile(tile.data(), some, dim, scales.data(), true, panels.data() + i * panel_bytes,
+                     1, ranks.data() + i, layout.codes);
+    }
+    for (int r = 0; r < some; ++r) {
+      // Whatever is added to all ranks of a row alike does not matter.
+      double low = std::numeric_limits<double>::infinity(), high = -low;
+      for (int64_t i = 0; i < layout.codes; ++i) {
+        const double exact = score(&rows[(first + r) * dim], &codebook[i * dim], layout);
+        const double error = ranks[r * layout.codes + i] - exact * scales[r].bias_scale;
+        low = std::min(low, error);
+        high = std::max(high, error);
+      }
+      expect(high - low <= scales[r].margin, where + ": ranks are off by more than the margin");
+      expect(scales[r].margin >= 0, where + ": a margin");
+
+      // A scan finds, in order, the codes whose rank reaches the threshold.
+      const float* mine = &ranks[r * layout.codes];
+      std::vector<float> sorted(mine, mine + layout.codes);
+      std::sort(sorted.begin(), sorted.end());
+      const float threshold = sorted[layout.codes / 2];
+      const int64_t block = std::min<int64_t>(layout.codes, kBlockCodes / width);
+      int codes[kBlockCodes];
+      const int found = rank.scan_block(tile.data(), some, r, dim, scales.data(), true,
+                                        panels.data(), block, threshold, codes);
+      std::vector<int> expected;
+      for (int i = 0; i < block * width; ++i) {
+        if (mine[i / width] >= threshold) expected.push_back(i);
+      }
+      expect(std::vector<int>(codes, codes + found) == expected, where + ": scan_block");
+    }
+  }
+}
+
+void test_near_blocks(const KernelTable& table, const std::string& name) {
+  std::normal_distribution<float> normal;
+  for (const int count : {1, 3, 16, 17, 40, 129}) {
+    std::vector<float> maxima(count);
+    for (float& m : maxima) m = normal(generator);
+    for (const float margin : {0.0f, 0.5f, 100.0f}) {
+      const float threshold = *std::max_element(maxima.begin(), maxima.end()) - margin;
+      std::vector<int> expected, blocks(count);
+      for (int b = 0; b < count; ++b) {
+        if (maxima[b] >= threshold) expected.push_back(b);
+      }
+      float got;
+      blocks.resize(table.near_blocks(maxima.data(), count, margin, blocks.data(), &got));
+      expect(blocks == expected && got == threshold, name + ": near_blocks");
+    }
+    std::vector<int> blocks(count);
+    float threshold = 0;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    expect(table.near_blocks(maxima.data(), count, nan, blocks.data(), &threshold) == 0 &&
+               std::isnan(threshold),
+           name + ": a margin that is not a number");
+  }
+}
+
+void test_scores(const KernelTable& table, const std::string& name) {
+  for (const std::vector<int>& dims : {std::vector<int>{1}, {32, 8}, {3, 2, 1}, {17}, {70, 5}}) {
+    for (const bool l2_norm : {true, false}) {
+      const std::vector<double> weights = {1.0, 0.25, 3.0};
+      const CodebookLayout layout = layout_of(50, dims, weights, l2_norm);
+      const std::vector<float> codebook = rows_of(50, layout.dim, 2);
+      const std::vector<float> row = rows_of(1, layout.dim, 2);
+      std::vector<double> unit(layout.dim), scores(3);
+      for (int g = 0; g < layout.groups; ++g) {
+        double squared = 0;
+        for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+          squared += static_cast<double>(row[d]) * row[d];
+        }
+        for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+          unit[d] = row[d] / (l2_norm ? std::sqrt(squared) : 1);
+        }
+      }
+      const int64_t codes[] = {49, 0, 7};
+      table.scores(unit.data(), codebook.data(), layout, codes, 3, scores.data());
+      for (int i = 1; i < 3; ++i) {  // up to what is the same for all codes
+        const double exact = score(row.data(), &codebook[codes[i] * layout.dim], layout) -
+                             score(row.data(), &codebook[codes[0] * layout.dim], layout);
+        expect(std::abs(scores[i] - scores[0] - exact) <= 1e-11 * (1 + std::abs(exact)),
+               name + ": scores");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::pair<std::vector<int>, std::vector<double>>> groups = {
+      {{1}, {1.0}},          {{32, 8}, {1.0, 1.0}}, {{5, 3, 2}, {1.0, 0.25, 3.0}}, {{17}, {2.0}},
+      {{70, 5}, {0.5, 4.0}}, {{3, 4}, {1.0, 0.0}},  {{64, 64}, {1.0, 1.0}},
+  };
+  for (const Ranking& ranking : rankings()) {
+    for (const auto& [dims, weights] : groups) {
+      for (const bool l2_norm : {true, false}) {
+        const CodebookLayout layout = layout_of(40, dims, weights, l2_norm);
+        const int dim = layout.dim;
+        const std::string name =
+            std::to_string(dim) + " channels" + (l2_norm ? ", unit groups" : "");
+        test(ranking, layout, rows_of(40, dim, 0),
+             rows_of(2 * ranking.kernels->tile_rows + 1, dim, 0), name);
+        test(ranking, layout, rows_of(40, dim, 3), rows_of(30, dim, 6), name + ", many lengths");
+        std::vector<float> codebook = rows_of(40, dim, 0), rows = rows_of(3, dim, 0);
+        std::fill_n(&codebook[7 * dim], dim, 0.0f);
+        std::fill_n(&rows[dim], dim, 0.0f);
+        std::fill_n(&rows[2 * dim], dim, 1e-20f);
+        test(ranking, layout, codebook, rows, name + ", rows and codes of zeros");
+        test(ranking, layout, std::vector<float>(40 * dim, 0.0f), rows, name + ", zeros alone");
+        // All of the rounding on one side: numbers just below half a step.
+        std::vector<float> halves(40 * dim), half_rows(5 * dim);
+        for (size_t i = 0; i < halves.size(); ++i) halves[i] = i % dim == 0 ? 127.0f : 3.499f;
+        for (size_t i = 0; i < half_rows.size(); ++i) half_rows[i] = i % dim == 0 ? 63.0f : 5.499f;
+        for (int i = 0; i < 20; ++i) halves[i * dim] *= -1;
+        test(ranking, layout, halves, half_rows, name + ", rounding to one side");
+      }
+    }
+  }
+  test_near_blocks(portable_kernels(), "portable");
+  test_scores(portable_kernels(), "portable");
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    test_near_blocks(avx2_kernels(), "avx2");
+    test_scores(avx2_kernels(), "avx2");
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
+    test_near_blocks(avx512_kernels(), "avx512");
+    test_scores(avx512_kernels(), "avx512");
+  }
+#endif
+  if (failures == 0) std::printf("ok\n");
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
