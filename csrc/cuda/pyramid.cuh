@@ -130,6 +130,7 @@ __device__ __forceinline__ void code_gradient_by_warp(const CodebookLayout& layo
     const int begin = layout.begin[g], end = layout.begin[g + 1];
     const int skip = (lane_index() - begin) & (kWarpSize - 1);  // to this lane's first channel
     double squared = 0, dot = 0;
+#pragma unroll 1  // a group is seldom wider than the warp
     for (int d = begin + skip; d < end; d += kWarpSize) {
       const double channel = static_cast<double>(code[d]);
       squared += channel * channel;
@@ -138,6 +139,7 @@ __device__ __forceinline__ void code_gradient_by_warp(const CodebookLayout& layo
     squared = sum_over_lanes<kWarpSize>(squared);
     dot = sum_over_lanes<kWarpSize>(dot);
     const GroupTranspose transpose = group_transpose(squared, dot, layout.l2_norm);
+#pragma unroll 1
     for (int d = begin + skip; d < end; d += kWarpSize) {
       grad[d] = static_cast<float>(
           apply(transpose, static_cast<double>(code[d]), static_cast<double>(grad[d])));
