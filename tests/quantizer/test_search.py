@@ -72,6 +72,19 @@ def test_crowded_low_dimensions(device: str, dims: list[int]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_codes_close_together(device: str, spread: float, l2_norm: bool) -> None:
+    """Clusters finer than a coarse ranking can tell apart, beyond its trial rows too."""
+    generator = torch.Generator().manual_seed(9)
+    centres = torch.randn(3, 40, generator=generator)
+    codebook = centres.repeat(2000, 1) + spread * torch.randn(6000, 40, generator=generator)
+    rows = centres.repeat(100, 1) + spread * torch.randn(300, 40, generator=generator)
+    indices = nearest_code(rows.to(device), codebook.to(device), [32, 8], [1.0, 1.0], l2_norm)
+    assert_nearest(indices.cpu(), rows, codebook, [32, 8], [1.0, 1.0], l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_lowest_index_on_a_tie(device: str) -> None:
     code = torch.randn(1, 40)
     codebook = torch.cat([-code.expand(700, -1), code.expand(900, -1)]).to(device)
