@@ -70,10 +70,109 @@ __device__ __forceinline__ void atomic_add(float* address, float value) {
   atomicAdd(address, value);
 }
 
-// Maximum of floats that are not negative (or NaN with the sign cleared, which wins): their bit
-// patterns are ordered as integers, and the result does not depend on the order of arrival.
+// Maximum of numbers that are not negative: their bit patterns are ordered as integers, and the
+// result does not depend on the order of arrival. What is there already can only grow, so an older
+// copy of it shows as well that there is nothing to do: nearly all callers then leave it at a load.
 __device__ __forceinline__ void atomic_max_not_negative(float* address, float value) {
-  atomicMax(reinterpret_cast<int*>(address), __float_as_int(fabsf(value)));
+  if (value > *static_cast<volatile float*>(address)) {
+    atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
+  }
+}
+
+__device__ __forceinline__ void atomic_max_not_negative(double* address, double value) {
+  if (value > *static_cast<volatile double*>(address)) {
+    atomicMax(reinterpret_cast<long long*>(address), __double_as_longlong(value));
+  }
+}
+
+// --- Half precision and tensor cores
+// --------------------------------------------------------------
+
+// The nearest half, ties to even.
+__device__ __forceinline__ uint16_t to_half(float value) {
+#if defined(__CUDACC__)
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
+  return emulation::to_half(value);
+#endif
+}
+
+__device__ __forceinline__ float from_half(uint16_t half) {
+#if defined(__CUDACC__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
+  return emulation::from_half(half);
+#endif
+}
+
+// The two halves of a word, the lower one first.
+__device__ __forceinline__ float2 from_halves(unsigned word) {
+#if defined(__CUDACC__)
+  float2 values;
+  asm("{ .reg .f16 low, high; mov.b32 {low, high}, %2;\n\t"
+      "cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(values.x), "=f"(values.y)
+      : "r"(word));
+  return values;
+#else
+  return {emulation::from_half(static_cast<uint16_t>(word & 0xffffu)),
+          emulation::from_half(static_cast<uint16_t>(word >> 16))};
+#endif
+}
+
+// sum += A B with A [16][16] and B [16][8] of halves, summed in float32. With g = lane / 4 and
+// t = lane % 4, a lane holds of A (row g: columns 2t, 2t + 1), (row g + 8: the same), (row g:
+// columns 2t + 8, 2t + 9), (row g + 8: the same); of B (column g: rows 2t, 2t + 1), (rows 2t + 8,
+// 2t + 9); and of the sum (row g: columns 2t, 2t + 1), (row g + 8: the same).
+__device__ __forceinline__ void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1,
+                                                     unsigned a2, unsigned a3, unsigned b0,
+                                                     unsigned b1) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  emulation::multiply_add_16x8x16(sum, a0, a1, a2, a3, b0, b1);
+#endif
+}
+
+// --- Copies to shared memory that run beside the thread
+// -------------------------------------------
+
+// 16 bytes, both places aligned to 16.
+__device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  emulation::copy_async(shared, global);
+#endif
+}
+
+// Closes the group of this thread's copies since the last one.
+__device__ __forceinline__ void commit_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulation::commit_copies();
+#endif
+}
+
+// Waits for this thread's groups but the last kMayRun. Others see the copies after a barrier.
+template <int kMayRun>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kMayRun) : "memory");
+#else
+  emulation::wait_for_copies(kMayRun);
+#endif
 }
 
 // Launches and reports what the launch itself says; the error does not linger for a later caller.

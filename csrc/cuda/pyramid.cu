@@ -57,7 +57,7 @@ struct QuantizeScratch {
   QuantizeScratch(Workspace& workspace, const QuantizeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
         code_scales(workspace.take<double>(args.layout.codes * args.layout.groups)),
-        packed(take_packed_rows(workspace, args.layout.dim, largest_rows(args.pyramid))),
+        packed(take_packed_rows(workspace, args.layout.dim, largest_rows(args.pyramid), codes)),
         tile_max(take_tile_max(workspace, args.layout, largest_rows(args.pyramid))),
         rows(workspace.take<float>(total_tokens(args.pyramid) * args.layout.dim)),
         row_error(workspace.take<double>(total_tokens(args.pyramid))),
@@ -111,8 +111,7 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   }
   TF_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
                               static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
-  TF_CUDA_TRY(launch_pack_codes(layout, args.codebook, scratch.codes, stream));
-  TF_CUDA_TRY(launch_scale_codes(layout, args.codebook, scratch.code_scales, stream));
+  TF_CUDA_TRY(launch_pack_codes(layout, args.codebook, scratch.codes, scratch.code_scales, stream));
 
   WalkArgs walk = {};
   walk.pyramid = pyramid;

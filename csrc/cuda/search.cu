@@ -1,9 +1,10 @@
-// Nearest codes of rows: pack, rank, settle. The matrix of scores is never in memory.
+// Nearest codes of rows: scale, pack, rank, settle. The matrix of scores is never in memory.
 //
-//   pack_codes  once a call: the codebook normalised, weighted and transposed into tiles
-//   rank        float32 scores of rows x codes in registers; one maximum for a row and a tile
-//   settle      a warp a row: looks again at the tiles that may hold the best code and decides
-//               between close codes by the distance in float64
+//   scale_codes  once a call: reciprocal lengths, and the range of the codebook
+//   pack         once a call: codes (and rows) in half precision, as the tensor cores take them
+//   rank         scores of rows x codes in registers; one maximum for a row and a tile of codes
+//   settle       a warp a row: looks again at the tiles that may hold the best code, and decides
+//                between codes too close for half precision by the distance in float64
 #include <cmath>
 
 #include "quantizer.h"
@@ -13,166 +14,371 @@ namespace tokenflow::cuda {
 namespace {
 
 constexpr int kPackThreads = 128;
-constexpr int kRankThreads = 256;
-constexpr int kSettleThreads = 128;
+constexpr int kRankThreads = 128;
+constexpr int kSettleThreads = 256;
+constexpr int kRankWarps = kRankThreads / kWarpSize;
 
-// Channels of both operands in shared memory at a time: two tiles of 40 x 128 floats are 40 KiB,
-// so two blocks share a multiprocessor and TokenFlow's 40 channels need one step.
-constexpr int kDepth = 40;
+// Tiles of codes on their way to a block: one is multiplied while the next two are loaded.
+constexpr int kStages = 3;
 
-// Enough blocks to fill the largest machine several times over, few enough that a block's rows
-// are loaded for more than one tile of codes.
-constexpr int64_t kRankBlocks = 1024;
+// Enough blocks for several waves on the largest machine, few enough that a block's rows are loaded
+// for more than one tile of codes.
+constexpr int64_t kRankBlocks = 2048;
 
 __device__ __forceinline__ float infinity() { return INFINITY; }
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < infinity(); }
-
-// Grid: a block of kPackThreads for every kPackThreads codes of the padded codebook; a thread owns
-// one code. Reads the codebook once and writes it once (4 (dim + 1) bytes a code), bound by memory.
-__global__ void __launch_bounds__(kPackThreads)
-    pack_codes_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                      const __grid_constant__ PackedCodes codes) {
-  static_assert(kPackThreads == kTileCodes, "a block packs a tile");
-  const int64_t code = static_cast<int64_t>(blockIdx.x) * kTileCodes + threadIdx.x;
-  const int dim = layout.dim;
-  float* column =
-      codes.tiles + static_cast<int64_t>(blockIdx.x) * (dim + 1) * kTileCodes + threadIdx.x;
-  if (code >= layout.codes) {
-    column[0] = -infinity();
-    for (int d = 0; d < dim; ++d) column[static_cast<int64_t>(d + 1) * kTileCodes] = 0;
-    return;
-  }
-  const float* row = codebook + code * dim;
-  double bias = 0, squared_length = 0;
-  for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const double squared = squared_norm(row, begin, end);
-    const double scale = layout.weight[g] * inverse_norm(squared, layout.l2_norm);
-    bias += group_bias(squared, layout.weight[g], layout.l2_norm);
-    squared_length += squared * scale * scale;
-    for (int d = begin; d < end; ++d) {
-      column[static_cast<int64_t>(d + 1) * kTileCodes] =
-          static_cast<float>(static_cast<double>(row[d]) * scale);
-    }
-  }
-  column[0] = static_cast<float>(bias);
-  atomic_max_not_negative(&codes.bounds[0], static_cast<float>(sqrt(squared_length)) * 1.000001f);
-  atomic_max_not_negative(&codes.bounds[1], static_cast<float>(fabs(bias)) * 1.000001f);
+__device__ __forceinline__ bool is_finite(double x) {
+  return fabs(x) < static_cast<double>(infinity());
 }
 
-// Grid: a thread for every code and group, in blocks of kPackThreads. Reads the codebook once.
+__device__ __forceinline__ double sum_over_warp(double x) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// Largest over the warp's lanes `step` apart.
+template <typename T>
+__device__ __forceinline__ T max_over_warp(T x, int step) {
+  for (int mask = kWarpSize / 2; mask >= step; mask /= 2) {
+    const T other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// A code's length and bias in float64, as it is ranked.
+struct CodeSize {
+  double length;
+  double bias;
+  bool finite;
+};
+
+// Writes the reciprocal length of each group to `scales` unless it is null.
+__device__ __forceinline__ CodeSize measure_code(const float* code, const CodebookLayout& layout,
+                                                 double* scales) {
+  CodeSize size = {0, 0, true};
+  for (int g = 0; g < layout.groups; ++g) {
+    const double squared = squared_norm(code, layout.begin[g], layout.begin[g + 1]);
+    const double scale = inverse_norm(squared, layout.l2_norm);
+    if (scales) scales[g] = scale;
+    size.bias += group_bias(squared, layout.weight[g], layout.l2_norm);
+    size.length += layout.weight[g] * squared * scale * scale;
+  }
+  size.length = sqrt(size.length);
+  size.finite = is_finite(size.length) && is_finite(size.bias);
+  return size;
+}
+
+// Grid: a thread for every code, in blocks of kPackThreads. Writes the reciprocal lengths to
+// `scales` [codes, groups] and the range of the codes to `range`, either of which may be null.
+// Reads the codebook once, bound by memory.
 __global__ void __launch_bounds__(kPackThreads)
     scale_codes_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                       double* scales) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (i >= layout.codes * layout.groups) return;
-  const float* row = codebook + i / layout.groups * layout.dim;
-  const int g = static_cast<int>(i % layout.groups);
-  scales[i] = inverse_norm(squared_norm(row, layout.begin[g], layout.begin[g + 1]), layout.l2_norm);
+                       double* scales, RankRange* range) {
+  const int64_t code = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  CodeSize size = {0, 0, false};
+  if (code < layout.codes) {
+    size = measure_code(codebook + code * layout.dim, layout,
+                        scales ? scales + code * layout.groups : nullptr);
+  }
+  if (!range) return;
+  const double length = max_over_warp(size.finite ? size.length : 0, 1);
+  const double bias = max_over_warp(size.finite ? fabs(size.bias) : 0, 1);
+  if (lane_index() == 0) {
+    atomic_max_not_negative(&range->length, length);
+    atomic_max_not_negative(&range->bias, bias);
+  }
 }
 
-// Grid: a thread for every row, in blocks of kPackThreads. Reads and writes the rows once.
-__global__ void __launch_bounds__(kPackThreads, 8)
-    pack_rows_kernel(const __grid_constant__ CodebookLayout layout, const float* rows,
-                     int64_t num_rows, const __grid_constant__ PackedRows packed) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (n < num_rows) pack_row(rows + n * layout.dim, layout, n, packed);
+// Packs code n of the padded codebook, the work of four lanes in a row, and raises the bounds.
+__device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
+                                          int64_t n, const PackedCodes& codes) {
+  const float* code = codebook + n * layout.dim;
+  CodeSize size = {0, 0, false};
+  if (n < layout.codes) size = measure_code(code, layout, nullptr);
+  if (!size.finite) size = {0, 0, false};
+  const RankCodeScale scale = rank_code_scale(codes.summary->range);
+
+  SpareColumns spare;
+  double rest = ldexp(size.bias, scale.bias), magnitude = 0;
+#pragma unroll
+  for (uint16_t& part : spare.bias) {
+    part = to_half(static_cast<float>(rest));
+    const double value = static_cast<double>(from_half(part));
+    rest -= value;
+    magnitude += fabs(value);
+  }
+  spare.block = to_half(size.finite ? 0.0f : -kRankBlock);
+  const PackedSquares squares = pack_vector<Operand::kCodes>(
+      size.finite ? code : nullptr, layout, scale.length, spare, n, true, codes.fragments);
+  const RankCodeBounds bounds = {max_over_warp(round_up(ldexp(size.length, scale.length)), 4),
+                                 max_over_warp(round_up(sqrt(squares.error)), 4),
+                                 max_over_warp(round_up(magnitude), 4),
+                                 max_over_warp(round_up(fabs(rest)), 4)};
+  if (lane_index() == 0) {
+    RankCodeBounds& all = codes.summary->bounds;
+    atomic_max_not_negative(&all.length, bounds.length);
+    atomic_max_not_negative(&all.error, bounds.error);
+    atomic_max_not_negative(&all.bias, bounds.bias);
+    atomic_max_not_negative(&all.bias_error, bounds.bias_error);
+  }
+}
+
+struct PackArgs {
+  CodebookLayout layout;
+  const float* codebook;
+  PackedCodes codes;
+  int64_t padded_codes;  // 0 where the codes are packed already
+  const float* rows;
+  PackedRows packed;
+  int64_t num_rows;
+};
+
+// Grid: four lanes for every code of the padded codebook, then for every row, in blocks of
+// kPackThreads. Reads the vectors once (again from the first-level cache) and writes 2 bytes a
+// column of the operands, bound by memory.
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs args) {
+  static_assert(kTileCodes % (kPackThreads / 4) == 0, "a block packs codes or rows");
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / 4;
+  if (n < args.padded_codes) {
+    pack_code(args.layout, args.codebook, n, args.codes);
+  } else {
+    const int64_t row = n - args.padded_codes;
+    const bool exists = row < args.num_rows;
+    pack_row(args.rows + (exists ? row : 0) * args.layout.dim, args.layout, row, exists,
+             args.packed);
+  }
 }
 
 __device__ __forceinline__ bool is_dropped(const SearchArgs& args) {
   return args.dropped != nullptr && *args.dropped == args.scale;
 }
 
-template <int kRows>
-struct RankShared {
-  float rows[kDepth][kRows];
-  float codes[kDepth][kTileCodes];
-};
+__device__ __forceinline__ int64_t num_tiles(const SearchArgs& args) {
+  return (args.layout.codes + kTileCodes - 1) / kTileCodes;
+}
 
-// Copies `depth` lines of kWidth floats from lines `stride` apart into shared memory.
-template <int kWidth>
-__device__ __forceinline__ void load_lines(const float* from, int stride, int depth,
-                                           float (*to)[kWidth]) {
-  constexpr int kVectors = kWidth / 4;
-  for (int i = threadIdx.x; i < depth * kVectors; i += kRankThreads) {
-    const int d = i / kVectors, v = i % kVectors * 4;
-    *reinterpret_cast<float4*>(&to[d][v]) =
-        *reinterpret_cast<const float4*>(from + static_cast<int64_t>(d) * stride + v);
+// The lanes of a quad hold kCount values each. Combines them over the quad: lane t is left with
+// values t, 4 + t, ... in the first kCount / 4 places.
+template <int kCount, typename Combine>
+__device__ __forceinline__ void reduce_quad(float (&values)[kCount], const Combine& combine) {
+  static_assert(kCount % 4 == 0, "as many for each lane");
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (lane_index() & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2 / bit; ++i) {
+      const float keep = upper ? values[2 * i + 1] : values[2 * i];
+      const float send = upper ? values[2 * i] : values[2 * i + 1];
+      values[i] = combine(keep, shuffle_xor(send, bit));
+    }
   }
 }
 
-// Grid: (tiles of 16 kRowsPerThread rows, runs of `tiles_per_block` tiles of codes); a block owns
-// the maxima of its rows over its tiles of codes. A thread holds kRowsPerThread x 8 scores.
-// Shared memory: kDepth channels of a tile of rows and a tile of codes, 40 KiB at the most.
-// Bytes: 4 dim (rows * runs + codes * tiles of rows) read, mostly from the second-level cache, and
-// 4 rows * tiles of codes written. Operations: 2 dim rows codes; bound by float32 multiply-adds
-// (each step of a channel is 4 shared loads of 16 bytes for 64 of them).
-template <int kRowsPerThread>
-__global__ void __launch_bounds__(kRankThreads, 2)
+// Where reduce_quad leaves a lane's values when value j is that of vector 8 j + lane / 4: place i
+// is vector 32 i + quad_vector().
+__device__ __forceinline__ int quad_vector() { return lane_index() % 4 * 8 + lane_index() / 4; }
+
+// A warp's part of one fragment of rows times one fragment of codes; sums [code / 8] of one step.
+template <int kFragments>
+__device__ __forceinline__ void multiply_step(float (&sums)[2][kFragments][4],
+                                              const uint4 (&rows)[kFragments], const uint4& codes) {
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+    const uint4& row = rows[f];
+    multiply_add_16x8x16(sums[0][f], row.x, row.y, row.z, row.w, codes.x, codes.y);
+    multiply_add_16x8x16(sums[1][f], row.x, row.y, row.z, row.w, codes.z, codes.w);
+  }
+}
+
+// A thread's scores of 16 codes go into its running maxima, [8 j + lane / 4] as in quad_vector.
+template <int kFragments>
+__device__ __forceinline__ void take_maxima(const float (&sums)[2][kFragments][4],
+                                            float (&best)[2 * kFragments]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {  // fmaxf passes over NaN
+      best[2 * f] = fmaxf(fmaxf(best[2 * f], sums[i][f][0]), sums[i][f][1]);
+      best[2 * f + 1] = fmaxf(fmaxf(best[2 * f + 1], sums[i][f][2]), sums[i][f][3]);
+    }
+  }
+}
+
+// The maxima of a tile for the warp's rows; each lane writes those of neighbouring rows.
+template <int kFragments>
+__device__ __forceinline__ void store_maxima(float (&best)[2 * kFragments], float* tile_max) {
+  reduce_quad(best, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+  for (int i = 0; i < kFragments / 2; ++i) tile_max[32 * i + quad_vector()] = best[i];
+}
+
+// What a block of ranking kernels owns: its rows, and a run of tiles of codes.
+struct RankBlock {
+  int64_t row;  // from the first of the launch
+  int64_t first_tile;
+  int tiles;
+
+  __device__ __forceinline__ RankBlock(const SearchArgs& args, int rows, int tiles_per_block)
+      : row(static_cast<int64_t>(blockIdx.x) * rows),
+        first_tile(static_cast<int64_t>(blockIdx.y) * tiles_per_block) {
+    const int64_t left = num_tiles(args) - first_tile;
+    tiles = left < tiles_per_block ? static_cast<int>(left) : tiles_per_block;
+  }
+};
+
+// Copies kCount times 16 bytes to shared memory with the whole block.
+template <int kCount>
+__device__ __forceinline__ void copy_block(uint4* to, const uint4* from) {
+  static_assert(kCount % kRankThreads == 0, "as many for each thread");
+  to += threadIdx.x;
+  from += threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kRankThreads) copy_async(to + i, from + i);
+}
+
+// The stage after `stage`, of kCount that take turns.
+template <int kCount>
+__device__ __forceinline__ int next_stage(int stage) {
+  return stage + 1 == kCount ? 0 : stage + 1;
+}
+
+// Operands of kSteps steps, held in registers on the side of the rows.
+// Grid: (blocks of 64 kFragments rows, runs of `tiles_per_block` tiles of codes); a block owns the
+// maxima of its rows over its tiles. A warp holds kFragments fragments of 16 rows and multiplies
+// them with each fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to
+// kSteps loads of shared memory and 8 kFragments maxima.
+// Shared memory: kStages tiles of 4 kSteps KiB, 36 KiB for TokenFlow's 40 channels.
+// Bytes: 32 kSteps (rows * runs + codes * blocks of rows) read, from the second-level cache, and
+// 4 rows * tiles written. Operations: 32 kSteps rows codes; bound by the tensor cores.
+template <int kSteps, int kFragments>
+__global__ void __launch_bounds__(kRankThreads, kSteps <= 3 ? 4 : (kSteps == 4 ? 3 : 2))
     rank_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
                 int tiles_per_block) {
-  constexpr int kRows = 16 * kRowsPerThread;
-  static_assert(kTileRows % kRows == 0 && kRankThreads == 256, "16 x 16 threads, whole tiles");
+  constexpr int kTile = kSteps * kTileFragments * kWarpSize;
   if (is_dropped(args)) return;
-  const int dim = args.layout.dim;
-  const int64_t num_tiles = (args.layout.codes + kTileCodes - 1) / kTileCodes;
-  RankShared<kRows>& shared = *shared_memory<RankShared<kRows>>();
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-
-  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kRows;  // from first_row
-  const int64_t packed_row = first_row + block_row;
-  const float* rows =
-      args.packed.tiles + packed_row / kTileRows * dim * kTileRows + packed_row % kTileRows;
-  const int64_t first_tile = static_cast<int64_t>(blockIdx.y) * tiles_per_block;
-  const int64_t end_tile =
-      first_tile + tiles_per_block < num_tiles ? first_tile + tiles_per_block : num_tiles;
-
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const float* codes = args.codes.tiles + tile * (dim + 1) * kTileCodes;
-    // A thread's codes are four at 4 tx and four at 64 + 4 tx, so that a warp's loads of shared
-    // memory touch every bank once.
-    float scores[kRowsPerThread][8];
+  const RankBlock block(args, kRankWarps * kFragments * kFragmentVectors, tiles_per_block);
+  const int64_t warp_row = block.row + warp_index() * kFragments * kFragmentVectors;
+  const bool has_rows = warp_row < num_rows;
+  uint4 rows[kSteps][kFragments];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float bias = codes[4 * tx + j % 4 + j / 4 * (kTileCodes / 2)];
+  for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) scores[i][j] = bias;
+    for (int f = 0; f < kFragments; ++f) {
+      const int64_t n = first_row + warp_row + f * kFragmentVectors;
+      rows[s][f] = args.packed.fragments[fragment_index(n, s, kSteps) + lane_index()];
     }
-    codes += kTileCodes;
-    for (int d0 = 0; d0 < dim; d0 += kDepth) {
-      const int depth = dim - d0 < kDepth ? dim - d0 : kDepth;
-      block_barrier();  // the previous step's operands are no longer read
-      if (tile == first_tile || dim > kDepth) {
-        load_lines<kRows>(rows + static_cast<int64_t>(d0) * kTileRows, kTileRows, depth,
-                          shared.rows);
+  }
+
+  uint4* shared = shared_memory<uint4>();
+  const uint4* next = args.codes.fragments + block.first_tile * kTile;
+  int fetched = 0, into = 0;
+  const auto fetch = [&] {
+    if (fetched < block.tiles) copy_block<kTile>(shared + into * kTile, next);
+    commit_copies();
+    ++fetched;
+    next += kTile;
+    into = next_stage<kStages>(into);
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+  const int64_t stride = padded_rows(num_rows);
+  float* tile_max = args.tile_max + block.first_tile * stride + warp_row;
+  int from = 0;
+  for (int i = 0; i < block.tiles; ++i) {
+    wait_for_copies<kStages - 2>();
+    block_barrier();  // tile i is there, and tile i - 1 is no longer read
+    fetch();
+    const uint4* codes = shared + from * kTile + lane_index();
+    from = next_stage<kStages>(from);
+    if (!has_rows) continue;
+    float best[2 * kFragments];
+#pragma unroll
+    for (float& value : best) value = -infinity();
+#pragma unroll 1
+    for (int c = 0; c < kTileFragments; ++c) {
+      float sums[2][kFragments][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        multiply_step(sums, rows[s], codes[(s * kTileFragments + c) * kWarpSize]);
       }
-      load_lines<kTileCodes>(codes + static_cast<int64_t>(d0) * kTileCodes, kTileCodes, depth,
-                             shared.codes);
-      block_barrier();
-#pragma unroll 2
-      for (int d = 0; d < depth; ++d) {
-        float z[kRowsPerThread], c[8];
+      take_maxima(sums, best);
+    }
+    store_maxima<kFragments>(best, tile_max);
+    tile_max += stride;
+  }
+}
+
+constexpr int kWideFragments = 2;
+constexpr int kWideRows = kRankWarps * kWideFragments * kFragmentVectors;
+constexpr int kWideStages = 4;
+constexpr int kWideChunk = kWideSteps * kTileFragments * kWarpSize;  // of rows, and of codes
+static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed vectors");
+
+// Operands of any number of steps, kWideSteps at a time on both sides.
+// Grid: (blocks of kWideRows rows, runs of `tiles_per_block` tiles of codes). A warp holds the
+// scores of 32 rows and a tile of codes. Shared memory: kWideStages chunks of both operands, 64
+// KiB. Bytes: a block reads its rows again for each of its tiles. Bound by the tensor cores, or by
+// the second-level cache (32 bytes a clock and multiprocessor at the rate of compute
+// capability 8.0).
+__global__ void __launch_bounds__(kRankThreads, 2)
+    rank_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
+                     int tiles_per_block) {
+  if (is_dropped(args)) return;
+  const RankBlock block(args, kWideRows, tiles_per_block);
+  const int warp_row = warp_index() * kWideFragments * kFragmentVectors;
+  const int chunks = operand_steps(args.layout.dim) / kWideSteps;
+  uint4* shared = shared_memory<uint4>();
+  const uint4* rows =
+      args.packed.fragments + (first_row + block.row) / kTileVectors * chunks * kWideChunk;
+  const uint4* codes = args.codes.fragments + block.first_tile * chunks * kWideChunk;
+
+  const int64_t steps = static_cast<int64_t>(block.tiles) * chunks;
+  int64_t fetched = 0;
+  int fetched_chunk = 0, into = 0;
+  const auto fetch = [&] {
+    if (fetched < steps) {
+      uint4* stage = shared + into * 2 * kWideChunk;
+      copy_block<kWideChunk>(stage, rows + fetched_chunk * kWideChunk);
+      copy_block<kWideChunk>(stage + kWideChunk, codes + fetched * kWideChunk);
+    }
+    commit_copies();
+    ++fetched;
+    fetched_chunk = fetched_chunk + 1 == chunks ? 0 : fetched_chunk + 1;
+    into = next_stage<kWideStages>(into);
+  };
+  for (int i = 0; i < kWideStages - 1; ++i) fetch();
+  const int64_t stride = padded_rows(num_rows);
+  float* tile_max = args.tile_max + block.first_tile * stride + block.row + warp_row;
+  int from = 0;
+  for (int i = 0; i < block.tiles; ++i) {
+    float sums[kTileFragments][2][kWideFragments][4] = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      wait_for_copies<kWideStages - 2>();
+      block_barrier();  // this chunk is there, and the one before is no longer read
+      fetch();
+      const uint4* stage = shared + from * 2 * kWideChunk + lane_index();
+      from = next_stage<kWideStages>(from);
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) z[i] = shared.rows[d][ty * kRowsPerThread + i];
+      for (int s = 0; s < kWideSteps; ++s) {
+        const uint4* step = stage + s * kTileFragments * kWarpSize;
+        uint4 row[kWideFragments];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) c[j] = shared.codes[d][4 * tx + j % 4 + j / 4 * 64];
+        for (int f = 0; f < kWideFragments; ++f) {
+          row[f] = step[(warp_row / kFragmentVectors + f) * kWarpSize];
+        }
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) scores[i][j] = fmaf(z[i], c[j], scores[i][j]);
+        for (int c = 0; c < kTileFragments; ++c) {
+          multiply_step(sums[c], row, step[kWideChunk + c * kWarpSize]);
         }
       }
     }
+    float best[2 * kWideFragments];
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      float best = -infinity();
+    for (float& value : best) value = -infinity();
 #pragma unroll
-      for (int j = 0; j < 8; ++j) best = fmaxf(best, scores[i][j]);  // passes over NaN
-      for (int step = 8; step > 0; step /= 2) best = fmaxf(best, shuffle_xor(best, step));
-      const int64_t n = block_row + ty * kRowsPerThread + i;
-      if (tx == 0 && n < num_rows) args.tile_max[n * num_tiles + tile] = best;
-    }
+    for (int c = 0; c < kTileFragments; ++c) take_maxima(sums[c], best);
+    store_maxima<kWideFragments>(best, tile_max);
+    tile_max += stride;
   }
 }
 
@@ -180,70 +386,114 @@ __global__ void __launch_bounds__(kRankThreads, 2)
 struct Choice {
   double distance = INFINITY;
   int64_t index = 0;
+  int64_t pending = -1;  // a candidate that was not compared yet
+  bool compared = false;
 
   // Candidates of one thread come in ascending order, so a tie keeps the lower index.
-  __device__ __forceinline__ void consider(const float* row, int64_t code, const SearchArgs& args) {
+  __device__ __forceinline__ void compare(const float* row, int64_t code, const SearchArgs& args) {
     const double d = tokenflow::distance(row, args.codebook + code * args.layout.dim, args.layout);
-    if (d < distance) *this = {d, code};
+    if (d < distance) {
+      distance = d;
+      index = code;
+    }
+    compared = true;
   }
 
-  __device__ __forceinline__ void reduce_warp() {
+  // A lane's first candidate waits: nearly always it is the warp's only one.
+  __device__ __forceinline__ void consider(const float* row, int64_t code, const SearchArgs& args) {
+    if (pending >= 0) compare(row, pending, args);
+    pending = code;
+  }
+
+  // The warp's choice, in every lane.
+  __device__ __forceinline__ int64_t settle(const float* row, const SearchArgs& args) {
+    const bool alone = count_bits(ballot(pending >= 0)) == 1 && ballot(compared) == 0;
+    if (pending >= 0) {
+      if (alone) {
+        distance = 0;
+        index = pending;
+      } else {
+        compare(row, pending, args);
+      }
+    }
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
       const double d = shuffle_xor(distance, step);
       const int64_t i = shuffle_xor(index, step);
-      if (d < distance || (d == distance && i < index)) *this = {d, i};
+      if (d < distance || (d == distance && i < index)) {
+        distance = d;
+        index = i;
+      }
     }
+    return index;
   }
 };
 
-// Scores of one tile again; the lane's codes that may be the best are settled in float64.
+// Scores of one tile again, in float32: a quad sums the columns of a code that its lanes hold. The
+// codes that may be the best are considered.
 __device__ __forceinline__ void settle_tile(const SearchArgs& args, const float* row, int64_t n,
                                             int64_t tile, float threshold, Choice* choice) {
-  const int dim = args.layout.dim;
-  const float* packed = args.packed.tiles + n / kTileRows * dim * kTileRows + n % kTileRows;
-  const float4* codes =
-      reinterpret_cast<const float4*>(args.codes.tiles + tile * (dim + 1) * kTileCodes) +
-      lane_index();
-  float4 scores = *codes;
-  for (int d = 0; d < dim; ++d) {
-    codes += kTileCodes / 4;
-    const float z = packed[static_cast<int64_t>(d) * kTileRows];
-    const float4 c = *codes;
-    scores.x = fmaf(z, c.x, scores.x);
-    scores.y = fmaf(z, c.y, scores.y);
-    scores.z = fmaf(z, c.z, scores.z);
-    scores.w = fmaf(z, c.w, scores.w);
+  const int steps = operand_steps(args.layout.dim);
+  const unsigned* packed = reinterpret_cast<const unsigned*>(
+      args.packed.fragments + fragment_index(n, 0, steps) + n % 8 * 4 + lane_index() % 4);
+  const uint4* codes =
+      args.codes.fragments + fragment_index(tile * kTileCodes, 0, steps) + lane_index();
+  float scores[2 * kTileFragments] = {};
+  for (int s = 0; s < steps; ++s) {
+    const float2 low = from_halves(packed[operand_word<Operand::kRows>(n, 0)]);
+    const float2 high = from_halves(packed[operand_word<Operand::kRows>(n, 1)]);
+    packed += 4 * kTileFragments * kWarpSize;
+    const auto add = [&](unsigned c_low, unsigned c_high, float* score) {
+      const float2 l = from_halves(c_low), h = from_halves(c_high);
+      *score = fmaf(high.y, h.y, fmaf(high.x, h.x, fmaf(low.y, l.y, fmaf(low.x, l.x, *score))));
+    };
+#pragma unroll
+    for (int c = 0; c < kTileFragments; ++c) {
+      const uint4 words = codes[c * kWarpSize];
+      add(words.x, words.y, &scores[2 * c]);
+      add(words.z, words.w, &scores[2 * c + 1]);
+    }
+    codes += kTileFragments * kWarpSize;
   }
-  const int64_t code = tile * kTileCodes + 4 * lane_index();
-  unsigned near = (scores.x >= threshold ? 1u : 0u) | (scores.y >= threshold ? 2u : 0u) |
-                  (scores.z >= threshold ? 4u : 0u) | (scores.w >= threshold ? 8u : 0u);
-  for (; near != 0; near &= near - 1) choice->consider(row, code + lowest_bit(near), args);
+  reduce_quad(scores, [](float a, float b) { return a + b; });
+  const int64_t first = tile * kTileCodes + quad_vector();
+  unsigned near = 0;
+#pragma unroll
+  for (int i = 0; i < kTileCodes / kWarpSize; ++i) near |= (scores[i] >= threshold ? 1u : 0u) << i;
+  for (; near != 0; near &= near - 1) {
+    const int64_t code = first + lowest_bit(near) * kWarpSize;
+    if (code < args.layout.codes) choice->consider(row, code, args);
+  }
 }
 
-__device__ __forceinline__ double row_squared_error(const SearchArgs& args, int64_t n,
+// |q - z|^2 with both normalised and rounded to float32; the work of a warp.
+__device__ __forceinline__ double row_squared_error(const SearchArgs& args, const float* row,
                                                     int64_t index) {
   const CodebookLayout& layout = args.layout;
-  const float* packed = args.packed.tiles + n / kTileRows * layout.dim * kTileRows + n % kTileRows;
+  const float* code = args.codebook + index * layout.dim;
   double sum = 0;
   for (int g = 0; g < layout.groups; ++g) {
-    const double scale = args.code_scales[index * layout.groups + g];
-    for (int d = layout.begin[g] + lane_index(); d < layout.begin[g + 1]; d += kWarpSize) {
-      const float q =
-          static_cast<float>(static_cast<double>(args.codebook[index * layout.dim + d]) * scale);
-      const double difference =
-          static_cast<double>(q) - static_cast<double>(packed[static_cast<int64_t>(d) * kTileRows]);
+    const int begin = layout.begin[g] + lane_index(), end = layout.begin[g + 1];
+    double squared = 0;
+    for (int d = begin; layout.l2_norm && d < end; d += kWarpSize) {
+      squared += static_cast<double>(row[d]) * static_cast<double>(row[d]);
+    }
+    const double row_scale = inverse_norm(sum_over_warp(squared), layout.l2_norm);
+    const double code_scale = args.code_scales[index * layout.groups + g];
+    for (int d = begin; d < end; d += kWarpSize) {
+      const float q = static_cast<float>(static_cast<double>(code[d]) * code_scale);
+      const float z = static_cast<float>(static_cast<double>(row[d]) * row_scale);
+      const double difference = static_cast<double>(q) - static_cast<double>(z);
       sum += difference * difference;
     }
   }
-  for (int step = kWarpSize / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
-  return sum;
+  return sum_over_warp(sum);
 }
 
-// Grid: a warp a row, kSettleThreads / 32 rows a block; no shared memory, no barrier.
-// Bytes: 4 a tile of codes for the maxima, and 4 (dim + 1) kTileCodes for each tile looked at again
-// (nearly always one), from the second-level cache, which bounds it. A row whose scores leave
-// float32, or a codebook of equal rows, costs the distance to every code in float64.
-__global__ void __launch_bounds__(kSettleThreads, 6)
+// Grid: a warp a row, kSettleThreads / 32 rows a block, whose maxima lie side by side; no shared
+// memory, no barrier. Bytes: 4 a tile of codes for the maxima, and 4 KiB a step of the operands for
+// each tile looked at again (nearly always one), from the second-level cache, which bounds it.
+// Codes closer together than half precision can tell cost a distance in float64 each.
+__global__ void __launch_bounds__(kSettleThreads, 2)
     settle_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();
@@ -258,59 +508,98 @@ __global__ void __launch_bounds__(kSettleThreads, 6)
     return;
   }
   const float* row = args.rows + token * layout.dim;
-  bool finite = true;
-  for (int d = lane; d < layout.dim; d += kWarpSize) finite = finite && is_finite(row[d]);
-  finite = ballot(!finite) == 0;
-
-  const int64_t num_tiles = (layout.codes + kTileCodes - 1) / kTileCodes;
-  const float* tile_max = args.tile_max + n * num_tiles;
-  float best = -infinity();
-  for (int64_t t = lane; t < num_tiles; t += kWarpSize) best = fmaxf(best, tile_max[t]);
-  for (int step = kWarpSize / 2; step > 0; step /= 2) best = fmaxf(best, shuffle_xor(best, step));
-  const float threshold =
-      best - 2 * score_error_bound(layout.dim, args.packed.lengths[first_row + n],
-                                   args.codes.bounds[0], args.codes.bounds[1]);
-
-  Choice choice;
-  if (finite && is_finite(threshold)) {
-    for (int64_t t0 = 0; t0 < num_tiles; t0 += kWarpSize) {
-      const bool near = t0 + lane < num_tiles && tile_max[t0 + lane] >= threshold;
+  const RankRowBounds bounds = args.packed.bounds[first_row + n];
+  int64_t index = 0;
+  if (is_finite(static_cast<double>(bounds.length))) {
+    const int64_t tiles = num_tiles(args), stride = padded_rows(num_rows);
+    const float* tile_max = args.tile_max + n;
+    float best = -infinity();
+    for (int64_t t = lane; t < tiles; t += kWarpSize) best = fmaxf(best, tile_max[t * stride]);
+    best = max_over_warp(best, 1);
+    const float threshold = best - 2 * rank_error_bound(operand_steps(layout.dim) * kStepColumns,
+                                                        bounds, args.codes.summary->bounds);
+    Choice choice;
+    for (int64_t t0 = 0; t0 < tiles; t0 += kWarpSize) {
+      const bool near = t0 + lane < tiles && tile_max[(t0 + lane) * stride] >= threshold;
       for (unsigned mask = ballot(near); mask != 0; mask &= mask - 1) {
         settle_tile(args, row, first_row + n, t0 + lowest_bit(mask), threshold, &choice);
       }
     }
-  } else if (finite) {  // scores beyond float32: decide everything in float64
-    for (int64_t code = lane; code < layout.codes; code += kWarpSize) {
-      choice.consider(row, code, args);
-    }
+    index = choice.settle(row, args);
   }
-  choice.reduce_warp();
   if (lane == 0) {
-    args.indices[token] = choice.index;
-    if (args.hits) atomic_add(args.hits + choice.index, int64_t{1});
+    args.indices[token] = index;
+    if (args.hits) atomic_add(args.hits + index, int64_t{1});
   }
   if (args.row_error) {
-    const double error = row_squared_error(args, first_row + n, choice.index);
+    const double error = row_squared_error(args, row, index);
     if (lane == 0) args.row_error[token] = error;
   }
 }
 
-template <int kRowsPerThread>
-cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                        cudaStream_t stream) {
-  constexpr int kRows = 16 * kRowsPerThread;
-  const int64_t row_tiles = ceil_div(num_rows, kRows);
-  const int64_t num_tiles = ceil_div(args.layout.codes, kTileCodes);
-  // At most kRankBlocks runs, and the second grid dimension ends at 65,535.
-  const int64_t tiles_per_block = ceil_div(num_tiles, ceil_div(kRankBlocks, row_tiles));
-  const dim3 grid(static_cast<unsigned>(row_tiles),
-                  static_cast<unsigned>(ceil_div(num_tiles, tiles_per_block)));
-  return launch(rank_kernel<kRowsPerThread>, grid, kRankThreads, sizeof(RankShared<kRows>), stream,
-                args, first_row, num_rows, static_cast<int>(tiles_per_block));
-}
-
 unsigned blocks(int64_t items, int per_block) {
   return static_cast<unsigned>(ceil_div(items, per_block));
+}
+
+using RankKernel = void (*)(SearchArgs, int64_t, int64_t, int);
+
+template <int kFragments>
+RankKernel rank_kernel_for(int steps) {
+  switch (steps) {
+    case 1:
+      return rank_kernel<1, kFragments>;
+    case 2:
+      return rank_kernel<2, kFragments>;
+    case 3:
+      return rank_kernel<3, kFragments>;
+    case 4:
+      return rank_kernel<4, kFragments>;
+    default:
+      static_assert(kMostSteps == 5, "a kernel for every number of steps");
+      return rank_kernel<5, kFragments>;
+  }
+}
+
+cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+                        cudaStream_t stream) {
+  const int steps = operand_steps(args.layout.dim);
+  RankKernel kernel = rank_wide_kernel;
+  int rows = kWideRows, shared_vectors = 2 * kWideChunk * kWideStages;
+  if (steps <= kMostSteps) {
+    // A coarse scale has few rows: fewer of a block's would be there.
+    const bool few = num_rows <= kBlockRows / 2;
+    kernel = few ? rank_kernel_for<2>(steps) : rank_kernel_for<4>(steps);
+    rows = few ? kBlockRows / 2 : kBlockRows;
+    shared_vectors = steps * kTileFragments * kWarpSize * kStages;
+  }
+  const int64_t row_blocks = ceil_div(num_rows, rows);
+  const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
+  // At most kRankBlocks runs, and the second grid dimension ends at 65,535.
+  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(kRankBlocks, row_blocks));
+  const dim3 grid(static_cast<unsigned>(row_blocks),
+                  static_cast<unsigned>(ceil_div(tiles, tiles_per_block)));
+  return launch(kernel, grid, kRankThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
+                stream, args, first_row, num_rows, static_cast<int>(tiles_per_block));
+}
+
+// Measures the codebook, then packs it and `num_rows` rows, which it says how to scale.
+cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
+                        const PackedCodes& codes, double* scales, const float* rows,
+                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
+  TF_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
+  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
+                     stream, layout, codebook, scales, &codes.summary->range));
+  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+  const PackArgs args = {layout, codebook, codes, padded, rows, packed, num_rows};
+  return launch(pack_kernel, dim3(blocks(4 * (padded + num_rows), kPackThreads)), kPackThreads, 0,
+                stream, args);
+}
+
+cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, int64_t num_rows,
+                             const PackedRows& packed, cudaStream_t stream) {
+  const PackArgs args = {layout, nullptr, {}, 0, rows, packed, num_rows};
+  return launch(pack_kernel, dim3(blocks(4 * num_rows, kPackThreads)), kPackThreads, 0, stream,
+                args);
 }
 
 struct NearestCodeScratch {
@@ -321,35 +610,28 @@ struct NearestCodeScratch {
   NearestCodeScratch(Workspace& workspace, const NearestCodeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
         rows(take_packed_rows(workspace, args.layout.dim,
-                              args.num_rows < kRowsAtOnce ? args.num_rows : kRowsAtOnce)),
+                              args.num_rows < kRowsAtOnce ? args.num_rows : kRowsAtOnce, codes)),
         tile_max(take_tile_max(workspace, args.layout, args.num_rows)) {}
 };
 
 }  // namespace
 
 cudaError_t launch_pack_codes(const CodebookLayout& layout, const float* codebook,
-                              const PackedCodes& codes, cudaStream_t stream) {
-  TF_CUDA_TRY(cudaMemsetAsync(codes.bounds, 0, 2 * sizeof(float), stream));
-  return launch(pack_codes_kernel, dim3(blocks(layout.codes, kTileCodes)), kPackThreads, 0, stream,
-                layout, codebook, codes);
+                              const PackedCodes& codes, double* scales, cudaStream_t stream) {
+  return launch_pack(layout, codebook, codes, scales, nullptr, 0, {}, stream);
 }
 
 cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
                                cudaStream_t stream) {
-  return launch(scale_codes_kernel, dim3(blocks(layout.codes * layout.groups, kPackThreads)),
-                kPackThreads, 0, stream, layout, codebook, scales);
+  return launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
+                stream, layout, codebook, scales, static_cast<RankRange*>(nullptr));
 }
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream) {
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
-    // A coarse scale has few rows: small tiles waste fewer lanes on rows that are not there.
-    if (count <= kTileRows / 2) {
-      TF_CUDA_TRY(launch_rank<2>(args, first, count, stream));
-    } else {
-      TF_CUDA_TRY(launch_rank<8>(args, first, count, stream));
-    }
+    TF_CUDA_TRY(launch_rank(args, first, count, stream));
     TF_CUDA_TRY(launch(settle_kernel, dim3(blocks(count, kSettleThreads / kWarpSize)),
                        kSettleThreads, 0, stream, args, first, count));
   }
@@ -369,13 +651,16 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
   if (args.num_rows < 0 || unsupported_reason(layout)) return cudaErrorInvalidValue;
   Workspace workspace(workspace_memory);
   const NearestCodeScratch scratch(workspace, args);
-  TF_CUDA_TRY(launch_pack_codes(layout, args.codebook, scratch.codes, stream));
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
     const float* rows = args.rows + first * layout.dim;
-    TF_CUDA_TRY(launch(pack_rows_kernel, dim3(blocks(count, kPackThreads)), kPackThreads, 0, stream,
-                       layout, rows, count, scratch.rows));
+    if (first == 0) {
+      TF_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, nullptr, rows, count,
+                              scratch.rows, stream));
+    } else {
+      TF_CUDA_TRY(launch_pack_rows(layout, rows, count, scratch.rows, stream));
+    }
     SearchArgs search = {};
     search.layout = layout;
     search.codebook = args.codebook;

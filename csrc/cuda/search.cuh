@@ -1,7 +1,19 @@
 // What the search shares with the kernels that prepare its operands.
+//
+// Rows and codes are operands of the tensor cores, packed in half precision in the order in which a
+// warp holds them (device.cuh, multiply_add_16x8x16): tiles of 128 vectors, steps of 16 columns,
+// fragments of 16 vectors, and for each lane the 16 bytes it takes from the fragment,
+//
+//   [tile][step][fragment of 8][lane of 32]{four words of two columns}
+//
+// With g = lane / 4 and t = lane % 4, the words are columns 2t and 2t + 1, and 8 further, of
+// vectors g and g + 8 of the fragment, in the order of `operand_word`. A warp reads a fragment by
+// one load of 512 bytes in a row, from shared memory without conflicts, and a tile is copied as it
+// lies.
 #pragma once
 
 #include "../common/codebook.h"
+#include "../common/rank_bound.h"
 #include "device.cuh"
 #include "workspace.h"
 
@@ -10,22 +22,60 @@ namespace tokenflow::cuda {
 // Codes are ranked in tiles of this many; a row keeps one maximum for each tile.
 constexpr int kTileCodes = 128;
 
-// Rows are packed in tiles of this many, [dim][kTileRows] each.
-constexpr int kTileRows = 128;
+constexpr int kTileVectors = 128;
+constexpr int kFragmentVectors = 16;
+constexpr int kTileFragments = kTileVectors / kFragmentVectors;
+constexpr int kStepColumns = 16;
+static_assert(kTileCodes == kTileVectors, "a tile of codes is one of packed vectors");
+
+// Operands of up to this many steps are held in registers; wider ones pass in chunks of kWideSteps.
+constexpr int kMostSteps = 5;
+constexpr int kWideSteps = 2;
+
+// Rows are ranked in blocks of at most this many, and their storage is padded to it.
+constexpr int kBlockRows = 256;
 
 // Rows whose tile maxima are held at once: bounds the scratch of a search.
 constexpr int64_t kRowsAtOnce = 8192;
 
+// Steps of a packed vector: its channels and kRankSpareColumns more.
+__host__ __device__ __forceinline__ int operand_steps(int dim) {
+  const int steps = (dim + kRankSpareColumns + kStepColumns - 1) / kStepColumns;
+  return steps <= kMostSteps ? steps : (steps + kWideSteps - 1) / kWideSteps * kWideSteps;
+}
+
+// Where the fragment of vector n begins in a step; lane l's part is l further.
+__host__ __device__ __forceinline__ int64_t fragment_index(int64_t n, int step, int steps) {
+  return ((n / kTileVectors * steps + step) * kTileFragments +
+          n % kTileVectors / kFragmentVectors) *
+         kWarpSize;
+}
+
+// The instruction takes the words of rows by columns and those of codes by vectors.
+enum class Operand { kRows, kCodes };
+
+// Which of a lane's words holds the half `column / 8` of a step's columns for vector n.
+template <Operand kOperand>
+__device__ __forceinline__ int operand_word(int64_t n, int half) {
+  const int upper = static_cast<int>(n % kFragmentVectors / 8);
+  return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
+}
+
+// What ranking needs to know of the whole codebook; all zero before it is packed.
+struct CodebookSummary {
+  RankRange range;
+  RankCodeBounds bounds;
+};
+
 struct PackedCodes {
-  // [tiles][dim + 1][kTileCodes]: a line of biases, then normalised and weighted rows, transposed.
-  // Missing codes of the last tile have bias -inf.
-  float* tiles;
-  float* bounds;  // largest length of a packed row, largest |bias|
+  uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
+  CodebookSummary* summary;
 };
 
 struct PackedRows {
-  float* tiles;    // [tiles][dim][kTileRows], normalised; what follows the last row is never used
-  float* lengths;  // upper bounds of the packed rows' lengths
+  uint4* fragments;  // what follows the last row is never used
+  RankRowBounds* bounds;
+  const CodebookSummary* codes;
 };
 
 // Where row n of a scale lies among all tokens.
@@ -50,56 +100,140 @@ struct SearchArgs {
   int scale;
   const int64_t* dropped;     // null or one scale number; a dropped scale gets -1
   const double* code_scales;  // [codes, groups]; used with row_error
-  float* tile_max;            // scratch, see search_scratch_floats
+  float* tile_max;            // scratch, see take_tile_max
   int64_t* indices;           // out [batch * tokens]
   int64_t* hits;              // out [codes] (added to) or null
   double* row_error;          // out [batch * tokens] squared error of each row, or null
 };
 
+__host__ __device__ __forceinline__ int64_t padded_rows(int64_t num_rows) {
+  return (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+}
+
+inline int64_t packed_vectors(int64_t padded, int dim) {
+  return padded / kFragmentVectors * operand_steps(dim) * kWarpSize;
+}
+
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
-  PackedCodes codes;
-  codes.tiles =
-      workspace.take<float>(ceil_div(layout.codes, kTileCodes) * (layout.dim + 1) * kTileCodes);
-  codes.bounds = workspace.take<float>(2);
-  return codes;
+  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+  return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
+          workspace.take<CodebookSummary>(1)};
 }
 
-inline PackedRows take_packed_rows(Workspace& workspace, int dim, int64_t num_rows) {
-  const int64_t padded = ceil_div(num_rows, kTileRows) * kTileRows;
-  return {workspace.take<float>(padded * dim), workspace.take<float>(padded)};
+inline PackedRows take_packed_rows(Workspace& workspace, int dim, int64_t num_rows,
+                                   const PackedCodes& codes) {
+  const int64_t padded = padded_rows(num_rows);
+  return {workspace.take<uint4>(packed_vectors(padded, dim)), workspace.take<RankRowBounds>(padded),
+          codes.summary};
 }
 
+// [tiles of codes][rows at once].
 inline float* take_tile_max(Workspace& workspace, const CodebookLayout& layout, int64_t num_rows) {
-  return workspace.take<float>((num_rows < kRowsAtOnce ? num_rows : kRowsAtOnce) *
+  return workspace.take<float>(padded_rows(num_rows < kRowsAtOnce ? num_rows : kRowsAtOnce) *
                                ceil_div(layout.codes, kTileCodes));
 }
-
-// Packs the codebook. `scales` may be null.
-cudaError_t launch_pack_codes(const CodebookLayout& layout, const float* codebook,
-                              const PackedCodes& codes, cudaStream_t stream);
 
 // scales [codes, groups]: reciprocal lengths of the codebook's rows.
 cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
                                cudaStream_t stream);
 
+// Packs the codebook. `scales` as above, or null.
+cudaError_t launch_pack_codes(const CodebookLayout& layout, const float* codebook,
+                              const PackedCodes& codes, double* scales, cudaStream_t stream);
+
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 
-// Normalises one row into place n of the packed rows; the work of one thread.
+// What stands beside the channels in a packed vector.
+struct SpareColumns {
+  uint16_t bias[3];
+  uint16_t block;
+
+  __device__ __forceinline__ uint16_t at(int column) const {
+    return column == 0   ? bias[0]
+           : column == 1 ? bias[1]
+           : column == 2 ? bias[2]
+           : column == 3 ? block
+                         : uint16_t{0};
+  }
+};
+
+// Squares of lengths in scaled units, as packed and of the difference from the exact vector.
+struct PackedSquares {
+  double packed;
+  double error;
+};
+
+// Writes vector n, normalised by groups, times the square roots of the weights and 2^exponent; the
+// work of four lanes in a row, whose sums of squares are returned in each. A null vector is zero.
+template <Operand kOperand>
+__device__ __forceinline__ PackedSquares pack_vector(const float* vector,
+                                                     const CodebookLayout& layout, int exponent,
+                                                     const SpareColumns& spare, int64_t n,
+                                                     bool write, uint4* fragments) {
+  const int t = lane_index() % 4, steps = operand_steps(layout.dim);
+  const double power = ldexp(1.0, exponent);
+  unsigned* words =
+      reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
+  PackedSquares squares = {0, 0};
+  int group_end = 0, next_group = 0;
+  double factor = 0;
+  for (int s = 0; s < steps; ++s) {
+    unsigned word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int d = s * kStepColumns + 2 * t + i % 2 + i / 2 * 8;
+      uint16_t half = spare.at(d - layout.dim);
+      if (d < layout.dim) {
+        half = 0;
+        if (vector) {
+          for (; d >= group_end; ++next_group) {
+            const int begin = layout.begin[next_group];
+            group_end = layout.begin[next_group + 1];
+            factor = sqrt(layout.weight[next_group]) * power *
+                     inverse_norm(squared_norm(vector, begin, group_end), layout.l2_norm);
+          }
+          const double exact = static_cast<double>(vector[d]) * factor;
+          half = to_half(static_cast<float>(exact));
+          const double rounded = static_cast<double>(from_half(half));
+          squares.packed += rounded * rounded;
+          squares.error += (rounded - exact) * (rounded - exact);
+        }
+      }
+      word = i % 2 == 0 ? half : word | static_cast<unsigned>(half) << 16;
+      if (write && i % 2 == 1) words[operand_word<kOperand>(n, i / 2)] = word;
+    }
+    words += 4 * kTileFragments * kWarpSize;
+  }
+  for (int mask = 1; mask < 4; mask *= 2) {
+    squares.packed += shuffle_xor(squares.packed, mask);
+    squares.error += shuffle_xor(squares.error, mask);
+  }
+  return squares;
+}
+
+// Packs one row as row n; the work of four lanes in a row. The codes' range must be known.
 __device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
-                                         const PackedRows& packed) {
-  float* column = packed.tiles + n / kTileRows * layout.dim * kTileRows + n % kTileRows;
+                                         bool write, const PackedRows& packed) {
   double length = 0;
   for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const double squared = squared_norm(row, begin, end);
+    const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
     const double scale = inverse_norm(squared, layout.l2_norm);
-    length += squared * scale * scale;
-    for (int d = begin; d < end; ++d) {
-      column[static_cast<int64_t>(d) * kTileRows] =
-          static_cast<float>(static_cast<double>(row[d]) * scale);
-    }
+    length += layout.weight[g] * squared * scale * scale;
   }
-  packed.lengths[n] = static_cast<float>(sqrt(length)) * 1.000001f;
+  length = sqrt(length);
+  const bool finite = length < static_cast<double>(INFINITY);
+  const RankRange range = packed.codes->range;
+  const RankRowScale scale = rank_row_scale(finite ? length : 0, range);
+  const float factor = rank_bias_factor(scale, range);
+  const uint16_t half = to_half(factor);
+  const PackedSquares squares = pack_vector<Operand::kRows>(
+      finite ? row : nullptr, layout, scale.length, {{half, half, half}, to_half(kRankBlock)}, n,
+      write, packed.fragments);
+  if (write && lane_index() % 4 == 0) {
+    packed.bounds[n] = {finite ? round_up(sqrt(squares.packed)) : NAN,
+                        round_up(sqrt(squares.error)), factor,
+                        rank_distance_error(layout.dim, length, scale, range)};
+  }
 }
 
 }  // namespace tokenflow::cuda

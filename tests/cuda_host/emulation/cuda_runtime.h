@@ -23,8 +23,12 @@
 
 using dim3 = ::emulation::Dim3;
 
-struct alignas(16) float4 {
-  float x, y, z, w;
+struct alignas(8) float2 {
+  float x, y;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 struct cudaLaunchConfig_t {
@@ -87,6 +91,12 @@ inline int __float_as_int(float value) {
   return bits;
 }
 
+inline long long __double_as_longlong(double value) {
+  long long bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T before = *address;
@@ -94,8 +104,9 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 
-inline int atomicMax(int* address, int value) {
-  const int before = *address;
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
   *address = before > value ? before : value;
   return before;
 }

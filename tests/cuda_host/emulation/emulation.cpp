@@ -1,6 +1,7 @@
 #include "emulation.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -94,13 +95,21 @@ enum class State { kReady, kAtBarrier, kAtWarpOperation, kDone };
 
 struct Block;
 
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+
 struct Fiber {
   Block* block = nullptr;
   Context context;
   std::unique_ptr<unsigned char[]> stack;
   Dim3 index;
   State state = State::kDone;
-  int next_slots = 0;  // which of the warp's two sets of slots the next operation uses
+  int next_slots = 0;        // which of the warp's two sets of slots the next operation uses
+  std::vector<Copy> copies;  // on their way
+  int closed_groups = 0;     // of copies
 };
 
 // Two sets of slots: a lane can start the next operation while others still read the last one's
@@ -221,6 +230,8 @@ void start_block(Dim3 index, unsigned threads, size_t shared_bytes) {
     fiber.index = Dim3(i, 0, 0);
     fiber.state = State::kReady;
     fiber.next_slots = 0;
+    fiber.copies.clear();
+    fiber.closed_groups = 0;
     start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
   block.turns.resize(m.order == Order::kShuffled ? block.warps.size() : threads);
@@ -368,6 +379,103 @@ const unsigned char* post(unsigned mask, const char* operation, const void* valu
   }
   leave_fiber(fiber);
   return warp.slots[set];
+}
+
+uint16_t to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7fffu);   // NaN
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520
+  if (magnitude < 0x38800000u) {                                               // below 2^-14
+    const float scaled = std::nearbyint(std::fabs(value) * 16777216.0f);       // in units of 2^-24
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(scaled));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | (rounded - 0x38000000u) >> 13);
+}
+
+float from_half(uint16_t half) {
+  static const std::vector<float> values = [] {
+    std::vector<float> table(65536);
+    for (int i = 0; i < 65536; ++i) {
+      const int exponent = i >> 10 & 31, fraction = i & 1023;
+      float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                  : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+      if (exponent == 31) value = fraction ? std::nanf("") : INFINITY;
+      table[static_cast<size_t>(i)] = i & 0x8000 ? -value : value;
+    }
+    return table;
+  }();
+  return values[half];
+}
+
+namespace {
+
+float cut_to_float(double value) {
+  float nearest = static_cast<float>(value);
+  const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+  return away ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+}  // namespace
+
+void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                          unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  const unsigned char* slots = post(0xffffffffu, "mma", mine, sizeof(mine));
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  // Halves 2t and 2t + 1 of row `vector` in register `place` of lane 4 vector + t.
+  const auto read = [&](int vector, int place, double* values) {
+    for (int t = 0; t < 4; ++t) {
+      unsigned word;
+      std::memcpy(&word,
+                  slots + static_cast<size_t>(vector * 4 + t) * kSlotBytes +
+                      static_cast<size_t>(place) * sizeof(word),
+                  sizeof(word));
+      values[2 * t] = from_half(static_cast<uint16_t>(word & 0xffffu));
+      values[2 * t + 1] = from_half(static_cast<uint16_t>(word >> 16));
+    }
+  };
+  for (int k = 0; k < 2; ++k) {
+    double a[2][8], b[2][8];
+    for (int i = 0; i < 2; ++i) {
+      read(row, 2 * k + i, a[i]);
+      read(column + i, 4 + k, b[i]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      double total = sum[i];
+      for (int d = 0; d < 8; ++d) total += a[i / 2][d] * b[i % 2][d];
+      sum[i] = cut_to_float(total);
+    }
+  }
+}
+
+void copy_async(void* shared, const void* global) {
+  Machine& m = machine();
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    m.error = "an asynchronous copy of 16 bytes is not aligned to 16";
+    fail();
+  }
+  if (m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0)) {
+    std::memcpy(shared, global, 16);
+  } else {
+    m.current->copies.push_back({shared, global, m.current->closed_groups});
+  }
+}
+
+void commit_copies() { ++machine().current->closed_groups; }
+
+void wait_for_copies(int may_run) {
+  Fiber& fiber = *machine().current;
+  const auto first_left =
+      std::find_if(fiber.copies.begin(), fiber.copies.end(),
+                   [&](const Copy& copy) { return copy.group >= fiber.closed_groups - may_run; });
+  for (auto copy = fiber.copies.begin(); copy != first_left; ++copy) {
+    std::memcpy(copy->to, copy->from, 16);
+  }
+  fiber.copies.erase(fiber.copies.begin(), first_left);
 }
 
 }  // namespace emulation

@@ -9,6 +9,8 @@
 //     one block of the others. One of them gives another result.
 //   - a barrier or warp-wide operation that not all threads reach: the launch throws.
 //   - shared memory used before it was written: it holds NaN (all bits set) at a block's start.
+//   - a copy that nobody waited for, or that arrives while its place is still read: an asynchronous
+//     copy arrives at the wait that covers it (forward), at once (reverse) or at either (shuffled).
 //   - accesses out of bounds: AddressSanitizer sees the exact size of shared memory, too.
 #pragma once
 
@@ -58,13 +60,13 @@ constexpr int kWarp = 32;
 
 // Posts `bytes` of this lane, waits for the whole warp and returns what all of its lanes posted,
 // kSlotBytes apart.
-constexpr size_t kSlotBytes = 8;
+constexpr size_t kSlotBytes = 24;
 const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes);
 int lane();
 
 template <typename T, typename Source>
 T exchange(unsigned mask, const char* operation, T value, Source source) {
-  static_assert(sizeof(T) <= kSlotBytes, "the hardware moves 32 or 64 bits");
+  static_assert(sizeof(T) <= 8, "the hardware moves 32 or 64 bits");
   const unsigned char* slots = post(mask, operation, &value, sizeof(T));
   T result;
   std::memcpy(&result, slots + static_cast<size_t>(source(lane())) * kSlotBytes, sizeof(T));
@@ -79,5 +81,17 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   }
   return result;
 }
+
+uint16_t to_half(float value);
+float from_half(uint16_t half);
+
+// The fragments of mma.m16n8k16 with halves and float32 sums. Groups of eight products and the sum
+// so far are added exactly and then cut to float32, the coarser way in which hardware may round.
+void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                          unsigned b0, unsigned b1);
+
+void copy_async(void* shared, const void* global);  // 16 bytes
+void commit_copies();
+void wait_for_copies(int may_run);
 
 }  // namespace emulation

@@ -1,0 +1,140 @@
+// Ranking codes by scores of half-precision operands: how the operands are scaled, and the proven
+// bound on how far such a score may be from what float64 arithmetic sees.
+//
+// Row z and codes c_i, normalised if the layout says so and both times the square roots of the
+// weights, are multiplied by powers of two and rounded to half precision,
+//
+//   zq = 2^b z + ez,    cq_i = 2^a c_i + ec_i,    2^e bias_i = h_i + m_i + l_i + r_i,
+//
+// with a and e the same for all codes and b the row's own. What is ranked is one dot product: rows
+// hold the power of two f = 2^(a + b - e) against h, m and l, so that
+//
+//   S_i = <zq, cq_i> + f (h_i + m_i + l_i)   stands for   2^(a + b) (<z, c_i> + bias_i).
+//
+// The difference has four parts, bounded with lengths that packing measures:
+//
+//   1. Rounding the vectors: <zq, cq> - <2^b z, 2^a c> = <ez, 2^a c> + <zq, ec>, which is at most
+//      |ez| |2^a c| + |zq| |ec|.
+//   2. Splitting the bias: f |r|. A factor below half precision's smallest number, 2^-24, is stored
+//      as 0, which loses at most 2^-25 |2^e bias|.
+//   3. Summing: products of halves are exact in float32. A tensor core adds groups of 4 to 16
+//      products and the sum so far after cutting each to the place of the largest, and cuts the
+//      result. That is at most 6 cuts for 4 products, each of at most 2^-23 of the sum of all
+//      magnitudes: 1.5 width 2^-23 of it in all. Float32 additions in any order stay below that.
+//      The bound taken is (width + 8) 2^-22, which leaves room for the growth of partial sums (up
+//      to 2^20 columns), for rounding the threshold itself and for normalising in float64. The sum
+//      of magnitudes is at most |zq| |cq| + f (|h| + |m| + |l|).
+//   4. Float64: the distances that decide are rounded, too. Each is 2 (constant - s_i) within
+//      (2 dim + 12) 2^-53 * 2 (|z|^2 + |c|^2), that is half as much of s_i, and the bias within
+//      dim 2^-53 |c|^2: together at most (dim + 8) 2^-51 (|z|^2 + |c|^2).
+//
+// With E the sum of the four, the code that float64 picks has S_i >= max S - 2 E.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "codebook.h"
+
+namespace tokenflow {
+
+// Columns beside the channels: the bias in three parts, and one against which only codes that must
+// not win (missing or not finite) hold a number.
+constexpr int kRankSpareColumns = 4;
+
+// What lengths and biases are scaled to: below 2^10 and 2^13. Entries 2^-24 times as large are
+// still normal numbers of half precision (from 2^-14), and a score is at most 2^20 + 2^(15 + 13).
+constexpr int kRankLengthExponent = 10;
+constexpr int kRankBiasExponent = 13;
+constexpr int kRankLargestFactor = 15;
+constexpr int kRankSmallestFactor = -24;
+
+// A code that must not win: -2^15 against the 2^15 of every row, below every other score.
+constexpr float kRankBlock = 32768.0f;
+
+// The largest length and |bias| of the codes that are finite.
+struct RankRange {
+  double length;
+  double bias;
+};
+
+// Largest over the codes, in scaled units.
+struct RankCodeBounds {
+  float length;      // |2^a c|
+  float error;       // |ec|
+  float bias;        // |h| + |m| + |l|
+  float bias_error;  // |r|
+};
+
+// Of one row, in scaled units.
+struct RankRowBounds {
+  float length;          // |zq|; NaN for a row that is not finite
+  float error;           // |ez|
+  float bias_factor;     // f
+  float distance_error;  // part 4
+};
+
+// Exponents a and e.
+struct RankCodeScale {
+  int length;
+  int bias;
+};
+
+// e with 2^e x in [2^(target - 1), 2^target), kept to what float64 can multiply by.
+TF_HOST_DEVICE int exponent_towards(int target, double x) {
+  int exponent = 0;
+  (void)frexp(x, &exponent);
+  exponent = target - exponent;
+  return exponent > 1000 ? 1000 : (exponent < -1000 ? -1000 : exponent);
+}
+
+TF_HOST_DEVICE RankCodeScale rank_code_scale(const RankRange& range) {
+  return {exponent_towards(kRankLengthExponent, range.length),
+          exponent_towards(kRankBiasExponent, range.bias)};
+}
+
+// Exponents b and a + b - e for a row of this length. Where the bias would need a factor above
+// half precision, it is the row that is scaled less.
+struct RankRowScale {
+  int length;
+  int factor;
+};
+
+TF_HOST_DEVICE RankRowScale rank_row_scale(double length, const RankRange& range) {
+  const RankCodeScale codes = rank_code_scale(range);
+  const int most = kRankLargestFactor + codes.bias - codes.length;
+  int exponent = exponent_towards(kRankLengthExponent, length);
+  if (range.bias > 0 && (exponent > most || length == 0)) exponent = most;
+  return {exponent, exponent + codes.length - codes.bias};
+}
+
+// f as it is stored: exact, or 0 below half precision.
+TF_HOST_DEVICE float rank_bias_factor(const RankRowScale& scale, const RankRange& range) {
+  if (range.bias == 0 || scale.factor < kRankSmallestFactor) return 0;
+  return static_cast<float>(ldexp(1.0, scale.factor));
+}
+
+// A bound that was measured in float64, rounded up.
+TF_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.000001f; }
+
+// Part 4 for a row of this length.
+TF_HOST_DEVICE float rank_distance_error(int dim, double length, const RankRowScale& scale,
+                                         const RankRange& range) {
+  const double squares = length * length + range.length * range.length;
+  return round_up(static_cast<double>(dim + 8) *
+                  ldexp(squares, scale.length + rank_code_scale(range).length - 51));
+}
+
+// E for a row, with operands of `width` columns.
+TF_HOST_DEVICE float rank_error_bound(int width, const RankRowBounds& row,
+                                      const RankCodeBounds& codes) {
+  const float summing = static_cast<float>(width + 8) / 4194304.0f;  // 2^-22
+  const float lost = 1.0f / 33554432.0f;                             // 2^-25
+  const float magnitudes = row.length * (codes.length + codes.error) + row.bias_factor * codes.bias;
+  const float rounding = row.error * codes.length + row.length * codes.error;
+  const float splitting =
+      row.bias_factor * codes.bias_error + lost * (codes.bias + codes.bias_error);
+  return (rounding + splitting + summing * magnitudes + row.distance_error) * 1.0001f;
+}
+
+}  // namespace tokenflow
