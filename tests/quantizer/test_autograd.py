@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, nop
+from quantizer.strategies import DEVICES
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -153,29 +154,33 @@ def loss_of(out: QuantizerOutput) -> torch.Tensor:
     return out.quantized.square().mean() + out.vq_loss + out.commitment_loss
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("atomic", [False, True])
-def test_atomic_codebook_gradient_reaches_the_backward(atomic: bool, deterministic) -> None:
+def test_atomic_codebook_gradient_reaches_the_backward(
+    device: str, atomic: bool, deterministic
+) -> None:
     torch.manual_seed(0)
-    quantizer = MultiScaleQuantizer(
-        32, (4, 2), SIZES, scale_drop=0.0, atomic_codebook_gradient=atomic
-    )
-    plain = MultiScaleQuantizer(32, (4, 2), SIZES, scale_drop=0.0)
+    options = {"codebook_size": 32, "dims": (4, 2), "scales": SIZES, "scale_drop": 0.0}
+    quantizer = MultiScaleQuantizer(**options, atomic_codebook_gradient=atomic).to(device)
+    plain = MultiScaleQuantizer(**options).to(device)
     plain.load_state_dict(quantizer.state_dict())
-    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    h = torch.randn(2, 6, 5, 4, device=device, requires_grad=True)
     parameters = [h, *quantizer.codebooks]
+    expected = torch.autograd.grad(loss_of(plain(h)), [h, *plain.codebooks])
     with Backwards() as backward:
         gradients = torch.autograd.grad(loss_of(quantizer(h)), parameters)
-    # The default may be left out of the recorded arguments.
+    # An argument at its default is not recorded.
     assert [call.get("atomic_codebook_gradient", False) for call in backward.calls] == [atomic]
-    # On the CPU the sum is the same, in the same order.
-    expected = torch.autograd.grad(loss_of(plain(h)), [h, *plain.codebooks])
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    torch.testing.assert_close(gradients, expected)
+    if device == "cpu" or not atomic:  # the same sum in the same order
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
     deterministic(True)
     out = quantizer(h)
     with Backwards() as backward:
-        torch.autograd.grad(loss_of(out), parameters)
+        gradients = torch.autograd.grad(loss_of(out), parameters)
     assert [call.get("atomic_codebook_gradient", False) for call in backward.calls] == [False]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
 def test_compiled_atomic_codebook_gradient(deterministic) -> None:
