@@ -15,16 +15,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Everything whose change means that the package has to be installed again.
 PACKAGE_SOURCES := pyproject.toml setup.py constraints.txt \
 	$(shell find build_backend csrc -type f -not -name '*.pyc')
-CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test benchmark lint format cpp cuda-compile sass setup clean
+.PHONY: help train test benchmark report lint format cpp cuda-compile sass setup clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train         train the tokenizer on the photographs that come with the packages'
 	@echo '                   (NPROC=2 for two processes, ARGS="..." for its own arguments)'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
-	@echo 'make benchmark     measure the kernels against eager PyTorch'
+	@echo 'make benchmark     measure the kernels against their rivals'
+	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
 	@echo 'make lint          check style; make format mends it'
 	@echo 'make cpp           build the C++ library without torch and run its tests'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
@@ -41,6 +42,9 @@ test: setup
 
 benchmark: setup
 	$(BIN)/pytest benchmarks $(ARGS)
+
+report: setup
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

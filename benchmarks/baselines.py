@@ -1,4 +1,4 @@
-"""What the kernels are measured against: the same loop in eager PyTorch, written two ways.
+"""What the kernels are measured against: the same loop in PyTorch, written two ways.
 
 Both take features h [B, D, H, W], one codebook [K, C_g] for each group and square scales, and
 return what `MultiScaleQuantizer` returns in training: quantized features, indices, both losses
@@ -7,12 +7,14 @@ return what `MultiScaleQuantizer` returns in training: quantized features, indic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.searches import Query, product_argmax
 
 
 class Output(NamedTuple):
@@ -35,12 +37,12 @@ def released(
 
     At every scale: both codebooks are normalised anew, a squared distance matrix [N, K] is formed
     for the semantic group, one for the pixel group and one for their weighted sum, its argmin is
-    taken, and a one-hot matrix [N, K] is made (int64, then cast) and summed over its rows for the
-    hits.
+    taken, and a one-hot matrix [N, K] is made (int64, then cast), which nothing uses.
 
-    Left out, though the released training computes them too, because their results are only
-    logged or multiplied by zero: the mean square of each distance matrix and the softmax entropy
-    of the joint one. With them the baseline would need more time and memory than is reported.
+    Left out, though the released code computes them too, because their results are only logged or
+    multiplied by zero: the mean square of both distance matrices and, in training, the softmax
+    entropy of the joint one and the distinct codes of a window of 131,072 tokens. With them the
+    baseline would need more time and memory than is reported.
     """
     semantic, pixel = codebooks
     split = [semantic.shape[1], pixel.shape[1]]
@@ -65,7 +67,9 @@ def released(
         index = torch.argmin(distances[0] + 1.0 * distances[1], dim=1)
         del distances
 
-        hits += F.one_hot(index, codes).to(z.dtype).sum(dim=0)
+        encodings = F.one_hot(index, codes).to(z.dtype)
+        del encodings
+        hits += torch.bincount(index, minlength=codes)
         q = torch.cat([unit_semantic, unit_pixel], dim=-1)[index].view(z.shape)
         vq_losses.append((q - z.detach()).square().mean())
         commitment_losses.append(beta * (q.detach() - z).square().mean())
@@ -84,24 +88,28 @@ def released(
 
 
 def eager(
-    h: Tensor, codebooks: Sequence[Tensor], sides: Sequence[int], beta: float = 0.25
+    h: Tensor,
+    codebooks: Sequence[Tensor],
+    sides: Sequence[int],
+    beta: float = 0.25,
+    search: Callable[[Tensor], Query] = product_argmax,
 ) -> Output:
     """The plainest good eager form.
 
-    The codebook is normalised once; of unit vectors the nearest is the one with the largest inner
-    product, so a scale is one matrix product over all groups, an argmax and a gather.
+    The codebook is normalised and given to `search` once; a scale is then one query over all
+    groups, by default a matrix product and an argmax, and a gather.
     """
     split = [codebook.shape[1] for codebook in codebooks]
     unit = torch.cat([F.normalize(codebook, dim=-1) for codebook in codebooks], dim=-1)
     with torch.no_grad():
-        transposed = unit.detach().T
+        query = search(unit.detach())
     residual, quantized = h, torch.zeros_like(h)
     indices, vq_losses, commitment_losses = [], [], []
     for side in sides:
         z = F.interpolate(residual, size=(side, side), mode="area").permute(0, 2, 3, 1)
         z = torch.cat([F.normalize(part, dim=-1) for part in z.split(split, dim=-1)], dim=-1)
         with torch.no_grad():
-            index = (z.flatten(0, 2) @ transposed).argmax(dim=1)
+            index = query(z.flatten(0, 2))
         q = unit[index].view(z.shape)
         vq_losses.append(F.mse_loss(q, z.detach()))
         commitment_losses.append(F.mse_loss(z, q.detach()))

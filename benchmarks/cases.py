@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
 from benchmarks import baselines
+from benchmarks.searches import SEARCHES
 from tokenflow_ext import MultiScaleQuantizer
 
 DIMS = (32, 8)
@@ -20,6 +23,7 @@ PYRAMIDS = {
     "tiny": (1, 2),  # warms up, never measured
 }
 Mode = Literal["forward", "forward+backward"]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 MODES: tuple[Mode, ...] = ("forward", "forward+backward")
 
 
@@ -36,6 +40,11 @@ class Case:
     @property
     def sides(self) -> tuple[int, ...]:
         return PYRAMIDS[self.pyramid]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all scales."""
+        return self.batch * sum(side * side for side in self.sides)
 
     @property
     def rows(self) -> int:
@@ -65,12 +74,25 @@ class Call:
         return out, torch.autograd.grad([out.quantized, loss], wanted, [self.grad, None])
 
 
-def _baseline(step: Callable[..., Any]) -> Callable[[Case, MultiScaleQuantizer], Callable]:
-    def build(case: Case, quantizer: MultiScaleQuantizer) -> Callable[[Tensor], Any]:
+Make = Callable[[Case, MultiScaleQuantizer], Callable[[Tensor], Any]]
+
+
+def _baseline(step: Callable[..., Any]) -> Make:
+    def make(case: Case, quantizer: MultiScaleQuantizer) -> Callable[[Tensor], Any]:
         codebooks = list(quantizer.codebooks)
         return lambda h: step(h, codebooks, case.sides, quantizer.beta)
 
-    return build
+    return make
+
+
+def _searching(name: str) -> Make:
+    """The eager form around another search."""
+
+    def make(case: Case, quantizer: MultiScaleQuantizer) -> Callable[[Tensor], Any]:
+        search = SEARCHES[name].prepare(case.codebook_size, sum(DIMS), case.device)
+        return _baseline(functools.partial(baselines.eager, search=search))(case, quantizer)
+
+    return make
 
 
 @functools.cache
@@ -78,13 +100,84 @@ def _compiled_eager() -> Callable[..., Any]:
     return torch.compile(baselines.eager, dynamic=False)
 
 
-# Name -> function of (case, quantizer that holds the codebooks).
-IMPLEMENTATIONS: dict[str, Callable[[Case, MultiScaleQuantizer], Callable[[Tensor], Any]]] = {
-    "ours": lambda case, quantizer: quantizer,
-    "released": _baseline(baselines.released),
-    "eager": _baseline(baselines.eager),
-    "compiled": _baseline(lambda *args: _compiled_eager()(*args)),
+@dataclass(frozen=True)
+class Implementation:
+    """Something that does the work of a case."""
+
+    make: Make
+    """(case, quantizer that holds the codebooks) -> function of features."""
+    includes: str
+    """What a call does, for the report."""
+    bytes_per_score: int
+    """Memory it may need for each element of the largest N x K matrix, to tell whether it fits."""
+    package: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: bool = False
+
+
+IMPLEMENTATIONS = {
+    "ours": Implementation(lambda case, quantizer: quantizer, "`MultiScaleQuantizer`", 0),
+    "released": Implementation(
+        _baseline(baselines.released),
+        "what TokenFlow's authors published, written anew: at every scale both codebooks "
+        "normalised, three distance matrices [N, K], argmin, a one-hot matrix, area and bicubic "
+        "F.interpolate. Their code also forms the mean square of two distance matrices and, in "
+        "training, a softmax entropy times zero and the distinct codes of a window; this does not",
+        40,
+    ),
+    "eager": Implementation(
+        _baseline(baselines.eager),
+        "the plainest good eager form: the codebook normalised once, one matrix product, argmax, "
+        "gather",
+        8,
+    ),
+    "compiled": Implementation(
+        _baseline(lambda *args: _compiled_eager()(*args)),
+        "torch.compile of the eager form",
+        8,
+        compiled=True,
+    ),
+    "VectorQuantize": Implementation(
+        _searching("VectorQuantize"),
+        "the eager form with vector-quantize-pytorch's VectorQuantize as the search: cosine "
+        "similarity over both groups joined, codes copied in once a call, its own updates off",
+        24,
+        "vector_quantize_pytorch",
+    ),
+    "faiss": Implementation(
+        _searching("faiss IndexFlatIP"),
+        "the eager form with faiss's IndexFlatIP as the search, filled anew in each call",
+        8,
+        "faiss",
+        ("cpu",),
+    ),
 }
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def rivals(case: Case, compile_too: bool) -> dict[str, str | None]:
+    """Each baseline of a case, with the reason if it cannot be run here."""
+    found: dict[str, str | None] = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if name == "ours" or case.device not in implementation.devices:
+            continue
+        if implementation.compiled and not compile_too:
+            continue
+        needed = implementation.bytes_per_score * case.rows * case.codebook_size
+        free = free_memory(case.device)
+        if implementation.package and importlib.util.find_spec(implementation.package) is None:
+            found[name] = "not installed"
+        elif needed > 0.8 * free:
+            found[name] = f"needs {needed / 2**30:.0f} of {free / 2**30:.0f} GiB free"
+        else:
+            found[name] = None
+    return found
 
 
 def build(case: Case, name: str, seed: int = 0) -> Call:
@@ -100,5 +193,5 @@ def build(case: Case, name: str, seed: int = 0) -> Call:
     shape = (case.batch, sum(DIMS), case.sides[-1], case.sides[-1])
     h = torch.randn(shape, generator=generator).to(case.device).requires_grad_(backward)
     grad = torch.randn(shape, generator=generator).to(case.device) if backward else None
-    function = IMPLEMENTATIONS[name](case, quantizer)
+    function = IMPLEMENTATIONS[name].make(case, quantizer)
     return Call(function, h, list(quantizer.codebooks), grad)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
-import torch
 
-import tokenflow_ext
-from benchmarks.memory import ROOT, MemoryProbe
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+from benchmarks import machine
+from benchmarks.cases import DEVICES
+from benchmarks.memory import MemoryProbe
+from benchmarks.roofline import Ceiling
+from benchmarks.roofline import ceilings as measured_ceilings
+from benchmarks.tables import Record, tables
+from benchmarks.timing import clock
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,87 +33,53 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="measure torch.compile of the eager form too; compiling takes minutes",
     )
+    group.addoption("--large", action="store_true", help="measure K = 131,072 at XL, forward, too")
 
 
-@dataclass
-class Table:
-    """A Markdown table that fills up as benchmarks run."""
-
-    title: str
-    note: str
-    header: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The table with its columns aligned."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        rule = ["-" * width for width in widths]
-        body = [
-            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-            for row in (self.header, rule, *self.rows)
-        ]
-        return ["", self.title, "", *body, "", self.note]
-
-
-class Report:
-    """Tables by name, printed when everything has run."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, Table] = {}
-
-    def add(self, name: str, title: str, note: str, row: dict[str, str]) -> None:
-        """Appends a row, keyed by column, to a table."""
-        table = self.tables.setdefault(name, Table(title, note, list(row)))
-        table.rows.append([row[column] for column in table.header])
-
-
-_REPORT = pytest.StashKey[Report]()
+_RECORDS = pytest.StashKey[list[Record]]()
+_RUN = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_REPORT] = Report()
+    config.stash[_RECORDS] = []
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    config.stash[_RUN] = {
+        **machine.facts([a for a in arguments if not a.startswith("--benchmark-json")]),
+        "ceilings": {},
+        "missing ceilings": {},
+    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from benchmarks.timing import clock
-
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
-def machine() -> str:
-    """Device, versions and commit, in a line."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    info = tokenflow_ext.build_info()
-    parts = [
-        f"{model}, {torch.get_num_threads()} threads, kernels: {info['cpu_instruction_set']}",
-        f"Python {platform.python_version()}, torch {torch.__version__}",
-        f"tokenflow_ext {info['version']} at {commit or 'no commit'}, {info['compiler']}",
-    ]
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    return "; ".join(parts)
+def _finished(config: pytest.Config) -> dict[str, Any]:
+    run = config.stash[_RUN]
+    run.setdefault("load after", list(os.getloadavg()))
+    return run
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """What `python -m benchmarks.report --json` reads beside the benchmarks' extra_info."""
+    output_json["run"] = _finished(config)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    tables = config.stash[_REPORT].tables
-    if not tables:
-        return
-    terminalreporter.section("ours against the baselines")
-    terminalreporter.write_line(machine())
-    for table in tables.values():
-        for line in table.lines():
+    run, records = _finished(config), config.stash[_RECORDS]
+    for device in DEVICES:
+        here = [record for record in records if record["device"] == device]
+        if not here:
+            continue
+        terminalreporter.section(f"ours against the baselines, {device}")
+        for line in machine.describe(run, device):
             terminalreporter.write_line(line)
+        for table in tables(here, run["missing ceilings"][device], run["ceilings"][device]):
+            for line in ["", table.title, "", *table.lines(), "", table.note]:
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(params=DEVICES)
@@ -121,9 +89,30 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
-    """The tables of this run."""
-    return request.config.stash[_REPORT]
+def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Record], None]:
+    """Keeps what a benchmark found, for the tables and for pytest-benchmark's JSON."""
+
+    def keep(found: Record) -> None:
+        request.config.stash[_RECORDS].append(found)
+        benchmark.extra_info.update(found)
+
+    return keep
+
+
+@pytest.fixture(scope="session")
+def ceilings(pytestconfig: pytest.Config) -> Iterator[Callable[[str], list[Ceiling]]]:
+    """The limits of a device, made ready when first asked for."""
+    run = pytestconfig.stash[_RUN]
+    with ExitStack() as stack:
+
+        @functools.cache
+        def of(device: str) -> list[Ceiling]:
+            found, missing = stack.enter_context(measured_ceilings(device))
+            run["ceilings"][device] = {ceiling.name: ceiling.meaning for ceiling in found}
+            run["missing ceilings"][device] = missing
+            return found
+
+        yield of
 
 
 @pytest.fixture

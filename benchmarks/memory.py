@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import MODES, Case, build
-
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 2**20
+from benchmarks.cases import IMPLEMENTATIONS, MODES, Case, build
+from benchmarks.machine import ROOT
 
 
 def _status(field: str) -> int:
@@ -61,11 +59,12 @@ def cuda_peak(call: Callable[[], object]) -> int:
 
 
 def _measure_here(case: Case, name: str) -> int:
-    if name != "compiled":  # its first call would compile for the tiny shape alone
+    compiled = IMPLEMENTATIONS[name].compiled
+    if not compiled:  # its first call would compile for the tiny shape alone
         for mode in MODES:  # threads, autograd and lazy imports come first
             build(replace(case, pyramid="tiny", codebook_size=64, mode=mode), name)()
     call = build(case, name)
-    if name == "compiled":
+    if compiled:
         call()
     return resident_peak(call)
 
@@ -76,8 +75,8 @@ class MemoryProbe:
     def __init__(self) -> None:
         self._helper: subprocess.Popen | None = None
 
-    def peak(self, case: Case, name: str) -> float:
-        """Peak memory of one call in MiB, beyond the state before it.
+    def peak(self, case: Case, name: str) -> int:
+        """Peak memory of one call in bytes, beyond the state before it.
 
         Raises:
             RuntimeError: the measurement failed; the helper's error is in the message.
@@ -85,7 +84,7 @@ class MemoryProbe:
         if case.device != "cpu":
             call = build(case, name)
             call()
-            return cuda_peak(call) / MIB
+            return cuda_peak(call)
         if self._helper is None:
             self._helper = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.memory"],
@@ -99,7 +98,7 @@ class MemoryProbe:
         answer = json.loads(self._helper.stdout.readline() or '{"error": "helper ended"}')
         if "error" in answer:
             raise RuntimeError(f"memory of {name}, {case}: {answer['error']}")
-        return answer["bytes"] / MIB
+        return answer["bytes"]
 
     def close(self) -> None:
         """Ends the helper process."""

@@ -2,69 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
+from benchmarks import roofline
 from benchmarks.agreement import check_results
-from benchmarks.cases import MODES, Case, build
+from benchmarks.cases import DEVICES, IMPLEMENTATIONS, MODES, Case, build, rivals
 from benchmarks.timing import clock, interleave, rounds_within
 
-WORK = "float32, groups (32, 8), batch {batch}, {device}"
-TIME_NOTE = "Medians of time, and medians over interleaved rounds of the two sides' ratio."
-MEMORY_NOTE = "Peak of one call beyond the state before it: {what}."
-MEMORY = {
-    "cpu": "resident memory of a fresh process",
-    "cuda": "what torch's allocator handed out",
-}
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    shapes = [(p, k, mode) for p in ("B", "XL") for k in (8192, 32768) for mode in MODES]
+    if option("--large"):
+        shapes.append(("XL", 131072, "forward"))
+    cases = [Case(*shape, option("--batch"), device) for device in DEVICES for shape in shapes]
+    names = [f"{case.device}-{case.pyramid}-{case.codebook_size}-{case.mode}" for case in cases]
+    metafunc.parametrize("case", cases, ids=names)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("codebook_size", [8192, 32768])
-@pytest.mark.parametrize("pyramid", ["B", "XL"])
-def test_quantizer(
-    request, benchmark, report, memory, batch, budget, device, pyramid, codebook_size, mode
-):
-    case = Case(pyramid, codebook_size, mode, batch, device)
-    names = ["released", "eager"] + ["compiled"] * request.config.getoption("--compile")
-    ours = build(case, "ours")
-    rivals = {name: build(case, name) for name in names}
-
-    # Also the warm-up of everyone.
-    result = ours()
-    failures = {}
-    if "compiled" in names:
-        try:
-            rivals["compiled"]()
-        except Exception as error:  # whatever the compiler raises
-            failures["compiled"] = f"fails ({type(error).__name__})"
-            del rivals["compiled"]
-    differing = {name: check_results(case, ours, result, call()) for name, call in rivals.items()}
-    del result
-    begin = clock()
-    for call in (ours, *rivals.values()):
-        call()
-    times = interleave(benchmark, ours, rivals, rounds_within(budget, clock() - begin))
-
-    peak = {name: memory.peak(case, name) for name in ["ours", *rivals]}
-    if device == "cpu":
-        matrix = case.rows * codebook_size * 4 / 2**20
-        assert peak["ours"] < matrix, "ours holds as much as a distance matrix of the last scale"
-    tokens = batch * sum(side * side for side in case.sides)
-    line = {"pyramid": pyramid, "K": str(codebook_size), "work": mode}
-    time_row = {**line, "ours ms": f"{times.median('ours') * 1e3:.2f}"}
-    memory_row = {**line, "ours MiB": f"{peak['ours']:.1f}"}
-    for name in names:
-        if name in failures:
-            time_row |= {f"{name} ms": failures[name], f"{name} / ours": ""}
-            memory_row |= {f"{name} MiB": failures[name], f"{name} / ours": ""}
+def test_quantizer(request, benchmark, record, ceilings, memory, budget, case):
+    ours, calls = build(case, "ours"), {}
+    expected = ours()  # also the warm-up
+    results = {}
+    for name, reason in rivals(case, request.config.getoption("--compile")).items():
+        results[name] = {"left_out": reason}
+        if reason:
             continue
-        time_row[f"{name} ms"] = f"{times.median(name) * 1e3:.2f}"
-        time_row[f"{name} / ours"] = f"{times.ratio(name):.2f}"
-        memory_row[f"{name} MiB"] = f"{peak[name]:.1f}"
-        memory_row[f"{name} / ours"] = f"{peak[name] / peak['ours']:.1f}"
-    time_row["rounds"] = str(len(times.by_name["ours"]))
-    time_row["tokens that differ"] = f"{max(differing.values())} of {tokens}"
-    work = WORK.format(batch=batch, device=device)
-    report.add(f"time {device}", f"Quantizer, time: {work}", TIME_NOTE, time_row)
-    note = MEMORY_NOTE.format(what=MEMORY[device])
-    report.add(f"memory {device}", f"Quantizer, memory: {work}", note, memory_row)
-    benchmark.extra_info.update({"time": time_row, "memory": memory_row})
+        call = build(case, name)
+        try:
+            result = call()
+        except Exception as error:  # whatever a compiler raises
+            if not IMPLEMENTATIONS[name].compiled:
+                raise
+            results[name] = {"left_out": f"fails ({type(error).__name__})"}
+            continue
+        results[name] = {"differ": check_results(case, ours, expected, result)}
+        calls[name] = call
+        del result
+    del expected
+
+    samples = {ceiling.name: ceiling.sample for ceiling in ceilings(case.device)}
+    begin = clock()
+    for call in (ours, *calls.values(), *samples.values()):
+        call()
+    times = interleave(benchmark, ours, calls, samples, rounds_within(budget, clock() - begin))
+
+    results = {"ours": {"differ": 0}, **results}
+    for name in ("ours", *calls):
+        results[name] |= {
+            "seconds": times.median(name),
+            "ratio": times.ratio(name),
+            "bytes": memory.peak(case, name),
+        }
+    if case.device == "cpu":
+        matrix = case.rows * case.codebook_size * 4
+        assert results["ours"]["bytes"] < matrix, "ours holds as much as the last scale's distances"
+    work = roofline.quantizer_work(case)
+    record(
+        {
+            "kind": "quantizer",
+            **asdict(case),
+            "tokens": case.tokens,
+            "rounds": len(times.by_name["ours"]),
+            "work": asdict(work),
+            "scores": case.tokens * case.codebook_size,
+            "fractions": roofline.fractions_of_bounds(work, times.by_name["ours"], times.ceilings),
+            "results": results,
+            "ceilings": times.ceilings,
+        }
+    )

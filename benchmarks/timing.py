@@ -28,9 +28,11 @@ def seconds(call: Callable[[], object]) -> float:
 
 @dataclass
 class Times:
-    """Seconds of each candidate, round by round; "ours" is one of them."""
+    """Seconds of each candidate, round by round ("ours" is one of them), and what the machine's
+    ceilings were in that round."""
 
     by_name: dict[str, list[float]] = field(default_factory=dict)
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         """Median time of a candidate, seconds."""
@@ -51,17 +53,21 @@ def interleave(
     benchmark: Any,
     ours: Callable[[], object],
     rivals: Mapping[str, Callable[[], object]],
+    ceilings: Mapping[str, Callable[[], float]],
     rounds: int,
 ) -> Times:
-    """Times ours with pytest-benchmark, and before each of its rounds every rival once.
+    """Times ours with pytest-benchmark; before each of its rounds samples every ceiling's rate and
+    times every rival once.
 
     Skips the test where pytest-benchmark is told not to measure.
     """
     if benchmark.disabled:
         pytest.skip("results agree; timing is disabled")
-    times = Times({name: [] for name in rivals})
+    times = Times({name: [] for name in rivals}, {name: [] for name in ceilings})
 
     def run_rivals() -> None:
+        for name, sample in ceilings.items():
+            times.ceilings[name].append(sample())
         for name, call in rivals.items():
             times.by_name[name].append(seconds(call))
 
