@@ -16,6 +16,18 @@ import torch
 import tokenflow_ext
 
 ROOT = Path(__file__).resolve().parent.parent
+# Environment variables that change how fast things are.
+SETTINGS = (
+    "CUDA_VISIBLE",
+    "GLIBC_",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "OMP_",
+    "TOKENFLOW_",
+)
 RIVAL_PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
 
 
@@ -50,6 +62,7 @@ def _version(package: str) -> str:
 def facts(arguments: list[str]) -> dict[str, Any]:
     """Everything about a run but its results; `arguments` are pytest's."""
     info = tokenflow_ext.build_info()
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)]
     return {
         "device": {
             "cpu": cpu_model(),
@@ -67,7 +80,7 @@ def facts(arguments: list[str]) -> dict[str, Any]:
         "commit": commit(),
         "rivals": {package: _version(package) for package in RIVAL_PACKAGES},
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["pytest", *arguments]),
+        "command": shlex.join([*settings, "pytest", *arguments]),
         "load before": list(os.getloadavg()),
     }
 
