@@ -11,24 +11,29 @@
 //
 //   S_i = <zq, cq_i> + f (h_i + m_i + l_i)   stands for   2^(a + b) (<z, c_i> + bias_i).
 //
-// The difference has four parts, bounded with lengths that packing measures:
+// The difference is bounded in parts, with lengths that packing measures:
 //
 //   1. Rounding the vectors: <zq, cq> - <2^b z, 2^a c> = <ez, 2^a c> + <zq, ec>, which is at most
 //      |ez| |2^a c| + |zq| |ec|.
-//   2. Splitting the bias: f |r|. A factor below half precision's smallest number, 2^-24, is stored
-//      as 0, which loses at most 2^-25 |2^e bias|.
-//   3. Summing: products of halves are exact in float32. A tensor core adds groups of 4 to 16
+//   2. Summing: products of halves are exact in float32. A tensor core adds groups of 4 to 16
 //      products and the sum so far after cutting each to the place of the largest, and cuts the
 //      result. That is at most 6 cuts for 4 products, each of at most 2^-23 of the sum of all
-//      magnitudes: 1.5 width 2^-23 of it in all. Float32 additions in any order stay below that.
-//      The bound taken is (width + 8) 2^-22, which leaves room for the growth of partial sums (up
-//      to 2^20 columns), for rounding the threshold itself and for normalising in float64. The sum
-//      of magnitudes is at most |zq| |cq| + f (|h| + |m| + |l|).
-//   4. Float64: the distances that decide are rounded, too. Each is 2 (constant - s_i) within
+//      magnitudes: 0.75 width 2^-22 of it in all. Float32 additions in any order stay below that.
+//      The sum of magnitudes is at most M = |zq| |cq| + f (|h| + |m| + |l|), and the bound taken is
+//      (width + 8) 2^-22 M. What that leaves is for
+//      - the growth of partial sums, less than a fifth up to 2^20 columns;
+//      - rounding the threshold itself, 2^-23 M;
+//      - splitting the bias, f |r|: the largest 2^e |bias| is at least 2^12, and three halves keep
+//        all but 2^-33 of a number, or 2^-25, so this is less than 2^-32 M;
+//      - a factor f below half precision's smallest number, 2^-24, which is stored as 0: it loses
+//        2^-25 2^13 at most, and only where |zq| and the largest |cq| are above 2^8: 2^-28 M (or
+//        where all codes are zero, and their biases equal);
+//      - normalising in float64, (dim + 8) 2^-53 M.
+//   3. Float64: the distances that decide are rounded, too. Each is 2 (constant - s_i) within
 //      (2 dim + 12) 2^-53 * 2 (|z|^2 + |c|^2), that is half as much of s_i, and the bias within
 //      dim 2^-53 |c|^2: together at most (dim + 8) 2^-51 (|z|^2 + |c|^2).
 //
-// With E the sum of the four, the code that float64 picks has S_i >= max S - 2 E.
+// With E the sum of the three, the code that float64 picks has S_i >= max S - 2 E.
 #pragma once
 
 #include <cmath>
@@ -60,10 +65,9 @@ struct RankRange {
 
 // Largest over the codes, in scaled units.
 struct RankCodeBounds {
-  float length;      // |2^a c|
-  float error;       // |ec|
-  float bias;        // |h| + |m| + |l|
-  float bias_error;  // |r|
+  float length;  // |2^a c|
+  float error;   // |ec|
+  float bias;    // |h| + |m| + |l|
 };
 
 // Of one row, in scaled units.
@@ -71,7 +75,7 @@ struct RankRowBounds {
   float length;          // |zq|; NaN for a row that is not finite
   float error;           // |ez|
   float bias_factor;     // f
-  float distance_error;  // part 4
+  float distance_error;  // part 3
 };
 
 // Exponents a and e.
@@ -117,7 +121,7 @@ TF_HOST_DEVICE float rank_bias_factor(const RankRowScale& scale, const RankRange
 // A bound that was measured in float64, rounded up.
 TF_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.000001f; }
 
-// Part 4 for a row of this length.
+// Part 3 for a row of this length.
 TF_HOST_DEVICE float rank_distance_error(int dim, double length, const RankRowScale& scale,
                                          const RankRange& range) {
   const double squares = length * length + range.length * range.length;
@@ -128,13 +132,10 @@ TF_HOST_DEVICE float rank_distance_error(int dim, double length, const RankRowSc
 // E for a row, with operands of `width` columns.
 TF_HOST_DEVICE float rank_error_bound(int width, const RankRowBounds& row,
                                       const RankCodeBounds& codes) {
-  const float summing = static_cast<float>(width + 8) / 4194304.0f;  // 2^-22
-  const float lost = 1.0f / 33554432.0f;                             // 2^-25
-  const float magnitudes = row.length * (codes.length + codes.error) + row.bias_factor * codes.bias;
   const float rounding = row.error * codes.length + row.length * codes.error;
-  const float splitting =
-      row.bias_factor * codes.bias_error + lost * (codes.bias + codes.bias_error);
-  return (rounding + splitting + summing * magnitudes + row.distance_error) * 1.0001f;
+  const float magnitudes = row.length * (codes.length + codes.error) + row.bias_factor * codes.bias;
+  const float summing = static_cast<float>(width + 8) / 4194304.0f * magnitudes;  // 2^-22
+  return (rounding + summing + row.distance_error) * 1.0001f;
 }
 
 }  // namespace tokenflow

@@ -111,7 +111,8 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   }
   TF_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
                               static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
-  TF_CUDA_TRY(launch_pack_codes(layout, args.codebook, scratch.codes, scratch.code_scales, stream));
+  TF_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, scratch.code_scales, nullptr, 0,
+                          scratch.packed, stream));
 
   WalkArgs walk = {};
   walk.pyramid = pyramid;

@@ -21,10 +21,6 @@ constexpr int kRankWarps = kRankThreads / kWarpSize;
 // Tiles of codes on their way to a block: one is multiplied while the next two are loaded.
 constexpr int kStages = 3;
 
-// Enough blocks for several waves on the largest machine, few enough that a block's rows are loaded
-// for more than one tile of codes.
-constexpr int64_t kRankBlocks = 2048;
-
 __device__ __forceinline__ float infinity() { return INFINITY; }
 
 __device__ __forceinline__ bool is_finite(double x) {
@@ -113,14 +109,12 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
       size.finite ? code : nullptr, layout, scale.length, spare, n, true, codes.fragments);
   const RankCodeBounds bounds = {max_over_warp(round_up(ldexp(size.length, scale.length)), 4),
                                  max_over_warp(round_up(sqrt(squares.error)), 4),
-                                 max_over_warp(round_up(magnitude), 4),
-                                 max_over_warp(round_up(fabs(rest)), 4)};
+                                 max_over_warp(round_up(magnitude), 4)};
   if (lane_index() == 0) {
     RankCodeBounds& all = codes.summary->bounds;
     atomic_max_not_negative(&all.length, bounds.length);
     atomic_max_not_negative(&all.error, bounds.error);
     atomic_max_not_negative(&all.bias, bounds.bias);
-    atomic_max_not_negative(&all.bias_error, bounds.bias_error);
   }
 }
 
@@ -574,25 +568,12 @@ cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_r
   }
   const int64_t row_blocks = ceil_div(num_rows, rows);
   const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
-  // At most kRankBlocks runs, and the second grid dimension ends at 65,535.
-  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(kRankBlocks, row_blocks));
+  // At most rank_blocks runs, and the second grid dimension ends at 65,535.
+  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(args.rank_blocks, row_blocks));
   const dim3 grid(static_cast<unsigned>(row_blocks),
                   static_cast<unsigned>(ceil_div(tiles, tiles_per_block)));
   return launch(kernel, grid, kRankThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
                 stream, args, first_row, num_rows, static_cast<int>(tiles_per_block));
-}
-
-// Measures the codebook, then packs it and `num_rows` rows, which it says how to scale.
-cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, double* scales, const float* rows,
-                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
-  TF_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
-  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
-                     stream, layout, codebook, scales, &codes.summary->range));
-  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
-  const PackArgs args = {layout, codebook, codes, padded, rows, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(4 * (padded + num_rows), kPackThreads)), kPackThreads, 0,
-                stream, args);
 }
 
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, int64_t num_rows,
@@ -616,15 +597,22 @@ struct NearestCodeScratch {
 
 }  // namespace
 
-cudaError_t launch_pack_codes(const CodebookLayout& layout, const float* codebook,
-                              const PackedCodes& codes, double* scales, cudaStream_t stream) {
-  return launch_pack(layout, codebook, codes, scales, nullptr, 0, {}, stream);
-}
-
 cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
                                cudaStream_t stream) {
   return launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
                 stream, layout, codebook, scales, static_cast<RankRange*>(nullptr));
+}
+
+cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
+                        const PackedCodes& codes, double* scales, const float* rows,
+                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
+  TF_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
+  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
+                     stream, layout, codebook, scales, &codes.summary->range));
+  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+  const PackArgs args = {layout, codebook, codes, padded, rows, packed, num_rows};
+  return launch(pack_kernel, dim3(blocks(4 * (padded + num_rows), kPackThreads)), kPackThreads, 0,
+                stream, args);
 }
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream) {

@@ -35,6 +35,10 @@ constexpr int kWideSteps = 2;
 // Rows are ranked in blocks of at most this many, and their storage is padded to it.
 constexpr int kBlockRows = 256;
 
+// Blocks that rank: several waves of them on the largest machine, and few enough that a block's
+// rows are loaded for more than one tile of codes.
+constexpr int64_t kRankBlocks = 2048;
+
 // Rows whose tile maxima are held at once: bounds the scratch of a search.
 constexpr int64_t kRowsAtOnce = 8192;
 
@@ -104,6 +108,7 @@ struct SearchArgs {
   int64_t* indices;           // out [batch * tokens]
   int64_t* hits;              // out [codes] (added to) or null
   double* row_error;          // out [batch * tokens] squared error of each row, or null
+  int64_t rank_blocks = kRankBlocks;
 };
 
 __host__ __device__ __forceinline__ int64_t padded_rows(int64_t num_rows) {
@@ -137,9 +142,11 @@ inline float* take_tile_max(Workspace& workspace, const CodebookLayout& layout, 
 cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
                                cudaStream_t stream);
 
-// Packs the codebook. `scales` as above, or null.
-cudaError_t launch_pack_codes(const CodebookLayout& layout, const float* codebook,
-                              const PackedCodes& codes, double* scales, cudaStream_t stream);
+// Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it. `scales` as
+// above, or null.
+cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
+                        const PackedCodes& codes, double* scales, const float* rows,
+                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 

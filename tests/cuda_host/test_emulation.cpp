@@ -1,4 +1,7 @@
 // The emulation itself: each mistake that it is there to show, made on purpose.
+#include <algorithm>
+#include <cmath>
+#include <random>
 #include <vector>
 
 #include "cuda/device.cuh"
@@ -36,6 +39,138 @@ __global__ void warp_kernel(int* sums, unsigned* ballots, int* ups) {
   sums[threadIdx.x] = value;
   ballots[threadIdx.x] = ballot(threadIdx.x % 3 == 0);
   ups[threadIdx.x] = shuffle_up(static_cast<int>(threadIdx.x), 2);
+}
+
+// Every half is a float, and every float goes to the nearest half, the even one on a tie.
+void check_halves() {
+  float before = 0;
+  for (unsigned i = 0; i < 0x7c00u; ++i) {
+    const uint16_t half = static_cast<uint16_t>(i), odd = static_cast<uint16_t>(i & 1u);
+    const float value = from_half(half), minus = from_half(static_cast<uint16_t>(i | 0x8000u));
+    CHECK(to_half(value) == half && minus == -value && to_half(minus) == (i | 0x8000u), "%u", i);
+    if (i > 0) {
+      const float middle = before + (value - before) / 2;  // exact
+      CHECK(value > before && to_half(middle) == half - odd, "%u", i);
+      CHECK(to_half(std::nextafter(middle, value)) == half, "%u", i);
+      CHECK(to_half(std::nextafter(middle, before)) == half - 1, "%u", i);
+    }
+    before = value;
+  }
+  CHECK(from_half(1) == std::ldexp(1.0f, -24) && from_half(0x3c00) == 1, "scale of halves");
+  CHECK(
+      from_half(0x7bff) == 65504 && std::isinf(from_half(0x7c00)) && std::isnan(from_half(0x7e00)),
+      "the largest half");
+  CHECK(to_half(65519.0f) == 0x7bff && to_half(65520.0f) == 0x7c00, "rounding to infinity");
+  CHECK(std::isnan(from_half(to_half(std::nanf("")))), "NaN");
+}
+
+// out [16][8] = sum [16][8] + a [16][16] b [16][8], fragments as the PTX manual lists them.
+__global__ void product_kernel(const float* a, const float* b, const float* sum, float* out) {
+  const int group = lane_index() >> 2, in_group = lane_index() % 4;
+  const auto pair = [](float low, float high) {
+    return static_cast<unsigned>(to_half(low)) | static_cast<unsigned>(to_half(high)) << 16;
+  };
+  unsigned a_words[4], b_words[2];
+  for (int i = 0; i < 8; i += 2) {
+    const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
+    const int column = in_group * 2 + (i >= 4 ? 8 : 0);
+    a_words[i / 2] = pair(a[row * 16 + column], a[row * 16 + column + 1]);
+  }
+  for (int i = 0; i < 4; i += 2) {
+    const int row = in_group * 2 + (i >= 2 ? 8 : 0);
+    b_words[i / 2] = pair(b[row * 8 + group], b[(row + 1) * 8 + group]);
+  }
+  float c[4];
+  for (int i = 0; i < 4; ++i) {
+    c[i] = sum[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)];
+  }
+  multiply_add_16x8x16(c, a_words[0], a_words[1], a_words[2], a_words[3], b_words[0], b_words[1]);
+  for (int i = 0; i < 4; ++i) {
+    out[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = c[i];
+  }
+}
+
+void check_products() {
+  std::vector<float> a(256), b(128), sum(128), out(128);
+  std::mt19937 random(5);
+  const auto fill = [&](std::vector<float>& values) {  // small integers: nothing is rounded
+    for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 41) - 20);
+  };
+  test::in_every_order([&](const char* order) {
+    fill(a);
+    fill(b);
+    fill(sum);
+    CHECK(launch(product_kernel, dim3(1), 32, 0, nullptr, a.data(), b.data(), sum.data(),
+                 out.data()) == cudaSuccess,
+          "launch");
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        float wanted = sum[i * 8 + j];
+        for (int k = 0; k < 16; ++k) wanted += a[i * 16 + k] * b[k * 8 + j];
+        CHECK(out[i * 8 + j] == wanted, "%s: (%d, %d) is %g, not %g", order, i, j,
+              static_cast<double>(out[i * 8 + j]), static_cast<double>(wanted));
+      }
+    }
+  });
+  // What does not fit beside the largest is cut: 2^24 + 3/2 + 3/2 is 2^24 + 2 (3 cut to even), and
+  // of the second group of eight, 3/4 on top of that is lost.
+  std::fill(a.begin(), a.end(), 0.0f);
+  std::fill(b.begin(), b.end(), 1.0f);
+  std::fill(sum.begin(), sum.end(), 16777216.0f);
+  for (int i = 0; i < 16; ++i) {
+    a[i * 16] = a[i * 16 + 7] = 1.5f;
+    a[i * 16 + 8] = 1.75f;
+  }
+  CHECK(launch(product_kernel, dim3(1), 32, 0, nullptr, a.data(), b.data(), sum.data(),
+               out.data()) == cudaSuccess,
+        "launch");
+  for (const float value : out) CHECK(value == 16777218.0f, "%.9g", static_cast<double>(value));
+}
+
+enum class Mistake { kNone, kNoWait, kWaitForTooFew, kNoBarrier, kTooEarly };
+
+// Brings two runs of 64 vectors through one place in shared memory; a thread reads what another
+// copied.
+__global__ void copy_kernel(const uint4* from, unsigned* out, Mistake mistake) {
+  uint4* shared = shared_memory<uint4>();
+  const int i = static_cast<int>(threadIdx.x);
+  for (int run = 0; run < 2; ++run) {
+    copy_async(shared + i, from + run * 64 + i);
+    commit_copies();
+    if (mistake == Mistake::kWaitForTooFew) {
+      wait_for_copies<1>();
+    } else if (mistake != Mistake::kNoWait) {
+      wait_for_copies<0>();
+    }
+    if (mistake != Mistake::kNoBarrier) block_barrier();
+    out[run * 64 + i] = shared[(i + 33) % 64].y;
+    if (mistake != Mistake::kTooEarly) block_barrier();
+  }
+}
+
+void check_copies() {
+  std::vector<uint4> from(128);
+  std::vector<unsigned> wanted(128), out(128);
+  for (unsigned i = 0; i < 128; ++i) {
+    from[i] = {0, 1000 + i, 0, 0};
+    wanted[i / 64 * 64 + (i % 64 + 31) % 64] = 1000 + i;
+  }
+  for (const Mistake mistake : {Mistake::kNone, Mistake::kNoWait, Mistake::kWaitForTooFew,
+                                Mistake::kNoBarrier, Mistake::kTooEarly}) {
+    bool right = true;
+    test::in_every_order([&](const char*) {
+      CHECK(launch(copy_kernel, dim3(1), 64, 64 * sizeof(uint4), nullptr, from.data(), out.data(),
+                   mistake) == cudaSuccess,
+            "launch");
+      right = right && out == wanted;
+    });
+    CHECK(right == (mistake == Mistake::kNone), "mistake %d %s", static_cast<int>(mistake),
+          right ? "does not show" : "was not made");
+  }
+}
+
+__global__ void misaligned_copy_kernel(const unsigned char* from) {
+  copy_async(shared_memory<uint4>(), reinterpret_cast<const uint4*>(from + 8));
 }
 
 std::vector<float> neighbours(bool with_barrier, bool towards_higher) {
@@ -81,6 +216,15 @@ int main() {
         "lanes at different operations");
   CHECK(launch(past_the_end_kernel, dim3(1), 32, 100 * 1024, nullptr) == cudaErrorInvalidValue,
         "more shared memory than there is");
+
+  CHECK(throws([] {
+          alignas(16) static const unsigned char bytes[32] = {};
+          (void)launch(misaligned_copy_kernel, dim3(1), 1, 16, nullptr, &bytes[0]);
+        }),
+        "a copy that is not aligned");
+  check_halves();
+  check_products();
+  check_copies();
 
   test::in_every_order([](const char* order) {
     std::vector<int> sums(64), ups(64);

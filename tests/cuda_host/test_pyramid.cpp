@@ -211,6 +211,18 @@ int main() {
             "values of image %d", image);
     }
   }
+  {  // Scratch at the largest published size with the largest codebook: what is kept a code and a
+     // token, and no more of the scores than kRowsAtOnce rows' maxima.
+    std::vector<std::pair<int, int>> scales;
+    for (const int s : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27})
+      scales.push_back({s, s});
+    QuantizeArgs<float> args = {};
+    args.pyramid = make_pyramid(32, 27, 27, scales);
+    args.layout = make_layout(131072, {32, 8}, true);
+    const size_t bytes = cuda::quantize_workspace_bytes(args);
+    CHECK(bytes < size_t{72} << 20, "%zu", bytes);
+    std::printf("workspace of preset XL, batch 32, 131,072 codes: %zu bytes\n", bytes);
+  }
   {  // Shapes that are not served launch nothing.
     const Case test = {"", make_pyramid(1, 300, 300, {{1, 1}}), make_layout(4, {1}, true)};
     CHECK(cuda::unsupported_reason(test.pyramid, test.layout) != nullptr, "300 x 300");

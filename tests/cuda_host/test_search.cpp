@@ -1,4 +1,9 @@
-// nearest_code against the definition in float64: the same index for every row, ties included.
+// nearest_code against the definition in float64: the same index for every row, ties included. And
+// the proof behind it: no score that is ranked is further from the exact one than the bound.
+#include <algorithm>
+#include <set>
+
+#include "cuda/search.cuh"
 #include "support.h"
 
 using namespace test;
@@ -54,6 +59,163 @@ void compare(const char* name, const CodebookLayout& layout, const Floats& codeb
   });
 }
 
+// The stages of a search on their own.
+struct Stages {
+  CodebookLayout layout;
+  int64_t num_rows;
+  std::vector<unsigned char> memory;
+  cuda::PackedCodes codes;
+  cuda::PackedRows rows;
+  float* tile_max;
+  Indices indices;
+
+  // Ranks and settles with about `rank_blocks` blocks.
+  Stages(const CodebookLayout& layout, const Floats& codebook, const Floats& row_values,
+         int64_t rank_blocks)
+      : layout(layout), num_rows(static_cast<int64_t>(row_values.size()) / layout.dim) {
+    cuda::Workspace sizes(nullptr);
+    take(sizes);
+    memory.assign(sizes.bytes() + 256, 0xff);
+    void* begin = memory.data();
+    size_t space = memory.size();
+    cuda::Workspace workspace(std::align(256, sizes.bytes(), begin, space));
+    take(workspace);
+    CHECK(cuda::launch_pack(layout, codebook.data(), codes, nullptr, row_values.data(), num_rows,
+                            rows, nullptr) == cudaSuccess,
+          "pack");
+    indices = poisoned<int64_t>(num_rows);
+    cuda::SearchArgs args = {};
+    args.layout = layout;
+    args.codebook = codebook.data();
+    args.codes = codes;
+    args.rows = row_values.data();
+    args.packed = rows;
+    args.map = {num_rows, 0, num_rows};
+    args.num_rows = num_rows;
+    args.tile_max = tile_max;
+    args.indices = indices.data();
+    args.rank_blocks = rank_blocks;
+    CHECK(cuda::launch_search(args, nullptr) == cudaSuccess, "search");
+  }
+
+  void take(cuda::Workspace& workspace) {
+    codes = cuda::take_packed_codes(workspace, layout);
+    rows = cuda::take_packed_rows(workspace, layout.dim, num_rows, codes);
+    tile_max = cuda::take_tile_max(workspace, layout, num_rows);
+  }
+
+  int columns() const { return 16 * cuda::operand_steps(layout.dim); }
+
+  double bound(int64_t n) const {
+    return static_cast<double>(rank_error_bound(columns(), rows.bounds[n], codes.summary->bounds));
+  }
+
+  // Column k of packed vector n, found the way the head comment of search.cuh tells it.
+  float packed(const uint4* fragments, bool of_rows, int64_t n, int k) const {
+    const int64_t fragment = (n / 128 * (columns() / 16) + k / 16) * 8 + n % 128 / 16;
+    const int lane = static_cast<int>(n % 8) * 4 + k % 8 / 2;
+    const int upper = static_cast<int>(n / 8 % 2), further = k / 8 % 2;
+    const int word = of_rows ? 2 * further + upper : 2 * upper + further;
+    uint16_t half;
+    std::memcpy(&half,
+                reinterpret_cast<const unsigned char*>(fragments + fragment * 32 + lane) +
+                    word * 4 + k % 2 * 2,
+                sizeof(half));
+    return cuda::from_half(half);
+  }
+};
+
+// A product of halves added to a float32, with what does not fit cut off.
+float add_cut(float sum, float a, float b) {
+  const double exact = static_cast<double>(sum) + static_cast<double>(a) * static_cast<double>(b);
+  const float nearest = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafter(nearest, 0.0f)
+                                                                    : nearest;
+}
+
+// Holds packed scores and tile maxima to the bound, whichever way they are summed. Returns the
+// largest bound as a share of the row's length times the longest code's, and stores how much of the
+// bound was needed.
+double check_bound(const char* name, const CodebookLayout& layout, const Floats& codebook,
+                   const Floats& row_values, double* needed = nullptr) {
+  const Stages stages(layout, codebook, row_values, 4);
+  const RankRange range = stages.codes.summary->range;
+  const auto weighted = [&](const float* values) {
+    Vector vector = normalized(values, layout);
+    for (int g = 0; g < layout.groups; ++g) {
+      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+        vector[d] *= std::sqrt(layout.weight[g]);
+      }
+    }
+    return vector;
+  };
+  const auto dot = [](const Vector& a, const Vector& b) {
+    long double sum = 0;
+    for (size_t d = 0; d < a.size(); ++d) sum += static_cast<long double>(a[d]) * b[d];
+    return sum;
+  };
+  std::vector<Vector> codes;
+  std::vector<long double> biases;
+  const int columns = stages.columns();
+  std::vector<Floats> packed_codes;
+  for (int64_t i = 0; i < layout.codes; ++i) {
+    codes.push_back(weighted(codebook.data() + i * layout.dim));
+    long double bias = -0.5L * dot(codes.back(), codes.back());
+    for (int g = 0; layout.l2_norm && g < layout.groups; ++g) bias += 0.5L * layout.weight[g];
+    biases.push_back(bias);
+    packed_codes.emplace_back();
+    for (int k = 0; k < columns; ++k) {
+      packed_codes.back().push_back(stages.packed(stages.codes.fragments, false, i, k));
+    }
+  }
+  double share = 0, most = 0;
+  const int64_t tiles = (layout.codes + 127) / 128;
+  for (int64_t n = 0; n < stages.num_rows; ++n) {
+    const Vector row = weighted(row_values.data() + n * layout.dim);
+    const RankRowScale scale = rank_row_scale(std::sqrt(static_cast<double>(dot(row, row))), range);
+    const long double unit = std::ldexp(1.0L, scale.length + rank_code_scale(range).length);
+    Floats packed;
+    for (int k = 0; k < columns; ++k) {
+      packed.push_back(stages.packed(stages.rows.fragments, true, n, k));
+    }
+    const double bound = stages.bound(n);
+    std::vector<long double> best(static_cast<size_t>(tiles), -INFINITY);
+    for (int64_t i = 0; i < layout.codes; ++i) {
+      const long double exact = unit * (dot(row, codes[i]) + biases[i]);
+      best[i / 128] = std::max(best[i / 128], exact);
+      float up = 0, down = 0;
+      for (int k = 0; k < columns; ++k) up = add_cut(up, packed[k], packed_codes[i][k]);
+      for (int k = columns; k-- > 0;) down += packed[k] * packed_codes[i][k];
+      for (const float score : {up, down}) {
+        const double error = static_cast<double>(std::fabs(score - exact));
+        CHECK(error <= bound, "%s: row %ld, code %ld: %g is more than the bound %g", name,
+              static_cast<long>(n), static_cast<long>(i), error, bound);
+        most = std::max(most, error / bound);
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float got = stages.tile_max[t * cuda::padded_rows(stages.num_rows) + n];
+      CHECK(std::fabs(got - best[t]) <= bound, "%s: row %ld, tile %ld: %g, not %g", name,
+            static_cast<long>(n), static_cast<long>(t), static_cast<double>(got),
+            static_cast<double>(best[t]));
+    }
+    const long double lengths = unit * std::sqrt(dot(row, row)) * range.length;
+    if (lengths > 0) share = std::max(share, static_cast<double>(bound / lengths));
+  }
+  if (needed) *needed = most;
+  return share;
+}
+
+// Multiplies row i of `values` [rows, dim] by 10^x with x spread evenly over [low, high].
+void spread_lengths(Floats* values, int dim, double low, double high) {
+  const int64_t rows = static_cast<int64_t>(values->size()) / dim;
+  for (int64_t i = 0; i < rows; ++i) {
+    // 7 has no factor in common with the numbers of rows used here.
+    const double x = low + (high - low) * static_cast<double>(i * 7 % rows) / (rows - 1);
+    for (int d = 0; d < dim; ++d) (*values)[i * dim + d] *= static_cast<float>(std::pow(10.0, x));
+  }
+}
+
 void random_case(const char* name, int64_t codes, const std::vector<int>& dims, bool l2_norm,
                  const std::vector<double>& weights, int64_t num_rows, unsigned seed) {
   const CodebookLayout layout = make_layout(codes, dims, l2_norm, weights);
@@ -70,6 +232,108 @@ int main() {
   random_case("one code", 1, {4, 2}, true, {}, 5, 4);
   random_case("more channels than a step", 130, {83, 6}, true, {1.0, 2.0}, 70, 5);
   random_case("a zero weight", 65, {3, 4}, false, {1.0, 0.0}, 9, 6);
+
+  // Every number of steps that a kernel is made for, with few rows and with many, and the general
+  // one; channels and bias fill the last step, or spill into one more.
+  for (const int dim : {1, 12, 13, 16, 28, 32, 44, 48, 60, 61, 76, 77, 109, 200}) {
+    const bool many = dim % 16 == 12;
+    const std::string name = std::to_string(dim) + " channels";
+    random_case(name.c_str(), 150, {dim}, many, {}, many ? 131 : 19,
+                static_cast<unsigned>(100 + dim));
+  }
+  random_case("several blocks of rows", 130, {10, 6}, true, {}, 517, 40);
+  random_case("several blocks of rows, general", 130, {70, 20}, true, {0.5, 1.0}, 140, 42);
+
+  // Blocks that rank one tile after another: stages of shared memory are used again.
+  for (const int dim : {5, 40, 90}) {
+    const CodebookLayout layout = make_layout(1200, {dim}, true);
+    const Floats codebook = random_floats(1200 * dim, 44), rows = random_floats(70 * dim, 45);
+    const Indices wanted = definition(layout, codebook, rows);
+    for (const int64_t rank_blocks : {1, 3}) {
+      in_every_order([&](const char* order) {
+        CHECK(Stages(layout, codebook, rows, rank_blocks).indices == wanted, "%d channels (%s)",
+              dim, order);
+      });
+    }
+  }
+
+  {  // Codes in bunches that half precision cannot tell apart, and rows in the midst of them.
+    const CodebookLayout layout = make_layout(300, {32, 8}, true);
+    const Floats centres = random_floats(20 * 40, 50);
+    Floats codebook = random_floats(300 * 40, 51, 1e-4f), rows = random_floats(40 * 40, 52, 1e-4f);
+    for (int i = 0; i < 300 * 40; ++i) codebook[i] += centres[i / 40 % 20 * 40 + i % 40];
+    for (int i = 0; i < 40 * 40; ++i) rows[i] += centres[i / 40 % 20 * 40 + i % 40];
+    compare("bunches", layout, codebook, rows);
+    check_bound("bunches", layout, codebook, rows);
+  }
+  {  // Lengths from 1e-6 to 1e6 against codes from 1e-3 to 1e3.
+    const CodebookLayout layout = make_layout(257, {6, 4}, false, {1.0, 0.3});
+    Floats codebook = random_floats(257 * 10, 53), rows = random_floats(41 * 10, 54);
+    spread_lengths(&codebook, 10, -3, 3);
+    spread_lengths(&rows, 10, -6, 6);
+    compare("lengths far apart", layout, codebook, rows);
+    check_bound("lengths far apart", layout, codebook, rows);
+    // Rows much longer or shorter. One group, so that float64 rounds here and there alike.
+    const CodebookLayout joint = make_layout(257, {10}, false);
+    for (const float scale : {1e-15f, 1e-30f, 1e15f, 1e30f}) {
+      Floats scaled(codebook);
+      for (float& value : scaled) value *= scale;
+      CHECK(search(joint, scaled, rows) == definition(joint, scaled, rows), "%g", double{scale});
+      check_bound("other lengths", joint, scaled, rows);
+    }
+  }
+  {  // Rows so long that float64 rounds the differences between codes: it still decides.
+    const CodebookLayout layout = make_layout(140, {5}, false);
+    const Floats codebook = random_floats(140 * 5, 55, 1e-7f),
+                 rows = random_floats(20 * 5, 56, 1e4f);
+    compare("long rows", layout, codebook, rows);
+  }
+  {  // Every score is far below zero, also that of codes that are not there.
+    const CodebookLayout layout = make_layout(130, {6}, false);
+    Floats codebook = random_floats(130 * 6, 57), rows = random_floats(20 * 6, 58);
+    for (int i = 0; i < 130 * 6; ++i) codebook[i] += 10;
+    for (int i = 0; i < 20 * 6; ++i) rows[i] = (rows[i] - 20) * (i < 60 ? 1.0f : 1e6f);
+    compare("scores below zero", layout, codebook, rows);
+    check_bound("scores below zero", layout, codebook, rows);
+  }
+  {  // The bound for what is searched every day: small enough that few rows need float64, with or
+     // without codes of no length, and not far from what is needed.
+    const CodebookLayout layout = make_layout(300, {32, 8}, true);
+    Floats codebook = random_floats(300 * 40, 60);
+    const Floats rows = random_floats(150 * 40, 61);
+    double needed = 0;
+    const double share = check_bound("TokenFlow's groups", layout, codebook, rows, &needed);
+    CHECK(share < 6.5e-4 && needed > 0.2, "bound %g, %g of it needed", share, needed);
+    std::fill_n(codebook.begin() + 30 * 40, 40, 0.0f);
+    std::fill_n(codebook.begin() + 77 * 40, 32, 0.0f);
+    CHECK(check_bound("codes of no length", layout, codebook, rows) < 1.1 * share, "no length");
+    compare("codes of no length", layout, codebook, rows);
+    check_bound("without normalisation", make_layout(300, {40}, false), codebook, rows, &needed);
+    CHECK(needed > 0.2, "%g of the bound needed", needed);
+  }
+  {  // Vectors that half precision holds exactly: what is left of the bound is for summing.
+    const CodebookLayout layout = make_layout(40, {300}, false);
+    std::mt19937 random(62);
+    Floats codebook(40 * 300), rows(20 * 300);
+    for (Floats* values : {&codebook, &rows}) {
+      for (float& value : *values) {
+        value = static_cast<float>(static_cast<int>(random() % 4095) - 2047) / 2048;
+        if (random() % 4 == 0) value /= 256;
+      }
+    }
+    double needed = 0;
+    check_bound("exact in half precision", layout, codebook, rows, &needed);
+    CHECK(needed > 0, "%g of the bound needed", needed);
+  }
+  {  // Only the row is rounded, or only the codes, and all in the direction of the sum.
+    const CodebookLayout layout = make_layout(3, {40}, false);
+    const Floats round(3 * 40, 1.0f), between(3 * 40, 1.0f + 0.99f / 2048);
+    double needed = 0;
+    check_bound("rounded rows", layout, round, between, &needed);
+    CHECK(needed > 0.5, "%g of the bound needed", needed);
+    check_bound("rounded codes", layout, between, round, &needed);
+    CHECK(needed > 0.5, "%g of the bound needed", needed);
+  }
 
   {  // Copies of a code: the lowest index wins, in a tile and between tiles.
     const CodebookLayout layout = make_layout(400, {6, 2}, true);
@@ -131,6 +395,17 @@ int main() {
       CHECK(index >= 0 && index < 129 && index != 7 && index != 128 && index != 50, "%ld",
             static_cast<long>(index));
     }
+  }
+  {  // The same without normalisation, and nothing but such codes.
+    const CodebookLayout layout = make_layout(131, {4}, false);
+    Floats codebook = random_floats(131 * 4, 27);
+    const Floats rows = random_floats(20 * 4, 28);
+    codebook[3 * 4] = std::numeric_limits<float>::infinity();
+    codebook[9 * 4 + 3] = -std::numeric_limits<float>::infinity();
+    codebook[130 * 4 + 1] = std::numeric_limits<float>::quiet_NaN();
+    compare("codes that are not finite", layout, codebook, rows);
+    const Floats nothing(131 * 4, std::numeric_limits<float>::quiet_NaN());
+    CHECK(search(layout, nothing, rows) == Indices(20, 0), "no code is finite");
   }
   {  // More rows than are held at once.
     const CodebookLayout layout = make_layout(3, {2}, false);

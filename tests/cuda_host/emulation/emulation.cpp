@@ -146,10 +146,9 @@ struct Machine {
   std::map<const void*, size_t> allowed;
 };
 
-Machine& machine() {
-  static Machine instance;
-  return instance;
-}
+Machine the_machine;
+
+__attribute__((always_inline)) inline Machine& machine() { return the_machine; }
 
 // Back to the scheduler; returns when it is this fiber's turn again, or never if it has ended.
 void leave_fiber(Fiber& fiber) {
@@ -361,7 +360,8 @@ const unsigned char* post(unsigned mask, const char* operation, const void* valu
     m.error = std::string(operation) + ": only whole warps are emulated";
     fail();
   }
-  if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0) {
+  if (warp.arrived > 0 && warp.operation != operation &&
+      std::strcmp(warp.operation, operation) != 0) {
     m.error = std::string("lanes of a warp are at different operations: ") + operation + " and " +
               warp.operation;
     fail();
@@ -395,57 +395,61 @@ uint16_t to_half(float value) {
   return static_cast<uint16_t>(sign | (rounded - 0x38000000u) >> 13);
 }
 
-float from_half(uint16_t half) {
-  static const std::vector<float> values = [] {
-    std::vector<float> table(65536);
-    for (int i = 0; i < 65536; ++i) {
-      const int exponent = i >> 10 & 31, fraction = i & 1023;
-      float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                  : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-      if (exponent == 31) value = fraction ? std::nanf("") : INFINITY;
-      table[static_cast<size_t>(i)] = i & 0x8000 ? -value : value;
-    }
-    return table;
-  }();
-  return values[half];
-}
-
 namespace {
 
+struct HalfTable {
+  float values[65536];
+
+  HalfTable() {
+    for (unsigned i = 0; i < 65536; ++i) {
+      const int exponent = static_cast<int>(i >> 10 & 31u);
+      const float fraction = static_cast<float>(i & 1023u);
+      float value =
+          exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+      if (exponent == 31) value = fraction > 0 ? std::nanf("") : INFINITY;
+      values[i] = i & 0x8000u ? -value : value;
+    }
+  }
+};
+
+const HalfTable half_table;
+
 float cut_to_float(double value) {
-  float nearest = static_cast<float>(value);
+  const float nearest = static_cast<float>(value);
   const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
   return away ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 }  // namespace
 
+float from_half(uint16_t half) { return half_table.values[half]; }
+
 void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                           unsigned b0, unsigned b1) {
-  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
-  const unsigned char* slots = post(0xffffffffu, "mma", mine, sizeof(mine));
-  const int row = lane() / 4, column = lane() % 4 * 2;
-  // Halves 2t and 2t + 1 of row `vector` in register `place` of lane 4 vector + t.
-  const auto read = [&](int vector, int place, double* values) {
-    for (int t = 0; t < 4; ++t) {
-      unsigned word;
-      std::memcpy(&word,
-                  slots + static_cast<size_t>(vector * 4 + t) * kSlotBytes +
-                      static_cast<size_t>(place) * sizeof(word),
-                  sizeof(word));
-      values[2 * t] = from_half(static_cast<uint16_t>(word & 0xffffu));
-      values[2 * t + 1] = from_half(static_cast<uint16_t>(word >> 16));
-    }
+  struct Lane {
+    float words[6][2];
   };
-  for (int k = 0; k < 2; ++k) {
-    double a[2][8], b[2][8];
-    for (int i = 0; i < 2; ++i) {
-      read(row, 2 * k + i, a[i]);
-      read(column + i, 4 + k, b[i]);
-    }
-    for (int i = 0; i < 4; ++i) {
+  static_assert(sizeof(Lane) == kSlotBytes, "a slot holds a lane's operands");
+  Lane mine;
+  const unsigned words[6] = {a0, a1, a2, a3, b0, b1};
+  for (int i = 0; i < 6; ++i) {
+    mine.words[i][0] = from_half(static_cast<uint16_t>(words[i] & 0xffffu));
+    mine.words[i][1] = from_half(static_cast<uint16_t>(words[i] >> 16));
+  }
+  Lane lanes[kWarp];
+  std::memcpy(lanes, post(0xffffffffu, "mma", &mine, sizeof(mine)), sizeof(lanes));
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const Lane* a = &lanes[row * 4];
+    const Lane* b = &lanes[(column + i % 2) * 4];
+    for (int half = 0; half < 2; ++half) {
       double total = sum[i];
-      for (int d = 0; d < 8; ++d) total += a[i / 2][d] * b[i % 2][d];
+      for (int t = 0; t < 4; ++t) {
+        const float* left = a[t].words[2 * half + i / 2];
+        const float* right = b[t].words[4 + half];
+        total += static_cast<double>(left[0]) * static_cast<double>(right[0]);
+        total += static_cast<double>(left[1]) * static_cast<double>(right[1]);
+      }
       sum[i] = cut_to_float(total);
     }
   }

@@ -60,7 +60,7 @@ constexpr int kWarp = 32;
 
 // Posts `bytes` of this lane, waits for the whole warp and returns what all of its lanes posted,
 // kSlotBytes apart.
-constexpr size_t kSlotBytes = 24;
+constexpr size_t kSlotBytes = 48;
 const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes);
 int lane();
 
