@@ -43,14 +43,14 @@ std::vector<T> poisoned(int64_t count) {
   return memory;
 }
 
-// Launches with a workspace of exactly the size asked for.
+// Launches with a workspace of exactly the size asked for, every byte of it `poison`.
 template <typename Args>
 cudaError_t run(const Args& args, size_t (*workspace_bytes)(const Args&),
-                cudaError_t (*launch)(const Args&, void*, cudaStream_t)) {
+                cudaError_t (*launch)(const Args&, void*, cudaStream_t), int poison = 0xff) {
   const size_t bytes = workspace_bytes(args);
   void* memory = nullptr;
   if (posix_memalign(&memory, 256, bytes) != 0) std::abort();
-  std::memset(memory, 0xff, bytes);
+  std::memset(memory, poison, bytes);
   const cudaError_t error = launch(args, memory, nullptr);
   std::free(memory);
   return error;
