@@ -94,6 +94,11 @@ class Search:
     near_tie: float = NEAR_TIE
     compiled: bool = False
 
+    @property
+    def foreign(self) -> bool:
+        """Other people's code does the work: where it fails, the table says so."""
+        return self.compiled or self.package is not None
+
 
 def _stateless(build: Callable[[Tensor], Query]) -> Callable[..., Any]:
     return lambda codes, dim, device: build
