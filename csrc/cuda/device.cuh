@@ -40,6 +40,13 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kFullMask, value, mask);
 }
 
+// Sum over kLanes neighbouring lanes, the same bits in each of them.
+template <int kLanes>
+__device__ __forceinline__ double sum_over_lanes(double value) {
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle_up(T value, int delta) {
   return __shfl_up_sync(kFullMask, value, delta);

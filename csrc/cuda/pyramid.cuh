@@ -37,13 +37,6 @@ __device__ __forceinline__ float unit_code(const float* codebook, const double* 
                             scales[index * layout.groups + group]);
 }
 
-// Sum over kLanes neighbouring lanes, the same bits in each of them. The whole warp takes part.
-template <int kLanes>
-__device__ __forceinline__ double sum_over_lanes(double value) {
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
 // How a plane kernel's grid covers [batch, dim]: block i owns channels [first, first + count) of
 // image `image`.
 struct ChannelBlock {

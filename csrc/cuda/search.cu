@@ -27,11 +27,6 @@ __device__ __forceinline__ bool is_finite(double x) {
   return fabs(x) < static_cast<double>(infinity());
 }
 
-__device__ __forceinline__ double sum_over_warp(double x) {
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
 // Largest over the warp's lanes `step` apart.
 template <typename T>
 __device__ __forceinline__ T max_over_warp(T x, int step) {
@@ -42,57 +37,41 @@ __device__ __forceinline__ T max_over_warp(T x, int step) {
   return x;
 }
 
-// A code's length and bias in float64, as it is ranked.
-struct CodeSize {
-  double length;
-  double bias;
-  bool finite;
-};
-
-// Writes the reciprocal length of each group to `scales` unless it is null.
-__device__ __forceinline__ CodeSize measure_code(const float* code, const CodebookLayout& layout,
-                                                 double* scales) {
-  CodeSize size = {0, 0, true};
-  for (int g = 0; g < layout.groups; ++g) {
-    const double squared = squared_norm(code, layout.begin[g], layout.begin[g + 1]);
-    const double scale = inverse_norm(squared, layout.l2_norm);
-    if (scales) scales[g] = scale;
-    size.bias += group_bias(squared, layout.weight[g], layout.l2_norm);
-    size.length += layout.weight[g] * squared * scale * scale;
-  }
-  size.length = sqrt(size.length);
-  size.finite = is_finite(size.length) && is_finite(size.bias);
-  return size;
-}
-
-// Grid: a thread for every code, in blocks of kPackThreads. Writes the reciprocal lengths to
-// `scales` [codes, groups] and the range of the codes to `range`, either of which may be null.
-// Reads the codebook once, bound by memory.
+// Grid: kPackLanes lanes for every code, in blocks of kPackThreads. Writes the reciprocal lengths
+// to `scales` [codes, groups] and raises `range` to the codes', either of which may be null. Reads
+// the codebook once, bound by memory.
 __global__ void __launch_bounds__(kPackThreads)
     scale_codes_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
                        double* scales, RankRange* range) {
-  const int64_t code = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  CodeSize size = {0, 0, false};
-  if (code < layout.codes) {
-    size = measure_code(codebook + code * layout.dim, layout,
-                        scales ? scales + code * layout.groups : nullptr);
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
+  const bool exists = n < layout.codes;
+  const float* code = codebook + (exists ? n : 0) * layout.dim;
+  if (scales) {
+    for (int g = 0; g < layout.groups; ++g) {
+      const double squared = quad_squared_norm(code, layout.begin[g], layout.begin[g + 1]);
+      if (exists && lane_index() % kPackLanes == 0) {
+        scales[n * layout.groups + g] = inverse_norm(squared, layout.l2_norm);
+      }
+    }
   }
-  if (!range) return;
-  const double length = max_over_warp(size.finite ? size.length : 0, 1);
-  const double bias = max_over_warp(size.finite ? fabs(size.bias) : 0, 1);
-  if (lane_index() == 0) {
-    atomic_max_not_negative(&range->length, length);
-    atomic_max_not_negative(&range->bias, bias);
+  if (range) {
+    const VectorSize size = measure_vector(code, layout);
+    const double length = max_over_warp(size.length, kPackLanes);
+    const double bias = max_over_warp(fabs(size.bias), kPackLanes);
+    if (lane_index() == 0) {
+      atomic_max_not_negative(&range->length, length);
+      atomic_max_not_negative(&range->bias, bias);
+    }
   }
 }
 
-// Packs code n of the padded codebook, the work of four lanes in a row, and raises the bounds.
+// Packs code n of the padded codebook, the work of kPackLanes lanes, and raises the bounds.
 __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
                                           int64_t n, const PackedCodes& codes) {
-  const float* code = codebook + n * layout.dim;
-  CodeSize size = {0, 0, false};
-  if (n < layout.codes) size = measure_code(code, layout, nullptr);
-  if (!size.finite) size = {0, 0, false};
+  const bool exists = n < layout.codes;
+  const float* code = codebook + (exists ? n : 0) * layout.dim;
+  VectorSize size = measure_vector(code, layout);
+  if (!exists) size = {0, 0, false};
   const RankCodeScale scale = rank_code_scale(codes.summary->range);
 
   SpareColumns spare;
@@ -106,10 +85,11 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
   }
   spare.block = to_half(size.finite ? 0.0f : -kRankBlock);
   const PackedSquares squares = pack_vector<Operand::kCodes>(
-      size.finite ? code : nullptr, layout, scale.length, spare, n, true, codes.fragments);
-  const RankCodeBounds bounds = {max_over_warp(round_up(ldexp(size.length, scale.length)), 4),
-                                 max_over_warp(round_up(sqrt(squares.error)), 4),
-                                 max_over_warp(round_up(magnitude), 4)};
+      code, size.finite, layout, scale.length, spare, n, true, codes.fragments);
+  const RankCodeBounds bounds = {
+      max_over_warp(round_up(ldexp(size.length, scale.length)), kPackLanes),
+      max_over_warp(round_up(sqrt(squares.error)), kPackLanes),
+      max_over_warp(round_up(magnitude), kPackLanes)};
   if (lane_index() == 0) {
     RankCodeBounds& all = codes.summary->bounds;
     atomic_max_not_negative(&all.length, bounds.length);
@@ -128,12 +108,12 @@ struct PackArgs {
   int64_t num_rows;
 };
 
-// Grid: four lanes for every code of the padded codebook, then for every row, in blocks of
+// Grid: kPackLanes lanes for every code of the padded codebook, then for every row, in blocks of
 // kPackThreads. Reads the vectors once (again from the first-level cache) and writes 2 bytes a
 // column of the operands, bound by memory.
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs args) {
-  static_assert(kTileCodes % (kPackThreads / 4) == 0, "a block packs codes or rows");
-  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / 4;
+  static_assert(kTileCodes % (kPackThreads / kPackLanes) == 0, "a block packs codes or rows");
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
   if (n < args.padded_codes) {
     pack_code(args.layout, args.codebook, n, args.codes);
   } else {
@@ -148,8 +128,8 @@ __device__ __forceinline__ bool is_dropped(const SearchArgs& args) {
   return args.dropped != nullptr && *args.dropped == args.scale;
 }
 
-__device__ __forceinline__ int64_t num_tiles(const SearchArgs& args) {
-  return (args.layout.codes + kTileCodes - 1) / kTileCodes;
+__device__ __forceinline__ int num_tiles(const SearchArgs& args) {
+  return static_cast<int>((args.layout.codes + kTileCodes - 1) / kTileCodes);
 }
 
 // The lanes of a quad hold kCount values each. Combines them over the quad: lane t is left with
@@ -379,13 +359,14 @@ __global__ void __launch_bounds__(kRankThreads, 2)
 // The best code so far under (distance, index), in float64.
 struct Choice {
   double distance = INFINITY;
-  int64_t index = 0;
-  int64_t pending = -1;  // a candidate that was not compared yet
+  int index = 0;
+  int pending = -1;  // a candidate that was not compared yet
   bool compared = false;
 
   // Candidates of one thread come in ascending order, so a tie keeps the lower index.
-  __device__ __forceinline__ void compare(const float* row, int64_t code, const SearchArgs& args) {
-    const double d = tokenflow::distance(row, args.codebook + code * args.layout.dim, args.layout);
+  __device__ __forceinline__ void compare(const float* row, int code, const SearchArgs& args) {
+    const double d = tokenflow::distance(
+        row, args.codebook + static_cast<int64_t>(code) * args.layout.dim, args.layout);
     if (d < distance) {
       distance = d;
       index = code;
@@ -394,13 +375,13 @@ struct Choice {
   }
 
   // A lane's first candidate waits: nearly always it is the warp's only one.
-  __device__ __forceinline__ void consider(const float* row, int64_t code, const SearchArgs& args) {
+  __device__ __forceinline__ void consider(const float* row, int code, const SearchArgs& args) {
     if (pending >= 0) compare(row, pending, args);
     pending = code;
   }
 
   // The warp's choice, in every lane.
-  __device__ __forceinline__ int64_t settle(const float* row, const SearchArgs& args) {
+  __device__ __forceinline__ int settle(const float* row, const SearchArgs& args) {
     const bool alone = count_bits(ballot(pending >= 0)) == 1 && ballot(compared) == 0;
     if (pending >= 0) {
       if (alone) {
@@ -412,7 +393,7 @@ struct Choice {
     }
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
       const double d = shuffle_xor(distance, step);
-      const int64_t i = shuffle_xor(index, step);
+      const int i = shuffle_xor(index, step);
       if (d < distance || (d == distance && i < index)) {
         distance = d;
         index = i;
@@ -425,12 +406,13 @@ struct Choice {
 // Scores of one tile again, in float32: a quad sums the columns of a code that its lanes hold. The
 // codes that may be the best are considered.
 __device__ __forceinline__ void settle_tile(const SearchArgs& args, const float* row, int64_t n,
-                                            int64_t tile, float threshold, Choice* choice) {
+                                            int tile, float threshold, Choice* choice) {
   const int steps = operand_steps(args.layout.dim);
   const unsigned* packed = reinterpret_cast<const unsigned*>(
       args.packed.fragments + fragment_index(n, 0, steps) + n % 8 * 4 + lane_index() % 4);
-  const uint4* codes =
-      args.codes.fragments + fragment_index(tile * kTileCodes, 0, steps) + lane_index();
+  const uint4* codes = args.codes.fragments +
+                       fragment_index(static_cast<int64_t>(tile) * kTileCodes, 0, steps) +
+                       lane_index();
   float scores[2 * kTileFragments] = {};
   for (int s = 0; s < steps; ++s) {
     const float2 low = from_halves(packed[operand_word<Operand::kRows>(n, 0)]);
@@ -449,12 +431,12 @@ __device__ __forceinline__ void settle_tile(const SearchArgs& args, const float*
     codes += kTileFragments * kWarpSize;
   }
   reduce_quad(scores, [](float a, float b) { return a + b; });
-  const int64_t first = tile * kTileCodes + quad_vector();
+  const int first = tile * kTileCodes + quad_vector();
   unsigned near = 0;
 #pragma unroll
   for (int i = 0; i < kTileCodes / kWarpSize; ++i) near |= (scores[i] >= threshold ? 1u : 0u) << i;
   for (; near != 0; near &= near - 1) {
-    const int64_t code = first + lowest_bit(near) * kWarpSize;
+    const int code = first + lowest_bit(near) * kWarpSize;
     if (code < args.layout.codes) choice->consider(row, code, args);
   }
 }
@@ -471,7 +453,7 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
     for (int d = begin; layout.l2_norm && d < end; d += kWarpSize) {
       squared += static_cast<double>(row[d]) * static_cast<double>(row[d]);
     }
-    const double row_scale = inverse_norm(sum_over_warp(squared), layout.l2_norm);
+    const double row_scale = inverse_norm(sum_over_lanes<kWarpSize>(squared), layout.l2_norm);
     const double code_scale = args.code_scales[index * layout.groups + g];
     for (int d = begin; d < end; d += kWarpSize) {
       const float q = static_cast<float>(static_cast<double>(code[d]) * code_scale);
@@ -480,14 +462,14 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
       sum += difference * difference;
     }
   }
-  return sum_over_warp(sum);
+  return sum_over_lanes<kWarpSize>(sum);
 }
 
 // Grid: a warp a row, kSettleThreads / 32 rows a block, whose maxima lie side by side; no shared
 // memory, no barrier. Bytes: 4 a tile of codes for the maxima, and 4 KiB a step of the operands for
 // each tile looked at again (nearly always one), from the second-level cache, which bounds it.
 // Codes closer together than half precision can tell cost a distance in float64 each.
-__global__ void __launch_bounds__(kSettleThreads, 2)
+__global__ void __launch_bounds__(kSettleThreads, 3)
     settle_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();
@@ -503,17 +485,18 @@ __global__ void __launch_bounds__(kSettleThreads, 2)
   }
   const float* row = args.rows + token * layout.dim;
   const RankRowBounds bounds = args.packed.bounds[first_row + n];
-  int64_t index = 0;
+  int index = 0;
   if (is_finite(static_cast<double>(bounds.length))) {
-    const int64_t tiles = num_tiles(args), stride = padded_rows(num_rows);
+    const int tiles = num_tiles(args);
+    const int64_t stride = padded_rows(num_rows);
     const float* tile_max = args.tile_max + n;
     float best = -infinity();
-    for (int64_t t = lane; t < tiles; t += kWarpSize) best = fmaxf(best, tile_max[t * stride]);
+    for (int t = lane; t < tiles; t += kWarpSize) best = fmaxf(best, tile_max[t * stride]);
     best = max_over_warp(best, 1);
     const float threshold = best - 2 * rank_error_bound(operand_steps(layout.dim) * kStepColumns,
                                                         bounds, args.codes.summary->bounds);
     Choice choice;
-    for (int64_t t0 = 0; t0 < tiles; t0 += kWarpSize) {
+    for (int t0 = 0; t0 < tiles; t0 += kWarpSize) {
       const bool near = t0 + lane < tiles && tile_max[(t0 + lane) * stride] >= threshold;
       for (unsigned mask = ballot(near); mask != 0; mask &= mask - 1) {
         settle_tile(args, row, first_row + n, t0 + lowest_bit(mask), threshold, &choice);
@@ -579,8 +562,8 @@ cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_r
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, int64_t num_rows,
                              const PackedRows& packed, cudaStream_t stream) {
   const PackArgs args = {layout, nullptr, {}, 0, rows, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(4 * num_rows, kPackThreads)), kPackThreads, 0, stream,
-                args);
+  return launch(pack_kernel, dim3(blocks(kPackLanes * num_rows, kPackThreads)), kPackThreads, 0,
+                stream, args);
 }
 
 struct NearestCodeScratch {
@@ -599,20 +582,21 @@ struct NearestCodeScratch {
 
 cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
                                cudaStream_t stream) {
-  return launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
-                stream, layout, codebook, scales, static_cast<RankRange*>(nullptr));
+  return launch(scale_codes_kernel, dim3(blocks(kPackLanes * layout.codes, kPackThreads)),
+                kPackThreads, 0, stream, layout, codebook, scales,
+                static_cast<RankRange*>(nullptr));
 }
 
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
                         const PackedCodes& codes, double* scales, const float* rows,
                         int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
   TF_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
-  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(layout.codes, kPackThreads)), kPackThreads, 0,
-                     stream, layout, codebook, scales, &codes.summary->range));
+  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(kPackLanes * layout.codes, kPackThreads)),
+                     kPackThreads, 0, stream, layout, codebook, scales, &codes.summary->range));
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
   const PackArgs args = {layout, codebook, codes, padded, rows, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(4 * (padded + num_rows), kPackThreads)), kPackThreads, 0,
-                stream, args);
+  return launch(pack_kernel, dim3(blocks(kPackLanes * (padded + num_rows), kPackThreads)),
+                kPackThreads, 0, stream, args);
 }
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream) {

@@ -164,82 +164,100 @@ struct SpareColumns {
   }
 };
 
+// Operands are packed by four neighbouring lanes a vector.
+constexpr int kPackLanes = 4;
+
+// squared_norm of columns [begin, end), by kPackLanes lanes.
+__device__ __forceinline__ double quad_squared_norm(const float* vector, int begin, int end) {
+  double sum = 0;
+  for (int d = begin + lane_index() % kPackLanes; d < end; d += kPackLanes) {
+    sum += static_cast<double>(vector[d]) * static_cast<double>(vector[d]);
+  }
+  return sum_over_lanes<kPackLanes>(sum);
+}
+
+// A vector in float64 as it is ranked, normalised by groups and times the square roots of the
+// weights. A vector that is not finite is measured as one of no length.
+struct VectorSize {
+  double length;
+  double bias;  // of a code
+  bool finite;
+};
+
+__device__ __forceinline__ VectorSize measure_vector(const float* vector,
+                                                     const CodebookLayout& layout) {
+  double square = 0, bias = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    const double squared = quad_squared_norm(vector, layout.begin[g], layout.begin[g + 1]);
+    const double scale = inverse_norm(squared, layout.l2_norm);
+    square += layout.weight[g] * squared * scale * scale;
+    bias += group_bias(squared, layout.weight[g], layout.l2_norm);
+  }
+  const double infinity = static_cast<double>(INFINITY);
+  if (!(square < infinity && fabs(bias) < infinity)) return {0, 0, false};
+  return {sqrt(square), bias, true};
+}
+
 // Squares of lengths in scaled units, as packed and of the difference from the exact vector.
 struct PackedSquares {
   double packed;
   double error;
 };
 
-// Writes vector n, normalised by groups, times the square roots of the weights and 2^exponent; the
-// work of four lanes in a row, whose sums of squares are returned in each. A null vector is zero.
+// Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent,
+// if `write`; a vector that is not `finite` as zeros. The sums of squares are in every lane.
 template <Operand kOperand>
-__device__ __forceinline__ PackedSquares pack_vector(const float* vector,
+__device__ __forceinline__ PackedSquares pack_vector(const float* vector, bool finite,
                                                      const CodebookLayout& layout, int exponent,
                                                      const SpareColumns& spare, int64_t n,
                                                      bool write, uint4* fragments) {
-  const int t = lane_index() % 4, steps = operand_steps(layout.dim);
-  const double power = ldexp(1.0, exponent);
+  const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
   unsigned* words =
       reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
-  PackedSquares squares = {0, 0};
-  int group_end = 0, next_group = 0;
-  double factor = 0;
-  for (int s = 0; s < steps; ++s) {
-    unsigned word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int d = s * kStepColumns + 2 * t + i % 2 + i / 2 * 8;
-      uint16_t half = spare.at(d - layout.dim);
-      if (d < layout.dim) {
-        half = 0;
-        if (vector) {
-          for (; d >= group_end; ++next_group) {
-            const int begin = layout.begin[next_group];
-            group_end = layout.begin[next_group + 1];
-            factor = sqrt(layout.weight[next_group]) * power *
-                     inverse_norm(squared_norm(vector, begin, group_end), layout.l2_norm);
-          }
-          const double exact = static_cast<double>(vector[d]) * factor;
-          half = to_half(static_cast<float>(exact));
-          const double rounded = static_cast<double>(from_half(half));
-          squares.packed += rounded * rounded;
-          squares.error += (rounded - exact) * (rounded - exact);
-        }
-      }
-      word = i % 2 == 0 ? half : word | static_cast<unsigned>(half) << 16;
-      if (write && i % 2 == 1) words[operand_word<kOperand>(n, i / 2)] = word;
+  // This lane's columns in ascending order, four a step, and the halves of them in pairs.
+  const auto column = [&](int i) { return i / 4 * kStepColumns + i % 4 / 2 * 8 + 2 * t + i % 2; };
+  unsigned pair = 0;
+  const auto put = [&](int i, uint16_t half) {
+    pair = i % 2 == 0 ? half : pair | static_cast<unsigned>(half) << 16;
+    if (write && i % 2 == 1) {
+      words[i / 4 * (4 * kTileFragments * kWarpSize) + operand_word<kOperand>(n, i % 4 / 2)] = pair;
     }
-    words += 4 * kTileFragments * kWarpSize;
+  };
+  const double power = ldexp(1.0, exponent);
+  PackedSquares squares = {0, 0};
+  int i = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    const int end = layout.begin[g + 1];
+    const double squared = quad_squared_norm(vector, layout.begin[g], end);
+    const double factor = sqrt(layout.weight[g]) * power * inverse_norm(squared, layout.l2_norm);
+    for (; column(i) < end; ++i) {
+      const double exact = finite ? static_cast<double>(vector[column(i)]) * factor : 0;
+      const uint16_t half = to_half(static_cast<float>(exact));
+      const double rounded = static_cast<double>(from_half(half));
+      squares.packed += rounded * rounded;
+      squares.error += (rounded - exact) * (rounded - exact);
+      put(i, half);
+    }
   }
-  for (int mask = 1; mask < 4; mask *= 2) {
-    squares.packed += shuffle_xor(squares.packed, mask);
-    squares.error += shuffle_xor(squares.error, mask);
-  }
-  return squares;
+  for (; i < 4 * steps; ++i) put(i, spare.at(column(i) - layout.dim));
+  return {sum_over_lanes<kPackLanes>(squares.packed), sum_over_lanes<kPackLanes>(squares.error)};
 }
 
-// Packs one row as row n; the work of four lanes in a row. The codes' range must be known.
+// Packs one row as row n, if `write`; the work of kPackLanes lanes. The codes' range must be known.
 __device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
                                          bool write, const PackedRows& packed) {
-  double length = 0;
-  for (int g = 0; g < layout.groups; ++g) {
-    const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
-    const double scale = inverse_norm(squared, layout.l2_norm);
-    length += layout.weight[g] * squared * scale * scale;
-  }
-  length = sqrt(length);
-  const bool finite = length < static_cast<double>(INFINITY);
+  const VectorSize size = measure_vector(row, layout);
   const RankRange range = packed.codes->range;
-  const RankRowScale scale = rank_row_scale(finite ? length : 0, range);
+  const RankRowScale scale = rank_row_scale(size.length, range);
   const float factor = rank_bias_factor(scale, range);
   const uint16_t half = to_half(factor);
   const PackedSquares squares = pack_vector<Operand::kRows>(
-      finite ? row : nullptr, layout, scale.length, {{half, half, half}, to_half(kRankBlock)}, n,
-      write, packed.fragments);
-  if (write && lane_index() % 4 == 0) {
-    packed.bounds[n] = {finite ? round_up(sqrt(squares.packed)) : NAN,
+      row, size.finite, layout, scale.length, {{half, half, half}, to_half(kRankBlock)}, n, write,
+      packed.fragments);
+  if (write && lane_index() % kPackLanes == 0) {
+    packed.bounds[n] = {size.finite ? round_up(sqrt(squares.packed)) : NAN,
                         round_up(sqrt(squares.error)), factor,
-                        rank_distance_error(layout.dim, length, scale, range)};
+                        rank_distance_error(layout.dim, size.length, scale, range)};
   }
 }
 

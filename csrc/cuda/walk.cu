@@ -179,11 +179,11 @@ __device__ __forceinline__ void finish_rows(const WalkArgs& args, const ChannelB
   } else {
     const int s = args.last + 1;
     const int count = area(pyramid.extent[s]);
-    // Four lanes a row; whole warps, whose lanes without a row look at the last one.
-    for (int i = threadIdx.x; i < (4 * count + kWarpSize - 1) / kWarpSize * kWarpSize;
+    // Whole warps, whose lanes without a row look at the last one.
+    for (int i = threadIdx.x; i < (kPackLanes * count + kWarpSize - 1) / kWarpSize * kWarpSize;
          i += kPlaneThreads) {
-      const bool exists = i / 4 < count;
-      const int p = exists ? i / 4 : count - 1;
+      const bool exists = i / kPackLanes < count;
+      const int p = exists ? i / kPackLanes : count - 1;
       pack_row(image_rows + (pyramid.first_token[s] + p) * layout.dim, layout,
                block.image * count + p, exists, args.packed);
     }

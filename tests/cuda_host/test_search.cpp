@@ -63,7 +63,7 @@ void compare(const char* name, const CodebookLayout& layout, const Floats& codeb
 struct Stages {
   CodebookLayout layout;
   int64_t num_rows;
-  std::vector<unsigned char> memory;
+  std::vector<std::unique_ptr<unsigned char, decltype(&std::free)>> memory;
   cuda::PackedCodes codes;
   cuda::PackedRows rows;
   float* tile_max;
@@ -73,13 +73,12 @@ struct Stages {
   Stages(const CodebookLayout& layout, const Floats& codebook, const Floats& row_values,
          int64_t rank_blocks)
       : layout(layout), num_rows(static_cast<int64_t>(row_values.size()) / layout.dim) {
-    cuda::Workspace sizes(nullptr);
-    take(sizes);
-    memory.assign(sizes.bytes() + 256, 0xff);
-    void* begin = memory.data();
-    size_t space = memory.size();
-    cuda::Workspace workspace(std::align(256, sizes.bytes(), begin, space));
-    take(workspace);
+    take([&](cuda::Workspace& memory) { codes = cuda::take_packed_codes(memory, layout); });
+    take([&](cuda::Workspace& memory) {
+      rows = cuda::take_packed_rows(memory, layout.dim, num_rows, codes);
+    });
+    take(
+        [&](cuda::Workspace& memory) { tile_max = cuda::take_tile_max(memory, layout, num_rows); });
     CHECK(cuda::launch_pack(layout, codebook.data(), codes, nullptr, row_values.data(), num_rows,
                             rows, nullptr) == cudaSuccess,
           "pack");
@@ -98,10 +97,17 @@ struct Stages {
     CHECK(cuda::launch_search(args, nullptr) == cudaSuccess, "search");
   }
 
-  void take(cuda::Workspace& workspace) {
-    codes = cuda::take_packed_codes(workspace, layout);
-    rows = cuda::take_packed_rows(workspace, layout.dim, num_rows, codes);
-    tile_max = cuda::take_tile_max(workspace, layout, num_rows);
+  // Memory of its own for each, so that its end is guarded.
+  template <typename Take>
+  void take(const Take& take_from) {
+    cuda::Workspace sizes(nullptr);
+    take_from(sizes);
+    void* begin = nullptr;
+    if (posix_memalign(&begin, 256, sizes.bytes()) != 0) std::abort();
+    std::memset(begin, 0xff, sizes.bytes());
+    memory.emplace_back(static_cast<unsigned char*>(begin), &std::free);
+    cuda::Workspace workspace(begin);
+    take_from(workspace);
   }
 
   int columns() const { return 16 * cuda::operand_steps(layout.dim); }
