@@ -4,12 +4,12 @@
 // Row z and codes c_i, normalised if the layout says so and both times the square roots of the
 // weights, are multiplied by powers of two and rounded to half precision,
 //
-//   zq = 2^b z + ez,    cq_i = 2^a c_i + ec_i,    2^e bias_i = h_i + m_i + l_i + r_i,
+//   zq = 2^b z + ez,    cq_i = 2^a c_i + ec_i,    2^e bias_i = h_i + l_i + r_i,
 //
 // with a and e the same for all codes and b the row's own. What is ranked is one dot product: rows
-// hold the power of two f = 2^(a + b - e) against h, m and l, so that
+// hold the power of two f = 2^(a + b - e) against h and l, so that
 //
-//   S_i = <zq, cq_i> + f (h_i + m_i + l_i)   stands for   2^(a + b) (<z, c_i> + bias_i).
+//   S_i = <zq, cq_i> + f (h_i + l_i)   stands for   2^(a + b) (<z, c_i> + bias_i).
 //
 // The difference is bounded in parts, with lengths that packing measures:
 //
@@ -19,12 +19,12 @@
 //      products and the sum so far after cutting each to the place of the largest, and cuts the
 //      result. That is at most 6 cuts for 4 products, each of at most 2^-23 of the sum of all
 //      magnitudes: 0.75 width 2^-22 of it in all. Float32 additions in any order stay below that.
-//      The sum of magnitudes is at most M = |zq| |cq| + f (|h| + |m| + |l|), and the bound taken is
+//      The sum of magnitudes is at most M = |zq| |cq| + f (|h| + |l|), and the bound taken is
 //      (width + 8) 2^-22 M. What that leaves is for
 //      - the growth of partial sums, less than a fifth up to 2^20 columns;
 //      - rounding the threshold itself, 2^-23 M;
-//      - splitting the bias, f |r|: the largest 2^e |bias| is at least 2^12, and three halves keep
-//        all but 2^-33 of a number, or 2^-25, so this is less than 2^-32 M;
+//      - splitting the bias, f |r|: two halves keep all but 2^-22 of a number, or 2^-25, and the
+//        largest 2^e |bias| is at least 2^12, so this is at most 2^-22 M;
 //      - a factor f below half precision's smallest number, 2^-24, which is stored as 0: it loses
 //        2^-25 2^13 at most, and only where |zq| and the largest |cq| are above 2^8: 2^-28 M (or
 //        where all codes are zero, and their biases equal);
@@ -43,9 +43,9 @@
 
 namespace tokenflow {
 
-// Columns beside the channels: the bias in three parts, and one against which only codes that must
+// Columns beside the channels: the bias in two parts, and one against which only codes that must
 // not win (missing or not finite) hold a number.
-constexpr int kRankSpareColumns = 4;
+constexpr int kRankSpareColumns = 3;
 
 // What lengths and biases are scaled to: below 2^10 and 2^13. Entries 2^-24 times as large are
 // still normal numbers of half precision (from 2^-14), and a score is at most 2^20 + 2^(15 + 13).
@@ -67,7 +67,7 @@ struct RankRange {
 struct RankCodeBounds {
   float length;  // |2^a c|
   float error;   // |ec|
-  float bias;    // |h| + |m| + |l|
+  float bias;    // |h| + |l|
 };
 
 // Of one row, in scaled units.

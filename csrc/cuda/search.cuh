@@ -152,15 +152,11 @@ cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 
 // What stands beside the channels in a packed vector.
 struct SpareColumns {
-  uint16_t bias[3];
+  uint16_t bias[2];
   uint16_t block;
 
   __device__ __forceinline__ uint16_t at(int column) const {
-    return column == 0   ? bias[0]
-           : column == 1 ? bias[1]
-           : column == 2 ? bias[2]
-           : column == 3 ? block
-                         : uint16_t{0};
+    return column == 0 ? bias[0] : column == 1 ? bias[1] : column == 2 ? block : uint16_t{0};
   }
 };
 
@@ -251,9 +247,9 @@ __device__ __forceinline__ void pack_row(const float* row, const CodebookLayout&
   const RankRowScale scale = rank_row_scale(size.length, range);
   const float factor = rank_bias_factor(scale, range);
   const uint16_t half = to_half(factor);
-  const PackedSquares squares = pack_vector<Operand::kRows>(
-      row, size.finite, layout, scale.length, {{half, half, half}, to_half(kRankBlock)}, n, write,
-      packed.fragments);
+  const PackedSquares squares =
+      pack_vector<Operand::kRows>(row, size.finite, layout, scale.length,
+                                  {{half, half}, to_half(kRankBlock)}, n, write, packed.fragments);
   if (write && lane_index() % kPackLanes == 0) {
     packed.bounds[n] = {size.finite ? round_up(sqrt(squares.packed)) : NAN,
                         round_up(sqrt(squares.error)), factor,
