@@ -92,8 +92,7 @@ __device__ __forceinline__ void atomic_max_not_negative(double* address, double 
   }
 }
 
-// --- Half precision and tensor cores
-// --------------------------------------------------------------
+// --- Half precision and tensor cores ---
 
 // The nearest half, ties to even.
 __device__ __forceinline__ uint16_t to_half(float value) {
@@ -148,8 +147,7 @@ __device__ __forceinline__ void multiply_add_16x8x16(float (&sum)[4], unsigned a
 #endif
 }
 
-// --- Copies to shared memory that run beside the thread
-// -------------------------------------------
+// --- Copies to shared memory that run beside the thread ---
 
 // 16 bytes, both places aligned to 16.
 __device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
