@@ -268,6 +268,7 @@ __global__ void __launch_bounds__(kRankThreads, kSteps <= 3 ? 4 : (kSteps == 4 ?
     float best[2 * kFragments];
 #pragma unroll
     for (float& value : best) value = -infinity();
+    // Not unrolled: loads would move ahead until registers are spilled, and other warps hide them.
 #pragma unroll 1
     for (int c = 0; c < kTileFragments; ++c) {
       float sums[2][kFragments][4] = {};
