@@ -1,4 +1,5 @@
-"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses, teachers and metrics.
+"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses,
+teachers and metrics, and text to image.
 
 Importing this package imports torch alone; open_clip, timm, transformers, lpips and safetensors are
 imported where they are used.
@@ -13,17 +14,29 @@ from tokenflow_ext.models.config import (
     TowerConfig,
 )
 from tokenflow_ext.models.teachers import WeightsError
+from tokenflow_ext.models.text_to_image import (
+    BackboneConfig,
+    TextToImage,
+    TextToImageConfig,
+    TextToImageOutput,
+    encode_prompts,
+)
 from tokenflow_ext.models.tokenizer import CheckpointError, TokenFlowTokenizer, TokenizerOutput
 
 __all__ = [
+    "BackboneConfig",
     "CheckpointError",
     "ConfigError",
     "PixelConfig",
     "QuantizerConfig",
     "SemanticConfig",
+    "TextToImage",
+    "TextToImageConfig",
+    "TextToImageOutput",
     "TokenFlowTokenizer",
     "TokenizerConfig",
     "TokenizerOutput",
     "TowerConfig",
     "WeightsError",
+    "encode_prompts",
 ]

@@ -1,0 +1,964 @@
+"""Text to image by next-scale prediction: a Llama-family transformer over text, then all scales.
+
+Method: arXiv 2412.03069, section 3.3. The keys of :meth:`TextToImage.state_dict` are those of the
+released weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.tokenizer import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    TokenFlowTokenizer,
+)
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tokenflow_ext.models.text_to_image_generation import Session
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+IMAGE_MARK = "<img>"
+"""The string between a prompt and its image; plain text to the text tokenizer."""
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
+    "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
+    "username, blurry"
+)
+_FORMAT = "tokenflow-text-to-image"
+_FORMAT_VERSION = 1
+_TOKENIZER_FOLDER = "tokenizer"
+_QK_NORM_EPS = 1e-6
+_RANGE_BUFFERS = ("image_token_start", "image_token_end")
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a text tokenizer; those of transformers fit."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The transformer; the names and meanings are transformers' own.
+
+    Attributes:
+        family: ``llama``, ``qwen2`` or ``qwen3``.
+        head_dim: 0 is ``hidden_size // num_attention_heads``.
+        num_key_value_heads: 0 is ``num_attention_heads``.
+    """
+
+    family: str = "llama"
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ConfigError(
+                f"backbone.family must be one of {', '.join(FAMILIES)}, got {self.family!r}"
+            )
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"backbone.{name} must be positive, got {getattr(self, name)!r}")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if groups < 0 or heads % (groups or heads):
+            raise ConfigError(
+                "backbone.num_key_value_heads must divide num_attention_heads, got "
+                f"{groups} and {heads}"
+            )
+        if self.hidden_size % heads:
+            raise ConfigError(
+                "backbone.hidden_size must be a multiple of num_attention_heads, got "
+                f"{self.hidden_size} and {heads}"
+            )
+        if self.head_dim < 0 or (self.head_dim or self.hidden_size // heads) % 2:
+            raise ConfigError(f"backbone.head_dim must be even, got {self.head_dim}")
+        if self.family == "qwen2" and self.head_dim not in (0, self.hidden_size // heads):
+            raise ConfigError(f"backbone.head_dim is fixed for qwen2, got {self.head_dim}")
+        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+            if getattr(self, name) and self.family not in families:
+                raise ConfigError(f"backbone.{name} is not an option of {self.family}")
+
+    def to_transformers(self, vocab_size: int) -> PretrainedConfig:
+        """The library's configuration for a vocabulary of this size."""
+        ensure_torchvision()
+        from transformers import AutoConfig
+
+        values = to_plain(self)
+        family, theta = values.pop("family"), values.pop("rope_theta")
+        values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
+        values["head_dim"] = self.head_dim or self.hidden_size // self.num_attention_heads
+        if family == "qwen2":
+            del values["head_dim"]
+        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+            if family not in families:
+                del values[name]
+        return AutoConfig.for_model(
+            family,
+            vocab_size=vocab_size,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            **values,
+        )
+
+    @classmethod
+    def from_transformers(cls, config: PretrainedConfig) -> BackboneConfig:
+        """The shape of a transformers configuration.
+
+        Raises:
+            ConfigError: another family, or something that would change the computation and is not
+                served (scaled RoPE, sliding windows): the message names it.
+        """
+        family = getattr(config, "model_type", None)
+        if family not in FAMILIES:
+            raise ConfigError(f"config.model_type must be one of {FAMILIES}, got {family!r}")
+        rope = dict(config.rope_parameters or {})
+        theta = float(rope.pop("rope_theta", 10000.0))
+        if rope.pop("rope_type", "default") != "default" or rope:
+            raise ConfigError(f"scaled RoPE is not served, got {config.rope_parameters}")
+        if getattr(config, "sliding_window", None) is not None:
+            raise ConfigError(f"sliding windows are not served, got {config.sliding_window}")
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+        return cls(
+            family=family,
+            rope_theta=theta,
+            head_dim=getattr(config, "head_dim", None) or 0,
+            attention_bias=getattr(config, "attention_bias", False),
+            mlp_bias=getattr(config, "mlp_bias", False),
+            initializer_range=float(config.initializer_range),
+            **{name: getattr(config, name) for name in names},
+        )
+
+
+@dataclass(frozen=True)
+class TextToImageConfig:
+    """Everything that decides a :class:`TextToImage`'s shape.
+
+    The vocabulary is the text's ``text_vocab_size`` ids, ``codebook_size`` image tokens, and one
+    padding id.
+
+    Attributes:
+        backbone: the transformer.
+        text_vocab_size: ids of the text tokenizer.
+        codebook_size: image tokens, the codes of the image tokenizer.
+        feature_dim: channels of the image tokenizer's codes (semantic and pixel).
+        scales: sides of the image tokenizer's scales; the first is 1.
+        prompt_length: ids that a prompt is cut or padded to, before those of ``<img>``.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    text_vocab_size: int = 32000
+    codebook_size: int = 32768
+    feature_dim: int = 40
+    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+    prompt_length: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("text_vocab_size", "codebook_size", "feature_dim", "prompt_length"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not self.scales or self.scales[0] != 1 or min(self.scales) < 1:
+            raise ConfigError(
+                f"scales must be positive and begin with 1 (the last text token predicts the first "
+                f"scale), got {self.scales}"
+            )
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        backbone: BackboneConfig,
+        tokenizer: TokenFlowTokenizer,
+        text_vocab_size: int,
+        prompt_length: int = 128,
+    ) -> TextToImageConfig:
+        """The configuration that fits an image tokenizer."""
+        quantizer = tokenizer.config.quantizer
+        return cls(
+            backbone,
+            text_vocab_size,
+            quantizer.codebook_size,
+            sum(tokenizer.config.dims),
+            quantizer.scales,
+            prompt_length,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Text ids, image tokens and the padding id."""
+        return self.text_vocab_size + self.codebook_size + 1
+
+    @property
+    def pad_id(self) -> int:
+        """The id that prompts are padded with, the last of the vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image."""
+        return sum(side * side for side in self.scales)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for JSON or YAML."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TextToImageConfig:
+        """Inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type, named by its path.
+        """
+        return from_plain(cls, values)
+
+
+def encode_prompts(
+    prompts: Sequence[str], text_tokenizer: TextTokenizer, config: TextToImageConfig
+) -> tuple[Tensor, Tensor]:
+    """Prompts as the model reads them: ids beginning with bos (where the tokenizer has one), cut or
+    left-padded to ``config.prompt_length``, then the ids of ``<img>``.
+
+    Returns:
+        (ids [B, T] int64, attention mask [B, T] bool, False where padded).
+
+    Raises:
+        ValueError: no prompt, or ids that are not of the configured text vocabulary.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a sequence of one string or more, got {prompts!r}")
+    first = [] if text_tokenizer.bos_token_id is None else [text_tokenizer.bos_token_id]
+    mark = text_tokenizer.encode(IMAGE_MARK, add_special_tokens=False)
+    rows = []
+    for prompt in prompts:
+        ids = first + text_tokenizer.encode(prompt, add_special_tokens=False)
+        ids = ids[: config.prompt_length]
+        rows.append([config.pad_id] * (config.prompt_length - len(ids)) + ids + mark)
+    ids = torch.tensor(rows, dtype=torch.int64)
+    valid = ids != config.pad_id
+    strange = ids[valid & ((ids < 0) | (ids >= config.text_vocab_size))]
+    if strange.numel():
+        raise ValueError(
+            f"the text tokenizer gave id {int(strange[0])}, the model's text vocabulary has "
+            f"{config.text_vocab_size} ids"
+        )
+    return ids, valid
+
+
+@dataclass(frozen=True)
+class NextScaleSequence:
+    """Which place of the sequence holds, sees and predicts what; training and generation ask here.
+
+    The ``text`` prompt places come first. The last of them, p, predicts scale 0 (one token); after
+    it stand the places of scales 1, 2, ..., each of which predicts its own token. Place p + j adds
+    row j of the position embeddings.
+    """
+
+    scales: tuple[int, ...]
+    text: int
+
+    @property
+    def length(self) -> int:
+        """Places in all: the last text place is the first image place too."""
+        return self.text - 1 + sum(side * side for side in self.scales)
+
+    def places(self, scale: int) -> tuple[int, int]:
+        """(first, end) of the places that predict a scale's tokens."""
+        first = self.text - 1 + sum(side * side for side in self.scales[:scale])
+        return first, first + self.scales[scale] ** 2
+
+    def _of_places(self, of_text: Sequence[int], of_scale: Sequence[int]) -> Tensor:
+        counts = [1] * len(of_text) + [side * side for side in self.scales[1:]]
+        values = torch.tensor([*of_text, *of_scale[1:]])
+        return values.repeat_interleave(torch.tensor(counts))
+
+    def levels(self) -> Tensor:
+        """Row of the scale embeddings that each place adds, [length] (row 1 is unused)."""
+        return self._of_places([0] * self.text, [scale + 1 for scale in range(len(self.scales))])
+
+    def visible(self) -> Tensor:
+        """How many leading places each place sees, [length]: text is causal, a scale's places see
+        all places up to their scale's end."""
+        ends = [self.places(scale)[1] for scale in range(len(self.scales))]
+        return self._of_places(range(1, self.text + 1), ends)
+
+    def _keys(self, valid: Tensor) -> Tensor:
+        """Which places are no padding [B, length] from those of the prompt [B, text]."""
+        return F.pad(valid, (0, self.length - self.text), value=True)
+
+    def mask(self, valid: Tensor, first: int = 0, end: int | None = None) -> Tensor:
+        """[B, 1, end - first, end] bool, True where the row's place sees the column's.
+
+        A padded place is seen by itself alone: no row is empty, whose softmax would be NaN.
+
+        Args:
+            valid: which prompt places are no padding, [B, text] bool.
+            first, end: the places that ask; all by default. None of them sees past ``end``.
+        """
+        end = self.length if end is None else end
+        key = torch.arange(end, device=valid.device)
+        query = key[first:].unsqueeze(1)
+        seen = key < self.visible()[first:end].to(valid.device).unsqueeze(1)
+        seen = seen & self._keys(valid)[:, :end].unsqueeze(1)
+        return (seen | (key == query)).unsqueeze(1)
+
+    def block_mask(self, valid: Tensor) -> BlockMask:
+        """:meth:`mask` for FlexAttention."""
+        visible, keys = self.visible().to(valid.device), self._keys(valid)
+
+        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return ((key < visible[query]) & keys[batch, key]) | (key == query)
+
+        count, length = valid.shape[0], self.length
+        return create_block_mask(seen, count, None, length, length, device=valid.device)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention)
+
+
+class QKNormAttention(nn.Module):
+    """A Llama-family attention whose queries and keys are normalised per head before RoPE.
+
+    It takes over the projections of the library's attention under their names. Qwen3 has such norms
+    already, which stay; the others get ``qknorm``.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.scaling = attention.scaling
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        if hasattr(attention, "q_norm"):
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+            self.qknorm = None
+        else:
+            names = ("query_norm", "key_norm")
+            like = attention.q_proj.weight
+            self.qknorm = nn.ModuleDict(
+                {
+                    name: nn.RMSNorm(
+                        self.head_dim, eps=_QK_NORM_EPS, device=like.device, dtype=like.dtype
+                    )
+                    for name in names
+                }
+            )
+
+    def _norms(self) -> tuple[nn.Module, nn.Module]:
+        if self.qknorm is None:
+            return self.q_norm, self.k_norm
+        return self.qknorm["query_norm"], self.qknorm["key_norm"]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | BlockMask | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """As the library's, [B, n, hidden] -> [B, n, hidden]; the mask is complete, nothing is
+        causal besides it."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_norm, key_norm = self._norms()
+        query = query_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = key_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # Under autocast the norms and RoPE may leave float32 beside half-precision values.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(attention_mask, BlockMask):
+            attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+            out = attend(
+                query,
+                key,
+                value,
+                block_mask=attention_mask,
+                scale=self.scaling,
+                enable_gqa=self.num_key_value_groups > 1,
+            ).transpose(1, 2)
+        else:
+            out, _ = sdpa_attention_forward(
+                self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False
+            )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+class TextToImageOutput(NamedTuple):
+    """What :meth:`TextToImage.forward` gives."""
+
+    loss: Tensor
+    """Mean cross-entropy of the image tokens, scalar float32 (float64 in float64)."""
+    logits: Tensor
+    """[B, L, K] over the image vocabulary alone, in the head's dtype."""
+
+
+class TextToImage(nn.Module):
+    """Next-scale text-to-image transformer (arXiv 2412.03069, section 3.3).
+
+    Weights start random; :meth:`from_language_model` starts from a pretrained transformer,
+    :meth:`from_released` takes the released weights.
+
+    Args:
+        config: shape of everything.
+        tokenizer: the image tokenizer. It is frozen, used in evaluation mode, and no part of the
+            module's parameters and state dict; it follows the model's device, not its dtype (the
+            inputs of a scale are sums over all earlier ones).
+        attention: ``sdpa``, or ``flex`` for FlexAttention in the training forward (compiled on
+            CUDA, where it skips the blocks that the mask empties).
+
+    Raises:
+        ConfigError: a tokenizer that does not fit the configuration.
+    """
+
+    tokenizer: TokenFlowTokenizer
+
+    def __init__(
+        self,
+        config: TextToImageConfig,
+        tokenizer: TokenFlowTokenizer,
+        *,
+        attention: Literal["sdpa", "flex"] = "sdpa",
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, TextToImageConfig):
+            raise TypeError(f"config must be a TextToImageConfig, got {type(config).__name__}")
+        if not isinstance(tokenizer, TokenFlowTokenizer):
+            raise TypeError(
+                f"tokenizer must be a TokenFlowTokenizer, got {type(tokenizer).__name__}"
+            )
+        if attention not in ("sdpa", "flex"):
+            raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
+        _check_tokenizer(config, tokenizer)
+        ensure_torchvision()
+        from transformers import AutoModel
+
+        self.config = config
+        self.attention = attention
+        # Past Module.__setattr__: not a submodule.
+        self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
+        self._session: Session | None = None
+
+        backbone = config.backbone
+        self.model = AutoModel.from_config(backbone.to_transformers(config.vocab_size))
+        for layer in self.model.layers:
+            layer.self_attn = QKNormAttention(layer.self_attn)
+        hidden = backbone.hidden_size
+        self.model.mm_projector = nn.Sequential(
+            nn.Linear(config.feature_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+        self.model.lvl_embed = nn.Embedding(len(config.scales) + 1, hidden)
+        self.model.pos_1LC = nn.Parameter(torch.empty(config.image_tokens, hidden))
+        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        for weight in (self.model.lvl_embed.weight, self.model.pos_1LC, self.lm_head.weight):
+            nn.init.normal_(weight, std=backbone.initializer_range)
+
+    # ------------------------------------------------------------------ device and dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TextToImage:
+        """Moves as every module does; the tokenizer goes along to the device."""
+        self._session = None  # its buffers and graphs hold the old weights
+        inverse_frequencies = self.model.rotary_emb.inv_freq
+        super()._apply(fn, recurse)
+        rotary = self.model.rotary_emb
+        if not inverse_frequencies.is_meta:
+            # Half precision would move the angles of far places by whole turns.
+            rotary.inv_freq = inverse_frequencies.to(rotary.inv_freq.device)
+        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
+            self.tokenizer.to(self.lm_head.weight.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    # ------------------------------------------------------------------ parts of the sequence
+
+    def sequence(self, text: int) -> NextScaleSequence:
+        """The sequence's definition for prompts of ``text`` places.
+
+        Raises:
+            ValueError: no place, or more than the backbone's positions hold with the image's.
+        """
+        sequence = NextScaleSequence(self.config.scales, text)
+        limit = self.config.backbone.max_position_embeddings
+        if text < 1 or sequence.length > limit:
+            raise ValueError(
+                f"input_ids must have 1 to {limit - self.config.image_tokens + 1} places, what "
+                f"the backbone has beside the image's {self.config.image_tokens}, got {text}"
+            )
+        return sequence
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """ids [B, T] -> inputs [B, T, hidden]."""
+        inputs = self.model.embed_tokens(input_ids) + self.model.lvl_embed.weight[0]
+        last = F.pad(self.model.pos_1LC[:1], (0, 0, input_ids.shape[1] - 1, 0))
+        return inputs + last.to(inputs.dtype)
+
+    def embed_image(self, features: Tensor, first: int, levels: Tensor) -> Tensor:
+        """Inputs of image places from f-hat at their scales' sizes.
+
+        Args:
+            features: [B, n, C].
+            first: row of the position embeddings of the first of these places; 0 is the last text
+                place.
+            levels: rows of the scale embeddings, [n].
+        """
+        projected = self.model.mm_projector(features.to(self.model.mm_projector[0].weight.dtype))
+        positions = self.model.pos_1LC[first : first + features.shape[1]]
+        return projected + positions + self.model.lvl_embed(levels)
+
+    def rotary(self, like: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, length, head_dim] of RoPE, counted from 0 with the padding."""
+        place = torch.arange(length, device=like.device).unsqueeze(0)
+        return self.model.rotary_emb(like, position_ids=place)
+
+    def run_layers(
+        self,
+        inputs: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        cache: Any = None,
+    ) -> Tensor:
+        """The transformer without its last norm, [B, n, hidden] -> [B, n, hidden]."""
+        hidden = inputs
+        for layer in self.model.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                past_key_values=cache,
+            )
+        return hidden
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """[B, n, hidden] -> [B, n, K]: the image vocabulary's rows of the head alone."""
+        first = self.config.text_vocab_size
+        weight = self.lm_head.weight[first : first + self.config.codebook_size]
+        return F.linear(self.model.norm(hidden), weight)
+
+    # ------------------------------------------------------------------ training
+
+    def forward(
+        self, input_ids: Tensor, indices: Tensor, attention_mask: Tensor | None = None
+    ) -> TextToImageOutput:
+        """Teacher forcing: every scale's tokens from the text and the tokens of earlier scales.
+
+        Args:
+            input_ids: prompts [B, T] as :func:`encode_prompts` makes them, left-padded.
+            indices: the images' tokens [B, L], scale by scale.
+            attention_mask: [B, T], false or 0 where padded; None finds the padding id.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit, prompts that are too long; on
+                the CPU also ids out of range and a padded last place (elsewhere that would wait for
+                the device).
+        """
+        sequence = self.sequence(self._check_ids("input_ids", input_ids, not input_ids.is_cuda))
+        valid = self._valid("attention_mask", input_ids, attention_mask, not input_ids.is_cuda)
+        expected = (input_ids.shape[0], self.config.image_tokens)
+        if tuple(indices.shape) != expected or indices.dtype != torch.int64:
+            raise ValueError(
+                f"indices must be {expected} int64, got {tuple(indices.shape)} {indices.dtype}"
+            )
+        if not indices.is_cuda:
+            _check_range("indices", indices, self.config.codebook_size)
+        features = self.tokenizer.quantizer.next_scale_inputs(indices)
+        levels = sequence.levels().to(input_ids.device)[sequence.text :]
+        image = self.embed_image(features, 1, levels)
+        inputs = torch.cat([self.embed_text(input_ids), image], dim=1)
+        mask = sequence.block_mask if self.attention == "flex" else sequence.mask
+        hidden = self.run_layers(inputs, self.rotary(inputs, sequence.length), mask(valid))
+        logits = self.image_logits(hidden[:, sequence.text - 1 :])
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        return TextToImageOutput(F.cross_entropy(scores.mT, indices), logits)
+
+    def _check_ids(self, name: str, ids: Tensor, check: bool) -> int:
+        """Refuses prompts that are no ids; returns their length."""
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"{name} must be an int64 tensor, got {got}")
+        if ids.dim() != 2 or ids.shape[0] == 0:
+            raise ValueError(f"{name} must be [B, T] with B > 0, got {tuple(ids.shape)}")
+        if check:
+            _check_range(name, ids, self.config.vocab_size)
+            image = (ids >= self.config.text_vocab_size) & (ids != self.config.pad_id)
+            if bool(image.any()):
+                raise ValueError(
+                    f"{name} must hold text and padding, got the image token {int(ids[image][0])}"
+                )
+        return ids.shape[1]
+
+    def _valid(self, name: str, ids: Tensor, mask: Tensor | None, check: bool) -> Tensor:
+        """Which prompt places are no padding, [B, T] bool."""
+        if mask is None:
+            mask = ids != self.config.pad_id
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"{name} must be {tuple(ids.shape)} as the ids, got {tuple(mask.shape)}"
+            )
+        mask = mask.to(ids.device, torch.bool)
+        if check and not bool(mask[:, -1].all()):
+            raise ValueError(f"{name}: the last place predicts the image and cannot be padding")
+        return mask
+
+    # ------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        text_tokenizer: TextTokenizer,
+        *,
+        negative_prompt: str | Sequence[str] = NEGATIVE_PROMPT,
+        guidance: float = 7.5,
+        top_k: Sequence[int] = (1200, 100, 1),
+        top_p: Sequence[float] = (0.8, 0.8, 0.0),
+        seed: int | Sequence[int] | None = None,
+        cuda_graphs: bool = False,
+    ) -> Tensor:
+        """Images [B, 3, H, W] uint8 of prompts.
+
+        Args:
+            prompts: one string for each image.
+            text_tokenizer: the backbone's text tokenizer.
+            negative_prompt: what guidance leads away from, for all images or one for each; the
+                empty string is the unconditional model of training.
+            guidance, top_k, top_p, seed, cuda_graphs: as :meth:`generate_tokens`.
+        """
+        negative = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        ids, mask = encode_prompts(prompts, text_tokenizer, self.config)
+        negative_ids, negative_mask = encode_prompts(negative, text_tokenizer, self.config)
+        indices = self.generate_tokens(
+            ids.to(self.device),
+            negative_ids.to(self.device),
+            attention_mask=mask,
+            negative_attention_mask=negative_mask,
+            guidance=guidance,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            cuda_graphs=cuda_graphs,
+        )
+        images, _ = self.tokenizer.decode(indices)
+        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        input_ids: Tensor,
+        negative_ids: Tensor | None,
+        *,
+        attention_mask: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        guidance: float = 7.5,
+        top_k: Sequence[int] = (1200, 100, 1),
+        top_p: Sequence[float] = (0.8, 0.8, 0.0),
+        seed: int | Sequence[int] | None = None,
+        cuda_graphs: bool = False,
+    ) -> Tensor:
+        """Image tokens [B, L] of prompts, by multi-step sampling with guidance.
+
+        Args:
+            input_ids: prompts [B, T], left-padded.
+            negative_ids: [B or 1, T]; may be None where guidance is 0.
+            attention_mask, negative_attention_mask: shaped as their ids, false or 0 where padded;
+                None finds the padding id.
+            guidance: t = guidance * k / (S - 1) at scale k; logits are (1 + t) * conditional -
+                t * negative. 0 leaves the negative half out.
+            top_k, top_p: filters of each draw of a scale, [steps]; every step after the first feeds
+                the drawn tokens back and draws anew. The first scale is drawn once.
+            seed: one for each image, or one number: image b then has seed + b. An image depends on
+                its seed and prompts, not on the batch it is in. None takes torch's generator.
+            cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
+                them; they are kept until another shape or a move of the model.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, named in the message.
+        """
+        from tokenflow_ext.models.text_to_image_generation import generate_tokens
+
+        text = self._check_ids("input_ids", input_ids, True)
+        sequence = self.sequence(text)
+        ids, valid = input_ids, self._valid("attention_mask", input_ids, attention_mask, True)
+        if guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {guidance}")
+        if guidance > 0:
+            if negative_ids is None:
+                raise ValueError("negative_ids must be given where guidance is not 0")
+            self._check_ids("negative_ids", negative_ids, True)
+            count = input_ids.shape[0]
+            if negative_ids.shape[1] != text or negative_ids.shape[0] not in (1, count):
+                raise ValueError(
+                    f"negative_ids must be [{count} or 1, {text}], got {tuple(negative_ids.shape)}"
+                )
+            negative_valid = self._valid(
+                "negative_attention_mask", negative_ids, negative_attention_mask, True
+            )
+            ids = torch.cat([ids, negative_ids.expand(count, -1)])
+            valid = torch.cat([valid, negative_valid.expand(count, -1)])
+        return generate_tokens(
+            self,
+            sequence,
+            ids,
+            valid,
+            input_ids.shape[0],
+            guidance=guidance,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            cuda_graphs=cuda_graphs,
+        )
+
+    # ------------------------------------------------------------------ weights
+
+    @classmethod
+    def from_released(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        llama_config: PretrainedConfig,
+        tokenizer: TokenFlowTokenizer,
+        **options: Any,
+    ) -> TextToImage:
+        """The model of released weights; it takes the tensors over without a copy.
+
+        Args:
+            state_dict: every key is used: the module's own, and ``image_token_start`` and
+                ``image_token_end`` (with any prefix), which are held against the vocabulary.
+            llama_config: transformers configuration of the backbone; its vocabulary includes the
+                image tokens and the padding id.
+            tokenizer: the image tokenizer.
+            options: for the constructor.
+
+        Raises:
+            CheckpointError: a key that is missing, unknown or of another shape.
+            ConfigError: a configuration that is not served or does not fit the tokenizer.
+        """
+        backbone = BackboneConfig.from_transformers(llama_config)
+        codes = tokenizer.config.quantizer.codebook_size
+        text_vocab_size = llama_config.vocab_size - codes - 1
+        if text_vocab_size < 1:
+            raise ConfigError(
+                f"vocab_size must hold text, the tokenizer's {codes} image tokens and a padding "
+                f"id, got {llama_config.vocab_size}"
+            )
+        config = TextToImageConfig.for_tokenizer(backbone, tokenizer, text_vocab_size)
+        weights = {}
+        for key, value in state_dict.items():
+            if key.rpartition(".")[2] in _RANGE_BUFFERS:
+                _check_image_range(key, value, config)
+            else:
+                weights[key] = value
+        return cls._from_weights(config, tokenizer, weights, "the released weights", options)
+
+    @classmethod
+    def from_language_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: TokenFlowTokenizer,
+        prompt_length: int = 128,
+        **options: Any,
+    ) -> TextToImage:
+        """A model that starts from a pretrained causal language model of transformers.
+
+        Its embeddings and head keep their rows and get random ones for the image tokens and the
+        padding; a head tied to the embeddings becomes one of its own. The norms of queries and
+        keys, the projector and the other embeddings start as in the constructor.
+        """
+        backbone = BackboneConfig.from_transformers(model.config)
+        rows = model.config.vocab_size
+        config = TextToImageConfig.for_tokenizer(backbone, tokenizer, rows, prompt_length)
+        made = cls(config, tokenizer, **options).to(next(model.parameters()).dtype)
+        start = model.state_dict()
+        start.setdefault("lm_head.weight", start["model.embed_tokens.weight"])
+        own = made.state_dict()
+        with torch.no_grad():
+            for key, value in start.items():
+                if key not in own:
+                    raise CheckpointError(f"the language model has a weight {key} of no use here")
+                target = own[key]
+                if key in ("model.embed_tokens.weight", "lm_head.weight"):
+                    target = target[:rows]
+                target.copy_(value)
+        return made
+
+    @classmethod
+    def _from_weights(
+        cls,
+        config: TextToImageConfig,
+        tokenizer: TokenFlowTokenizer,
+        weights: dict[str, Tensor],
+        source: str,
+        options: dict[str, Any],
+    ) -> TextToImage:
+        """Built on the meta device, so that no weight exists twice."""
+        with torch.device("meta"):
+            model = cls(config, tokenizer, **options)
+        own = model.state_dict()
+        missing = [key for key in own if key not in weights]
+        unknown = [key for key in weights if key not in own]
+        if missing or unknown:
+            first = f" (first {(missing or unknown)[0]})"
+            raise CheckpointError(
+                f"{source}: {len(missing)} keys missing, {len(unknown)} unknown{first}"
+            )
+        for key, value in own.items():
+            if weights[key].shape != value.shape:
+                raise CheckpointError(
+                    f"{source}: {key} is {tuple(weights[key].shape)}, the configuration asks for "
+                    f"{tuple(value.shape)}"
+                )
+        model.load_state_dict(weights, assign=True)
+        # RoPE's frequencies are no weights: computed anew where the weights are.
+        with model.device:
+            rotary = model.model.rotary_emb
+            model.model.rotary_emb = type(rotary)(config=rotary.config)
+        if not any(weight.is_meta for weight in tokenizer.parameters()):
+            tokenizer.to(model.device)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
+        ``tokenizer``) into the directory ``path``. Each file is complete before it takes its name.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder / _TOKENIZER_FOLDER)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        partial = folder / (WEIGHTS_FILE + ".partial")
+        save_file(state, str(partial), metadata={"format": _FORMAT})
+        os.replace(partial, folder / WEIGHTS_FILE)
+        header = {"format": _FORMAT, "version": _FORMAT_VERSION, "config": self.config.to_dict()}
+        partial = folder / (CONFIG_FILE + ".partial")
+        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG_FILE)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: TokenFlowTokenizer | None = None, **options: Any
+    ) -> TextToImage:
+        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
+
+        Args:
+            tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
+            options: for the constructor.
+
+        Raises:
+            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
+                configuration; the message names file and entry.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        config = _read_config(folder / CONFIG_FILE)
+        weights = folder / WEIGHTS_FILE
+        if not weights.is_file():
+            raise CheckpointError(f"{weights} is missing")
+        if tokenizer is None:
+            tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
+        try:
+            state = load_file(str(weights))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{weights} is truncated or no safetensors file: {error}"
+            ) from error
+        return cls._from_weights(config, tokenizer, state, str(weights), options)
+
+
+def _read_config(file: Path) -> TextToImageConfig:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise CheckpointError(f'{file} is no saved text-to-image model\'s: "format" != "{_FORMAT}"')
+    if header.get("version") != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {header.get('version')!r}, this release reads "
+            f"{_FORMAT_VERSION}"
+        )
+    try:
+        return TextToImageConfig.from_dict(header.get("config"))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -> None:
+    quantizer = tokenizer.config.quantizer
+    for name, asked, got in (
+        ("codebook_size", config.codebook_size, quantizer.codebook_size),
+        ("feature_dim", config.feature_dim, sum(tokenizer.config.dims)),
+        ("scales", config.scales, quantizer.scales),
+    ):
+        if asked != got:
+            raise ConfigError(f"{name} is {asked} in the configuration, the tokenizer has {got}")
+
+
+def _check_range(name: str, ids: Tensor, size: int) -> None:
+    if bool(((ids < 0) | (ids >= size)).any()):
+        raise ValueError(f"{name} must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
+
+
+def _check_image_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
+    """The buffers with the first and the last (or the one after it) id of the image tokens."""
+    if value.numel() != 1:
+        raise CheckpointError(f"{key} must be one id, got {tuple(value.shape)}")
+    if value.is_meta:
+        return
+    first, end = config.text_vocab_size, config.text_vocab_size + config.codebook_size
+    served = (first,) if key.endswith("start") else (end - 1, end)
+    if int(value) not in served:
+        raise CheckpointError(
+            f"{key} is {int(value)}, the vocabulary has its image tokens at {first} to {end - 1}"
+        )

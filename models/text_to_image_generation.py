@@ -1,0 +1,218 @@
+"""Generation of image tokens with a key-value cache: each run computes one scale's places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenflow_ext.sampler import sample_top_k_top_p
+
+if TYPE_CHECKING:
+    from tokenflow_ext.models.text_to_image import NextScaleSequence, TextToImage
+
+
+class KeyValueCache:
+    """Keys and values of every layer, [rows, heads, length, head_dim], written in place.
+
+    ``places`` says which places the coming run computes; running a scale again overwrites its
+    entries, and attention reads up to the end of what was written last.
+    """
+
+    def __init__(self, model: TextToImage, rows: int, length: int) -> None:
+        like = model.lm_head.weight
+        attention = model.model.layers[0].self_attn
+        heads = attention.k_proj.out_features // attention.head_dim
+        shape = (len(model.model.layers), 2, rows, heads, length, attention.head_dim)
+        self.entries = torch.empty(shape, device=like.device, dtype=like.dtype)
+        self.places = (0, 0)
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Stores the run's keys and values [rows, heads, n, head_dim] of a layer; returns those of
+        all places up to the run's end."""
+        first, end = self.places
+        keys, values = self.entries[layer]
+        keys[:, :, first:end] = key
+        values[:, :, first:end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Session:
+    """The buffers of one generation: cache, masks, RoPE, and CUDA graphs where they are asked for.
+
+    Args:
+        sequence: the definition of places.
+        rows: prompts in a batch, conditional and negative ones together.
+        padded: whether any prompt is padded; without padding no run of a scale needs a mask.
+    """
+
+    def __init__(
+        self, model: TextToImage, sequence: NextScaleSequence, rows: int, padded: bool
+    ) -> None:
+        self.model = model
+        self.sequence = sequence
+        self.rows = rows
+        self.padded = padded
+        self.cache = KeyValueCache(model, rows, sequence.length)
+        device = model.device
+        self.levels = sequence.levels().to(device)
+        like = torch.empty(0, device=device, dtype=model.lm_head.weight.dtype)
+        self.cos, self.sin = model.rotary(like, sequence.length)
+        self.masks = [
+            torch.empty(rows, 1, 1, sequence.places(scale)[1], dtype=torch.bool, device=device)
+            for scale in range(len(sequence.scales))
+        ]
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def _layers(self, inputs: Tensor, places: tuple[int, int], mask: Tensor | None) -> Tensor:
+        first, end = self.cache.places = places
+        rotary = self.cos[:, first:end], self.sin[:, first:end]
+        return self.model.run_layers(inputs, rotary, mask, self.cache)
+
+    def run_text(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Prompts [rows, T] -> logits of the first scale [rows, 1, K]."""
+        text = self.sequence.text
+        if self.padded:
+            for scale, mask in enumerate(self.masks):
+                # All places of a scale see the same keys: one row of the mask stands for them.
+                first, end = self.sequence.places(scale)
+                mask.copy_(self.sequence.mask(valid, first, end)[:, :, :1])
+        inputs = self.model.embed_text(ids)
+        hidden = self._layers(inputs, (0, text), self.sequence.mask(valid, 0, text))
+        return self.model.image_logits(hidden[:, -1:])
+
+    def run_scale(self, scale: int, f_hat: Tensor) -> Tensor:
+        """f-hat at a scale's size [B, C, h, w] -> logits [rows, h * w, K].
+
+        Nothing here waits for the device, and every buffer keeps its place, so that it can be
+        captured in a CUDA graph.
+        """
+        first, end = self.sequence.places(scale)
+        position = first - (self.sequence.text - 1)
+        inputs = self.model.embed_image(f_hat.flatten(2).mT, position, self.levels[first:end])
+        inputs = inputs.repeat(self.rows // inputs.shape[0], 1, 1)
+        mask = self.masks[scale] if self.padded else None
+        return self.model.image_logits(self._layers(inputs, (first, end), mask))
+
+    def replay_scale(self, scale: int, f_hat: Tensor) -> Tensor:
+        """:meth:`run_scale` as a CUDA graph, captured at first; the next replay of the scale
+        overwrites the logits."""
+        if scale not in self.graphs:
+            self.graphs[scale] = self._capture(scale, f_hat.clone())
+        graph, features, logits = self.graphs[scale]
+        features.copy_(f_hat)
+        graph.replay()
+        return logits
+
+    def _capture(self, scale: int, features: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # cuBLAS and the attention allocate workspaces and pick kernels in their first runs.
+            for _ in range(2):
+                self.run_scale(scale, features)
+        torch.cuda.current_stream().wait_stream(side)
+        # Graphs run one after another: they share the memory of their intermediates.
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self.run_scale(scale, features)
+        return graph, features, logits
+
+
+def generate_tokens(
+    model: TextToImage,
+    sequence: NextScaleSequence,
+    ids: Tensor,
+    valid: Tensor,
+    count: int,
+    *,
+    guidance: float,
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    seed: int | Sequence[int] | None,
+    cuda_graphs: bool,
+) -> Tensor:
+    """Tokens [count, L]; ids and valid are [count or 2 * count, T], the negative half last.
+
+    Arguments and errors: :meth:`TextToImage.generate_tokens`, which checks ids and masks.
+
+    Random numbers are counted within an image: token j of the image (over all scales) takes, in
+    step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
+    batch.
+    """
+    filters = _filters(top_k, top_p, model.config.codebook_size)
+    seeds = _seeds(seed, count).to(model.device)
+    session = _session(model, sequence, ids.shape[0], not bool(valid.all()), cuda_graphs)
+    run_scale = session.replay_scale if cuda_graphs else session.run_scale
+    quantizer = model.tokenizer.quantizer
+    last = len(sequence.scales) - 1
+    image_tokens = model.config.image_tokens
+
+    def draw(logits: Tensor, scale: int, step: int) -> Tensor:
+        k, p = filters[step]
+        first = sequence.places(scale)[0] - (sequence.text - 1)
+        conditional, *negative = logits.split(count)
+        return sample_top_k_top_p(
+            conditional,
+            top_k=k,
+            top_p=p,
+            uncond=negative[0] if negative else None,
+            guidance=guidance * scale / max(last, 1),
+            seed=seeds,
+            offset=step * image_tokens + first,
+        )
+
+    tokens = draw(session.run_text(ids, valid), 0, 0)
+    drawn, f_hat = [tokens], None
+    for scale in range(1, last + 1):
+        f_hat = quantizer.accumulate(f_hat, tokens, scale - 1)
+        tokens = draw(run_scale(scale, f_hat), scale, 0)
+        for step in range(1, len(filters)):
+            codes = quantizer.codes(tokens).mT.reshape(f_hat.shape)
+            tokens = draw(run_scale(scale, f_hat + codes), scale, step)
+        drawn.append(tokens)
+    return torch.cat(drawn, dim=1)
+
+
+def _session(
+    model: TextToImage, sequence: NextScaleSequence, rows: int, padded: bool, cuda_graphs: bool
+) -> Session:
+    """New buffers, or with graphs those of the last generation of the same shape."""
+    if not cuda_graphs:
+        return Session(model, sequence, rows, padded)
+    if model.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs the model on CUDA, it is on {model.device}")
+    kept = model._session
+    same = kept is not None and (kept.sequence, kept.rows, kept.padded) == (sequence, rows, padded)
+    if not same:
+        model._session = Session(model, sequence, rows, padded)
+    return model._session
+
+
+def _filters(
+    top_k: Sequence[int], top_p: Sequence[float], codebook_size: int
+) -> list[tuple[int, float]]:
+    if len(top_k) != len(top_p) or not top_k:
+        raise ValueError(
+            f"top_k and top_p must hold one value a step each, got {tuple(top_k)} and "
+            f"{tuple(top_p)}"
+        )
+    if min(top_k) < 1:
+        raise ValueError(f"top_k must be 1 or more, got {tuple(top_k)}")
+    if max(top_p) > 1:
+        raise ValueError(f"top_p must be at most 1, got {tuple(top_p)}")
+    return [(min(int(k), codebook_size), float(p)) for k, p in zip(top_k, top_p, strict=True)]
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:
+    """One seed for each image, [count] int64."""
+    if seed is None:
+        return torch.randint(2**62, (count,))
+    if isinstance(seed, int):
+        return torch.arange(seed, seed + count)
+    if len(seed) != count:
+        raise ValueError(f"seed must be one number or {count}, one for each image, got {len(seed)}")
+    return torch.tensor([int(value) for value in seed])
