@@ -422,8 +422,8 @@ int main() {
   }
   {  // The same without normalisation, and nothing but such codes.
     const CodebookLayout layout = make_layout(131, {4}, false);
-    Floats codebook = random_floats(131 * 4, 27);
-    const Floats rows = random_floats(20 * 4, 28);
+    Floats codebook = random_floats(131 * 4, 27, 1e15f);
+    const Floats rows = random_floats(20 * 4, 28, 1e15f);
     codebook[3 * 4] = std::numeric_limits<float>::infinity();
     codebook[9 * 4 + 3] = -std::numeric_limits<float>::infinity();
     codebook[130 * 4 + 1] = std::numeric_limits<float>::quiet_NaN();
