@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import psnr
-from tokenflow_ext.train import checkpoint, data, tokenizer
+from tokenflow_ext.train import checkpoint, data, emojis, tokenizer
+from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
-
-INDEX_FORMAT = "tokenflow-tokens"
 
 
 def _load(path: str, device: str) -> tuple[TokenFlowTokenizer, Path]:
@@ -27,17 +26,13 @@ def _load(path: str, device: str) -> tuple[TokenFlowTokenizer, Path]:
 
 def read_square(path: Path, size: int) -> torch.Tensor:
     """The image's middle square, resized: [3, size, size] in [-1, 1]."""
-    image = data.open_image(path)
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return data.to_square(data.open_image(path), size)
 
 
 def _facts(model: TokenFlowTokenizer, folder: Path) -> dict[str, object]:
     quantizer = model.quantizer
     return {
-        "format": INDEX_FORMAT,
+        "format": TOKENS_FORMAT,
         "version": 1,
         "tokenizer": str(folder),
         "image_size": model.config.image_size,
@@ -77,15 +72,6 @@ def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -
     return written
 
 
-def _caption(path: Path) -> str | None:
-    """The first line of NAME.txt beside the image, where there is one."""
-    text = path.with_suffix(".txt")
-    if not text.is_file():
-        return None
-    lines = text.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[0] if lines else None
-
-
 @torch.no_grad()
 def tokenize(
     folder: str, source: str, out: str, *, device: str = "cpu", batch: int = 32, shard: int = 4096
@@ -98,7 +84,8 @@ def tokenize(
     docs/training.md for the format.
     """
     model, place = _load(source, device)
-    paths = data.list_images(folder)
+    captions = list_captions(folder)
+    paths = sorted(captions)
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     facts = _facts(model, place)
@@ -117,7 +104,7 @@ def tokenize(
                     bar.write(f"left out: {error}")
                     skipped.append(name)
                     continue
-                rows.append({"image": name, "caption": _caption(path)})
+                rows.append({"image": name, "caption": captions[path]})
             if squares:
                 tokens.append(model.encode(torch.stack(squares).to(device)).cpu())
         if not rows:
@@ -161,12 +148,22 @@ def main(argv: list[str] | None = None) -> None:
         )
         sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
         sub.add_argument("--device", default="cpu", help="[%(default)s]")
+    fetch = commands.add_parser("fetch-emoji", help="fetch the named emojis of the demonstration")
+    fetch.add_argument("folder", metavar="DIR")
+    fetch.add_argument("--skin-tones", action="store_true", help="with variants by skin tone")
+    fetch.add_argument("--tarball", metavar="FILE", help="the package's file, where npm is not")
     if arguments[:1] == ["train"]:
         return tokenizer.main(arguments[1:])
     known = parser.parse_args(arguments)
     try:
         if known.command == "reconstruct":
             reconstruct(known.images, known.checkpoint, known.out, known.device)
+        elif known.command == "fetch-emoji":
+            if known.tarball:
+                tarball, folder = Path(known.tarball), Path(known.folder)
+                emojis.from_tarball(tarball, folder, known.skin_tones)
+            else:
+                emojis.fetch(known.folder, known.skin_tones)
         else:
             tokenize(
                 known.folder,

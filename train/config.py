@@ -37,6 +37,25 @@ class DataConfig:
 
 
 @dataclass
+class CaptionConfig:
+    """Pictures with captions: a folder of them, of WebDataset shards, or of ``tokenflow tokenize``.
+
+    ``held_out`` is a second such folder, for the evaluation alone.
+    """
+
+    path: str = "runs/emoji"
+    limit: int = 0  # this many pairs, evenly over the folder (0: all); not for shards
+    held_out: str | None = None
+    evaluated: int = 64  # pairs of each of the two that an evaluation looks at
+    drop: float = 0.1  # share of the captions replaced by the empty string
+    truncate: float = 0.2  # share of the others that are cut to their first sentence
+    # How shards are dealt out (train/captions.py): processes and workers that read shards of their
+    # own. It decides the order of the samples, so a run keeps it on any number of processes.
+    streams: tuple[int, ...] = (1, 1)
+    workers: int = 0  # processes that decode pictures; none: in the training process itself
+
+
+@dataclass
 class OptimConfig:
     """Adam and its schedule. ``batch`` is the number of images of one optimizer step over all
     processes and accumulation steps together, so a run means the same on any machine."""

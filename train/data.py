@@ -8,9 +8,11 @@ position of a run is one integer and a resumed run sees exactly the images it wo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,17 +72,33 @@ class Picture:
         return regions
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image file as RGB, its orientation tag applied.
+def open_image(path: Path, content: bytes | None = None) -> Image.Image:
+    """The image file as RGB, its orientation tag applied, transparent parts over white.
+
+    Args:
+        content: the file's bytes where they are known already; ``path`` then only names them.
 
     Raises:
         DataError: naming the file, where it is no image that can be read.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"cannot read the image {path}: {error}") from error
+
+
+def to_square(image: Image.Image, size: int) -> torch.Tensor:
+    """The image's middle square, resized: [3, size, size] in [-1, 1]."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -257,12 +275,24 @@ class _Positions:
             position += self.shard.batch
 
 
-def loader(dataset: RandomCrops, shard: Shard, position: int, workers: int = 0) -> DataLoader:
-    """Micro-batches [local, 3, S, S] of a process, from the data position on."""
+def loader(
+    dataset: Dataset,
+    shard: Shard,
+    position: int,
+    workers: int = 0,
+    collate: Callable[[list], Any] | None = None,
+) -> DataLoader:
+    """Micro-batches of a process, from the data position on.
+
+    Args:
+        dataset: has a sample for every number from 0 on, and a ``seed``.
+        collate: makes a batch of a list of samples; None stacks them.
+    """
     return DataLoader(
         dataset,
         batch_sampler=_Positions(shard, position),
         num_workers=workers,
+        collate_fn=collate,
         # The loader draws a seed for its workers, by default from the global generator, whose
         # state a resumed run must find as it was.
         generator=torch.Generator().manual_seed(dataset.seed),

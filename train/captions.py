@@ -1,0 +1,464 @@
+"""Pictures with captions: which sample is which, and what becomes of its caption.
+
+As in :mod:`tokenflow_ext.train.data`, samples are counted from 0 over the whole run and every
+process, and sample ``g`` depends on nothing but (seed, g): the data position of a run is one
+integer, and the joined batch of several processes is the batch of one.
+
+Three forms are read: a folder of pictures (captions in ``metadata.jsonl`` or in NAME.txt beside
+NAME.png), a folder of WebDataset shards (``*.tar``), a folder that ``tokenflow tokenize`` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import CaptionConfig
+from tokenflow_ext.train.data import DataError
+
+METADATA = "metadata.jsonl"
+TOKENS_FORMAT = "tokenflow-tokens"
+_MEMORY = 256 << 20  # bytes of decoded pictures that are kept
+_SENTENCE = re.compile(r"[.!?]+[\"')\]]*(?=\s)|[\u3002\uff01\uff1f]")
+
+
+class Sample(NamedTuple):
+    """A picture, as pixels [3, S, S] in [-1, 1] or as tokens [L] int64, and its caption."""
+
+    picture: Tensor
+    caption: str
+
+
+def _rng(seed: int, stream: int, count: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=count << 64))
+
+
+def first_sentence(caption: str) -> str:
+    """``caption`` up to the first full stop, ``!`` or ``?`` before white space."""
+    end = _SENTENCE.search(caption)
+    return caption[: end.end()] if end else caption
+
+
+def vary(caption: str, config: CaptionConfig, seed: int, index: int) -> str:
+    """The caption as sample ``index`` trains on it (arXiv 2412.03069, section 4.1).
+
+    Replaced by the empty string with probability ``config.drop``, so that the model can be run
+    without a text for guidance; else cut to the first sentence with ``config.truncate``.
+    """
+    dropped, cut = _rng(seed, 3, index).random(2)
+    if dropped < config.drop:
+        return ""
+    return first_sentence(caption) if cut < config.truncate else caption
+
+
+def read_caption(path: Path) -> str | None:
+    """The first line of NAME.txt beside the image, where there is one."""
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        return None
+    return _first_line(text.read_text(encoding="utf-8", errors="replace"))
+
+
+def _first_line(text: str) -> str | None:
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else None
+
+
+def _caption_of(entry: Any) -> str | None:
+    """The caption in a JSON object: its "caption" or "text"."""
+    if not isinstance(entry, dict):
+        return None
+    for key in ("caption", "text"):
+        if isinstance(entry.get(key), str) and entry[key].strip():
+            return entry[key].strip()
+    return None
+
+
+def list_captions(folder: str | Path) -> dict[Path, str | None]:
+    """Every picture below ``folder``, by its path, with its caption where it has one.
+
+    A ``metadata.jsonl`` ({"file_name": ..., "text": ...} a line) names pictures beside or below it;
+    where it is in ``folder`` itself, it alone decides which pictures there are.
+
+    Raises:
+        DataError: no folder, no picture, or a line that cannot be read.
+    """
+    root = Path(folder)
+    file = root / METADATA
+    if not file.is_file():
+        return {path: read_caption(path) for path in data.list_images(root)}
+    found: dict[Path, str | None] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path = root / entry["file_name"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}'
+            ) from error
+        found[path] = _caption_of(entry)
+    if not found:
+        raise DataError(f"{file} names no picture")
+    return found
+
+
+class Pictures:
+    """A folder of pictures; those without a caption are left out. Few pictures stay decoded."""
+
+    def __init__(self, folder: Path, size: int, limit: int = 0) -> None:
+        self.folder, self.size = folder, size
+        pairs = [(p, c) for p, c in sorted(list_captions(folder).items()) if c]
+        self.pairs = [pairs[i] for i in _evenly(len(pairs), limit)]
+        if not self.pairs:
+            raise DataError(
+                f"no picture below {folder} has a caption: NAME.txt beside NAME.png, or "
+                f'{METADATA} with {{"file_name": ..., "text": ...}} a line'
+            )
+        keep = len(self.pairs) * 3 * size * size * 4 <= _MEMORY
+        self._memory: dict[int, Tensor] | None = {} if keep else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, caption = self.pairs[index]
+        picture = None if self._memory is None else self._memory.get(index)
+        if picture is None:
+            picture = data.to_square(data.open_image(path), self.size)
+            if self._memory is not None:
+                self._memory[index] = picture
+        return Sample(picture, caption)
+
+
+class Tokens:
+    """A folder that ``tokenflow tokenize`` wrote; rows without a caption are left out.
+
+    Args:
+        scales: (rows, columns) of each scale that the tokenizer at hand has.
+
+    Raises:
+        DataError: unfinished, unreadable, or tokens of another tokenizer.
+    """
+
+    def __init__(
+        self, folder: Path, scales: list[tuple[int, int]], codebook_size: int, limit: int = 0
+    ) -> None:
+        index = _read_index(folder)
+        if [tuple(s) for s in index["scales"]] != [tuple(s) for s in scales]:
+            raise DataError(
+                f"{folder} holds tokens of the scales {index['scales']}, the tokenizer has "
+                f"{[list(s) for s in scales]}"
+            )
+        if index["codebook_size"] != codebook_size:
+            raise DataError(
+                f"{folder} holds tokens of {index['codebook_size']} codes, the tokenizer has "
+                f"{codebook_size}"
+            )
+        rows, captions = [], []
+        for shard in index["shards"]:
+            try:
+                listing = json.loads((folder / shard["rows"]).read_text(encoding="utf-8"))
+                with safe_open(str(folder / shard["tokens"]), framework="pt") as file:
+                    tokens = file.get_tensor("tokens")
+            except (OSError, ValueError, SafetensorError) as error:
+                raise DataError(f"cannot read the tokens in {folder}: {error}") from error
+            if len(listing) != len(tokens):
+                raise DataError(
+                    f"{folder / shard['tokens']}: {len(tokens)} rows for {len(listing)}"
+                )
+            kept = [i for i, entry in enumerate(listing) if entry["caption"]]
+            rows.append(tokens[kept])
+            captions += [listing[i]["caption"] for i in kept]
+        if not captions:
+            raise DataError(f"no row of the tokens in {folder} has a caption")
+        chosen = _evenly(len(captions), limit)
+        self.tokens, self.captions = torch.cat(rows)[chosen], [captions[i] for i in chosen]
+        least, most = int(self.tokens.min()), int(self.tokens.max())
+        if least < 0 or most >= codebook_size:
+            raise DataError(
+                f"{folder} holds tokens from {least} to {most}, the tokenizer has {codebook_size}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.tokens[index].long(), self.captions[index])
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {folder / 'index.json'}: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != TOKENS_FORMAT:
+        raise DataError(f"{folder / 'index.json'} is not what `tokenflow tokenize` writes")
+    return index
+
+
+class Member(NamedTuple):
+    """Where one sample's picture and caption lie in a tar file."""
+
+    name: str
+    picture: tuple[int, int]  # offset, size
+    caption: tuple[int, int]
+    is_json: bool
+
+
+def read_members(path: Path) -> list[Member]:
+    """The samples of a WebDataset shard: members of one name up to the first dot of the file.
+
+    Only headers are read. A name without a picture or without ``.json`` or ``.txt`` is left out.
+
+    Raises:
+        DataError: not an uncompressed tar file, or a truncated one.
+    """
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    names: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                suffix = suffix.lower()
+                kind = "picture" if f".{suffix}" in data.SUFFIXES else suffix
+                key = f"{folder}/{stem}"
+                groups.setdefault(key, {})[kind] = (member.offset_data, member.size)
+                if kind == "picture":
+                    names[key] = member.name
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"cannot read the shard {path}: {error}") from error
+    members = []
+    for key, parts in groups.items():
+        text = parts.get("txt") or parts.get("json")
+        if "picture" in parts and text is not None:
+            members.append(Member(names[key], parts["picture"], text, "txt" not in parts))
+    return members
+
+
+class Shards:
+    """A folder of WebDataset shards, dealt out to ``streams``.
+
+    With ``streams = (A, B)`` the shards are cut into A * B parts, and each part is read by one
+    stream, shard after shard. The joint batch of number n takes its A equal parts from the streams
+    (0, n mod B) ... (A - 1, n mod B). Where the number of processes divides A and that of their
+    workers divides B, a worker reads the shards of its own streams and no other's; the samples are
+    the same where they do not.
+
+    In each round of a stream its shards come in a new order, and so do the samples of a shard.
+
+    Args:
+        joint: samples that all processes take together for one micro-batch.
+    """
+
+    def __init__(
+        self, folder: Path, size: int, streams: tuple[int, int], joint: int, seed: int
+    ) -> None:
+        self.paths = sorted(folder.glob("*.tar"))
+        across, along = streams
+        if joint % across:
+            raise DataError(
+                f"data.streams = {list(streams)}: its first number must divide the {joint} samples "
+                "that all processes take at once (optim.batch / optim.accumulate)"
+            )
+        if len(self.paths) < across * along:
+            raise DataError(
+                f"{folder} holds {len(self.paths)} shards, too few for data.streams = "
+                f"{list(streams)}"
+            )
+        self.size, self.streams, self.joint, self.seed = size, streams, joint, seed
+        self._parts = [
+            self.paths[i :: across * along] for i in range(across * along)
+        ]  # of each stream
+        self._counts: dict[Path, int] = {}
+        self._members: OrderedDict[Path, list[Member]] = OrderedDict()
+
+    def members(self, path: Path) -> list[Member]:
+        """The shard's samples; those of the shards used last stay in memory."""
+        if path in self._members:
+            self._members.move_to_end(path)
+        else:
+            self._members[path] = read_members(path)
+            self._counts[path] = len(self._members[path])
+            while len(self._members) > 2 * self.streams[0] * self.streams[1]:
+                self._members.popitem(last=False)
+        return self._members[path]
+
+    def _count(self, path: Path) -> int:
+        return self._counts[path] if path in self._counts else len(self.members(path))
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """(shard, number of the sample in it) of sample ``index`` of the run."""
+        across, along = self.streams
+        batch, inside = divmod(index, self.joint)
+        part, offset = divmod(inside, self.joint // across)
+        turn, lane = divmod(batch, along)
+        stream = part * along + lane
+        number = turn * (self.joint // across) + offset  # of the sample in its stream
+        paths, epoch = self._parts[stream], 0
+        if all(path in self._counts for path in paths):
+            epoch, number = divmod(number, self._total(stream))
+        while True:
+            order = _rng(self.seed, 4 + 2 * stream, epoch).permutation(len(paths))
+            for which in order:
+                count = self._count(paths[which])
+                if number < count:
+                    rng = _rng(self.seed, 5 + 2 * int(stream), epoch * len(paths) + int(which))
+                    return paths[which], int(rng.permutation(count)[number])
+                number -= count
+            self._total(stream)
+            epoch += 1
+
+    def _total(self, stream: int) -> int:
+        total = sum(self._count(path) for path in self._parts[stream])
+        if not total:
+            raise DataError(
+                f"no picture with a caption in {', '.join(map(str, self._parts[stream]))}"
+            )
+        return total
+
+    def read(self, path: Path, number: int) -> Sample:
+        """The sample of that number in a shard.
+
+        Raises:
+            DataError: naming shard and member.
+        """
+        member = self.members(path)[number]
+        name = path / member.name
+        try:
+            with path.open("rb") as file:
+                content = [os.pread(file.fileno(), n, at) for at, n in member[1:3]]
+        except OSError as error:
+            raise DataError(f"cannot read {name}: {error}") from error
+        text = content[1].decode("utf-8", errors="replace")
+        if member.is_json:
+            try:
+                caption = _caption_of(json.loads(text))
+            except ValueError as error:
+                raise DataError(f"the caption of {name} is not JSON: {error}") from error
+        else:
+            caption = _first_line(text)
+        picture = data.to_square(data.open_image(name, content[0]), self.size)
+        return Sample(picture, caption or "")
+
+    def some(self, count: int) -> list[Sample]:
+        """Up to ``count`` samples, evenly over the first shards."""
+        chosen: list[tuple[Path, int]] = []
+        for path in self.paths:
+            chosen += [(path, i) for i in range(len(self.members(path)))]
+            if len(chosen) >= count:
+                break
+        return [self.read(*chosen[i]) for i in _evenly(len(chosen), count)]
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    """``count`` of ``range(total)`` (0: all), evenly."""
+    count = min(total, count or total)
+    return [i * total // count for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the tokenizer wants of pictures and tokens."""
+
+    image_size: int
+    scales: list[tuple[int, int]]
+    codebook_size: int
+
+
+class Captioned(Dataset):
+    """Sample ``g`` of a run: a picture (or its tokens) and its caption, dropped or cut by chance.
+
+    In a folder of pictures or tokens, every run of ``len(source)`` samples visits each once, in an
+    order of its own; for shards see :class:`Shards`.
+
+    Args:
+        path: in one of the three forms (see the module).
+        joint: samples that all processes take together for one micro-batch.
+
+    Raises:
+        DataError: nothing there that can be read.
+    """
+
+    def __init__(
+        self, path: str | Path, form: Form, config: CaptionConfig, joint: int, seed: int
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.source = open_source(path, form, config, joint, seed)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def tokenized(self) -> bool:
+        """Whether samples are tokens rather than pictures."""
+        return isinstance(self.source, Tokens)
+
+    def original(self, index: int) -> Sample:
+        """Sample ``index`` with its caption as it is."""
+        if isinstance(self.source, Shards):
+            return self.source.read(*self.source.place(index))
+        epoch, place = divmod(index, len(self.source))
+        if self._order[0] != epoch:
+            self._order = (epoch, _rng(self.seed, 2, epoch).permutation(len(self.source)))
+        return self.source[int(self._order[1][place])]
+
+    def __getitem__(self, index: int) -> Sample:
+        picture, caption = self.original(index)
+        return Sample(picture, vary(caption, self.config, self.seed, index))
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+        if isinstance(self.source, Shards):
+            return f"{len(self.source.paths)} shards"
+        return f"{len(self.source)} {'tokenized ' * self.tokenized}pictures with captions"
+
+
+def open_source(
+    path: str | Path, form: Form, config: CaptionConfig, joint: int, seed: int
+) -> Pictures | Tokens | Shards:
+    """The pictures, tokens or shards in the folder ``path``.
+
+    Raises:
+        DataError: see the classes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"no folder at {folder}")
+    if (folder / "index.json").is_file():
+        return Tokens(folder, form.scales, form.codebook_size, config.limit)
+    if any(folder.glob("*.tar")):
+        if config.limit:
+            raise DataError(f"data.limit = {config.limit} is not for shards, which {folder} holds")
+        across, along = config.streams
+        return Shards(folder, form.image_size, (across, along), joint, seed)
+    if any(folder.glob("*.tar.*")) or any(folder.glob("*.tgz")):
+        raise DataError(f"{folder} holds compressed shards: decompress them, pictures are anyway")
+    return Pictures(folder, form.image_size, config.limit)
+
+
+def some(source: Pictures | Tokens | Shards, count: int) -> list[Sample]:
+    """Up to ``count`` samples spread evenly over a source, captions as they are."""
+    if isinstance(source, Shards):
+        return source.some(count)
+    return [source[i] for i in _evenly(len(source), count)]
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, list[str]]:
+    """Pictures [B, 3, S, S] or tokens [B, L], and captions."""
+    return torch.stack([s.picture for s in samples]), [s.caption for s in samples]
