@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
-import random
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,21 +19,9 @@ from tokenflow_ext.models.losses import LPIPS, hinge_d_loss, tokenizer_loss
 from tokenflow_ext.models.metrics import cosine, psnr
 from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data
-from tokenflow_ext.train.config import OptimConfig, TrainConfig, to_yaml
+from tokenflow_ext.train.config import TrainConfig, to_yaml
 from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.logs import RunLog, table
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def learning_rate(step: int, config: OptimConfig) -> float:
-    """The factor of the learning rate at an optimizer step: linear warm-up, then the schedule."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+from tokenflow_ext.train.loop import BaseTrainer
 
 
 class Ema:
@@ -62,30 +44,24 @@ class Ema:
             a.copy_(b)
 
 
-class Trainer:
-    """A run: models, optimizers, data position. Made on every process alike."""
+class Trainer(BaseTrainer):
+    """The run of a tokenizer."""
+
+    shown = ("total", "l2", "semantic", "vq")
+    names = {  # noqa: RUF012
+        "psnr": ("PSNR", "{:.2f} dB"),
+        "cosine": ("cosine to the teacher", "{:.3f}"),
+        "usage": ("codes in use", "{:.1%}"),
+        "perplexity": ("perplexity of the codes", "{:.0f}"),
+    }
 
     def __init__(self, config: TrainConfig, group: Processes) -> None:
-        self.config, self.group = config, group
-        if group.device.type == "cpu" and config.threads:
-            torch.set_num_threads(config.threads)
-        self.run = Path(config.run)
-        self.step = 0
-        self.seconds = 0.0
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+        super().__init__(config, group)
         size = config.model.image_size
 
         train, held_out = data.split(config.data)
         self.dataset = data.RandomCrops(train, size, config.data, config.seed)
-        self.shard = data.Shard(
-            config.optim.batch, config.optim.accumulate, group.rank, group.world
-        )
-        self.position = 0
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
-        self._batches: Iterator[Tensor] = iter(())
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: Future | None = None
 
         self._seed(0)  # every process builds the same weights
         if config.init is None:
@@ -123,31 +99,8 @@ class Trainer:
             self.d_optimizer, self.d_scheduler = self._optimizer(
                 self.discriminator, optim.discriminator_lr, loss.gan_start
             )
-        self.dtype = PRECISIONS[optim.precision]
-        half = optim.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=half)
-        self.d_scaler = torch.amp.GradScaler(group.device.type, enabled=half)
+        self.d_scaler = self._scaler()
         self._seed(1 + group.rank)  # from here on every process draws its own numbers
-
-    def _seed(self, stream: int) -> None:
-        seed = np.random.SeedSequence([self.config.seed, stream]).generate_state(2)
-        torch.manual_seed(int(seed[0]))
-        np.random.seed(int(seed[1]))  # noqa: NPY002 - for code that draws from it
-        random.seed(int(seed[1]))
-
-    def _optimizer(self, model: nn.Module, lr: float, start: int = 0) -> tuple[Any, Any]:
-        """Adam, and the schedule of a model that trains from optimizer step ``start`` on."""
-        optim = self.config.optim
-        optimizer = torch.optim.Adam(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=lr,
-            betas=tuple(optim.betas),
-            weight_decay=optim.weight_decay,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate(start + step, optim)
-        )
-        return optimizer, scheduler
 
     def _distribute(self, module: nn.Module) -> nn.Module:
         if self.group.world == 1:
@@ -160,11 +113,6 @@ class Trainer:
             module, device_ids=devices, find_unused_parameters=not complete
         )
 
-    def _autocast(self) -> Any:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.group.device.type, self.dtype)
-
     def prepare(self) -> None:
         """Set the codebooks by k-means if the run is new, wrap the models, start reading."""
         if self.step == 0 and self.config.init is None and self.config.codebook.kmeans_batches:
@@ -172,10 +120,7 @@ class Trainer:
         self.parallel = self._distribute(self.model)
         if self.discriminator is not None:
             self.d_parallel = self._distribute(self.discriminator)
-        self._batches = self._read(self.position, self.config.data.workers)
-        if self.group.device.type == "cpu":
-            self._pool = ThreadPoolExecutor(1)
-            self._pending = self._pool.submit(self._next_batch)
+        self._start_reading(self._read(self.position, self.config.data.workers))
 
     def _read(self, position: int, workers: int = 0) -> Iterator[Tensor]:
         return iter(data.loader(self.dataset, self.shard, position, workers))
@@ -187,17 +132,6 @@ class Trainer:
             return images, None
         with self._autocast():
             return images, self.teacher(images)
-
-    def _take_batch(self) -> tuple[Tensor, Tensor | None]:
-        """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
-
-        Neither images nor teacher depend on what is learned or drawn, so nothing else changes.
-        """
-        if self._pool is None:
-            return self._next_batch()
-        ready = self._pending.result()
-        self._pending = self._pool.submit(self._next_batch)
-        return ready
 
     @torch.no_grad()
     def _start_codebooks(self) -> None:
@@ -292,14 +226,6 @@ class Trainer:
         self.d_scaler.scale(value / self.config.optim.accumulate).backward()
         return {"discriminator": value}
 
-    def _update(self, model: nn.Module, optimizer: Any, scaler: Any) -> Tensor:
-        scaler.unscale_(optimizer)
-        limit = self.config.optim.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        return norm
-
     @torch.no_grad()
     def _restart(self) -> None:
         codebook, steps = self.config.codebook, self.config.optim.steps
@@ -358,17 +284,6 @@ class Trainer:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def _random_states(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-        states = {
-            "torch": torch.get_rng_state(),
-            "numpy": [kind, keys.tolist(), *rest],
-            "python": random.getstate(),
-        }
-        if self.group.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.group.device)
-        return states
-
     def save(self) -> Path | None:
         """Write a checkpoint (every process must call this; the first one writes)."""
         states = self.group.gather(self._random_states())
@@ -419,142 +334,28 @@ class Trainer:
                 self.d_scaler.load_state_dict(other["scaler"])
             self.step, self.position = state["step"], state["position"]
             self.seconds, self.first = state["seconds"], state["first"]
-            states = state["random"]
+            self._restore_random(state["random"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit this run's configuration: {error}"
             ) from error
-        if len(states) == self.group.world:
-            mine = states[self.group.rank]
-            torch.set_rng_state(mine["torch"])
-            kind, keys, *rest = mine["numpy"]
-            np.random.set_state(  # noqa: NPY002
-                (kind, np.array(keys, dtype=np.uint32), *rest)
-            )
-            version, numbers, gauss = mine["python"]
-            random.setstate((version, tuple(numbers), gauss))
-            if self.group.device.type == "cuda" and "cuda" in mine:
-                torch.cuda.set_rng_state(mine["cuda"], self.group.device)
 
-    # -- the run ----------------------------------------------------------------------------------
+    # -- what people see --------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the last step; returns the summary."""
-        output, steps = self.config.output, self.config.optim.steps
-        log = None
-        if self.group.first:
-            self.run.mkdir(parents=True, exist_ok=True)
-            log = RunLog(
-                self.run,
-                self.step,
-                steps,
-                tensorboard=output.tensorboard,
-                progress=output.progress,
-            )
-        self.prepare()
-        started, done_before = time.perf_counter(), self.step
-        before = self.seconds
-        if self.step == 0:
-            self._report(log)
-        while self.step < steps:
-            values = self.train_step()
-            self.seconds = before + time.perf_counter() - started
-            last = self.step == steps
-            if log is not None:
-                log.advance()
-            if last or self.step % output.log_every == 0:
-                speed = (self.step - done_before) / (self.seconds - before)
-                self._log_step(log, values, speed)
-            if last or self.step % output.eval_every == 0:
-                self._report(log)
-            if log is not None and (last or self.step % output.picture_every == 0):
-                name = "final" if last else f"step_{self.step:08d}"
-                log.picture(self.step, self.run / "pictures" / f"{name}.png", *self.pictures())
-            self.seconds = before + time.perf_counter() - started
-            if last or self.step % output.checkpoint_every == 0:
-                self.save()
-        if not self.last:  # the run was already complete
-            self.last = self.evaluate()
-        if log is not None:
-            log.close()
-        if self._pool is not None:
-            self._pool.shutdown()
-        self.group.wait()
-        return self._summary()
+    def headline(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            f"{count / 1e6:.2f} M trained parameters, {len(self.dataset.pictures)} images, "
+            f"{len(self.held_out)} held-out crops"
+        )
 
-    def _log_step(self, log: RunLog | None, values: dict[str, Tensor], speed: float) -> None:
-        names = sorted(values)
-        mean = self.group.mean_(torch.stack([values[n].float() for n in names]))
-        numbers = dict(zip(names, mean.tolist(), strict=True))
-        bad = [n for n in names if not math.isfinite(numbers[n])]
-        if bad and not (bad == ["grad_norm"] and self.scaler.is_enabled()):
-            raise FloatingPointError(
-                f"step {self.step}: {', '.join(bad)} is not finite; the last checkpoint is intact. "
-                "Lower optim.lr or optim.max_grad_norm, or use optim.precision=fp32"
-            )
-        numbers["usage"] = self._usage()
-        numbers["lr"] = self.optimizer.param_groups[0]["lr"]
-        if log is None:
-            return
-        shown = {n: numbers[n] for n in ("total", "l2", "semantic", "vq")}
-        images = speed * self.config.optim.batch
-        log.show(shown | {"usage": numbers["usage"], "img/s": images})
-        log.values(self.step, numbers | {"images_per_second": images}, "train")
-
-    def _usage(self) -> float:
-        """Share of the codes in use by their moving average of hits, alike on every process."""
+    def _extra_values(self) -> dict[str, float]:
+        """Share of the codes in use by their moving average of hits."""
         hits = self.model.quantizer.usage_ema
-        return (hits > hits.sum() * 1e-3 / len(hits)).double().mean().item()
+        return {"usage": (hits > hits.sum() * 1e-3 / len(hits)).double().mean().item()}
 
-    def _report(self, log: RunLog | None) -> None:
-        self.last = self.evaluate()
-        if self.step == 0:
-            self.first = dict(self.last)
-        if log is not None:
-            log.values(self.step, self.last, "held_out")
-            text = ", ".join(f"{k} {v:.4g}" for k, v in self.last.items())
-            log.say(f"step {self.step}, held out: {text}")
+    def _summary_facts(self) -> dict[str, int]:
+        return {"held_out_crops": len(self.held_out)}
 
-    def _summary(self) -> dict[str, Any]:
-        summary = {
-            "steps": self.step,
-            "images": self.position,
-            "seconds": round(self.seconds, 1),
-            "held_out_crops": len(self.held_out),
-            "first": self.first,
-            "last": self.last,
-        }
-        if self.group.first:
-            checkpoint.write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
-
-
-def summary_text(summary: dict[str, Any], run: Path) -> str:
-    """The end of a run for people: what was reached on held-out crops, the time, the paths."""
-    names = {
-        "psnr": ("PSNR", "{:.2f} dB"),
-        "cosine": ("cosine to the teacher", "{:.3f}"),
-        "usage": ("codes in use", "{:.1%}"),
-        "perplexity": ("perplexity of the codes", "{:.0f}"),
-    }
-    rows = [(f"{summary['held_out_crops']} held-out crops", "first", "last")]
-    for key, (name, form) in names.items():
-        if key in summary["last"]:
-            first, last = (summary[when].get(key) for when in ("first", "last"))
-            rows.append((name, "-" if first is None else form.format(first), form.format(last)))
-    newest = checkpoint.available(run / "checkpoints")
-    minutes, seconds = divmod(round(summary["seconds"]), 60)
-    paths = [
-        ("picture", run / "pictures" / "final.png"),
-        ("checkpoint", newest[-1] if newest else "-"),
-        ("logs", f"{run / 'log.jsonl'}, tensorboard --logdir {run}"),
-    ]
-    return "\n".join(
-        [
-            "",
-            table(rows),
-            "",
-            f"{summary['steps']} steps, {summary['images']} crops in {minutes} min {seconds} s",
-            *(f"{name:10s} {path}" for name, path in paths),
-        ]
-    )
+    def summary_text(self, summary: dict[str, Any]) -> str:
+        return super().summary_text(summary, f"{len(self.held_out)} held-out crops")

@@ -14,7 +14,8 @@ from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint, tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
 from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.trainer import Ema, Trainer, learning_rate
+from tokenflow_ext.train.loop import learning_rate
+from tokenflow_ext.train.trainer import Ema, Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

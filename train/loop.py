@@ -1,0 +1,406 @@
+"""What every training run does, whatever it trains: steps, schedule, logs, resuming."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
+from tokenflow_ext.train import checkpoint, data
+from tokenflow_ext.train.config import OptimConfig, to_yaml
+from tokenflow_ext.train.distributed import Processes, processes
+from tokenflow_ext.train.logs import RunLog, table
+
+CONFIG_FILE = "config.yaml"
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """The factor of the learning rate at an optimizer step: linear warm-up, then the schedule."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class BaseTrainer:
+    """A run: model, optimizer, data position. Made on every process alike.
+
+    A subclass makes ``model`` and ``optimizer``, and fills in what is left open below.
+
+    Args:
+        config: has ``seed``, ``threads``, ``run`` (a folder), ``optim`` and ``output``.
+    """
+
+    #: Values of a step beside the progress bar.
+    shown: tuple[str, ...] = ()
+    #: What the log calls an evaluation, and what its lines say it is of.
+    evaluated_on = ("held_out", "held out")
+    #: The values of an evaluation for the summary: (name, format).
+    names: dict[str, tuple[str, str]] = {}  # noqa: RUF012
+
+    def __init__(self, config: Any, group: Processes) -> None:
+        self.config, self.group = config, group
+        if group.device.type == "cpu" and config.threads:
+            torch.set_num_threads(config.threads)
+        self.run = Path(config.run)
+        self.step = 0
+        self.position = 0
+        self.seconds = 0.0
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.shard = data.Shard(
+            config.optim.batch, config.optim.accumulate, group.rank, group.world
+        )
+        self.dtype = PRECISIONS[config.optim.precision]
+        self.scaler = self._scaler()
+        self._batches: Iterator[Any] = iter(())
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+
+    # -- what a subclass fills in -----------------------------------------------------------------
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def prepare(self) -> None:
+        """Wrap the model for its processes and start reading; before the first step."""
+        raise NotImplementedError
+
+    def _next_batch(self) -> Any:
+        """The next micro-batch, with whatever depends on neither weights nor random draws."""
+        raise NotImplementedError
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimizer step over every micro-batch; returns the losses of this process."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Values of the weights as they are, alike on every process (every process calls this)."""
+        raise NotImplementedError
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Two rows of images [B, 3, S, S] to show (every process calls this)."""
+        raise NotImplementedError
+
+    def save(self) -> Path | None:
+        """Write a checkpoint (every process calls this; the first one writes)."""
+        raise NotImplementedError
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        """One line on what is trained, on what."""
+        raise NotImplementedError
+
+    def _extra_values(self) -> dict[str, float]:
+        """Further values of a step, alike on every process."""
+        return {}
+
+    # -- parts of a step --------------------------------------------------------------------------
+
+    def _seed(self, stream: int) -> None:
+        seed = np.random.SeedSequence([self.config.seed, stream]).generate_state(2)
+        torch.manual_seed(int(seed[0]))
+        np.random.seed(int(seed[1]))  # noqa: NPY002 - for code that draws from it
+        random.seed(int(seed[1]))
+
+    def _optimizer(self, model: nn.Module, lr: float, start: int = 0) -> tuple[Any, Any]:
+        """Adam, and the schedule of a model that trains from optimizer step ``start`` on."""
+        optim = self.config.optim
+        optimizer = torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=lr,
+            betas=tuple(optim.betas),
+            weight_decay=optim.weight_decay,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(start + step, optim)
+        )
+        return optimizer, scheduler
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        half = self.config.optim.precision == "fp16"
+        return torch.amp.GradScaler(self.group.device.type, enabled=half)
+
+    def _autocast(self) -> Any:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.group.device.type, self.dtype)
+
+    def _start_reading(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        if self.group.device.type == "cpu":
+            self._pool = ThreadPoolExecutor(1)
+            self._pending = self._pool.submit(self._next_batch)
+
+    def _take_batch(self) -> Any:
+        """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
+
+        Neither images nor teacher depend on what is learned or drawn, so nothing else changes.
+        """
+        if self._pool is None:
+            return self._next_batch()
+        ready = self._pending.result()
+        self._pending = self._pool.submit(self._next_batch)
+        return ready
+
+    def _update(self, model: nn.Module, optimizer: Any, scaler: Any) -> Tensor:
+        scaler.unscale_(optimizer)
+        limit = self.config.optim.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        return norm
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _random_states(self) -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+        states = {
+            "torch": torch.get_rng_state(),
+            "numpy": [kind, keys.tolist(), *rest],
+            "python": random.getstate(),
+        }
+        if self.group.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.group.device)
+        return states
+
+    def _restore_random(self, states: list[dict[str, Any]]) -> None:
+        """Take up the generators of as many processes as there are now; others start anew."""
+        if len(states) == self.group.world:
+            mine = states[self.group.rank]
+            torch.set_rng_state(mine["torch"])
+            kind, keys, *rest = mine["numpy"]
+            np.random.set_state(  # noqa: NPY002
+                (kind, np.array(keys, dtype=np.uint32), *rest)
+            )
+            version, numbers, gauss = mine["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            if self.group.device.type == "cuda" and "cuda" in mine:
+                torch.cuda.set_rng_state(mine["cuda"], self.group.device)
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last step; returns the summary."""
+        output, steps = self.config.output, self.config.optim.steps
+        log = None
+        if self.group.first:
+            self.run.mkdir(parents=True, exist_ok=True)
+            log = RunLog(
+                self.run,
+                self.step,
+                steps,
+                tensorboard=output.tensorboard,
+                progress=output.progress,
+            )
+        self.prepare()
+        started, done_before = time.perf_counter(), self.step
+        before = self.seconds
+        if self.step == 0:
+            self._report(log)
+        while self.step < steps:
+            values = self.train_step()
+            self.seconds = before + time.perf_counter() - started
+            last = self.step == steps
+            if log is not None:
+                log.advance()
+            if last or self.step % output.log_every == 0:
+                speed = (self.step - done_before) / (self.seconds - before)
+                self._log_step(log, values, speed)
+            if last or self.step % output.eval_every == 0:
+                self._report(log)
+            if last or self.step % output.picture_every == 0:
+                name = "final" if last else f"step_{self.step:08d}"
+                images = self.pictures()
+                if log is not None:
+                    log.picture(self.step, self.run / "pictures" / f"{name}.png", *images)
+            self.seconds = before + time.perf_counter() - started
+            if last or self.step % output.checkpoint_every == 0:
+                self.save()
+        if not self.last:  # the run was already complete
+            self.last = self.evaluate()
+        if log is not None:
+            log.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.group.wait()
+        return self._summary()
+
+    def _log_step(self, log: RunLog | None, values: dict[str, Tensor], speed: float) -> None:
+        names = sorted(values)
+        mean = self.group.mean_(torch.stack([values[n].float() for n in names]))
+        numbers = dict(zip(names, mean.tolist(), strict=True))
+        bad = [n for n in names if not math.isfinite(numbers[n])]
+        if bad and not (bad == ["grad_norm"] and self.scaler.is_enabled()):
+            raise FloatingPointError(
+                f"step {self.step}: {', '.join(bad)} is not finite; the last checkpoint is intact. "
+                "Lower optim.lr or optim.max_grad_norm, or use optim.precision=fp32"
+            )
+        extra = self._extra_values()
+        numbers |= extra
+        numbers["lr"] = self.optimizer.param_groups[0]["lr"]
+        if log is None:
+            return
+        shown = {n: numbers[n] for n in self.shown}
+        images = speed * self.config.optim.batch
+        log.show(shown | extra | {"img/s": images})
+        log.values(self.step, numbers | {"images_per_second": images}, "train")
+
+    def _report(self, log: RunLog | None) -> None:
+        self.last = self.evaluate()
+        if self.step == 0:
+            self.first = dict(self.last)
+        if log is not None:
+            kind, words = self.evaluated_on
+            log.values(self.step, self.last, kind)
+            text = ", ".join(f"{k} {v:.4g}" for k, v in self.last.items())
+            log.say(f"step {self.step}, {words}: {text}")
+
+    def _summary(self) -> dict[str, Any]:
+        summary = {
+            "steps": self.step,
+            "images": self.position,
+            "seconds": round(self.seconds, 1),
+            **self._summary_facts(),
+            "first": self.first,
+            "last": self.last,
+        }
+        if self.group.first:
+            checkpoint.write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _summary_facts(self) -> dict[str, Any]:
+        return {}
+
+    def summary_text(self, summary: dict[str, Any], head: str = "") -> str:
+        """The end of a run for people: what was reached, the time, the paths."""
+        rows = [(head, "first", "last")]
+        for key, (name, form) in self.names.items():
+            if key in summary["last"]:
+                first, last = (summary[when].get(key) for when in ("first", "last"))
+                rows.append((name, "-" if first is None else form.format(first), form.format(last)))
+        newest = checkpoint.available(self.run / "checkpoints")
+        minutes, seconds = divmod(round(summary["seconds"]), 60)
+        done = f"{summary['steps']} steps, {summary['images']} images"
+        paths = [
+            ("picture", self.run / "pictures" / "final.png"),
+            ("checkpoint", newest[-1] if newest else "-"),
+            ("logs", f"{self.run / 'log.jsonl'}, tensorboard --logdir {self.run}"),
+        ]
+        return "\n".join(
+            [
+                "",
+                table(rows),
+                "",
+                f"{done} in {minutes} min {seconds} s",
+                *(f"{name:10s} {path}" for name, path in paths),
+            ]
+        )
+
+
+def train(
+    config: Any,
+    group: Processes,
+    make: Callable[[Any, Processes], BaseTrainer],
+    resume: bool = False,
+    notice: str = "",
+) -> dict[str, Any]:
+    """Run the training that ``config`` describes; returns its summary.
+
+    Args:
+        make: builds the trainer.
+        notice: printed after the configuration.
+
+    Raises:
+        CheckpointError: a run is already in the folder and ``resume`` is false, or its newest
+            checkpoint is not whole or does not fit.
+    """
+    run = Path(config.run)
+    existing = checkpoint.available(run / "checkpoints")
+    begun = existing or (run / CONFIG_FILE).exists()
+    if begun and not resume:
+        raise CheckpointError(
+            f"{run} already holds a run: continue it with --resume, or choose another folder "
+            "with run=FOLDER"
+        )
+    group.wait()  # the first process writes into the folder only when all have looked
+    text = to_yaml(config)
+    if group.first:
+        print(text, flush=True)
+        if notice:
+            print(notice, flush=True)
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(run / CONFIG_FILE, text)
+    trainer = make(config, group)
+    if existing:
+        trainer.restore(existing[-1])
+        if group.first:
+            print(f"continuing from {existing[-1]}", flush=True)
+    if group.first:
+        print(f"{trainer.headline()}, {group.world} process(es) on {group.device.type}", flush=True)
+    summary = trainer.fit()
+    if group.first:
+        print(trainer.summary_text(summary), flush=True)
+    return summary
+
+
+def read_arguments(
+    load: Callable[[Any, list[str]], Any], program: str, description: str, argv: list[str] | None
+) -> tuple[Any, bool]:
+    """The configuration that the command line asks for, and whether to resume.
+
+    A resumed run takes the configuration saved in its folder, unless a file is given.
+
+    Args:
+        load: makes the configuration of a file (or None) and overrides.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of the configuration (printed at the start of a run) can be set: "
+        "optim.lr=1e-4 or --optim.lr 1e-4.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in its folder (run=FOLDER)"
+    )
+    known, overrides = parser.parse_known_args(argv)
+    config = load(known.config, overrides)
+    saved = Path(config.run) / CONFIG_FILE
+    if known.resume and known.config is None and saved.is_file():
+        config = load(saved, overrides)
+    return config, known.resume
+
+
+def run_command(
+    read: Callable[[], tuple[Any, bool]], train: Callable[[Any, Processes, bool], Any]
+) -> None:
+    """The command: errors of configuration, data, weights and checkpoints end with one line."""
+    try:
+        config, resume = read()
+        with processes(config.device) as group:
+            train(config, group, resume)
+    except (ConfigError, CheckpointError, WeightsError, data.DataError) as error:
+        sys.exit(f"error: {error}")
