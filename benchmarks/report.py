@@ -62,7 +62,8 @@ def write(folder: Path, device: str, run_facts: dict[str, Any], records: Sequenc
     if search:
         panels = plots.search_panels(search)
         figures["search"] = plots.compare(panels, f"Search alone, {name}", "ms")
-    figures["roofline"] = plots.roofline(records, f"Roofline, {name}")
+    if quantizer or search:
+        figures["roofline"] = plots.roofline(quantizer + search, f"Roofline, {name}")
     for figure_name, figure in figures.items():
         plots.save(figure, folder, figure_name)
 

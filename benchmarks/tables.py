@@ -61,6 +61,7 @@ def tables(
     """Everything measured on one device; tables with no rows are left out."""
     quantizer = [record for record in records if record["kind"] == "quantizer"]
     search = [record for record in records if record["kind"] == "search"]
+    latency = [record for record in records if record["kind"] == "latency"]
     found = []
     if quantizer:
         device, batch = quantizer[0]["device"], quantizer[0]["batch"]
@@ -81,14 +82,17 @@ def tables(
         ]
     if search:
         found.append(_search(search))
-    if records:
-        found.append(_ceilings(records, missing_ceilings, meanings))
+    if latency:
+        found.append(_latency(latency))
+    if quantizer or search:
+        found.append(_ceilings(quantizer + search, missing_ceilings, meanings))
     return found
 
 
 def included(records: Sequence[Record]) -> list[str]:
     """What each implementation in the records does, a line each."""
-    names = {(record["kind"], name): None for record in records for name in record["results"]}
+    compared = [record for record in records if "results" in record]
+    names = {(record["kind"], name): None for record in compared for name in record["results"]}
     texts = {
         **{("quantizer", name): item.includes for name, item in IMPLEMENTATIONS.items()},
         **{("search", name): item.includes for name, item in SEARCHES.items()},
@@ -193,6 +197,24 @@ def _search(records: Sequence[Record]) -> Table:
         f"Search alone: float32, width 40 = 32 + 8, {records[0]['device']}",
         rows,
         "GFLOP/s counts 2 N K 40 for every search, whatever it really does. " + _SHARES,
+    )
+
+
+def _latency(records: Sequence[Record]) -> Table:
+    rows = [
+        {
+            "pyramid": record["pyramid"],
+            "K": str(record["codebook_size"]),
+            "graph, ms": f"{record['graph'] * 1e3:.3f}",
+            "launched, ms": f"{record['launched'] * 1e3:.3f}",
+            "rounds": str(record["rounds"]),
+        }
+        for record in records
+    ]
+    return Table(
+        f"Latency of a forward pass: float32, groups 32 + 8, batch 1, {records[0]['device']}",
+        rows,
+        "Medians, each with the wait for the device at its end. `graph` replays the captured call.",
     )
 
 

@@ -56,7 +56,16 @@ def records() -> list[dict]:
         },
         "ceilings": RATES,
     }
-    return [quantizer, search]
+    latency = {
+        "kind": "latency",
+        "device": "cpu",
+        "pyramid": "B",
+        "codebook_size": 32768,
+        "rounds": 30,
+        "graph": 0.00025,
+        "launched": 0.0015,
+    }
+    return [quantizer, search, latency]
 
 
 def row(table, **cells: str) -> dict[str, str]:
@@ -65,7 +74,7 @@ def row(table, **cells: str) -> dict[str, str]:
 
 
 def test_tables(records) -> None:
-    time, memory, bound, search, ceilings = tables(
+    time, memory, bound, search, latency, ceilings = tables(
         records, {"int4": "no such instruction"}, dict.fromkeys(RATES, "how")
     )
     [cells] = time.rows
@@ -82,6 +91,7 @@ def test_tables(records) -> None:
     ours = row(search, search="ours")
     assert (ours["GFLOP/s"], ours[f"of {BYTE_PRODUCT}"]) == ("200.0", "40%")
     assert row(search, search="product + argmax")[f"of {BYTE_PRODUCT}"] == ""
+    assert (latency.rows[0]["graph, ms"], latency.rows[0]["launched, ms"]) == ("0.250", "1.500")
     copy = row(ceilings, ceiling=COPY)
     assert (copy["median"], copy["best"], copy["samples"]) == ("15.0 GB/s", "20.0 GB/s", "4")
     assert row(ceilings, ceiling="int4")["median"] == "not measured"
