@@ -1,7 +1,8 @@
 """TokenFlow's quantizer on fused C++ and CUDA kernels.
 
-`MultiScaleQuantizer` is the module people use; `ops` has the operators under it, `reference` the
-same mathematics in plain PyTorch, `compat` classes that stand in for other libraries' quantizers.
+`MultiScaleQuantizer` and `MultiStepSampler` are what people use; `ops` has the quantizer's
+operators, `sampler` draws tokens from logits, `reference` is the same mathematics in plain PyTorch,
+`compat` has classes that stand in for other libraries' quantizers.
 `tokenflow_ext.models` and `tokenflow_ext.train` hold the tokenizer and its training; they need the
 extras `models` and `train`.
 """
@@ -9,12 +10,22 @@ extras `models` and `train`.
 from tokenflow_ext._build import build_info
 from tokenflow_ext.ops import nearest_code, segment_sum
 from tokenflow_ext.quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
+from tokenflow_ext.sampler import (
+    Draw,
+    MultiStepSampler,
+    SamplingLogitsProcessor,
+    sample_top_k_top_p,
+)
 
 __all__ = [
     "CodebookUsage",
+    "Draw",
     "MultiScaleQuantizer",
+    "MultiStepSampler",
     "QuantizerOutput",
+    "SamplingLogitsProcessor",
     "build_info",
     "nearest_code",
+    "sample_top_k_top_p",
     "segment_sum",
 ]

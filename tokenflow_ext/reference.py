@@ -145,3 +145,48 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     sums = rows.new_zeros((num_segments, rows.shape[1]))
     sums.index_add_(0, indices[kept], rows[kept])
     return sums, torch.bincount(indices[kept], minlength=num_segments)
+
+
+def filtered_probabilities(
+    logits: Tensor,
+    *,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    uncond: Tensor | None = None,
+    guidance: float | Tensor = 0.0,
+    vocab: tuple[int, int] | None = None,
+) -> Tensor:
+    """The distribution that `sample_top_k_top_p` draws from, [..., V] in the dtype of `logits`
+    (pass float64 for the exact one); arguments as there, for inputs that pass its checks."""
+
+    def column(value: float | Tensor) -> float | Tensor:
+        return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value
+
+    if vocab is not None:
+        logits = logits[..., vocab[0] : vocab[1]]
+        uncond = None if uncond is None else uncond[..., vocab[0] : vocab[1]]
+    top_k, top_p, guidance = column(top_k), column(top_p), column(guidance)
+    if uncond is not None:
+        masked = logits == -torch.inf
+        t = torch.as_tensor(guidance, dtype=logits.dtype, device=logits.device)
+        guided = torch.where(t == 0, logits, (1 + t) * logits - t * uncond)
+        logits = guided.masked_fill(masked, -torch.inf)
+    count = logits.shape[-1]
+
+    k = torch.as_tensor(top_k, device=logits.device)
+    k = torch.where(k <= 0, count, k).clamp(max=count).expand(*logits.shape[:-1], 1)
+    descending = logits.sort(dim=-1, descending=True).values
+    kept = logits >= descending.gather(-1, k - 1)
+    # One code: the lowest index of the largest.
+    first = torch.zeros_like(kept).scatter(-1, logits.argmax(dim=-1, keepdim=True), True)
+    kept = torch.where(k == 1, first, kept)
+    scaled = (logits / column(temperature)).masked_fill(~kept, -torch.inf)
+
+    p = torch.as_tensor(top_p, dtype=logits.dtype, device=logits.device)
+    _, order = scaled.sort(dim=-1, stable=True)
+    ascending = scaled.softmax(dim=-1).gather(-1, order)
+    dropped = (ascending.cumsum(dim=-1) <= 1 - p) & (p > 0)
+    dropped[..., -1] = False
+    dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
+    return scaled.masked_fill(dropped, -torch.inf).softmax(dim=-1)

@@ -2,7 +2,9 @@
 #include <algorithm>
 
 #include "../cpu/quantizer.h"
+#include "../cpu/sampler.h"
 #include "operators.h"
+#include "sampler_operator.h"
 
 namespace tokenflow::torch_ops {
 namespace {
@@ -62,6 +64,7 @@ struct CpuBackend {
   static void run(const SegmentSumArgs<T>& args, const Tensor&) {
     cpu::segment_sum(args, executor());
   }
+  static void run(const SampleArgs& args, const Tensor&) { cpu::sample(args, executor()); }
 };
 
 }  // namespace
@@ -69,4 +72,5 @@ struct CpuBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenflow_ext, CPU, m) {
   tokenflow::torch_ops::Operators<tokenflow::torch_ops::CpuBackend>::register_all(m);
+  tokenflow::torch_ops::SamplerOperator<tokenflow::torch_ops::CpuBackend>::register_all(m);
 }

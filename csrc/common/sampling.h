@@ -1,0 +1,237 @@
+// Drawing a code from logits, filtered by top-k and top-p: the arithmetic that both back ends
+// share, so that they draw the same code for the same seed.
+//
+//   z_i = (1 + t) logits_i - t uncond_i                       (guidance t, rounded as `guided`
+//   does) top-k: the codes with z_i >= the k-th largest stay, ties included w_i = exp((z_i - max z)
+//   / temperature), a fixed-point number of kWeightBits fractional bits top-p: in ascending order
+//   of (z_i, i), codes are dropped while the sum of their w is at most
+//          (1 - p) of the whole; the last one always stays
+//   draw:  the first i, in order of i, at which the running sum of w exceeds random * sum
+//
+// After `guided` everything is exact: codes are compared by integer keys, weights are integers, and
+// sums of integers do not depend on their order, on threads or on vector widths. How the boundaries
+// are found is a back end's own affair: they are defined by the sums.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+#include "philox.h"
+
+namespace tokenflow {
+
+enum class LogitType { kFloat, kBFloat16, kHalf };
+
+// One value for all rows, or one for each. Kernels find them in memory or in their arguments.
+template <typename T>
+struct RowArgument {
+  const T* values;  // memory of the back end's device, or null
+  int64_t stride;   // 1: a value for each row, 0: one for all
+  T value;          // for all, where values is null
+};
+
+template <typename T>
+TF_HOST_DEVICE T value_at(const RowArgument<T>& argument, int64_t row) {
+  return argument.values ? argument.values[row * argument.stride] : argument.value;
+}
+
+template <typename T>
+TF_HOST_DEVICE bool is_one_for_all(const RowArgument<T>& argument) {
+  return argument.values == nullptr || argument.stride == 0;
+}
+
+// Rows [outer, inner] of logits: row r begins at (r / inner) * outer_stride
+// + (r % inner) * inner_stride, and its codes follow one another. Strides count elements.
+struct LogitRows {
+  const void* data;
+  int64_t outer_stride;
+  int64_t inner_stride;
+};
+
+struct SampleArgs {
+  LogitType type;
+  int64_t rows;
+  int64_t inner;
+  int64_t codes;  // 1 .. kMostCodes
+  LogitRows logits;
+  LogitRows uncond;  // data may be null: no guidance
+  RowArgument<int64_t> top_k;
+  RowArgument<double> top_p;
+  RowArgument<double> temperature;
+  RowArgument<double> guidance;
+  // With one seed and one offset for all rows, row r draws at offset + r.
+  RowArgument<int64_t> seed;
+  RowArgument<int64_t> offset;
+  int64_t* indices;    // out [rows]
+  float* probability;  // out [rows]: of the drawn code among those that stayed; 0 if none did
+  uint8_t* status;     // out [rows]: SampleStatus bits, what the row's inputs had wrong
+};
+
+// The largest number of codes whose weights can be summed in 64 bits with room to spare.
+constexpr int64_t kMostCodes = int64_t{1} << 22;
+
+// What is wrong with a row. The draw is defined all the same (tokenflow_ext/sampler.py says how).
+enum SampleStatus : uint8_t {
+  kLogitsNaN = 1,
+  kLogitsInfinite = 2,  // +infinity
+  kLogitsMasked = 4,    // no code is left
+  kTopKTooLarge = 8,
+  kTopPOutOfRange = 16,
+  kTemperatureNotPositive = 32,
+  kGuidanceNotFinite = 64,
+};
+
+// A row's arguments as the kernels use them.
+struct RowSettings {
+  int64_t top_k;              // 1 .. codes; 1 is argmax, codes is off
+  double keep_from;           // 1 - top_p: the share of weights that may be dropped; < 0 is off
+  float inverse_temperature;  // not negative
+  float cond_factor;          // 1 + t
+  float uncond_factor;        // -t
+  bool guided;                // else z is the logits as they are
+  uint64_t random;
+  uint8_t status;
+};
+
+TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
+  RowSettings settings = {};
+  const int64_t top_k = value_at(args.top_k, row);
+  const double top_p = value_at(args.top_p, row);
+  const double temperature = value_at(args.temperature, row);
+  const double guidance = value_at(args.guidance, row);
+  settings.top_k = top_k > 0 && top_k < args.codes ? top_k : args.codes;
+  if (top_k > args.codes) settings.status |= kTopKTooLarge;
+  settings.keep_from = top_p > 0 ? (top_p < 1 ? 1.0 - top_p : 0.0) : -1.0;
+  if (!(top_p <= 1)) settings.status |= kTopPOutOfRange;
+  if (temperature > 0) {
+    settings.inverse_temperature = static_cast<float>(1.0 / temperature);
+  } else {
+    settings.top_k = 1;  // the limit of small temperatures
+  }
+  if (!(temperature > 0 && temperature <= 1.7e308)) settings.status |= kTemperatureNotPositive;
+  settings.guided = args.uncond.data != nullptr && guidance != 0;
+  settings.cond_factor = static_cast<float>(1.0 + guidance);
+  settings.uncond_factor = static_cast<float>(-guidance);
+  if (settings.guided && !(guidance >= -1.0e30 && guidance <= 1.0e30)) {
+    settings.status |= kGuidanceNotFinite;
+  }
+  uint64_t place = static_cast<uint64_t>(value_at(args.offset, row));
+  if (is_one_for_all(args.seed) && is_one_for_all(args.offset)) place += static_cast<uint64_t>(row);
+  settings.random = random_bits(static_cast<uint64_t>(value_at(args.seed, row)), place);
+  return settings;
+}
+
+// Where a row begins, in elements.
+TF_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner, int64_t row) {
+  return row / inner * rows.outer_stride + row % inner * rows.inner_stride;
+}
+
+// z of one code. The product is rounded, then one fused multiply-add: the same bits everywhere.
+TF_HOST_DEVICE float guided(float logit, float uncond, float cond_factor, float uncond_factor) {
+  return fmaf(cond_factor, logit, uncond_factor * uncond);
+}
+
+// What makes a NaN of z an error rather than a masked code: an -infinity of the logits stays
+// masked whatever the unconditional logit is.
+TF_HOST_DEVICE bool is_nan_logit(float logit, float z) { return z != z && !(logit == -INFINITY); }
+
+// Keys are ordered as the numbers are; both zeros have one key, a NaN has that of -infinity. Codes
+// with that key are masked: they are never drawn.
+constexpr uint32_t kMaskedKey = 0x007fffffu;
+constexpr uint32_t kInfinityKey = 0xff800000u;
+
+TF_HOST_DEVICE uint32_t key_of(float z) {
+  z = (z > -INFINITY ? z : -INFINITY) + 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &z, sizeof(bits));
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+TF_HOST_DEVICE float value_of(uint32_t key) {
+  const uint32_t bits = key ^ ((key >> 31) - 1u | 0x80000000u);
+  float z;
+  memcpy(&z, &bits, sizeof(z));
+  return z;
+}
+
+// Fractional bits of a weight: weights are 0 .. 2^40, and the largest code's is 2^40.
+constexpr int kWeightBits = 40;
+
+// A logit this far below the largest, times the temperature, has weight zero.
+constexpr float kWeightlessBelow = 30.0f;
+
+// exp((z - largest) * inverse_temperature) in fixed point, rounded down. With d the exponent as
+// rounded, n = rint(d / ln 2) and r = d - n ln 2, exp(r) is a polynomial of degree 6 (minimax on
+// |r| <= ln 2 / 2, off by 2^-27.9) whose 24 bits are shifted into place: within 2^-23 of exp(d),
+// and 2^-40 for what the shift cuts off. Neither operand may be a NaN.
+TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest, float inverse_temperature) {
+  const float toward_integer = 12582912.0f;  // 1.5 2^23: adding it leaves no fractional bits
+  float d = (z - largest) * inverse_temperature;
+  d = z == largest ? 0.0f : d;  // infinity - infinity, and 0 times infinity
+  d = d > -40.0f ? d : -40.0f;  // weight zero, as is a NaN's
+  const float n = fmaf(d, 1.44269504f, toward_integer) - toward_integer;
+  float r = fmaf(n, -0.693145752f, d);
+  r = fmaf(n, -1.42860677e-6f, r);
+  float e = 1.38145988e-3f;
+  e = fmaf(e, r, 8.36871751e-3f);
+  e = fmaf(e, r, 4.1668389e-2f);
+  e = fmaf(e, r, 0.166665211f);
+  e = fmaf(e, r, 0.49999994f);
+  e = fmaf(e, r, 1.0f);
+  e = fmaf(e, r, 1.0f);
+  // e is in [0.70, 1.42): a multiple of 2^-24.
+  const uint64_t fraction = static_cast<uint64_t>(static_cast<int32_t>(e * 16777216.0f));
+  return fraction << (kWeightBits - 24) >> -static_cast<int32_t>(n);
+}
+
+// A key that no code with a weight lies below.
+TF_HOST_DEVICE uint32_t least_weighted_key(float largest, float inverse_temperature) {
+  const float least = largest - kWeightlessBelow / inverse_temperature;
+  const uint32_t key = key_of(least);  // that of -infinity for a NaN
+  return key > kMaskedKey ? key : kMaskedKey + 1;
+}
+
+// How much may be dropped from weights that sum to `total` > 0: the last always stays.
+TF_HOST_DEVICE uint64_t droppable(double share, uint64_t total) {
+  const double limit = share * static_cast<double>(total);
+  const uint64_t whole = static_cast<uint64_t>(limit);
+  return whole < total ? whole : total - 1;
+}
+
+// random / 2^64 * total, rounded down: below total.
+TF_HOST_DEVICE uint64_t scaled_random(uint64_t random, uint64_t total) {
+  const uint64_t a = random >> 32, b = random & 0xffffffffu;
+  const uint64_t c = total >> 32, d = total & 0xffffffffu;
+  const uint64_t low = b * d, middle = a * d + (low >> 32);
+  const uint64_t cross = b * c + (middle & 0xffffffffu);
+  return a * c + (middle >> 32) + (cross >> 32);
+}
+
+// --- Half precision, exactly
+// -----------------------------------------------------------------------
+
+TF_HOST_DEVICE float from_bfloat16(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// IEEE half, without subnormal float32 in between (which a thread may flush to zero).
+TF_HOST_DEVICE float from_float16(uint16_t bits) {
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000u;
+  const uint32_t rebias = exponent == 0x0f800000u ? 0x70000000u : 0x38000000u;
+  uint32_t word = magnitude + rebias + (exponent == 0 ? 0x00800000u : 0u);
+  float value;
+  memcpy(&value, &word, sizeof(value));
+  value -= exponent == 0 ? 6.103515625e-05f : 0.0f;  // 2^-14
+  memcpy(&word, &value, sizeof(word));
+  word |= static_cast<uint32_t>(bits & 0x8000u) << 16;
+  memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+}  // namespace tokenflow

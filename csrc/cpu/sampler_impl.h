@@ -1,0 +1,314 @@
+// Body of sampler_portable.cpp, sampler_avx2.cpp and sampler_avx512.cpp: one source, compiled with
+// each instruction set's flags. TF_SAMPLE_ROW names the function that the including file defines.
+// Everything else has internal linkage (see kernels_impl.h).
+//
+// A row of V codes: one pass over the logits leaves 4 V bytes of keys in the second-level cache and
+// the maxima of groups of 8 of them in the first. The k-th largest maximum is a lower bound of the
+// k-th largest key: k groups hold a key that is no smaller. What is above it, some 5% more than k
+// codes as a rule, is gathered, and all that follows runs over these: the k-th largest key,
+// weights, top-p's boundary, the draw. Boundaries are found by bisection: a step is a pass of
+// compares and adds, so that a vector of keys costs a cycle or two, where a histogram costs a cycle
+// or two a key.
+#include <cstddef>
+
+#include "sampler_kernels.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace tokenflow::cpu {
+namespace {
+
+struct FloatLogit {
+  typedef float Stored;
+  static inline float load(Stored stored) { return stored; }
+};
+struct BFloat16Logit {
+  typedef uint16_t Stored;
+  static inline float load(Stored stored) { return from_bfloat16(stored); }
+};
+struct HalfLogit {
+  typedef uint16_t Stored;
+  static inline float load(Stored stored) { return from_float16(stored); }
+};
+
+struct Scratch {
+  uint32_t* keys;       // [codes], then masked keys up to a whole block
+  uint32_t* group_max;  // [groups]
+  // Candidates, in order of their places.
+  uint32_t* candidate_keys;
+  uint32_t* places;
+  uint64_t* weights;
+};
+
+struct KeySummary {
+  uint32_t largest;
+  bool any_nan;
+};
+
+// Keys of up to a block's codes.
+template <typename Logit, bool kGuided>
+static inline uint32_t make_keys_of(const typename Logit::Stored* logits,
+                                    const typename Logit::Stored* uncond, float cond_factor,
+                                    float uncond_factor, int64_t count, uint32_t* keys) {
+  uint32_t any_nan = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float logit = Logit::load(logits[i]);
+    const float z =
+        kGuided ? guided(logit, Logit::load(uncond[i]), cond_factor, uncond_factor) : logit;
+    any_nan |= is_nan_logit(logit, z) ? 1u : 0u;
+    keys[i] = key_of(z);
+  }
+  return any_nan;
+}
+
+template <typename Logit, bool kGuided>
+static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettings& settings,
+                            const Scratch& scratch) {
+  typedef typename Logit::Stored Stored;
+  const Stored* logits =
+      static_cast<const Stored*>(args.logits.data) + first_of_row(args.logits, args.inner, row);
+  const Stored* uncond = nullptr;
+  if (kGuided) {
+    uncond =
+        static_cast<const Stored*>(args.uncond.data) + first_of_row(args.uncond, args.inner, row);
+  }
+  uint32_t any_nan = 0;
+  uint32_t largest[kBlockGroups] = {};
+  for (int64_t first = 0; first < args.codes; first += kBlockOfKeys) {
+    uint32_t* keys = scratch.keys + first;
+    if (first + kBlockOfKeys <= args.codes) {
+      any_nan |= make_keys_of<Logit, kGuided>(logits + first, kGuided ? uncond + first : nullptr,
+                                              settings.cond_factor, settings.uncond_factor,
+                                              kBlockOfKeys, keys);
+    } else {
+      const int64_t count = args.codes - first;
+      any_nan |=
+          make_keys_of<Logit, kGuided>(logits + first, kGuided ? uncond + first : nullptr,
+                                       settings.cond_factor, settings.uncond_factor, count, keys);
+      for (int64_t i = count; i < kBlockOfKeys; ++i) keys[i] = kMaskedKey;
+    }
+    uint32_t* group_max = scratch.group_max + first / kGroupCodes;
+    for (int64_t g = 0; g < kBlockGroups; ++g) {
+      uint32_t most = keys[g];
+      for (int64_t i = 1; i < kGroupCodes; ++i) {
+        const uint32_t key = keys[i * kBlockGroups + g];
+        most = key > most ? key : most;
+      }
+      group_max[g] = most;
+      largest[g] = most > largest[g] ? most : largest[g];
+    }
+  }
+  KeySummary summary = {0, any_nan != 0};
+  for (int64_t g = 0; g < kBlockGroups; ++g) {
+    summary.largest = largest[g] > summary.largest ? largest[g] : summary.largest;
+  }
+  return summary;
+}
+
+static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettings& settings,
+                            const Scratch& scratch) {
+  switch (args.type) {
+    case LogitType::kBFloat16:
+      return settings.guided ? make_keys<BFloat16Logit, true>(args, row, settings, scratch)
+                             : make_keys<BFloat16Logit, false>(args, row, settings, scratch);
+    case LogitType::kHalf:
+      return settings.guided ? make_keys<HalfLogit, true>(args, row, settings, scratch)
+                             : make_keys<HalfLogit, false>(args, row, settings, scratch);
+    default:
+      return settings.guided ? make_keys<FloatLogit, true>(args, row, settings, scratch)
+                             : make_keys<FloatLogit, false>(args, row, settings, scratch);
+  }
+}
+
+static int64_t count_below(const uint32_t* keys, int64_t count, uint32_t bound) {
+  // 32 bits count 2^22 codes, and leave the vectors as wide as those of the keys.
+  uint32_t below = 0;
+  for (int64_t i = 0; i < count; ++i) below += keys[i] < bound ? 1u : 0u;
+  return below;
+}
+
+static uint64_t weight_below(const uint32_t* keys, const uint64_t* weights, int64_t count,
+                             uint32_t bound) {
+  uint64_t below = 0;
+  for (int64_t i = 0; i < count; ++i) below += keys[i] < bound ? weights[i] : 0;
+  return below;
+}
+
+static uint64_t sum(const uint64_t* weights, int64_t count) {
+  uint64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += weights[i];
+  return total;
+}
+
+struct Boundary {
+  uint32_t key;    // what lies below may be dropped
+  uint64_t below;  // the sum of it
+};
+
+// The largest boundary in [low, end) whose sum below is at most `limit`, or, as it decides the
+// same, one where the sum is within `slack` of the limit. sum_below(low) is at most the limit and
+// sum_below(end) is not.
+template <typename SumBelow>
+static inline Boundary find_boundary(uint32_t low, uint32_t end, uint64_t limit, uint64_t slack,
+                                     const SumBelow& sum_below) {
+  Boundary found = {low, sum_below(low)};
+  for (int step = 0; end - found.key > 1 && limit - found.below > slack; ++step) {
+    uint32_t middle = found.key + (end - found.key) / 2;
+    if (step < 12) {
+      // Halve the interval of numbers, not that of keys, most of which are close to zero.
+      const uint32_t half = key_of(0.5f * value_of(found.key) + 0.5f * value_of(end));
+      if (half > found.key && half < end) middle = half;
+    }
+    const uint64_t below = sum_below(middle);
+    if (below <= limit) {
+      found = {middle, below};
+    } else {
+      end = middle;
+    }
+  }
+  return found;
+}
+
+// Keeps those of `count` keys that are at least `bound`, with their places (`from_places`, or null
+// for 0, 1, ...), in order; returns how many. In place where `keys` is `to_keys`. Reads and writes
+// whole vectors: of `keys`, there must be a multiple of 16.
+static int64_t gather(const uint32_t* keys, const uint32_t* from_places, int64_t count,
+                      uint32_t bound, uint32_t* to_keys, uint32_t* to_places) {
+  int64_t found = 0;
+#if defined(__AVX512F__)
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(bound));
+  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    if (from_places) place = _mm512_loadu_si512(from_places + i);
+    __mmask16 keep = _mm512_cmpge_epu32_mask(key, least);
+    if (count - i < 16) keep &= static_cast<__mmask16>((1u << (count - i)) - 1u);
+    // Compressed in registers and stored whole: to memory it is slow on many processors.
+    _mm512_storeu_si512(to_keys + found, _mm512_maskz_compress_epi32(keep, key));
+    _mm512_storeu_si512(to_places + found, _mm512_maskz_compress_epi32(keep, place));
+    found += __builtin_popcount(keep);
+    if (!from_places) place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = keys[i];
+    to_keys[found] = key;
+    to_places[found] = from_places ? from_places[i] : static_cast<uint32_t>(i);
+    found += key >= bound ? 1 : 0;
+  }
+#endif
+  return found;
+}
+
+static int64_t first_place_of(const uint32_t* keys, int64_t count, uint32_t key) {
+  int64_t i = 0;
+  while (i + 1 < count && keys[i] != key) ++i;
+  return i;
+}
+
+// Place of the candidate at which the running sum exceeds `target`.
+static int64_t find_in_running_sum(const uint64_t* weights, int64_t count, uint64_t target) {
+  constexpr int64_t kStride = 64;
+  int64_t i = 0;
+  for (; i + kStride < count; i += kStride) {
+    const uint64_t step = sum(weights + i, kStride);
+    if (step > target) break;
+    target -= step;
+  }
+  for (; i + 1 < count; ++i) {
+    if (weights[i] > target) break;
+    target -= weights[i];
+  }
+  return i;
+}
+
+static void draw(const SampleArgs& args, const RowSettings& settings, const Scratch& scratch,
+                 uint32_t largest, int64_t* index, float* probability) {
+  if (settings.top_k == 1) {
+    *index = first_place_of(scratch.keys, args.codes, largest);
+    *probability = 1.0f;
+    return;
+  }
+  const int64_t padded = (args.codes + kBlockOfKeys - 1) / kBlockOfKeys * kBlockOfKeys;
+  const float maximum = value_of(largest);
+  const uint32_t end = largest + 1;
+  uint32_t bound = least_weighted_key(maximum, settings.inverse_temperature);
+
+  // A bound of the k-th largest key: k of the groups' maxima are no smaller.
+  const int64_t k = settings.top_k, groups = padded / kGroupCodes;
+  if (k < args.codes && k <= groups && groups - count_below(scratch.group_max, groups, bound) > k) {
+    bound = find_boundary(
+                bound, end, static_cast<uint64_t>(groups - k), static_cast<uint64_t>(k / 8),
+                [&](uint32_t middle) { return count_below(scratch.group_max, groups, middle); })
+                .key;
+  }
+  uint32_t* keys = scratch.candidate_keys;
+  uint64_t* weights = scratch.weights;
+  int64_t count = gather(scratch.keys, nullptr, padded, bound, keys, scratch.places);
+
+  if (k < count) {
+    bound = find_boundary(bound, end, static_cast<uint64_t>(count - k), 0, [&](uint32_t middle) {
+              return count_below(keys, count, middle);
+            }).key;
+    count = gather(keys, scratch.places, count, bound, keys, scratch.places);
+  }
+
+  uint64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = fixed_point_weight(value_of(keys[i]), maximum, settings.inverse_temperature);
+  }
+  total = sum(weights, count);
+
+  if (settings.keep_from >= 0) {
+    const uint64_t limit = droppable(settings.keep_from, total);
+    const Boundary boundary = find_boundary(bound, end, limit, 0, [&](uint32_t middle) {
+      return weight_below(keys, weights, count, middle);
+    });
+    for (int64_t i = 0; i < count; ++i) weights[i] = keys[i] < boundary.key ? 0 : weights[i];
+    total -= boundary.below;
+    // Of the codes at the boundary, equal ones, the first may go as well.
+    uint64_t left = limit - boundary.below;
+    for (int64_t i = 0; left > 0 && i < count; ++i) {
+      if (keys[i] != boundary.key) continue;
+      if (weights[i] > left) break;
+      left -= weights[i];
+      total -= weights[i];
+      weights[i] = 0;
+    }
+  }
+
+  const int64_t chosen = find_in_running_sum(weights, count, scaled_random(settings.random, total));
+  *index = scratch.places[chosen];
+  *probability =
+      static_cast<float>(static_cast<double>(weights[chosen]) / static_cast<double>(total));
+}
+
+}  // namespace
+
+void TF_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
+  const int64_t padded = (args.codes + kBlockOfKeys - 1) / kBlockOfKeys * kBlockOfKeys;
+  Scratch scratch;
+  scratch.weights = reinterpret_cast<uint64_t*>(memory);
+  scratch.keys = reinterpret_cast<uint32_t*>(scratch.weights + padded + kBlockGroups);
+  scratch.group_max = scratch.keys + padded;
+  scratch.candidate_keys = scratch.group_max + padded / kGroupCodes;
+  scratch.places = scratch.candidate_keys + padded + kBlockGroups;
+
+  const RowSettings settings = row_settings(args, row);
+  const KeySummary summary = make_keys(args, row, settings, scratch);
+  uint8_t status = settings.status;
+  if (summary.any_nan) status |= kLogitsNaN;
+  if (summary.largest == kInfinityKey) status |= kLogitsInfinite;
+  if (summary.largest > kMaskedKey) {
+    draw(args, settings, scratch, summary.largest, args.indices + row, args.probability + row);
+  } else {
+    status |= kLogitsMasked;
+    args.indices[row] = 0;
+    args.probability[row] = 0;
+  }
+  args.status[row] = status;
+}
+
+}  // namespace tokenflow::cpu

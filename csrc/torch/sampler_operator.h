@@ -1,0 +1,119 @@
+// The sampler's operator, for any back end: check, allocate, fill the plain struct, run. The
+// Backend has run(SampleArgs, like) and nothing else that is used here.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+
+#include <tuple>
+
+#include "../common/sampling.h"
+#include "arguments.h"
+
+namespace tokenflow::torch_ops {
+
+inline LogitType logit_type(const Tensor& logits) {
+  const ScalarType type = logits.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "logits must be float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  return type == ScalarType::Float      ? LogitType::kFloat
+         : type == ScalarType::BFloat16 ? LogitType::kBFloat16
+                                        : LogitType::kHalf;
+}
+
+// [outer, inner, codes], the codes of a row side by side.
+inline LogitRows logit_rows(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.size(2) == 1 || tensor.stride(2) == 1, name,
+                  " must have the codes of a row side by side, got stride ", tensor.stride(2));
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+// A number for all rows, or a tensor of one (no dimension) or of one a row. The tensor is kept by
+// the caller until the launch.
+template <typename T>
+RowArgument<T> row_argument(T value, const std::optional<Tensor>& values, const char* name,
+                            ScalarType type, int64_t rows, const Tensor& logits) {
+  if (!values) return {nullptr, 0, value};
+  STD_TORCH_CHECK(values->scalar_type() == type, name, " must be ",
+                  torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(values->scalar_type()));
+  STD_TORCH_CHECK(values->dim() == 0 || (values->dim() == 1 && values->size(0) == rows &&
+                                         (rows == 1 || values->stride(0) == 1)),
+                  name, " must be one number or one for each of ", rows, " rows, got shape ",
+                  shape_of(*values));
+  check_device(*values, name, logits, "logits");
+  return {data<T>(*values), values->dim() == 0 ? 0 : 1, T{}};
+}
+
+// Throws for the first row that has something wrong.
+inline void check_status(const Tensor& status_tensor) {
+  const Tensor status =
+      torch::stable::to(status_tensor, std::nullopt, std::nullopt,
+                        torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const uint8_t* bits = data<uint8_t>(status);
+  for (int64_t row = 0; row < status.numel(); ++row) {
+    const auto ok = [&](SampleStatus bit) { return (bits[row] & bit) == 0; };
+    STD_TORCH_CHECK(ok(kTopKTooLarge),
+                    "top_k must be at most the number of codes, got more in row ", row);
+    STD_TORCH_CHECK(ok(kTopPOutOfRange), "top_p must be at most 1, got more or a NaN in row ", row);
+    STD_TORCH_CHECK(ok(kTemperatureNotPositive),
+                    "temperature must be positive and finite, got another in row ", row);
+    STD_TORCH_CHECK(ok(kGuidanceNotFinite), "guidance must be finite, got another in row ", row);
+    STD_TORCH_CHECK(ok(kLogitsNaN), "logits must not hold a NaN, got one in row ", row);
+    STD_TORCH_CHECK(ok(kLogitsInfinite),
+                    "logits must not hold +infinity, with guidance, got one in row ", row);
+    STD_TORCH_CHECK(ok(kLogitsMasked),
+                    "logits must leave a code to draw, got nothing but -infinity in row ", row);
+  }
+}
+
+template <typename Backend>
+struct SamplerOperator {
+  static std::tuple<Tensor, Tensor> sample_top_k_top_p(
+      Tensor logits, std::optional<Tensor> uncond, int64_t top_k, std::optional<Tensor> top_k_rows,
+      double top_p, std::optional<Tensor> top_p_rows, double temperature,
+      std::optional<Tensor> temperature_rows, double guidance, std::optional<Tensor> guidance_rows,
+      int64_t seed, std::optional<Tensor> seed_rows, int64_t offset,
+      std::optional<Tensor> offset_rows, bool check) {
+    check_dim(logits, 3, "logits");
+    SampleArgs args = {};
+    args.type = logit_type(logits);
+    args.inner = logits.size(1);
+    args.rows = logits.size(0) * args.inner;
+    args.codes = logits.size(2);
+    STD_TORCH_CHECK(args.codes > 0 && args.codes <= kMostCodes, "logits must have 1 to ",
+                    kMostCodes, " codes (is the slice vocab empty?), got shape ", shape_of(logits));
+    args.logits = logit_rows(logits, "logits");
+    if (uncond) {
+      check_like(*uncond, "uncond", logits, "logits");
+      check_shape(*uncond, {logits.size(0), logits.size(1), logits.size(2)}, "uncond");
+      check_device(*uncond, "uncond", logits, "logits");
+      args.uncond = logit_rows(*uncond, "uncond");
+    }
+    args.top_k = row_argument(top_k, top_k_rows, "top_k", ScalarType::Long, args.rows, logits);
+    args.top_p = row_argument(top_p, top_p_rows, "top_p", ScalarType::Double, args.rows, logits);
+    args.temperature = row_argument(temperature, temperature_rows, "temperature",
+                                    ScalarType::Double, args.rows, logits);
+    args.guidance =
+        row_argument(guidance, guidance_rows, "guidance", ScalarType::Double, args.rows, logits);
+    args.seed = row_argument(seed, seed_rows, "seed", ScalarType::Long, args.rows, logits);
+    args.offset = row_argument(offset, offset_rows, "offset", ScalarType::Long, args.rows, logits);
+
+    Tensor indices = empty({args.rows}, ScalarType::Long, logits);
+    Tensor probability = empty({args.rows}, ScalarType::Float, logits);
+    const Tensor status = empty({args.rows}, ScalarType::Byte, logits);
+    if (args.rows == 0) return {indices, probability};
+    args.indices = mutable_data<int64_t>(indices);
+    args.probability = mutable_data<float>(probability);
+    args.status = mutable_data<uint8_t>(status);
+    Backend::run(args, logits);
+    if (check) check_status(status);
+    return {indices, probability};
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("sample_top_k_top_p", TORCH_BOX(&sample_top_k_top_p));
+  }
+};
+
+}  // namespace tokenflow::torch_ops
