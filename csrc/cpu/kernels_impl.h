@@ -100,7 +100,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
   for (int first = 0; first < kPanelWidth; first += kHalfLanes) {
     Doubles bias = {}, squared_length = {};
     for (int g = 0; g < layout.groups; ++g) {
-      Doubles squared = {}, scale;
+      Doubles squared = {}, scale = {};
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
         const Doubles c = load_doubles(lines + d * kPanelWidth + first);
         squared += c * c;
