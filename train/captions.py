@@ -144,6 +144,10 @@ class Pictures:
                 self._memory[index] = picture
         return Sample(picture, caption)
 
+    def captions_up_to(self, count: int) -> list[str]:
+        """The captions, ``count`` of them at most."""
+        return [caption for _, caption in self.pairs[:count]]
+
 
 class Tokens:
     """A folder that ``tokenflow tokenize`` wrote; rows without a caption are left out.
@@ -200,6 +204,10 @@ class Tokens:
     def __getitem__(self, index: int) -> Sample:
         return Sample(self.tokens[index].long(), self.captions[index])
 
+    def captions_up_to(self, count: int) -> list[str]:
+        """The captions, ``count`` of them at most."""
+        return self.captions[:count]
+
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
@@ -251,6 +259,16 @@ def read_members(path: Path) -> list[Member]:
         if "picture" in parts and text is not None:
             members.append(Member(names[key], parts["picture"], text, "txt" not in parts))
     return members
+
+
+def _decode(content: bytes, member: Member, name: Path) -> str:
+    text = content.decode("utf-8", errors="replace")
+    if not member.is_json:
+        return _first_line(text) or ""
+    try:
+        return _caption_of(json.loads(text)) or ""
+    except ValueError as error:
+        raise DataError(f"the caption of {name} is not JSON: {error}") from error
 
 
 class Shards:
@@ -347,16 +365,23 @@ class Shards:
                 content = [os.pread(file.fileno(), n, at) for at, n in member[1:3]]
         except OSError as error:
             raise DataError(f"cannot read {name}: {error}") from error
-        text = content[1].decode("utf-8", errors="replace")
-        if member.is_json:
-            try:
-                caption = _caption_of(json.loads(text))
-            except ValueError as error:
-                raise DataError(f"the caption of {name} is not JSON: {error}") from error
-        else:
-            caption = _first_line(text)
+        caption = _decode(content[1], member, name)
         picture = data.to_square(data.open_image(name, content[0]), self.size)
-        return Sample(picture, caption or "")
+        return Sample(picture, caption)
+
+    def captions_up_to(self, count: int) -> list[str]:
+        """The captions of the first shards, ``count`` of them at most."""
+        found: list[str] = []
+        for path in self.paths:
+            members = self.members(path)[: count - len(found)]
+            with path.open("rb") as file:
+                for member in members:
+                    offset, size = member.caption
+                    file.seek(offset)
+                    found.append(_decode(file.read(size), member, path / member.name))
+            if len(found) == count:
+                break
+        return found
 
     def some(self, count: int) -> list[Sample]:
         """Up to ``count`` samples, evenly over the first shards."""

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_00000300/
         config.json, model.safetensors   the EMA weights, as ``save_pretrained`` writes them
+                                         (text-to-image: with ``tokenizer/``, ``text_tokenizer/``)
         training.pt                      everything else, read with ``weights_only=True``
         manifest.json                    format, step, and size and SHA-256 of each file
 
@@ -84,9 +85,11 @@ def save(
     save_model(temporary)
     torch.save(state, temporary / "training.pt")
     files = {}
-    for path in sorted(temporary.iterdir()):
+    for path in sorted(temporary.rglob("*")):
         _flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        if path.is_file():
+            name = path.relative_to(temporary).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
     _flush(temporary)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
+from tokenflow_ext.models.text_to_image import BackboneConfig
 
 
 @dataclass
@@ -121,6 +122,94 @@ class OutputConfig:
 
 
 @dataclass
+class TextOptimConfig:
+    """As :class:`OptimConfig`; ``ema_decay = 0`` keeps no moving average of the weights."""
+
+    steps: int = 1500
+    batch: int = 16
+    accumulate: int = 1
+    lr: float = 1.0e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: str = "cosine"  # or "constant"
+    warmup: int = 50
+    final_lr: float = 0.02
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    precision: str = "fp32"  # or "bf16", "fp16"
+
+
+@dataclass
+class TextModelConfig:
+    """The transformer. ``backbone`` is its shape where it does not start from pretrained weights,
+    and ``vocabulary`` the size of the byte-level text tokenizer that is then made of the captions.
+    """
+
+    backbone: BackboneConfig = field(
+        default_factory=lambda: BackboneConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=1024,
+        )
+    )
+    vocabulary: int = 512
+    prompt_length: int = 24  # ids that a caption is cut or padded to
+    attention: str = "sdpa"  # or "flex"
+    checkpointing: bool = False  # compute activations again in the backward pass
+
+
+@dataclass
+class SampleConfig:
+    """How the pictures of a run are drawn (arXiv 2412.03069, section 4.1)."""
+
+    guidance: float = 7.5
+    top_k: tuple[int, ...] = (1200, 100, 1)
+    top_p: tuple[float, ...] = (0.8, 0.8, 0.0)
+
+
+@dataclass
+class TextConfig:
+    """Everything that decides a run of ``train/text_to_image.py``."""
+
+    run: str = "runs/text-to-image"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    tokenizer: str = "runs/emoji-tokenizer"  # the image tokenizer's run, checkpoint or folder
+    backbone: str | None = None  # pretrained: a folder of transformers, or a GGUF file
+    init: str | None = None  # a run, checkpoint or save_pretrained folder to start from
+    parallel: str = "ddp"  # or "fsdp": weights, gradients and optimizer split over processes
+    data: CaptionConfig = field(default_factory=CaptionConfig)
+    optim: TextOptimConfig = field(default_factory=TextOptimConfig)
+    model: TextModelConfig = field(default_factory=TextModelConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+        _one_of("parallel", self.parallel, "ddp", "fsdp")
+        _one_of("model.attention", self.model.attention, "sdpa", "flex")
+        if self.parallel == "fsdp" and self.optim.precision == "fp16":
+            raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
+        if self.backbone is not None and self.init is not None:
+            raise ConfigError("backbone and init are two starts: give one")
+        for name in ("drop", "truncate"):
+            if not 0 <= (value := getattr(self.data, name)) <= 1:
+                raise ConfigError(f"data.{name} must be within [0, 1], got {value}")
+        if len(self.data.streams) != 2 or min(self.data.streams) < 1:
+            raise ConfigError(
+                f"data.streams must be two positive numbers, got {list(self.data.streams)}"
+            )
+        _at_least("data", self.data, 1, "evaluated")
+        _at_least("data", self.data, 0, "limit", "workers")
+        _at_least("model", self.model, 1, "prompt_length")
+        _at_least("model", self.model, 258, "vocabulary")  # every byte, bos and unknown
+        _at_least("sample", self.sample, 0, "guidance")
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a run."""
 
@@ -143,27 +232,30 @@ class TrainConfig:
     model: TokenizerConfig = field(default_factory=lambda: TokenizerConfig.preset("tiny"))
 
     def __post_init__(self) -> None:
-        _one_of("optim.schedule", self.optim.schedule, "cosine", "constant")
-        _one_of("optim.precision", self.optim.precision, "fp32", "bf16", "fp16")
+        _check_run(self)
         _one_of("loss.semantic_kind", self.loss.semantic_kind, "cosine", "l2")
-        if len(self.optim.betas) != 2:
-            raise ConfigError(f"optim.betas must be two numbers, got {self.optim.betas}")
-        least = {
-            "": (self, 0, ("seed", "threads")),
-            "optim": (self.optim, 1, ("steps", "batch", "accumulate")),
-            "output": (
-                self.output,
-                1,
-                ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep"),
-            ),
-            "loss": (self.loss, 0, ("semantic", "pixel", "vq", "perceptual", "gan", "gan_start")),
-            "data": (self.data, 1, ("held_out_crops",)),
-        }
-        for section, (values, minimum, names) in least.items():
-            for name in names:
-                if (value := getattr(values, name)) < minimum:
-                    key = f"{section}.{name}".lstrip(".")
-                    raise ConfigError(f"{key} must be {minimum} or more, got {value}")
+        losses = ("semantic", "pixel", "vq", "perceptual", "gan", "gan_start")
+        _at_least("loss", self.loss, 0, *losses)
+        _at_least("data", self.data, 1, "held_out_crops")
+
+
+def _check_run(config: TrainConfig | TextConfig) -> None:
+    """What runs of every kind have in common."""
+    _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
+    _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
+    if len(config.optim.betas) != 2:
+        raise ConfigError(f"optim.betas must be two numbers, got {config.optim.betas}")
+    _at_least("", config, 0, "seed", "threads")
+    _at_least("optim", config.optim, 1, "steps", "batch", "accumulate")
+    every = ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep")
+    _at_least("output", config.output, 1, *every)
+
+
+def _at_least(section: str, values: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        if (value := getattr(values, name)) < minimum:
+            key = f"{section}.{name}".lstrip(".")
+            raise ConfigError(f"{key} must be {minimum} or more, got {value}")
 
 
 def _one_of(key: str, value: str, *allowed: str) -> None:
@@ -221,12 +313,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
-    """The configuration of a run from an optional YAML file and command-line overrides.
-
-    Raises:
-        ConfigError: unknown keys, wrong types, or a file that is not a YAML mapping.
-    """
+def _given(path: str | Path | None, overrides: list[str] | None) -> dict[str, Any]:
     given: Any = {}
     if path is not None:
         try:
@@ -235,11 +322,27 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
         if not isinstance(given, dict):
             raise ConfigError(f"{path} must hold a mapping, got {type(given).__name__}")
-    given = _overlay(given, parse_overrides(overrides or []))
+    return _overlay(given, parse_overrides(overrides or []))
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
+    """The configuration of a tokenizer's run from an optional YAML file and overrides.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, or a file that is not a YAML mapping.
+    """
+    given = _given(path, overrides)
     model = TokenizerConfig.preset(given.get("preset", "tiny"))
     return from_plain(TrainConfig, _overlay(to_plain(TrainConfig(model=model)), given))
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``load_config`` reads back to an equal configuration."""
+def load_text_config(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> TextConfig:
+    """The configuration of a text-to-image run; as :func:`load_config`."""
+    return from_plain(TextConfig, _overlay(to_plain(TextConfig()), _given(path, overrides)))
+
+
+def to_yaml(config: TrainConfig | TextConfig) -> str:
+    """The configuration as YAML that the two functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

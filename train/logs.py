@@ -58,7 +58,7 @@ class RunLog:
         self.bar.write(text)
 
     def values(self, step: int, values: dict[str, float], kind: str) -> None:
-        """Log scalars of a step; ``kind`` ("train" or "held_out") is the TensorBoard prefix."""
+        """Log scalars of a step; ``kind`` ("train", "held_out" ...) is the TensorBoard prefix."""
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -75,7 +75,7 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
         if self._board is not None:
-            self._board.add_image("held_out", image, step, dataformats="HWC")
+            self._board.add_image("pictures", image, step, dataformats="HWC")
 
     def close(self) -> None:
         self.bar.close()

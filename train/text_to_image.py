@@ -1,0 +1,30 @@
+"""Train text to image: ``torchrun train/text_to_image.py [--config FILE] [--resume] [key=value]``.
+
+With no argument: a small transformer on the emojis of ``tokenflow fetch-emoji runs/emoji``, over
+the image tokenizer in ``runs/emoji-tokenizer``. docs/text_to_image.md has the three commands.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tokenflow_ext.train import loop
+from tokenflow_ext.train.config import TextConfig, load_text_config
+from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.text_trainer import TextTrainer
+
+
+def train(config: TextConfig, group: Processes, resume: bool = False) -> dict[str, Any]:
+    """Run the training that ``config`` describes; returns its summary (see ``loop.train``)."""
+    return loop.train(config, group, TextTrainer, resume)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    read = partial(loop.read_arguments, load_text_config, "text_to_image.py", __doc__, argv)
+    loop.run_command(read, train)
+
+
+if __name__ == "__main__":
+    main()

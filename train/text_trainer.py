@@ -1,0 +1,402 @@
+"""The training of a text-to-image model: one process, DDP, or weights split over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.models.text_to_image import (
+    TextToImage,
+    TextToImageConfig,
+    encode_prompts,
+)
+from tokenflow_ext.train import captions, checkpoint, data
+from tokenflow_ext.train.config import TextConfig, to_yaml
+from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.language import (
+    TEXT_FOLDER,
+    load_language_model,
+    load_text_tokenizer,
+    make_text_tokenizer,
+)
+from tokenflow_ext.train.loop import BaseTrainer
+
+_CAPTIONS = 100_000  # of which a text tokenizer is made, at most
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be split over processes, in one piece (every process calls this)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`whole`; every process has the same ``tensor``."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Average:
+    """The moving average of a model's weights, each split over processes as the weight is."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        theirs = [_local(p.detach()) for p in self.model.parameters()]
+        return [_local(w) for w in self.weights.values()], theirs
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the model after optimizer step ``step`` (counted from 1); see ``trainer.Ema``."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self._pairs(), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and the average."""
+        for mine, theirs in zip(*self._pairs(), strict=True):
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+
+class TextTrainer(BaseTrainer):
+    """The run of a text-to-image model."""
+
+    shown = ("loss",)
+    evaluated_on = ("evaluation", "evaluation")
+    names = {  # noqa: RUF012
+        "known_loss": ("cross-entropy, training pairs", "{:.3f}"),
+        "known_accuracy": ("right tokens, training pairs", "{:.1%}"),
+        "held_out_loss": ("cross-entropy, held-out pairs", "{:.3f}"),
+        "held_out_accuracy": ("right tokens, held-out pairs", "{:.1%}"),
+    }
+
+    def __init__(self, config: TextConfig, group: Processes) -> None:
+        super().__init__(config, group)
+        joint = config.optim.batch // config.optim.accumulate
+        image_tokenizer, start = self._start(config)
+        quantizer = image_tokenizer.config.quantizer
+        form = captions.Form(
+            image_tokenizer.config.image_size,
+            [(side, side) for side in quantizer.scales],
+            quantizer.codebook_size,
+        )
+        self.dataset = captions.Captioned(config.data.path, form, config.data, joint, config.seed)
+        self._seed(0)  # every process builds the same weights
+        model, self.text_tokenizer = self._build(config, image_tokenizer, start)
+        if config.model.checkpointing:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = self._place(model.float().to(group.device).train())
+        self.optimizer, self.scheduler = self._optimizer(self.model, config.optim.lr)
+        self.average = None
+        if config.optim.ema_decay > 0:
+            self.average = Average(self.model, config.optim.ema_decay)
+        sets = {"known": self.dataset.source}
+        if config.data.held_out is not None:
+            sets["held_out"] = captions.open_source(
+                config.data.held_out, form, config.data, joint, config.seed
+            )
+        self.evaluated = {name: self._fixed(source) for name, source in sets.items()}
+        self._seed(1 + group.rank)
+
+    # -- the model --------------------------------------------------------------------------------
+
+    @staticmethod
+    def _start(config: TextConfig) -> tuple[TokenFlowTokenizer, Path | None]:
+        """The image tokenizer, and the saved model to start from."""
+        if config.init is None:
+            return TokenFlowTokenizer.from_pretrained(checkpoint.find(config.tokenizer)), None
+        folder = checkpoint.find(config.init)
+        return TokenFlowTokenizer.from_pretrained(folder / "tokenizer"), folder
+
+    def _build(
+        self, config: TextConfig, tokenizer: TokenFlowTokenizer, start: Path | None
+    ) -> tuple[TextToImage, Any]:
+        """The model and its text tokenizer."""
+        wanted = config.model
+        if start is not None:
+            text = load_text_tokenizer(start)
+            return TextToImage.from_pretrained(start, tokenizer, attention=wanted.attention), text
+        if config.backbone is not None:
+            language, text = load_language_model(config.backbone)
+            model = TextToImage.from_language_model(
+                language, tokenizer, wanted.prompt_length, attention=wanted.attention
+            )
+            return model, text
+        texts = self.dataset.source.captions_up_to(_CAPTIONS)
+        text = make_text_tokenizer(texts, wanted.vocabulary)
+        shape = TextToImageConfig.for_tokenizer(
+            wanted.backbone, tokenizer, len(text), wanted.prompt_length
+        )
+        return TextToImage(shape, tokenizer, attention=wanted.attention), text
+
+    def _place(self, model: TextToImage) -> TextToImage:
+        """Split the weights over processes where that is asked for."""
+        self.sharded = self.config.parallel == "fsdp" and self.group.world > 1
+        if not self.sharded:
+            return model
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        register_fsdp_forward_method(model, "generate_tokens")
+        return model
+
+    def prepare(self) -> None:
+        """Wrap the model for its processes and start reading."""
+        self.parallel = self.model
+        if self.group.world > 1 and not self.sharded:
+            devices = [self.group.device] if self.group.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=devices)
+        workers = self.config.data.workers
+        loader = data.loader(self.dataset, self.shard, self.position, workers, captions.collate)
+        self._start_reading(iter(loader))
+
+    def _autocast(self) -> Any:
+        # Split weights come in half precision already.
+        return nullcontext() if self.sharded else super()._autocast()
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _tokens(self, pictures: Tensor) -> Tensor:
+        """Pictures to tokens, tokens as they are; [B, L]."""
+        pictures = pictures.to(self.group.device, non_blocking=True)
+        if not pictures.is_floating_point():
+            return pictures
+        return self.model.tokenizer.encode(pictures)
+
+    def _prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids, valid = encode_prompts(texts, self.text_tokenizer, self.model.config)
+        return ids.to(self.group.device), valid.to(self.group.device)
+
+    def _next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, which of their places are no padding, and tokens of the next micro-batch."""
+        pictures, texts = next(self._batches)
+        return *self._prompts(texts), self._tokens(pictures)
+
+    def train_step(self) -> dict[str, Tensor]:
+        optim = self.config.optim
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.group.device)
+        for micro in range(optim.accumulate):
+            ids, valid, tokens = self._take_batch()
+            with self._sync(micro == optim.accumulate - 1):
+                with self._autocast():
+                    loss = self.parallel(ids, tokens, valid).loss
+                self.scaler.scale(loss / optim.accumulate).backward()
+            total += loss.detach() / optim.accumulate
+        norm = self._update(self.model, self.optimizer, self.scaler)
+        self.scheduler.step()
+        self.step += 1
+        self.position += optim.batch
+        if self.average is not None:
+            self.average.update(self.step)
+        return {"loss": total, "grad_norm": whole(norm)}
+
+    def _sync(self, last: bool) -> Any:
+        """Gradients are exchanged once, in the last micro-batch."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last or self.group.world == 1 else self.parallel.no_sync()
+
+    # -- what people and files see ----------------------------------------------------------------
+
+    def _fixed(self, source: Any) -> tuple[Tensor, list[str]]:
+        """Tokens and captions of pairs spread evenly over a source."""
+        pictures, texts = captions.collate(captions.some(source, self.config.data.evaluated))
+        parts = [self._tokens(part).cpu() for part in pictures.split(self.shard.local)]
+        return torch.cat(parts), texts
+
+    @contextmanager
+    def _ready(self) -> Iterator[TextToImage]:
+        """The model in evaluation, with the averaged weights where there are any."""
+        if self.average is not None:
+            self.average.swap()
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+            if self.average is not None:
+                self.average.swap()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Cross-entropy and share of right tokens, each token predicted from the true ones before.
+
+        Of pairs that are trained on, and of held-out ones where there are any.
+        """
+        values = {}
+        with self._ready() as model:
+            for name, (tokens, texts) in self.evaluated.items():
+                loss, accuracy = self._score(model, tokens, texts)
+                values |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        return values
+
+    def _score(self, model: TextToImage, tokens: Tensor, texts: list[str]) -> tuple[float, float]:
+        group, local = self.group, self.shard.local
+        sums = torch.zeros(3, dtype=torch.float64, device=group.device)
+        for start in range(0, len(texts), local * group.world):
+            # A process without a share still takes part: its weights may be needed elsewhere.
+            own = range(start + group.rank * local, start + (group.rank + 1) * local)
+            counted = [i for i in own if i < len(texts)]
+            rows = counted or [0]
+            target = tokens[rows].to(group.device)
+            ids, valid = self._prompts([texts[i] for i in rows])
+            with self._autocast():
+                out = model(ids, target, valid)
+            if counted:
+                right = (out.logits.argmax(-1) == target).double().mean()
+                share = torch.stack([out.loss.double(), right, right.new_ones(())])
+                sums += share * len(counted)
+        group.sum_(sums)
+        return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+
+    @torch.no_grad()
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """What the tokenizer makes of training pictures, and what the model draws from captions."""
+        sample, (tokens, texts) = self.config.sample, self.evaluated["known"]
+        count = min(self.config.output.pictures, len(texts))
+        which = [i * len(texts) // count for i in range(count)]
+        target = tokens[which].to(self.group.device)
+        ids, valid = self._prompts([texts[i] for i in which])
+        empty, empty_valid = self._prompts([""])
+        drawn = target
+        with self._ready() as model:
+            # Where processes hold all weights, one of them draws; split ones need each other.
+            if self.group.first or self.sharded:
+                drawn = model.generate_tokens(
+                    ids,
+                    empty,
+                    attention_mask=valid,
+                    negative_attention_mask=empty_valid,
+                    guidance=sample.guidance,
+                    top_k=sample.top_k,
+                    top_p=sample.top_p,
+                    seed=self.config.seed,
+                )
+            decode = model.tokenizer.decode
+            return decode(target)[0], decode(drawn)[0]
+
+    def headline(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{count / 1e6:.2f} M parameters, {self.dataset.describe()}, "
+            f"{self.model.config.image_tokens} tokens an image"
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights in one piece, on the first process's CPU (every process calls this)."""
+        weights = {}
+        for name, value in self.model.state_dict().items():
+            value = whole(value)
+            if self.group.first:
+                weights[name] = value.detach().cpu()
+        return weights
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        for values in state["state"].values():
+            for name, value in values.items():
+                values[name] = whole(value).cpu()
+        return state
+
+    def save(self) -> Path | None:
+        """Write a checkpoint; it is the same for every way of splitting the work."""
+        states = self.group.gather(self._random_states())
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "seconds": self.seconds,
+            "first": self.first,
+            "config": to_yaml(self.config),
+            "optimizer": self._optimizer_state(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": states,
+        }
+        if self.average is not None:
+            # Copies: the weights are about to change places with their average.
+            state["model"] = {k: v.clone() for k, v in self._weights().items()}
+        with self._ready():
+            weights = self._weights()
+            if not self.group.first:
+                return None
+
+            def save_model(folder: Path) -> None:
+                with torch.device("meta"):
+                    model = TextToImage(self.model.config, self.model.tokenizer)
+                model.load_state_dict(weights, assign=True)
+                model.save_pretrained(folder)
+                self.text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
+
+            folder = self.run / "checkpoints"
+            return checkpoint.save(folder, self.step, state, save_model, self.config.output.keep)
+
+    @torch.no_grad()
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        if own.keys() != weights.keys():
+            raise ValueError(f"other weights: {sorted(own.keys() ^ weights.keys())[:3]}")
+        for name, value in own.items():
+            if value.shape != weights[name].shape:
+                raise ValueError(
+                    f"{name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}"
+                )
+            value.copy_(split_like(weights[name], value))
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``.
+
+        Raises:
+            CheckpointError: not whole, or of another model.
+        """
+        from safetensors.torch import load_file
+
+        state = checkpoint.load(path)
+        try:
+            self._load_weights(load_file(path / "model.safetensors"))
+            if self.average is not None:
+                self.average.swap()
+                self._load_weights(state["model"])
+            optimizer = state["optimizer"]
+            for index, parameter in enumerate(self.model.parameters()):
+                for name, value in optimizer["state"].get(index, {}).items():
+                    if value.shape == parameter.shape:
+                        optimizer["state"][index][name] = split_like(value, parameter)
+            self.optimizer.load_state_dict(optimizer)
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.position = state["step"], state["position"]
+            self.seconds, self.first = state["seconds"], state["first"]
+            self._restore_random(state["random"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit this run's configuration: {error}"
+            ) from error
+        self.text_tokenizer = load_text_tokenizer(path)
