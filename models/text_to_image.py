@@ -39,7 +39,7 @@ IMAGE_MARK = "<img>"
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
-    "username, blurry"
+    "username, blurry."
 )
 _FORMAT = "tokenflow-text-to-image"
 _FORMAT_VERSION = 1
@@ -711,8 +711,9 @@ class TextToImage(nn.Module):
                 None finds the padding id.
             guidance: t = guidance * k / (S - 1) at scale k; logits are (1 + t) * conditional -
                 t * negative. 0 leaves the negative half out.
-            top_k, top_p: filters of each draw of a scale, [steps]; every step after the first feeds
-                the drawn tokens back and draws anew. The first scale is drawn once.
+            top_k, top_p: filters of each draw of a scale, [steps], as
+                :class:`tokenflow_ext.sampler.MultiStepSampler` has them; every step after the first
+                feeds the drawn tokens back and draws anew. The first scale is drawn once.
             seed: one for each image, or one number: image b then has seed + b. An image depends on
                 its seed and prompts, not on the batch it is in. None takes torch's generator.
             cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
@@ -951,14 +952,13 @@ def _check_range(name: str, ids: Tensor, size: int) -> None:
 
 
 def _check_image_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
-    """The buffers with the first and the last (or the one after it) id of the image tokens."""
+    """The buffers with the first and the last id of the image tokens."""
     if value.numel() != 1:
         raise CheckpointError(f"{key} must be one id, got {tuple(value.shape)}")
     if value.is_meta:
         return
-    first, end = config.text_vocab_size, config.text_vocab_size + config.codebook_size
-    served = (first,) if key.endswith("start") else (end - 1, end)
-    if int(value) not in served:
+    first, last = config.text_vocab_size, config.pad_id - 1
+    if int(value) != (first if key.endswith("start") else last):
         raise CheckpointError(
-            f"{key} is {int(value)}, the vocabulary has its image tokens at {first} to {end - 1}"
+            f"{key} is {int(value)}, the vocabulary has its image tokens at {first} to {last}"
         )

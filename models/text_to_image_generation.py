@@ -1,4 +1,9 @@
-"""Generation of image tokens with a key-value cache: each run computes one scale's places."""
+"""Generation of image tokens with a key-value cache: each run computes one scale's places.
+
+What later scales see of a scale is its own first run, whose input is f-hat of the scales before it
+as in training. The refinement runs of the scale, whose input includes the drawn tokens, write over
+these entries; they are put back before the next scale.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokenflow_ext.sampler import sample_top_k_top_p
+from tokenflow_ext.sampler import MultiStepSampler
 
 if TYPE_CHECKING:
     from tokenflow_ext.models.text_to_image import NextScaleSequence, TextToImage
@@ -17,16 +22,21 @@ if TYPE_CHECKING:
 class KeyValueCache:
     """Keys and values of every layer, [rows, heads, length, head_dim], written in place.
 
-    ``places`` says which places the coming run computes; running a scale again overwrites its
-    entries, and attention reads up to the end of what was written last.
+    ``places`` says which places the coming run computes. It writes over what a run of the same
+    places wrote, and its attention reads all entries up to its end.
     """
 
-    def __init__(self, model: TextToImage, rows: int, length: int) -> None:
+    def __init__(self, model: TextToImage, rows: int, sequence: NextScaleSequence) -> None:
         like = model.lm_head.weight
         attention = model.model.layers[0].self_attn
         heads = attention.k_proj.out_features // attention.head_dim
-        shape = (len(model.model.layers), 2, rows, heads, length, attention.head_dim)
-        self.entries = torch.empty(shape, device=like.device, dtype=like.dtype)
+        shape = (len(model.model.layers), 2, rows, heads)
+
+        def entries(length: int) -> Tensor:
+            return like.new_empty((*shape, length, attention.head_dim))
+
+        self.entries = entries(sequence.length)
+        self.kept = entries(max(side * side for side in sequence.scales))
         self.places = (0, 0)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +47,14 @@ class KeyValueCache:
         keys[:, :, first:end] = key
         values[:, :, first:end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, first: int, end: int) -> None:
+        """Sets the entries of these places aside."""
+        self.kept[..., : end - first, :] = self.entries[..., first:end, :]
+
+    def put_back(self, first: int, end: int) -> None:
+        """Undoes what was written to these places since :meth:`keep`."""
+        self.entries[..., first:end, :] = self.kept[..., : end - first, :]
 
 
 class Session:
@@ -55,7 +73,7 @@ class Session:
         self.sequence = sequence
         self.rows = rows
         self.padded = padded
-        self.cache = KeyValueCache(model, rows, sequence.length)
+        self.cache = KeyValueCache(model, rows, sequence)
         device = model.device
         self.levels = sequence.levels().to(device)
         like = torch.empty(0, device=device, dtype=model.lm_head.weight.dtype)
@@ -143,36 +161,39 @@ def generate_tokens(
     step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
     batch.
     """
-    filters = _filters(top_k, top_p, model.config.codebook_size)
-    seeds = _seeds(seed, count).to(model.device)
+    codes = model.config.codebook_size
+    sampler = MultiStepSampler(
+        top_k=[min(k, codes) for k in top_k],
+        top_p=tuple(top_p),
+        guidance=guidance,
+        scales=sequence.scales,
+    )
+    seeds = _seeds(seed, count).to(model.device).unsqueeze(1)
+    numbers = torch.arange(model.config.image_tokens, device=model.device)
     session = _session(model, sequence, ids.shape[0], not bool(valid.all()), cuda_graphs)
     run_scale = session.replay_scale if cuda_graphs else session.run_scale
     quantizer = model.tokenizer.quantizer
-    last = len(sequence.scales) - 1
-    image_tokens = model.config.image_tokens
 
     def draw(logits: Tensor, scale: int, step: int) -> Tensor:
-        k, p = filters[step]
-        first = sequence.places(scale)[0] - (sequence.text - 1)
-        conditional, *negative = logits.split(count)
-        return sample_top_k_top_p(
-            conditional,
-            top_k=k,
-            top_p=p,
-            uncond=negative[0] if negative else None,
-            guidance=guidance * scale / max(last, 1),
-            seed=seeds,
-            offset=step * image_tokens + first,
-        )
+        first, end = (place - (sequence.text - 1) for place in sequence.places(scale))
+        offset = (numbers[first:end] + step * len(numbers)).repeat(count, 1)
+        if logits.dtype == torch.float64:  # the sampler's own arithmetic is float32
+            logits = logits.float()
+        halves = logits.split(count)
+        seed_of_row = seeds.repeat(1, end - first)
+        return sampler.draw(scale, step, *halves, seed=seed_of_row, offset=offset)
 
     tokens = draw(session.run_text(ids, valid), 0, 0)
     drawn, f_hat = [tokens], None
-    for scale in range(1, last + 1):
+    for scale in range(1, len(sequence.scales)):
         f_hat = quantizer.accumulate(f_hat, tokens, scale - 1)
         tokens = draw(run_scale(scale, f_hat), scale, 0)
-        for step in range(1, len(filters)):
-            codes = quantizer.codes(tokens).mT.reshape(f_hat.shape)
-            tokens = draw(run_scale(scale, f_hat + codes), scale, step)
+        if sampler.steps(scale) > 1:
+            session.cache.keep(*sequence.places(scale))
+            for step in range(1, sampler.steps(scale)):
+                own = quantizer.codes(tokens).mT.reshape(f_hat.shape)
+                tokens = draw(run_scale(scale, f_hat + own), scale, step)
+            session.cache.put_back(*sequence.places(scale))
         drawn.append(tokens)
     return torch.cat(drawn, dim=1)
 
@@ -190,21 +211,6 @@ def _session(
     if not same:
         model._session = Session(model, sequence, rows, padded)
     return model._session
-
-
-def _filters(
-    top_k: Sequence[int], top_p: Sequence[float], codebook_size: int
-) -> list[tuple[int, float]]:
-    if len(top_k) != len(top_p) or not top_k:
-        raise ValueError(
-            f"top_k and top_p must hold one value a step each, got {tuple(top_k)} and "
-            f"{tuple(top_p)}"
-        )
-    if min(top_k) < 1:
-        raise ValueError(f"top_k must be 1 or more, got {tuple(top_k)}")
-    if max(top_p) > 1:
-        raise ValueError(f"top_p must be at most 1, got {tuple(top_p)}")
-    return [(min(int(k), codebook_size), float(p)) for k, p in zip(top_k, top_p, strict=True)]
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:

@@ -1,0 +1,882 @@
+"""Text to image against the definition: the sequence, generation with its cache, weights.
+
+The oracle below is written from the method's text alone: one picture at a time, the whole sequence
+anew in every run, padding left out instead of masked, dense masks, no cache.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenflow_ext.models import (
+    BackboneConfig,
+    CheckpointError,
+    ConfigError,
+    PixelConfig,
+    QuantizerConfig,
+    SemanticConfig,
+    TextToImage,
+    TextToImageConfig,
+    TokenFlowTokenizer,
+    TokenizerConfig,
+    TowerConfig,
+    encode_prompts,
+)
+from tokenflow_ext.models import text_to_image_generation as generation
+from tokenflow_ext.models.text_to_image import NextScaleSequence
+from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
+
+SCALES = (1, 2, 3, 4)
+CODES = 48
+WORDS = 50
+TEXT = 9
+DIMS = (6, 8)
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def image_tokenizer(scales=SCALES, codes=CODES, seed=0):
+    torch.manual_seed(seed)
+    tower = TowerConfig("clip", 4 * scales[-1], 4, width=16, depth=1, heads=2, mlp_width=32)
+    semantic = SemanticConfig(
+        tower,
+        code_dim=DIMS[0],
+        decoder_width=24,
+        decoder_depth=1,
+        decoder_heads=4,
+        decoder_grid=scales[-1],
+    )
+    pixel = PixelConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, z_channels=16, groups=4)
+    quantizer = QuantizerConfig(codebook_size=codes, scales=scales)
+    model = TokenFlowTokenizer(TokenizerConfig(4 * scales[-1], pixel, semantic, quantizer))
+    with torch.no_grad():  # rows that are not of unit length, as trained ones
+        for group in model.quantizer.codebooks:
+            group.mul_(0.5 + torch.rand(codes, 1))
+    return model
+
+
+def backbone(family="llama", **changes):
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,  # far from uniform logits
+    }
+    return BackboneConfig(family, **{**shape, **changes})
+
+
+def build(family="llama", dtype=torch.float64, tokenizer=None, **changes):
+    tokenizer = image_tokenizer() if tokenizer is None else tokenizer
+    torch.manual_seed(1)
+    shape = backbone(family, **changes)
+    model = TextToImage(TextToImageConfig.for_tokenizer(shape, tokenizer, WORDS, 7), tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
+
+
+def prompts(model, lengths, seed=2, text=TEXT):
+    """Left-padded random ids [B, text]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(WORDS, (len(lengths), text), generator=generator)
+    for row, length in zip(ids, lengths, strict=True):
+        row[: text - length] = model.config.pad_id
+    return ids
+
+
+def pictures(model, count, seed=3):
+    shape = (count, model.config.image_tokens)
+    return torch.randint(
+        model.config.codebook_size, shape, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+# ---------------------------------------------------------------------- the oracle
+
+
+def rms_norm(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def layer_norm(x, weight, eps):
+    """Llama's own: in float32, whatever x is."""
+    x, dtype = x.float(), x.dtype
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(dtype)
+
+
+class Oracle:
+    """Logits of one picture's sequence, from the state dict."""
+
+    def __init__(self, model):
+        self.state = model.state_dict()
+        self.config = model.config
+        rows = [F.normalize(group, dim=-1) for group in model.tokenizer.quantizer.codebooks]
+        self.codes = torch.cat(rows, dim=1)
+
+    def features(self, tokens, scale):
+        """[C, s, s] of a scale's tokens [s * s]."""
+        side = self.config.scales[scale]
+        return self.codes[tokens].T.reshape(1, -1, side, side)
+
+    def next_f_hat(self, f_hat, tokens, scale):
+        total = self.features(tokens, scale)
+        total = total if f_hat is None else f_hat + total
+        side = self.config.scales[scale + 1]
+        return F.interpolate(total, (side, side), mode="bicubic", align_corners=False)
+
+    def inputs(self, ids, f_hats):
+        """(inputs [n, hidden], place, kind) of every place but padding; kind -1 is text."""
+        state = self.state
+        hidden, place, kind = [], [], []
+        last = len(ids) - 1
+        for number, word in enumerate(ids):
+            if int(word) == self.config.pad_id:
+                continue
+            x = state["model.embed_tokens.weight"][word] + state["model.lvl_embed.weight"][0]
+            if number == last:
+                x = x + state["model.pos_1LC"][0]
+            hidden.append(x)
+            place.append(number)
+            kind.append(0 if number == last else -1)
+        count = 1
+        for scale, f_hat in enumerate(f_hats, start=1):
+            for feature in f_hat[0].flatten(1).T.double():
+                x = feature @ state["model.mm_projector.0.weight"].T
+                x = F.gelu(x + state["model.mm_projector.0.bias"])
+                x = x @ state["model.mm_projector.2.weight"].T
+                x = x + state["model.mm_projector.2.bias"]
+                x = x + state["model.pos_1LC"][count] + state["model.lvl_embed.weight"][scale + 1]
+                hidden.append(x)
+                place.append(last + count)
+                kind.append(scale)
+                count += 1
+        return torch.stack(hidden), place, kind
+
+    def attention(self, x, layer, place, sees):
+        shape = self.config.backbone
+        heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+        width = self.state[f"model.layers.{layer}.self_attn.q_proj.weight"].shape[0] // heads
+
+        def project(name, count):
+            key = f"model.layers.{layer}.self_attn.{name}_proj."
+            bias = self.state.get(key + "bias", 0.0)
+            return (x @ self.state[key + "weight"].T + bias).view(len(x), count, width)
+
+        query, key, value = project("q", heads), project("k", groups), project("v", groups)
+        prefix = f"model.layers.{layer}.self_attn."
+        if shape.family == "qwen3":
+            query = layer_norm(query, self.state[prefix + "q_norm.weight"], shape.rms_norm_eps)
+            key = layer_norm(key, self.state[prefix + "k_norm.weight"], shape.rms_norm_eps)
+        else:
+            query = rms_norm(query, self.state[prefix + "qknorm.query_norm.weight"], 1e-6)
+            key = rms_norm(key, self.state[prefix + "qknorm.key_norm.weight"], 1e-6)
+        half = torch.arange(0, width, 2, dtype=torch.float32) / width
+        angle = torch.tensor(place, dtype=torch.float32).unsqueeze(1) / shape.rope_theta**half
+        cos, sin = angle.cos().double().unsqueeze(1), angle.sin().double().unsqueeze(1)
+
+        def rotate(x):
+            first, second = x[..., : width // 2], x[..., width // 2 :]
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+        query, key = rotate(query), rotate(key)
+        out = torch.empty_like(query)
+        for head in range(heads):
+            group = head * groups // heads
+            scores = query[:, head] @ key[:, group].T / math.sqrt(width)
+            scores = scores.masked_fill(~sees, -math.inf)
+            out[:, head] = scores.softmax(-1) @ value[:, group]
+        return out.flatten(1) @ self.state[prefix + "o_proj.weight"].T
+
+    def hidden(self, ids, f_hats):
+        x, place, kind = self.inputs(ids, f_hats)
+        sees = torch.zeros(len(place), len(place), dtype=torch.bool)
+        for i in range(len(place)):
+            for j in range(len(place)):
+                image = kind[i] >= 0 and kind[j] >= 0
+                sees[i, j] = kind[j] <= kind[i] if image else place[j] <= place[i]
+        eps = self.config.backbone.rms_norm_eps
+        for layer in range(self.config.backbone.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+
+            def weight(name, prefix=prefix):
+                return self.state[f"{prefix}{name}.weight"]
+
+            normed = layer_norm(x, weight("input_layernorm"), eps)
+            x = x + self.attention(normed, layer, place, sees)
+            normed = layer_norm(x, weight("post_attention_layernorm"), eps)
+            gate = F.silu(normed @ weight("mlp.gate_proj").T)
+            x = x + (gate * (normed @ weight("mlp.up_proj").T)) @ weight("mlp.down_proj").T
+        return layer_norm(x, self.state["model.norm.weight"], eps)
+
+    def logits(self, ids, f_hats):
+        """Of the last scale that has inputs, [s * s, K] (with no f-hat, of the first scale)."""
+        count = self.config.scales[len(f_hats)] ** 2
+        full = self.hidden(ids, f_hats)[-count:] @ self.state["lm_head.weight"].T
+        return full[:, WORDS : WORDS + self.config.codebook_size]
+
+    def generate(self, ids, negative, guidance, top_k, top_p, seed):
+        """Tokens [L]: every run computes the sequence up to its scale anew.
+
+        In refinement only the current scale's input includes its own tokens; earlier scales' are
+        f-hat of what came before them, as in training.
+        """
+        last = len(self.config.scales) - 1
+        f_hats, drawn = [], []
+        for scale, side in enumerate(self.config.scales):
+            count = side * side
+            if scale:
+                earlier = f_hats[-1] if f_hats else None
+                f_hats.append(self.next_f_hat(earlier, drawn[-1], scale - 1))
+            for step in range(len(top_k) if scale else 1):
+                own = list(f_hats)
+                if step:
+                    own[-1] = own[-1] + self.features(tokens, scale)  # noqa: F821
+                t = guidance * scale / last
+                first = step * self.config.image_tokens + sum(s * s for s in SCALES[:scale])
+                tokens = sample_top_k_top_p(
+                    self.logits(ids, own).float(),
+                    top_k=top_k[step],
+                    top_p=top_p[step],
+                    uncond=self.logits(negative, own).float(),
+                    guidance=t,
+                    seed=seed,
+                    offset=torch.arange(first, first + count),
+                )
+                assert tokens.shape == (count,)
+            drawn.append(tokens)
+        return torch.cat(drawn)
+
+
+# ---------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_is_the_cacheless_one(family):
+    """Token for token, with refinement, prompts of different lengths and negative prompts."""
+    model = build(family)
+    ids = prompts(model, [4, 9, 6])
+    for negative in (prompts(model, [5], seed=4), prompts(model, [9, 2, 7], seed=5)):
+        options = {"guidance": 2.5, "top_k": (20, 7, 3), "top_p": (0.9, 0.8, 0.0)}
+        seeds = [11, 5, 2**40]
+        tokens = model.generate_tokens(ids, negative, seed=seeds, **options)
+        oracle = Oracle(model)
+        for row, seed in enumerate(seeds):
+            against = negative[row % len(negative)]
+            expected = oracle.generate(ids[row], against, seed=seed, **options)
+            assert torch.equal(tokens[row], expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_generation_of_any_prompts(data):
+    model = build(num_hidden_layers=1)
+    count = data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.integers(1, TEXT), min_size=count, max_size=count))
+    steps = data.draw(st.integers(1, 3))
+    options = {
+        "guidance": data.draw(st.floats(0.5, 8)),
+        "top_k": data.draw(st.lists(st.integers(1, CODES), min_size=steps, max_size=steps)),
+        "top_p": data.draw(st.lists(st.floats(0, 1), min_size=steps, max_size=steps)),
+    }
+    ids = prompts(model, lengths, seed=data.draw(st.integers(0, 99)))
+    negative = prompts(model, [data.draw(st.integers(1, TEXT))], seed=6)
+    tokens = model.generate_tokens(ids, negative, seed=7, **options)
+    oracle = Oracle(model)
+    for row in range(count):
+        expected = oracle.generate(ids[row], negative[0], seed=7 + row, **options)
+        assert torch.equal(tokens[row], expected)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9, 9], [3, 9, 5]])
+def test_training_and_generation_agree(monkeypatch, lengths):
+    """Logits of the training forward are those of each scale's first draw for the same tokens."""
+    model = build()
+    ids, indices = prompts(model, lengths), pictures(model, 3)
+    given_tokens = list(model.tokenizer.quantizer.split(indices))
+    seen = []
+
+    class Forced(MultiStepSampler):
+        def draw(self, scale, step, logits, uncond=None, **options):
+            assert (len(seen), step, uncond) == (scale, 0, None)
+            seen.append(logits)
+            return given_tokens[scale]
+
+    monkeypatch.setattr(generation, "MultiStepSampler", Forced)
+    tokens = model.generate_tokens(ids, None, guidance=0, top_k=(1,), top_p=(0.0,))
+    assert torch.equal(tokens, indices)
+    output = model(ids, indices)
+    # Handed over to the sampler in float32.
+    found = torch.cat(seen, dim=1).double()
+    torch.testing.assert_close(found, output.logits, rtol=1e-6, atol=1e-5)
+    expected = -output.logits.log_softmax(-1).gather(2, indices.unsqueeze(2)).mean()
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_logits_are_the_definition(family):
+    model = build(family)
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    logits = model(ids, indices).logits
+    oracle = Oracle(model)
+    for row in range(2):
+        f_hats, expected = [], [oracle.logits(ids[row], [])]
+        parts = indices[row].split([s * s for s in SCALES])
+        for scale in range(1, len(SCALES)):
+            earlier = f_hats[-1] if f_hats else None
+            f_hats.append(oracle.next_f_hat(earlier, parts[scale - 1], scale - 1))
+            expected.append(oracle.logits(ids[row], f_hats))
+        torch.testing.assert_close(logits[row], torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_flex_attention_agrees():
+    """On the CPU FlexAttention runs without gradient only."""
+    model = build(dtype=torch.float32).requires_grad_(False)
+    ids, indices = prompts(model, [9, 4]), pictures(model, 2)
+    expected = model(ids, indices).logits
+    model.attention = "flex"
+    with pytest.warns(UserWarning, match="without torch.compile"):
+        found = model(ids, indices).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = build(dtype=torch.float32)
+    ids, negative = prompts(model, [9, 4, 6, 9]), prompts(model, [3], seed=8)
+    options = {"top_k": (30, 10, 5), "top_p": (0.95, 0.9, 0.0)}
+    together = model.generate_tokens(ids, negative, seed=20, **options)
+    for row in range(4):
+        alone = model.generate_tokens(ids[row : row + 1], negative, seed=20 + row, **options)
+        assert torch.equal(alone[0], together[row])
+    turned = model.generate_tokens(ids.flip(0), negative, seed=[23, 22, 21, 20], **options)
+    assert torch.equal(turned.flip(0), together)
+
+
+def test_seeds():
+    model = build(dtype=torch.float32)
+    ids = prompts(model, [9]).expand(3, -1)
+    options = {"guidance": 0.0, "top_k": (CODES,), "top_p": (1.0,)}
+    same = model.generate_tokens(ids, None, seed=[1, 1, 2], **options)
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(same[0], same[2])
+    torch.manual_seed(0)
+    first = model.generate_tokens(ids, None, **options)
+    second = model.generate_tokens(ids, None, **options)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate_tokens(ids, None, **options))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_every_draw_has_its_own_numbers(monkeypatch):
+    """Offset and count of the draws of an image: no number of its seed is used twice."""
+    model, used = build(dtype=torch.float32), []
+
+    class Spy(MultiStepSampler):
+        def draw(self, scale, step, logits, *arguments, offset, **options):
+            used.extend(offset.expand(logits.shape[:2])[0].tolist())
+            return super().draw(scale, step, logits, *arguments, offset=offset, **options)
+
+    monkeypatch.setattr(generation, "MultiStepSampler", Spy)
+    model.generate_tokens(prompts(model, [9]), None, guidance=0, seed=0)
+    assert len(used) == 1 + 3 * (model.config.image_tokens - 1)
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 7.5])
+def test_positions_computed(guidance):
+    """9 scales in three steps after 61 text places: 2,509 positions, 8,005 without the cache."""
+    scales, text = (1, 2, 4, 6, 8, 10, 12, 14, 16), 61
+    model = build(
+        tokenizer=image_tokenizer(scales),
+        dtype=torch.float32,
+        num_hidden_layers=1,
+        max_position_embeddings=text - 1 + sum(s * s for s in scales),
+    )
+    computed = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, arguments: computed.append(arguments[0].shape)
+    )
+    ids = prompts(model, [text], text=text)
+    tokens = model.generate_tokens(ids, ids, guidance=guidance, seed=0)
+    rows = 1 if guidance == 0 else 2
+    assert all(shape[0] == rows for shape in computed)
+    positions = sum(shape[1] for shape in computed)
+    ends = [sum(s * s for s in scales[: i + 1]) for i in range(len(scales))]
+    cacheless = text + 3 * sum(text - 1 + end for end in ends[1:])
+    assert (positions, cacheless, len(computed)) == (2509, 8005, 25)
+    assert positions <= 0.34 * cacheless
+    assert tokens.shape == (1, 817)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name()
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero"))
+        assert name != "aten::_to_copy", "a copy between devices or dtypes"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_scale_does_not_wait_for_the_host(padded):
+    model = build(dtype=torch.float32)
+    sequence = model.sequence(TEXT)
+    ids = prompts(model, [5 if padded else 9])
+    valid = ids != model.config.pad_id
+    with torch.no_grad():
+        session = generation.Session(model, sequence, 1, padded)
+        session.run_text(ids, valid)
+        with NoWaiting():
+            logits = session.run_scale(1, torch.randn(1, sum(DIMS), 2, 2))
+    assert logits.shape == (1, 4, CODES)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs(dtype):
+    model = build(dtype=dtype).cuda()
+    for lengths in ([9, 4], [9, 9]):
+        ids = prompts(model, lengths).cuda()
+        negative = prompts(model, [5], seed=8).cuda()
+        for seed in (3, 4):
+            eager = model.generate_tokens(ids, negative, seed=seed)
+            graphs = model.generate_tokens(ids, negative, seed=seed, cuda_graphs=True)
+            assert torch.equal(graphs, eager)
+
+
+def test_half_precision_and_images():
+    """bfloat16 weights; the tokenizer stays as it is."""
+    model = build(dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.tokenizer.quantizer.codebooks[0].dtype == torch.float32
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    text = text_tokenizer()
+    found = model.generate(["a red dog", "a cat"], text, seed=0, negative_prompt="")
+    assert found.shape == (2, 3, 16, 16)
+    assert found.dtype == torch.uint8
+    ids, mask = encode_prompts(["a red dog", "a cat"], text, model.config)
+    negative, _ = encode_prompts([""], text, model.config)
+    tokens = model.generate_tokens(ids, negative, attention_mask=mask, seed=0)
+    images, _ = model.tokenizer.decode(tokens)
+    expected = (127.5 * images.double() + 128).clamp(0, 255)
+    assert int((found.double() - expected).abs().max()) < 1
+
+
+# ---------------------------------------------------------------------- the sequence
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(1, 5),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+)
+def test_mask_is_the_definition(more, text, lengths):
+    scales = (1, *more)
+    sequence = NextScaleSequence(scales, text)
+    valid = torch.zeros(len(lengths), text, dtype=torch.bool)
+    for row, length in zip(valid, lengths, strict=True):
+        row[max(text - length, 0) :] = True
+    of_scale = [0] * (text - 1) + [i for i, side in enumerate(scales) for _ in range(side * side)]
+    p, length = text - 1, text - 1 + sum(side * side for side in scales)
+    assert sequence.length == length == len(of_scale)
+    mask = sequence.mask(valid)
+    assert mask.shape == (len(lengths), 1, length, length)
+    for row in range(len(lengths)):
+        for i in range(length):
+            for j in range(length):
+                sees = j <= i or (i >= p and of_scale[j] <= of_scale[i])
+                sees = sees and (j >= text or bool(valid[row, j]))
+                assert bool(mask[row, 0, i, j]) == (sees or i == j)
+    for scale in range(len(scales)):
+        first, end = sequence.places(scale)
+        assert of_scale[first:end] == [scale] * scales[scale] ** 2
+        part = sequence.mask(valid, first, end)
+        assert torch.equal(part, mask[:, :, first:end, :end])
+        assert not mask[:, :, first:end, end:].any()
+        # What generation relies on: one row stands for a scale.
+        assert torch.equal(part, part[:, :, :1].expand_as(part))
+    levels = sequence.levels().tolist()
+    assert levels == [0] * text + [scale + 1 for scale in of_scale[text:]]
+    flex = sequence.block_mask(valid)
+    grid = torch.meshgrid(*(torch.arange(n) for n in (len(lengths), length, length)), indexing="ij")
+    assert torch.equal(flex.mask_mod(grid[0], 0, grid[1], grid[2]), mask[:, 0])
+
+
+def test_qk_norm_is_the_formula():
+    """eps inside the root, per head, before RoPE; small weights make eps matter."""
+    model = build()
+    with torch.no_grad():
+        attention = model.model.layers[0].self_attn
+        attention.q_proj.weight.mul_(1e-3)
+        attention.k_proj.weight.mul_(1e-3)
+    oracle = Oracle(model)
+    x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sees = torch.ones(5, 5, dtype=torch.bool)
+    rotary = model.rotary(x, 5)
+    found, _ = attention(x.unsqueeze(0), rotary)
+    torch.testing.assert_close(found[0], oracle.attention(x, 0, list(range(5)), sees))
+    expected_query = attention.q_proj(x).view(5, 4, 8)
+    expected_query = expected_query / (expected_query.square().mean(-1, True) + 1e-6).sqrt()
+    weight = attention.qknorm["query_norm"].weight
+    norm = attention.qknorm["query_norm"](attention.q_proj(x).view(5, 4, 8))
+    torch.testing.assert_close(norm, expected_query * weight)
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_reaches_every_parameter(family):
+    model = build(family).train()
+    assert not model.tokenizer.training
+    model(prompts(model, [9, 5]), pictures(model, 2)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
+    # Every position and every level but the unused one takes part.
+    assert (model.model.pos_1LC.grad != 0).any(1).all()
+    used = (model.model.lvl_embed.weight.grad != 0).any(1)
+    assert used.tolist() == [True, False, *[True] * (len(SCALES) - 1)]
+    # The head's image rows alone.
+    head = (model.lm_head.weight.grad != 0).any(1)
+    assert head[WORDS : WORDS + CODES].all()
+    assert not head[:WORDS].any()
+    assert not head[-1]
+    tokenizer = list(model.tokenizer.parameters())
+    assert all(not p.requires_grad and p.grad is None for p in tokenizer)
+    assert not any(key.startswith("tokenizer") for key in model.state_dict())
+
+
+def test_gradient_checkpointing_and_autocast():
+    model = build(dtype=torch.float32).train()
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    model(ids, indices).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.model.gradient_checkpointing_enable()
+    model(ids, indices).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, indices)
+    assert output.loss.dtype == torch.float32
+    assert output.logits.dtype == torch.bfloat16
+    output.loss.backward()
+    assert abs(float(output.loss) - float(model(ids, indices).loss)) < 0.2
+
+
+def test_it_memorises_a_dozen_pictures():
+    """After over-fitting, greedy refinement gives each caption's picture back, token for token."""
+    model = build(
+        dtype=torch.float32,
+        hidden_size=64,
+        intermediate_size=96,
+        initializer_range=0.05,
+    ).train()
+    ids, indices = prompts(model, [9, 8, 7, 6, 5, 4, 3, 9, 8, 7, 6, 5]), pictures(model, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for _ in range(150):
+        loss = model(ids, indices).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.eval()
+    tokens = model.generate_tokens(ids, None, guidance=0, top_k=(1,), top_p=(0.0,))
+    assert torch.equal(tokens, indices)
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+class Words:
+    """A text tokenizer of one id a word, ``<img>`` in two."""
+
+    bos_token_id = 1
+    words = ("a", "red", "dog", "cat", "on", "mat")
+
+    def encode(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        if text == "<img>":
+            return [3, 4]
+        return [5 + self.words.index(word) for word in text.split()]
+
+
+def text_tokenizer():
+    return Words()
+
+
+def test_prompts():
+    config = TextToImageConfig(backbone(), WORDS, CODES, sum(DIMS), SCALES, prompt_length=4)
+    ids, mask = encode_prompts(["a red dog on a mat", "cat", ""], text_tokenizer(), config)
+    pad = WORDS + CODES
+    assert config.pad_id == pad
+    assert ids.tolist() == [
+        [1, 5, 6, 7, 3, 4],  # cut to four
+        [pad, pad, 1, 8, 3, 4],
+        [pad, pad, pad, 1, 3, 4],
+    ]
+    assert torch.equal(mask, ids != pad)
+
+
+def test_a_tokenizer_of_transformers_fits():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "<": 1, "img": 2, ">": 3, "a": 4, "dog": 5, "<unk>": 6}
+    inner = Tokenizer(models.WordLevel(words, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+    config = TextToImageConfig(backbone(), 7, CODES, sum(DIMS), SCALES, prompt_length=4)
+    ids, _ = encode_prompts(["a dog"], fast, config)
+    assert ids.tolist() == [[7 + CODES, 0, 4, 5, 1, 2, 3]]
+    small = TextToImageConfig(backbone(), 5, CODES, sum(DIMS), SCALES)
+    with pytest.raises(ValueError, match="text vocabulary has 5"):
+        encode_prompts(["a dog"], fast, small)
+    with pytest.raises(ValueError, match="sequence of one string or more"):
+        encode_prompts("a dog", fast, config)
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def released_shapes(vocab, hidden, mlp, layers, heads, codes, scales):
+    """Keys of the released weights, as their description lists them."""
+    shapes = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+        "model.mm_projector.0.weight": (hidden, codes),
+        "model.mm_projector.0.bias": (hidden,),
+        "model.mm_projector.2.weight": (hidden, hidden),
+        "model.mm_projector.2.bias": (hidden,),
+        "model.lvl_embed.weight": (len(scales) + 1, hidden),
+        "model.pos_1LC": (sum(s * s for s in scales), hidden),
+    }
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (hidden, hidden)
+        for name in ("query", "key"):
+            shapes[f"{prefix}self_attn.qknorm.{name}_norm.weight"] = (hidden // heads,)
+        shapes[prefix + "mlp.gate_proj.weight"] = (mlp, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (mlp, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, mlp)
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+    return shapes
+
+
+def llama_config(**changes):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, **changes)
+
+
+def test_released_keys_of_llama_2_7b():
+    with torch.device("meta"):
+        tokenizer = TokenFlowTokenizer(TokenizerConfig.preset("B-256"))
+    scales = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+    shapes = released_shapes(64769, 4096, 11008, 32, 32, 40, scales)
+    state = {
+        key: torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        for key, shape in shapes.items()
+    }
+    buffers = {"image_token_start": torch.tensor(32000), "image_token_end": torch.tensor(64767)}
+    model = TextToImage.from_released(
+        {**state, **buffers}, llama_config(vocab_size=64769), tokenizer
+    )
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert model.config.text_vocab_size == 32000
+    assert model.config.pad_id == 64768
+    assert model.config.backbone.num_key_value_heads == 32
+
+
+def tiny_released():
+    shapes = released_shapes(WORDS + CODES + 1, 32, 40, 2, 4, sum(DIMS), SCALES)
+    generator = torch.Generator().manual_seed(0)
+    state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    shape = {
+        "vocab_size": WORDS + CODES + 1,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return state, llama_config(**shape)
+
+
+def test_released_weights_keep_their_values():
+    state, config = tiny_released()
+    tokenizer = image_tokenizer()
+    model = TextToImage.from_released(state, config, tokenizer)
+    assert not model.training
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], state[key]) for key in state)
+    # The buffers that are not in the weights are right too: as in a model built in place.
+    built = TextToImage(model.config, tokenizer).eval()
+    built.load_state_dict(state)
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    assert torch.equal(model(ids, indices).logits, built(ids, indices).logits)
+
+
+def test_released_weights_that_do_not_fit():
+    state, config = tiny_released()
+    tokenizer = image_tokenizer()
+
+    def load(changes, **options):
+        return TextToImage.from_released({**state, **changes}, config, tokenizer, **options)
+
+    missing = {
+        k: v for k, v in state.items() if k != "model.layers.1.self_attn.qknorm.key_norm.weight"
+    }
+    with pytest.raises(
+        CheckpointError, match=r"1 keys missing.*layers.1.self_attn.qknorm.key_norm"
+    ):
+        TextToImage.from_released(missing, config, tokenizer)
+    with pytest.raises(CheckpointError, match=r"1 unknown \(first model.extra\)"):
+        load({"model.extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"model.pos_1LC is \(3, 32\).*\(30, 32\)"):
+        load({"model.pos_1LC": torch.zeros(3, 32)})
+    with pytest.raises(CheckpointError, match="image_token_start is 49"):
+        load({"image_token_start": torch.tensor(WORDS - 1)})
+    load({"model.image_token_end": torch.tensor(WORDS + CODES - 1)})
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ConfigError, match="scaled RoPE"):
+        TextToImage.from_released(state, scaled, tokenizer)
+    config.vocab_size = CODES
+    with pytest.raises(ConfigError, match="vocab_size must hold text"):
+        TextToImage.from_released(state, config, tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load(tmp_path, family):
+    model = build(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = TextToImage.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    assert torch.equal(loaded(ids, indices).logits, model(ids, indices).logits)
+    tokens = pictures(model, 1)
+    found, expected = loaded.tokenizer.decode(tokens)[0], model.tokenizer.decode(tokens)[0]
+    assert torch.equal(found, expected)
+    shared = TextToImage.from_pretrained(tmp_path, model.tokenizer)
+    assert shared.tokenizer is model.tokenizer
+
+
+def test_damaged_directories(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        TextToImage.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        TextToImage.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "other"}')
+    with pytest.raises(CheckpointError, match="no saved text-to-image model"):
+        TextToImage.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_start_from_a_language_model(family, tied):
+    from transformers import AutoModelForCausalLM
+
+    config = backbone(family).to_transformers(WORDS)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    start = AutoModelForCausalLM.from_config(config)
+    model = TextToImage.from_language_model(start, image_tokenizer())
+    assert model.config.vocab_size == WORDS + CODES + 1
+    own = model.state_dict()
+    for key, value in start.state_dict().items():
+        assert torch.equal(own[key][: len(value)], value)
+    assert (own["lm_head.weight"][WORDS:] != 0).any(1).all()
+    with torch.no_grad():
+        own["lm_head.weight"].zero_()
+    assert (model.model.embed_tokens.weight != 0).any()
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_refusals():
+    model = build(dtype=torch.float32)
+    ids, indices = prompts(model, [9, 9]), pictures(model, 2)
+    config, tokenizer = model.config, model.tokenizer
+    with pytest.raises(ConfigError, match=r"scales is \(1, 2, 3, 4\).*tokenizer has \(1, 2, 4\)"):
+        TextToImage(config, image_tokenizer((1, 2, 4)))
+    with pytest.raises(ConfigError, match=r"codebook_size is 48.*tokenizer has 47"):
+        TextToImage(config, image_tokenizer(codes=47))
+    with pytest.raises(TypeError, match="tokenizer must be a TokenFlowTokenizer"):
+        TextToImage(config, None)
+    with pytest.raises(ValueError, match="attention must be"):
+        TextToImage(config, tokenizer, attention="eager")
+    with pytest.raises(ConfigError, match="begin with 1"):
+        TextToImageConfig(scales=(2, 4))
+    with pytest.raises(ConfigError, match="family must be one of"):
+        BackboneConfig("gpt2")
+    with pytest.raises(ConfigError, match="mlp_bias is not an option of qwen3"):
+        BackboneConfig("qwen3", mlp_bias=True)
+
+    def generate(ids=ids, negative=ids, **options):
+        return model.generate_tokens(ids, negative, **options)
+
+    too_long = torch.zeros(1, 100, dtype=torch.int64)
+    for call in (generate, lambda ids: model(ids, pictures(model, 1))):
+        with pytest.raises(ValueError, match=r"1 to 99 places.*got 100"):
+            call(too_long)
+        with pytest.raises(TypeError, match=r"int64 tensor, got torch\.int32"):
+            call(too_long.int())
+    for wrong, message in ((-1, r"in \[0, 99\), got -1"), (99, "to 99"), (WORDS, "image token 50")):
+        strange = ids.clone()
+        strange[1, 3] = wrong
+        with pytest.raises(ValueError, match=message):
+            generate(strange)
+        with pytest.raises(ValueError, match=f"negative_ids.*{message}"):
+            generate(negative=strange)
+        with pytest.raises(ValueError, match=message):
+            model(strange, indices)
+    with pytest.raises(ValueError, match="last place"):
+        generate(attention_mask=torch.tensor([[1] * 9, [1] * 8 + [0]]))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(2, 9\)"):
+        model(ids, indices, torch.ones(2, 8))
+    with pytest.raises(ValueError, match=r"indices must be \(2, 30\) int64"):
+        model(ids, indices[:, 1:])
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 48\)"):
+        model(ids, indices + 40)
+    with pytest.raises(ValueError, match="negative_ids must be given"):
+        generate(negative=None)
+    with pytest.raises(ValueError, match=r"negative_ids must be \[2 or 1, 9\]"):
+        generate(negative=ids[:, 1:])
+    with pytest.raises(ValueError, match="guidance must be 0 or more"):
+        generate(guidance=-1.0)
+    with pytest.raises(ValueError, match="top_k and top_p must name as many steps"):
+        generate(top_k=(5, 1))
+    with pytest.raises(ValueError, match="one for each image, got 3"):
+        generate(seed=[1, 2, 3])
+    with pytest.raises(ValueError, match="cuda_graphs needs the model on CUDA"):
+        generate(cuda_graphs=True)
