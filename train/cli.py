@@ -1,4 +1,4 @@
-"""The command ``tokenflow``: train a tokenizer, and use a trained one on pictures."""
+"""The command ``tokenflow``: train a tokenizer or text to image, and use what was trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import psnr
-from tokenflow_ext.train import checkpoint, data, emojis, tokenizer
+from tokenflow_ext.train import (
+    checkpoint,
+    data,
+    emojis,
+    fid,
+    generate,
+    text_to_image,
+    tokenizer,
+)
 from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
 
@@ -125,6 +133,72 @@ def tokenize(
     return index
 
 
+def _add_generate(draw: argparse.ArgumentParser) -> None:
+    source = draw.add_mutually_exclusive_group(required=True)
+    source.add_argument("prompt", nargs="*", default=[], metavar="PROMPT")
+    source.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one a line; GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of prompts",
+    )
+    draw.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a run of train/text_to_image.py, one of its checkpoints, or a saved model",
+    )
+    draw.add_argument("--out", default="outputs", metavar="DIR", help="[%(default)s]")
+    draw.add_argument(
+        "--layout",
+        choices=generate.LAYOUTS,
+        default="plain",
+        help="the folders that GenEval or DPG-Bench reads [%(default)s]",
+    )
+    draw.add_argument("--each", type=int, help="pictures a prompt [1; 4 for a benchmark]")
+    draw.add_argument("--seed", type=int, default=0, help="of the first picture [%(default)s]")
+    draw.add_argument("--grid", action="store_true", help="all of them in grid.png, too")
+    draw.add_argument("--steps", choices=tuple(generate.STEPS), default="three", help="[three]")
+    draw.add_argument("--guidance", type=float, default=7.5, help="[%(default)s]")
+    draw.add_argument(
+        "--negative", default="", metavar="TEXT", help="what guidance leads away from [nothing]"
+    )
+    draw.add_argument("--batch-size", type=int, default=16, help="images at once [%(default)s]")
+    draw.add_argument("--device", default="cpu", help="[%(default)s]")
+
+
+def _generate(known: argparse.Namespace) -> None:
+    if known.prompts is not None:
+        prompts = generate.read_prompts(known.prompts, known.layout)
+    elif known.layout == "plain":
+        prompts = generate.plain_prompts(known.prompt)
+    else:
+        raise data.DataError(f"--layout {known.layout} needs the benchmark's file: --prompts FILE")
+    each = known.each or (1 if known.layout == "plain" else 4)
+    for name, value in (("each", each), ("batch-size", known.batch_size)):
+        if value < 1:
+            raise data.DataError(f"--{name} must be 1 or more, got {value}")
+    if known.guidance < 0:
+        raise data.DataError(f"--guidance must be 0 or more, got {known.guidance}")
+    painter = generate.Painter.load(
+        known.checkpoint,
+        known.device,
+        steps=known.steps,
+        guidance=known.guidance,
+        negative=known.negative,
+        batch=known.batch_size,
+    )
+    written = generate.write(
+        painter,
+        prompts,
+        known.out,
+        layout=known.layout,
+        each=each,
+        seed=known.seed,
+        grid=known.grid,
+    )
+    print(f"{len(written)} pictures in {known.out}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -132,6 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "train", add_help=False, help="train a tokenizer; the same as torchrun train/tokenizer.py"
+    )
+    commands.add_parser(
+        "train-text",
+        add_help=False,
+        help="train text to image; the same as torchrun train/text_to_image.py",
     )
     use = commands.add_parser("reconstruct", help="pictures to tokens and back")
     use.add_argument("images", nargs="+", metavar="IMAGE")
@@ -152,12 +231,24 @@ def main(argv: list[str] | None = None) -> None:
     fetch.add_argument("folder", metavar="DIR")
     fetch.add_argument("--skin-tones", action="store_true", help="with variants by skin tone")
     fetch.add_argument("--tarball", metavar="FILE", help="the package's file, where npm is not")
-    if arguments[:1] == ["train"]:
-        return tokenizer.main(arguments[1:])
+    _add_generate(commands.add_parser("generate", help="pictures from prompts"))
+    distance = commands.add_parser("fid", help="FID of two folders of pictures")
+    distance.add_argument("folders", nargs=2, metavar="DIR")
+    distance.add_argument("--weights", metavar="FILE", help=f"{fid.WEIGHTS}")
+    distance.add_argument("--batch-size", type=int, default=64, help="[%(default)s]")
+    distance.add_argument("--device", default="cpu", help="[%(default)s]")
+    trainers = {"train": tokenizer.main, "train-text": text_to_image.main}
+    if arguments and arguments[0] in trainers:
+        return trainers[arguments[0]](arguments[1:])
     known = parser.parse_args(arguments)
     try:
         if known.command == "reconstruct":
             reconstruct(known.images, known.checkpoint, known.out, known.device)
+        elif known.command == "generate":
+            _generate(known)
+        elif known.command == "fid":
+            value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
+            print(f"FID {value:.4f}")
         elif known.command == "fetch-emoji":
             if known.tarball:
                 tarball, folder = Path(known.tarball), Path(known.folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -106,7 +107,7 @@ class TextTrainer(BaseTrainer):
         self._seed(0)  # every process builds the same weights
         model, self.text_tokenizer = self._build(config, image_tokenizer, start)
         if config.model.checkpointing:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.model.activation_checkpointing_enable()
         self.model = self._place(model.float().to(group.device).train())
         self.optimizer, self.scheduler = self._optimizer(self.model, config.optim.lr)
         self.average = None
@@ -240,6 +241,9 @@ class TextTrainer(BaseTrainer):
             yield self.model
         finally:
             self.model.train()
+            for part in self.model.modules():
+                if isinstance(part, FSDPModule):  # a forward without a backward leaves them whole
+                    part.reshard()
             if self.average is not None:
                 self.average.swap()
 

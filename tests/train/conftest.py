@@ -33,6 +33,18 @@ def images(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro.draw_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(scope="session")
+def pairs(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve pictures with captions."""
+    return micro.draw_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer(micro: ModuleType, images: Path, tmp_path_factory) -> Path:
+    """A saved image tokenizer."""
+    return micro.save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "saved", images)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Tests run beside other work; threads that wait for each other would slow both."""

@@ -1,17 +1,25 @@
-"""A tokenizer small enough to train in a test, and the command that trains it."""
+"""Models small enough to train in a test, the commands that train them, and how runs compare."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageColor
+from safetensors.torch import load_file
+
+from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.train import checkpoint
+from tokenflow_ext.train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tokenizer.py"
+TEXT_SCRIPT = ROOT / "train" / "text_to_image.py"
 
 
 def overrides(run: Path, images: Path, *more: str) -> list[str]:
@@ -49,6 +57,61 @@ def overrides(run: Path, images: Path, *more: str) -> list[str]:
 
 # Without the semantic branch: no pretrained file needed, and nothing but the pixel branch to run.
 PIXEL_ONLY = ("model.semantic.tower.kind=none", "model.teacher.kind=none")
+
+
+def text_overrides(run: Path, tokenizer: Path, pairs: Path, *more: str) -> list[str]:
+    """Settings of a text-to-image run of a few steps over the tokenizer of :func:`overrides`."""
+    return [
+        f"run={run}",
+        f"tokenizer={tokenizer}",
+        f"data.path={pairs}",
+        "data.evaluated=6",
+        "optim.steps=6",
+        "optim.batch=4",
+        "optim.warmup=2",
+        "output.log_every=1",
+        "output.eval_every=3",
+        "output.picture_every=100",
+        "output.checkpoint_every=3",
+        "output.pictures=2",
+        "output.tensorboard=no",
+        "output.progress=no",
+        "model.backbone.hidden_size=32",
+        "model.backbone.intermediate_size=64",
+        "model.backbone.num_hidden_layers=2",
+        "model.backbone.num_attention_heads=2",
+        "model.vocabulary=300",
+        "model.prompt_length=6",
+        *more,
+    ]
+
+
+def save_tokenizer(folder: Path, images: Path) -> Path:
+    """An image tokenizer of :func:`overrides` that was never trained."""
+    config = load_config(None, overrides(folder, images, *PIXEL_ONLY))
+    torch.manual_seed(0)
+    return TokenFlowTokenizer(config.model).save_pretrained(folder)
+
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+SHAPES = ("disc", "square")
+
+
+def draw_pairs(folder: Path) -> Path:
+    """A dozen pictures of coloured shapes, each with its caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[0:32, 0:32] - 15.5
+    lines = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            inside = (x * x + y * y < 150) if shape == "disc" else (abs(x) < 9) & (abs(y) < 9)
+            pixels = np.full((32, 32, 3), 128, np.uint8)
+            pixels[inside] = ImageColor.getrgb(colour)
+            name = f"{colour}_{shape}.png"
+            Image.fromarray(pixels).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "text": f"A {colour} {shape}. On grey."}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def draw_images(folder: Path, count: int = 3, side: int = 80) -> Path:
@@ -93,3 +156,45 @@ def finish(process: subprocess.Popen, seconds: float = 150) -> str:
         raise AssertionError(f"still running after {seconds} s:\n{output}") from None
     assert process.returncode == 0, output
     return output
+
+
+TIMES = {"images_per_second", "seconds"}
+
+
+def flatten(value, path=""):
+    """(path, leaf) of every leaf in nested containers."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from flatten(item, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def assert_same_end(one, other):
+    """Both runs' last checkpoints and logs agree in every bit that is not a time."""
+    newest = [checkpoint.available(run / "checkpoints")[-1] for run in (one, other)]
+    assert newest[0].name == newest[1].name
+    states = [dict(flatten(checkpoint.load(path))) for path in newest]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        if key in (".seconds", ".config"):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states[1][key]), key
+        else:
+            assert value == states[1][key], key
+    averages = [load_file(path / "model.safetensors") for path in newest]
+    assert averages[0].keys() == averages[1].keys()
+    for key, value in averages[0].items():
+        assert torch.equal(value, averages[1][key]), key
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (one, other)
+    ]
+    assert logs[0] == logs[1]

@@ -224,19 +224,13 @@ def test_broken_shards_are_named(tmp_path):
 
 
 @pytest.fixture
-def tokens(micro, tmp_path) -> Path:
+def tokens(micro, image_tokenizer, tmp_path) -> Path:
     """What `tokenflow tokenize` makes of three pictures, one without a caption."""
-    from tokenflow_ext.models import TokenFlowTokenizer
-    from tokenflow_ext.train.config import load_config
-
     images = micro.draw_images(tmp_path / "images")
     (images / "picture0.txt").write_text("Waves.")
     (images / "picture2.txt").write_text("More waves.")
-    config = load_config(None, micro.overrides(tmp_path / "run", images, *micro.PIXEL_ONLY))
-    torch.manual_seed(0)
-    TokenFlowTokenizer(config.model).save_pretrained(tmp_path / "tokenizer")
     out = tmp_path / "tokens"
-    cli.tokenize(str(images), str(tmp_path / "tokenizer"), str(out), batch=2, shard=2)
+    cli.tokenize(str(images), str(image_tokenizer), str(out), batch=2, shard=2)
     return out
 
 

@@ -8,49 +8,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tokenflow_ext.train import checkpoint, tokenizer
-
-TIMES = {"images_per_second", "seconds"}
-
-
-def flatten(value, path=""):
-    """(path, leaf) of every leaf in nested containers."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from flatten(item, f"{path}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from flatten(item, f"{path}.{i}")
-    else:
-        yield path, value
-
-
-def assert_same_end(one, other):
-    """Both runs' last checkpoints and logs agree in every bit that is not a time."""
-    newest = [checkpoint.available(run / "checkpoints")[-1] for run in (one, other)]
-    assert newest[0].name == newest[1].name
-    states = [dict(flatten(checkpoint.load(path))) for path in newest]
-    assert states[0].keys() == states[1].keys()
-    for key, value in states[0].items():
-        if key in (".seconds", ".config"):
-            continue
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, states[1][key]), key
-        else:
-            assert value == states[1][key], key
-    averages = [load_file(path / "model.safetensors") for path in newest]
-    for key, value in averages[0].items():
-        assert torch.equal(value, averages[1][key]), key
-    logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (run / "log.jsonl").read_text().splitlines()
-        ]
-        for run in (one, other)
-    ]
-    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +36,7 @@ def test_six_steps_are_three_and_three(micro, images, tmp_path, settings):
         log.write('{"step": 7, "kind"')  # a line that the killed process did not finish
     torch.manual_seed(99)  # nothing may depend on where the generators happen to be
     tokenizer.main([f"run={halves}", "--resume"])  # the folder holds its configuration
-    assert_same_end(whole, halves)
+    micro.assert_same_end(whole, halves)
 
 
 def test_a_finished_run_resumes_to_its_summary(micro, images, tmp_path, capsys):
@@ -142,7 +101,7 @@ def test_killed_while_writing(micro, images, tmp_path):
             finished.append(steps[-1])
             assert list((killed / "checkpoints").glob(".writing_*"))
     assert finished == [2, 4]  # every process got one interval further before it was killed
-    assert_same_end(whole, killed)
+    micro.assert_same_end(whole, killed)
 
 
 def test_killed_at_any_moment(micro, images, tmp_path):

@@ -1,0 +1,371 @@
+"""Training text to image: steps, resuming, processes, starts, and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokenflow_ext.models.text_to_image import TextToImage, encode_prompts
+from tokenflow_ext.train import checkpoint, cli, language, text_to_image
+from tokenflow_ext.train.config import load_text_config
+from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.text_trainer import TextTrainer
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+TOGETHER = Path(__file__).with_name("together_text.py")
+
+
+@pytest.fixture(scope="module")
+def tokens(image_tokenizer, pairs, tmp_path_factory) -> Path:
+    """The pairs as `tokenflow tokenize` writes them."""
+    out = tmp_path_factory.mktemp("pair_tokens")
+    cli.tokenize(str(pairs), str(image_tokenizer), str(out), shard=5)
+    return out
+
+
+@pytest.fixture
+def arguments(micro, image_tokenizer, pairs, tmp_path):
+    """arguments("run", "optim.steps=3", ...): the command line of a run below tmp_path."""
+
+    def build(run: str, *more: str) -> list[str]:
+        return micro.text_overrides(tmp_path / run, image_tokenizer, pairs, *more)
+
+    return build
+
+
+@pytest.fixture
+def make(arguments):
+    """make("optim.steps=3", ...): a trainer, ready for steps."""
+
+    def build(*more: str) -> TextTrainer:
+        trainer = TextTrainer(load_text_config(None, arguments("run", *more)), ALONE)
+        trainer.prepare()
+        return trainer
+
+    return build
+
+
+def test_every_weight_trains(make):
+    trainer = make()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    codes = [c.clone() for c in trainer.model.tokenizer.quantizer.codebooks]
+    for _ in range(2):
+        trainer.train_step()
+    after = trainer.model.state_dict()
+    assert not [k for k in before if torch.equal(before[k], after[k])]
+    for old, new in zip(codes, trainer.model.tokenizer.quantizer.codebooks, strict=True):
+        assert torch.equal(old, new)  # the image tokenizer is frozen
+
+
+def test_pictures_are_tokenized_as_shards_are(make, tokens):
+    on_the_fly, ready = make(), make(f"data.path={tokens}")
+    assert ready.dataset.tokenized
+    assert not on_the_fly.dataset.tokenized
+    # Folders list the pictures in the same order, so samples agree.
+    for _ in range(3):
+        for a, b in zip(on_the_fly._take_batch(), ready._take_batch(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_dropped_caption_is_the_unconditional_prompt(make):
+    trainer = make("data.drop=1.0")
+    ids, valid, _ = trainer._take_batch()
+    empty, mask = encode_prompts([""], trainer.text_tokenizer, trainer.model.config)
+    assert torch.equal(ids, empty.expand(4, -1))
+    assert torch.equal(valid, mask.expand(4, -1))
+    cut = make("data.drop=0.0", "data.truncate=1.0")
+    ids, valid, _ = cut._take_batch()
+    text = cut.text_tokenizer.decode(ids[0][valid[0]])
+    assert text.endswith("<img>")
+    assert "grey" not in text
+
+
+def test_checkpointing_changes_no_gradient(make):
+    plain, again = make(), make("model.checkpointing=yes")
+    for trainer in (plain, again):
+        trainer.train_step()
+    assert again.model.model.layers[0].gradient_checkpointing
+    for (name, a), b in zip(plain.model.named_parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_accumulation_is_one_large_batch(make):
+    whole, parts = make(), make("optim.accumulate=2")
+    for trainer in (whole, parts):
+        trainer.train_step()
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_full_precision(make, precision):
+    full, half = make(), make(f"optim.precision={precision}")
+    for _ in range(3):
+        a, b = full.train_step(), half.train_step()
+    assert b["loss"].item() == pytest.approx(a["loss"].item(), rel=0.02)
+
+
+def test_the_average_follows_the_weights(make):
+    trainer = make("optim.ema_decay=0.5")
+    name, weight = next(iter(trainer.model.named_parameters()))
+    expected = weight.detach().clone()
+    for step in range(1, 4):
+        trainer.train_step()
+        expected.lerp_(weight.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    torch.testing.assert_close(trainer.average.weights[name], expected)
+    kept = weight.detach().clone()
+    with trainer._ready() as model:
+        torch.testing.assert_close(dict(model.named_parameters())[name].detach(), expected)
+    assert torch.equal(weight, kept)
+
+
+# -- resuming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("optim.accumulate=2", "optim.ema_decay=0.9", "optim.precision=bf16", "data.workers=1"),
+        ("optim.precision=fp16", "optim.schedule=constant", "model.checkpointing=yes"),
+    ],
+    ids=["plain", "averaged", "fp16"],
+)
+def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for run in ("whole", "halves"):
+        text_to_image.main(arguments(run, *settings))
+    last = checkpoint.available(halves / "checkpoints")[-1]
+    assert last.name == "step_00000006"
+    shutil.rmtree(last)
+    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
+    text_to_image.main([f"run={halves}", "--resume"])
+    micro.assert_same_end(whole, halves)
+
+
+# Training whose files reach the disk slowly, so that a kill lands inside a write.
+SLOW = """
+import sys, time
+import tokenflow_ext.train.checkpoint as checkpoint
+flush = checkpoint._flush
+def slow(path):
+    print("writing", path, flush=True)
+    time.sleep(0.1)
+    flush(path)
+checkpoint._flush = slow
+from tokenflow_ext.train.text_to_image import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_writing(micro, arguments, tmp_path):
+    """The second checkpoint is cut off; the run goes on from the first to the same end."""
+    settings = ("optim.steps=6", "output.checkpoint_every=2")
+    text_to_image.main(arguments("whole", *settings))
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    resumed = [*arguments("killed", *settings), "--resume"]
+    process = micro.launch(resumed, script=script)
+    for line in process.stdout:
+        if "/.writing_00000004/" in line and "training.pt" in line:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    run = tmp_path / "killed"
+    assert [p.name for p in checkpoint.available(run / "checkpoints")] == ["step_00000002"]
+    micro.finish(micro.launch(resumed, script=micro.TEXT_SCRIPT))
+    micro.assert_same_end(tmp_path / "whole", run)
+
+
+def test_what_a_run_leaves(arguments, tmp_path, capsys):
+    given = arguments("run", "optim.steps=3", "output.tensorboard=yes")
+    text_to_image.main(given)
+    text = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert "12 pictures with captions, 21 tokens an image" in text
+    assert "right tokens, training pairs" in text
+    assert (run / "pictures" / "final.png").is_file()
+    assert list((run / "tensorboard").iterdir())
+    assert load_text_config(run / "config.yaml") == load_text_config(None, given)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2, 3]
+    assert [r["step"] for r in lines if r["kind"] == "evaluation"] == [0, 3]
+    newest = checkpoint.available(run / "checkpoints")[-1]
+    files = checkpoint.verify(newest)["files"]
+    assert {"tokenizer/model.safetensors", "model.safetensors"} <= files.keys()
+    assert any(name.startswith(f"{language.TEXT_FOLDER}/") for name in files)
+    model = TextToImage.from_pretrained(checkpoint.find(run))
+    text_tokenizer = language.load_text_tokenizer(newest)
+    assert model.config.text_vocab_size == len(text_tokenizer)
+    assert text_tokenizer.bos_token == "<s>"
+    ids = text_tokenizer.encode("Ein Käse!", add_special_tokens=False)
+    assert text_tokenizer.decode(ids).strip() == "Ein Käse!"  # any text, not the captions' alone
+    (newest / "tokenizer" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"tokenizer/config\.json is truncated or altered"):
+        text_to_image.main([f"run={run}", "--resume"])
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+STEPS = {
+    "ddp": ("parallel=ddp",),
+    "fsdp": ("parallel=fsdp", "optim.ema_decay=0.5", "model.checkpointing=yes"),
+    "accumulated": ("parallel=fsdp", "optim.accumulate=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def ends(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
+    """A folder with what two processes, and one, made of the same steps; and runs that change
+    their way of splitting the work when they are resumed."""
+    folder = tmp_path_factory.mktemp("together")
+
+    def given(run: str, *more: str) -> list[str]:
+        return micro.text_overrides(
+            folder / run, image_tokenizer, pairs, "optim.batch=8", "data.evaluated=5", *more
+        )
+
+    processes = []
+    for world in (1, 2):
+        steps = {
+            str(folder / f"{name}{world}.pt"): given(name, *settings)
+            for name, settings in STEPS.items()
+        }
+        runs = []
+        if world == 2:  # three steps one way, resumed the other way
+            for name, ways in (("fsdp_ddp", ("fsdp", "ddp")), ("ddp_fsdp", ("ddp", "fsdp"))):
+                keep = ("optim.schedule=constant", "optim.ema_decay=0.9")
+                runs += [
+                    given(name, *keep, f"parallel={way}", f"optim.steps={steps_}")
+                    for way, steps_ in zip(ways, (3, 6), strict=True)
+                ]
+        else:
+            runs = [given("alone", "optim.schedule=constant", "optim.ema_decay=0.9")]
+        plan = folder / f"plan{world}.json"
+        plan.write_text(json.dumps({"steps": steps, "runs": runs}))
+        processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
+    for process in processes:
+        micro.finish(process)
+    return folder
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_are_one_with_the_joined_batch(ends, name):
+    alone, shared = (torch.load(ends / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
+    for kind in ("gradients", "weights"):
+        assert alone[kind].keys() == shared[kind].keys()
+        for key, value in alone[kind].items():
+            torch.testing.assert_close(value, shared[kind][key], rtol=1e-3, atol=2e-5, msg=key)
+    for a, b in zip(alone["losses"], shared["losses"], strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for key, value in alone["evaluated"].items():
+        assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
+    total = alone["sizes"][0]
+    if name == "ddp":
+        assert shared["sizes"] == [total, total]
+    else:
+        assert sum(shared["sizes"]) == total
+        assert max(shared["sizes"]) < 0.6 * total
+
+
+@pytest.mark.parametrize("name", ["fsdp_ddp", "ddp_fsdp"])
+def test_a_checkpoint_serves_every_way_of_splitting(ends, name):
+    newest = [checkpoint.available(ends / run / "checkpoints")[-1] for run in ("alone", name)]
+    assert newest[0].name == newest[1].name == "step_00000006"
+    for read in (
+        lambda p: load_file(p / "model.safetensors"),
+        lambda p: checkpoint.load(p)["model"],
+    ):
+        alone, changed = map(read, newest)
+        assert alone.keys() == changed.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(value, changed[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+# -- starts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backbone(tmp_path) -> Path:
+    """A tiny language model as transformers saves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = language.make_text_tokenizer(["A red disc."] * 3, 280)
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=len(text),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path / "language"
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
+
+
+def test_starting_from_a_language_model(make, backbone):
+    trainer = make(f"backbone={backbone}")
+    start = load_file(backbone / "model.safetensors")
+    own = trainer.model.state_dict()
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(own[key], start[key])
+    rows = start["model.embed_tokens.weight"]
+    assert torch.equal(own["model.embed_tokens.weight"][: len(rows)], rows)
+    trainer.train_step()
+
+
+def test_starting_from_a_trained_model(arguments, make, tmp_path):
+    text_to_image.main(arguments("first", "optim.steps=3"))
+    trainer = make(f"init={tmp_path / 'first'}", "tokenizer=nowhere")
+    trained = load_file(checkpoint.find(tmp_path / "first") / "model.safetensors")
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(value, trained[key]), key
+
+
+def test_evaluating_held_out_pairs(make, pairs):
+    trainer = make(f"data.held_out={pairs}")
+    values = trainer.evaluate()
+    assert values["held_out_loss"] == pytest.approx(values["known_loss"])
+    assert 0 <= values["held_out_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("tokenizer=nowhere", "nothing at nowhere"),
+        ("data.path=nowhere", "no folder at nowhere"),
+        ("backbone=nowhere", r"nowhere/config\.json is missing.*GGUF"),
+        ("init=nowhere", "nothing at nowhere"),
+        ("parallel=none", "parallel must be one of ddp, fsdp"),
+        ("data.drop=2", r"data\.drop must be within"),
+        ("data.streams=[1]", r"data\.streams must be two"),
+        ("model.vocabulary=100", r"model\.vocabulary must be 258"),
+        ("model.backbone.family=bert", r"backbone\.family"),
+    ],
+)
+def test_errors_end_with_one_line(arguments, given, message):
+    with pytest.raises(SystemExit, match=message) as caught:
+        text_to_image.main(arguments("run", given))
+    assert str(caught.value).startswith("error: ")
+
+
+def test_a_gguf_file_says_what_it_needs(arguments, tmp_path, monkeypatch):
+    find = language.importlib.util.find_spec
+    monkeypatch.setattr(
+        language.importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n)
+    )
+    with pytest.raises(SystemExit, match=r"needs gguf.*pip install 'tokenflow_ext\[gguf\]'"):
+        text_to_image.main(arguments("run", f"backbone={tmp_path / 'a.gguf'}"))
+    monkeypatch.setattr(language.importlib.util, "find_spec", lambda n: True)
+    with pytest.raises(SystemExit, match=r"a\.gguf is missing"):
+        text_to_image.main(arguments("other", f"backbone={tmp_path / 'a.gguf'}"))

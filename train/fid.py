@@ -1,0 +1,79 @@
+"""FID of two folders, computed by torch-fidelity from Inception's own weights, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import pickle
+from pathlib import Path
+
+import torch
+
+from tokenflow_ext.models import WeightsError
+from tokenflow_ext.train.data import DataError
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+_DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 begins
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def find_weights(given: str | Path | None = None) -> Path:
+    """Inception's weights: the file given, or the one in torch's cache.
+
+    Raises:
+        WeightsError: no such file, another one, or one with more than weights in it.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    path = cached if given is None else Path(given)
+    if not path.is_file():
+        raise WeightsError(
+            f"FID needs the Inception weights that it is defined by: no file {path}. It is "
+            f"{WEIGHTS} of torch-fidelity's release v0.2.0; put it at {cached}, or name it with "
+            "--weights FILE"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(_DIGEST):
+        raise WeightsError(
+            f"{path} is not {WEIGHTS}: its SHA-256 begins with {digest[:8]}, not {_DIGEST}"
+        )
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # the library reads any pickle
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"{path} cannot be loaded: {error}") from error
+    return path
+
+
+def fid(
+    one: str | Path,
+    other: str | Path,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    batch: int = 64,
+) -> float:
+    """The Frechet inception distance of the pictures right inside two folders.
+
+    Raises:
+        DataError: a folder with fewer than two pictures.
+        WeightsError: torch-fidelity or the weights are missing.
+    """
+    for folder in (Path(one), Path(other)):
+        if not folder.is_dir():
+            raise DataError(f"no folder at {folder}")
+        count = sum(path.suffix.lower() in _SUFFIXES for path in folder.iterdir())
+        if count < 2:
+            raise DataError(f"FID needs two pictures or more, {folder} holds {count}")
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise WeightsError("FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'")
+    path = find_weights(weights)
+    from torch_fidelity import calculate_metrics
+
+    found = calculate_metrics(
+        input1=str(one),
+        input2=str(other),
+        fid=True,
+        feature_extractor_weights_path=str(path),
+        cuda=torch.device(device).type == "cuda",
+        batch_size=batch,
+        verbose=False,
+    )
+    return float(found["frechet_inception_distance"])
