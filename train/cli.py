@@ -173,7 +173,9 @@ def _generate(known: argparse.Namespace) -> None:
         prompts = generate.plain_prompts(known.prompt)
     else:
         raise data.DataError(f"--layout {known.layout} needs the benchmark's file: --prompts FILE")
-    each = known.each or (1 if known.layout == "plain" else 4)
+    each = known.each
+    if each is None:
+        each = 1 if known.layout == "plain" else 4
     for name, value in (("each", each), ("batch-size", known.batch_size)):
         if value < 1:
             raise data.DataError(f"--{name} must be 1 or more, got {value}")

@@ -1,0 +1,240 @@
+"""A model that learned a dozen pictures by heart, and the commands that draw with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenflow_ext.models import WeightsError
+from tokenflow_ext.train import captions, cli, fid, generate, text_to_image, tokenizer
+from tokenflow_ext.train.data import to_pixels
+
+
+@pytest.fixture(scope="module")
+def learned(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
+    """The run of a model over-fitted to twelve pictures."""
+    run = tmp_path_factory.mktemp("learned") / "run"
+    settings = ("optim.steps=240", "optim.batch=12", "optim.lr=6e-3", "optim.warmup=10")
+    every = [f"output.{name}_every=240" for name in ("log", "eval", "checkpoint")]
+    text_to_image.main(
+        micro.text_overrides(run, image_tokenizer, pairs, *settings, *every, "data.evaluated=12")
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def painter(learned) -> generate.Painter:
+    return generate.Painter.load(learned, steps="one", guidance=0.0, batch=5)
+
+
+def originals(painter: generate.Painter, pairs: Path) -> tuple[list[str], torch.Tensor]:
+    """Captions and tokens of the dozen."""
+    samples = captions.some(captions.Pictures(pairs, 32), 0)
+    pictures, texts = captions.collate(samples)
+    return texts, painter.model.tokenizer.encode(pictures)
+
+
+def test_a_dozen_pictures_are_reproduced(learned, painter, pairs):
+    summary = json.loads((learned / "summary.json").read_text())
+    assert summary["first"]["known_accuracy"] < 0.1
+    assert summary["last"]["known_accuracy"] > 0.95
+    texts, tokens = originals(painter, pairs)
+    # What the tokenizer makes of each is what should be drawn, from the caption alone.
+    expected = to_pixels(painter.model.tokenizer.decode(tokens)[0])
+    drawn = list(painter.draw(texts, range(len(texts))))
+    same = [np.array_equal(d.permute(1, 2, 0), e) for d, e in zip(drawn, expected, strict=True)]
+    assert sum(same) >= 10
+    # A sentence less, as truncation cuts them in training, is still the same picture.
+    first = captions.first_sentence(texts[0])
+    assert first != texts[0]
+
+
+def test_an_image_depends_on_prompt_and_seed_alone(painter):
+    options = {"model": painter.model, "text_tokenizer": painter.text_tokenizer, "guidance": 2.0}
+    texts = ["A red disc.", "something else", ""]
+    together = list(generate.Painter(**options, batch=3).draw(texts, [5, 6, 7]))
+    single = list(generate.Painter(**options, batch=1).draw(texts[::-1], [7, 6, 5]))[::-1]
+    for a, b in zip(together, single, strict=True):
+        # The tokens are the same; the decoder's convolutions may round another way.
+        assert (a.int() - b.int()).abs().max() <= 1
+    other = next(generate.Painter(**options).draw(["something else"], [99]))
+    assert (together[1].int() - other.int()).abs().max() > 20
+
+
+@pytest.mark.parametrize(("steps", "runs"), [("three", 7), ("two", 5), ("one", 3)])
+def test_the_bar_counts_every_run(painter, steps, runs, capsys):
+    brush = generate.Painter(painter.model, painter.text_tokenizer, steps=steps, batch=2)
+    assert brush.runs == runs  # three scales, of which the first is drawn once
+    list(brush.draw(["a", "b", "c"], [0, 1, 2]))
+    assert f"{2 * runs}/{2 * runs}" in capsys.readouterr().err
+
+
+def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
+    out = tmp_path / "out"
+    prompts = ["A red disc. On grey.", "Ça! / ..?"]
+    command = ["--checkpoint", str(learned), "--out", str(out), "--seed", "3", "--guidance", "0"]
+    cli.main(["generate", *prompts, *command, "--grid", "--each", "2", "--steps", "one"])
+    assert "5 pictures" in capsys.readouterr().out
+    names = ["00000_a_red_disc_on_grey.png", "00000_a_red_disc_on_grey_1.png"]
+    names += ["00001_a.png", "00001_a_1.png", "grid.png"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    with Image.open(out / names[0]) as image:
+        assert image.size == (32, 32)
+        assert (image.text["prompt"], image.text["seed"]) == (prompts[0], "3")
+    before = (out / names[1]).read_bytes()
+    cli.main(["generate", *prompts, *command, "--each", "2", "--steps", "one"])
+    assert (out / names[1]).read_bytes() == before  # the seed decides
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 2 * 128
+
+
+def test_prompts_from_a_file(learned, tmp_path):
+    (tmp_path / "prompts.txt").write_text("A red disc.\n\nA blue square.\n")
+    command = ["--checkpoint", str(learned), "--out", str(tmp_path / "out"), "--steps", "one"]
+    cli.main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *command])
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["00000_a_red_disc.png", "00001_a_blue_square.png"]
+
+
+def test_the_layout_of_geneval(learned, tmp_path):
+    lines = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"},
+        {"tag": "colors", "include": [], "prompt": "a red disc"},
+    ]
+    file, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["generate", "--prompts", str(file), "--layout", "geneval", "--steps", "one"]
+    command += ["--checkpoint", str(learned), "--out", str(out)]
+    cli.main(command)
+    for number, line in enumerate(lines):
+        folder = out / f"{number:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == line
+        samples = sorted(p.name for p in (folder / "samples").iterdir())
+        assert samples == [f"{m:05d}.png" for m in range(4)]
+    # A run that was broken off draws what is missing, and draws it as before.
+    kept, lost = out / "00000/samples/00001.png", out / "00001/samples/00002.png"
+    content, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    cli.main(command)
+    assert lost.read_bytes() == content
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_the_layout_of_dpg(learned, tmp_path):
+    source, out = tmp_path / "prompts", tmp_path / "out"
+    source.mkdir()
+    (source / "COCOval2014_1.txt").write_text("A red disc.\n")
+    (source / "drawtext_2.txt").write_text("A blue square.")
+    command = ["--checkpoint", str(learned), "--out", str(out), "--steps", "one"]
+    cli.main(["generate", "--prompts", str(source), "--layout", "dpg", *command])
+    assert sorted(p.name for p in out.iterdir()) == ["COCOval2014_1.png", "drawtext_2.png"]
+    with Image.open(out / "COCOval2014_1.png") as image:
+        assert image.size == (64, 64)  # two by two, nothing between them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nowhere.txt"], r"cannot read the prompts nowhere\.txt"),
+        (["--prompts", "PLAIN", "--layout", "geneval"], "prompt"),
+        (["--prompts", "PLAIN", "--layout", "dpg"], "folder of ITEM"),
+        (["a prompt", "--layout", "dpg"], "needs the benchmark's file"),
+        (["a prompt", "--each", "0"], "--each must be 1"),
+        (["a prompt", "--guidance", "-1"], "--guidance must be 0"),
+    ],
+)
+def test_generate_says_what_is_wrong(learned, tmp_path, arguments, message):
+    (tmp_path / "plain.txt").write_text("A red disc.\n")
+    given = [str(tmp_path / "plain.txt") if a == "PLAIN" else a for a in arguments]
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["generate", *given, "--checkpoint", str(learned), "--out", str(tmp_path / "o")])
+
+
+def test_a_tokenizer_is_no_model_that_draws(image_tokenizer, tmp_path):
+    with pytest.raises(SystemExit, match="text_tokenizer"):
+        cli.main(["generate", "a", "--checkpoint", str(image_tokenizer)])
+
+
+def test_tiles_and_labels():
+    images = [np.full((2, 2, 3), value, np.uint8) for value in (0, 10, 20)]
+    sheet = generate.tile(images, 2)
+    assert sheet.shape == (4, 4, 3)
+    assert [sheet[0, 0, 0], sheet[0, 2, 0], sheet[2, 0, 0], sheet[2, 2, 0]] == [0, 10, 20, 255]
+    labels = ["one", "a label of many words that will not fit", "donaudampfschifffahrt" * 3]
+    grid = generate.labelled(images, labels, least=64)
+    assert grid.shape[1] == 2 * 68
+    assert (grid[70:80] < 100).any()  # something is written
+
+
+def test_train_text_is_the_entry_point(monkeypatch):
+    called = []
+    monkeypatch.setattr(text_to_image, "main", called.append)
+    monkeypatch.setattr(tokenizer, "main", lambda _: pytest.fail("the tokenizer's"))
+    cli.main(["train-text", "--resume", "optim.lr=1e-4"])
+    assert called == [["--resume", "optim.lr=1e-4"]]
+
+
+# -- FID ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[str]:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / name / f"{i}.png")
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
+    find = fid.importlib.util.find_spec
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install 'tokenflow_ext"):
+        cli.main(["fid", *folders])
+    monkeypatch.setattr(fid.importlib.util, "find_spec", find)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(WeightsError, match=rf"no file {tmp_path}/checkpoints/{fid.WEIGHTS}"):
+        fid.find_weights()
+    with pytest.raises(WeightsError, match=r"no file nowhere\.pth.*--weights FILE"):
+        fid.find_weights("nowhere.pth")
+    other = tmp_path / "other.pth"
+    torch.save({"a": torch.zeros(1)}, other)
+    with pytest.raises(WeightsError, match="SHA-256 begins with"):
+        fid.find_weights(other)
+    Path(folders[1], "0.png").unlink()
+    with pytest.raises(SystemExit, match="holds 1"):
+        cli.main(["fid", *folders])
+    with pytest.raises(SystemExit, match="no folder at nowhere"):
+        cli.main(["fid", folders[0], "nowhere"])
+
+
+def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
+    """The weights that were checked are those handed over, and the number is printed as it is."""
+    weights, given = tmp_path / "weights.pth", {}
+    torch.save({"a": torch.zeros(1)}, weights)
+    monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+
+    def calculate_metrics(**options):
+        given.update(options)
+        return {"frechet_inception_distance": 12.5}
+
+    library = types.ModuleType("torch_fidelity")
+    library.calculate_metrics = calculate_metrics
+    library.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "torch_fidelity", library)
+    cli.main(["fid", *folders, "--weights", str(weights)])
+    assert capsys.readouterr().out == "FID 12.5000\n"
+    assert given["feature_extractor_weights_path"] == str(weights)
+    assert (given["input1"], given["input2"], given["fid"]) == (*folders, True)
+    weights.write_bytes(b"not a pickle")
+    monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(b"not a pickle").hexdigest()[:8])
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        cli.main(["fid", *folders, "--weights", str(weights)])
