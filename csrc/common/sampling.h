@@ -83,14 +83,24 @@ enum SampleStatus : uint8_t {
   kGuidanceNotFinite = 64,
 };
 
-// A row's arguments as the kernels use them.
+// How a row's two logits become one.
+struct Guidance {
+  float cond_factor;    // 1 + t
+  float uncond_factor;  // -t
+  bool on;              // else z is the logits as they are
+};
+
+TF_HOST_DEVICE Guidance guidance_of(const SampleArgs& args, int64_t row) {
+  const double t = value_at(args.guidance, row);
+  return {static_cast<float>(1.0 + t), static_cast<float>(-t),
+          args.uncond.data != nullptr && t != 0};
+}
+
+// A row's other arguments as the kernels use them.
 struct RowSettings {
   int64_t top_k;              // 1 .. codes; 1 is argmax, codes is off
-  double keep_from;           // 1 - top_p: the share of weights that may be dropped; < 0 is off
+  double droppable_share;     // 1 - top_p; < 0 is off
   float inverse_temperature;  // not negative
-  float cond_factor;          // 1 + t
-  float uncond_factor;        // -t
-  bool guided;                // else z is the logits as they are
   uint64_t random;
   uint8_t status;
 };
@@ -100,10 +110,9 @@ TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
   const int64_t top_k = value_at(args.top_k, row);
   const double top_p = value_at(args.top_p, row);
   const double temperature = value_at(args.temperature, row);
-  const double guidance = value_at(args.guidance, row);
   settings.top_k = top_k > 0 && top_k < args.codes ? top_k : args.codes;
   if (top_k > args.codes) settings.status |= kTopKTooLarge;
-  settings.keep_from = top_p > 0 ? (top_p < 1 ? 1.0 - top_p : 0.0) : -1.0;
+  settings.droppable_share = top_p > 0 ? (top_p < 1 ? 1.0 - top_p : 0.0) : -1.0;
   if (!(top_p <= 1)) settings.status |= kTopPOutOfRange;
   if (temperature > 0) {
     settings.inverse_temperature = static_cast<float>(1.0 / temperature);
@@ -111,10 +120,8 @@ TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
     settings.top_k = 1;  // the limit of small temperatures
   }
   if (!(temperature > 0 && temperature <= 1.7e308)) settings.status |= kTemperatureNotPositive;
-  settings.guided = args.uncond.data != nullptr && guidance != 0;
-  settings.cond_factor = static_cast<float>(1.0 + guidance);
-  settings.uncond_factor = static_cast<float>(-guidance);
-  if (settings.guided && !(guidance >= -1.0e30 && guidance <= 1.0e30)) {
+  const double guidance = value_at(args.guidance, row);
+  if (args.uncond.data && !(guidance >= -1.0e30 && guidance <= 1.0e30)) {
     settings.status |= kGuidanceNotFinite;
   }
   uint64_t place = static_cast<uint64_t>(value_at(args.offset, row));
@@ -129,8 +136,8 @@ TF_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner, int64_
 }
 
 // z of one code. The product is rounded, then one fused multiply-add: the same bits everywhere.
-TF_HOST_DEVICE float guided(float logit, float uncond, float cond_factor, float uncond_factor) {
-  return fmaf(cond_factor, logit, uncond_factor * uncond);
+TF_HOST_DEVICE float guided(float logit, float uncond, const Guidance& guidance) {
+  return fmaf(guidance.cond_factor, logit, guidance.uncond_factor * uncond);
 }
 
 // What makes a NaN of z an error rather than a masked code: an -infinity of the logits stays
@@ -150,7 +157,7 @@ TF_HOST_DEVICE uint32_t key_of(float z) {
 }
 
 TF_HOST_DEVICE float value_of(uint32_t key) {
-  const uint32_t bits = key ^ ((key >> 31) - 1u | 0x80000000u);
+  const uint32_t bits = key ^ (((key >> 31) - 1u) | 0x80000000u);
   float z;
   memcpy(&z, &bits, sizeof(z));
   return z;

@@ -50,13 +50,12 @@ struct KeySummary {
 // Keys of up to a block's codes.
 template <typename Logit, bool kGuided>
 static inline uint32_t make_keys_of(const typename Logit::Stored* logits,
-                                    const typename Logit::Stored* uncond, float cond_factor,
-                                    float uncond_factor, int64_t count, uint32_t* keys) {
+                                    const typename Logit::Stored* uncond, const Guidance& guidance,
+                                    int64_t count, uint32_t* keys) {
   uint32_t any_nan = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float logit = Logit::load(logits[i]);
-    const float z =
-        kGuided ? guided(logit, Logit::load(uncond[i]), cond_factor, uncond_factor) : logit;
+    const float z = kGuided ? guided(logit, Logit::load(uncond[i]), guidance) : logit;
     any_nan |= is_nan_logit(logit, z) ? 1u : 0u;
     keys[i] = key_of(z);
   }
@@ -64,7 +63,7 @@ static inline uint32_t make_keys_of(const typename Logit::Stored* logits,
 }
 
 template <typename Logit, bool kGuided>
-static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettings& settings,
+static KeySummary make_keys(const SampleArgs& args, int64_t row, const Guidance& guidance,
                             const Scratch& scratch) {
   typedef typename Logit::Stored Stored;
   const Stored* logits =
@@ -80,13 +79,11 @@ static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettin
     uint32_t* keys = scratch.keys + first;
     if (first + kBlockOfKeys <= args.codes) {
       any_nan |= make_keys_of<Logit, kGuided>(logits + first, kGuided ? uncond + first : nullptr,
-                                              settings.cond_factor, settings.uncond_factor,
-                                              kBlockOfKeys, keys);
+                                              guidance, kBlockOfKeys, keys);
     } else {
       const int64_t count = args.codes - first;
-      any_nan |=
-          make_keys_of<Logit, kGuided>(logits + first, kGuided ? uncond + first : nullptr,
-                                       settings.cond_factor, settings.uncond_factor, count, keys);
+      any_nan |= make_keys_of<Logit, kGuided>(logits + first, kGuided ? uncond + first : nullptr,
+                                              guidance, count, keys);
       for (int64_t i = count; i < kBlockOfKeys; ++i) keys[i] = kMaskedKey;
     }
     uint32_t* group_max = scratch.group_max + first / kGroupCodes;
@@ -107,22 +104,22 @@ static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettin
   return summary;
 }
 
-static KeySummary make_keys(const SampleArgs& args, int64_t row, const RowSettings& settings,
+static KeySummary make_keys(const SampleArgs& args, int64_t row, const Guidance& guidance,
                             const Scratch& scratch) {
   switch (args.type) {
     case LogitType::kBFloat16:
-      return settings.guided ? make_keys<BFloat16Logit, true>(args, row, settings, scratch)
-                             : make_keys<BFloat16Logit, false>(args, row, settings, scratch);
+      return guidance.on ? make_keys<BFloat16Logit, true>(args, row, guidance, scratch)
+                         : make_keys<BFloat16Logit, false>(args, row, guidance, scratch);
     case LogitType::kHalf:
-      return settings.guided ? make_keys<HalfLogit, true>(args, row, settings, scratch)
-                             : make_keys<HalfLogit, false>(args, row, settings, scratch);
+      return guidance.on ? make_keys<HalfLogit, true>(args, row, guidance, scratch)
+                         : make_keys<HalfLogit, false>(args, row, guidance, scratch);
     default:
-      return settings.guided ? make_keys<FloatLogit, true>(args, row, settings, scratch)
-                             : make_keys<FloatLogit, false>(args, row, settings, scratch);
+      return guidance.on ? make_keys<FloatLogit, true>(args, row, guidance, scratch)
+                         : make_keys<FloatLogit, false>(args, row, guidance, scratch);
   }
 }
 
-static int64_t count_below(const uint32_t* keys, int64_t count, uint32_t bound) {
+static uint64_t count_below(const uint32_t* keys, int64_t count, uint32_t bound) {
   // 32 bits count 2^22 codes, and leave the vectors as wide as those of the keys.
   uint32_t below = 0;
   for (int64_t i = 0; i < count; ++i) below += keys[i] < bound ? 1u : 0u;
@@ -238,7 +235,8 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
 
   // A bound of the k-th largest key: k of the groups' maxima are no smaller.
   const int64_t k = settings.top_k, groups = padded / kGroupCodes;
-  if (k < args.codes && k <= groups && groups - count_below(scratch.group_max, groups, bound) > k) {
+  if (k < args.codes && k <= groups &&
+      groups - static_cast<int64_t>(count_below(scratch.group_max, groups, bound)) > k) {
     bound = find_boundary(
                 bound, end, static_cast<uint64_t>(groups - k), static_cast<uint64_t>(k / 8),
                 [&](uint32_t middle) { return count_below(scratch.group_max, groups, middle); })
@@ -261,8 +259,8 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
   }
   total = sum(weights, count);
 
-  if (settings.keep_from >= 0) {
-    const uint64_t limit = droppable(settings.keep_from, total);
+  if (settings.droppable_share >= 0) {
+    const uint64_t limit = droppable(settings.droppable_share, total);
     const Boundary boundary = find_boundary(bound, end, limit, 0, [&](uint32_t middle) {
       return weight_below(keys, weights, count, middle);
     });
@@ -297,7 +295,7 @@ void TF_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
   scratch.places = scratch.candidate_keys + padded + kBlockGroups;
 
   const RowSettings settings = row_settings(args, row);
-  const KeySummary summary = make_keys(args, row, settings, scratch);
+  const KeySummary summary = make_keys(args, row, guidance_of(args, row), scratch);
   uint8_t status = settings.status;
   if (summary.any_nan) status |= kLogitsNaN;
   if (summary.largest == kInfinityKey) status |= kLogitsInfinite;

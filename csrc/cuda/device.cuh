@@ -67,6 +67,11 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
   return atomicAdd(address, value);
 }
 
+// What was there before.
+__device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value) {
+  return atomicAdd(address, value);
+}
+
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   // Two's complement addition is the same for both signs.
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
@@ -178,6 +183,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #else
   emulation::wait_for_copies(kMayRun);
 #endif
+}
+
+// Bytes of dynamic shared memory that a block of the current device may ask for.
+inline cudaError_t largest_shared_memory(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 // Launches and reports what the launch itself says; the error does not linger for a later caller.

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/quantizer.h"
+#include "../cuda/sampler.h"
 #include "operators.h"
+#include "sampler_operator.h"
 
 namespace tokenflow::torch_ops {
 namespace {
@@ -27,18 +29,25 @@ struct CudaBackend {
     STD_TORCH_CHECK(reason == nullptr, reason ? reason : "");
   }
 
-  // Allocates the workspace that the launch asks for and runs it on the current stream.
+  // launcher(stream) on the current stream of the device of `like`.
+  template <typename Launcher>
+  static void launch_on(const Tensor& like, const Launcher& launcher) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+    const cudaError_t error = launcher(static_cast<cudaStream_t>(stream));
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+  }
+
+  // With the workspace that the launch asks for.
   template <typename Args>
   static void launch(const Args& args, const Tensor& like, size_t (*workspace_bytes)(const Args&),
                      cudaError_t (*launcher)(const Args&, void*, cudaStream_t)) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
-    const size_t bytes = workspace_bytes(args);
-    const Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
-    const cudaError_t error =
-        launcher(args, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream));
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+    launch_on(like, [&](cudaStream_t stream) {
+      const size_t bytes = workspace_bytes(args);
+      const Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
+      return launcher(args, workspace.mutable_data_ptr(), stream);
+    });
   }
 
   static void run(const NearestCodeArgs<float>& args, const Tensor& like) {
@@ -59,6 +68,9 @@ struct CudaBackend {
   static void run(const SegmentSumArgs<float>& args, const Tensor& like) {
     launch(args, like, cuda::segment_sum_workspace_bytes, cuda::launch_segment_sum);
   }
+  static void run(const SampleArgs& args, const Tensor& like) {
+    launch_on(like, [&](cudaStream_t stream) { return cuda::launch_sample(args, stream); });
+  }
 };
 
 }  // namespace
@@ -66,6 +78,7 @@ struct CudaBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenflow_ext, CUDA, m) {
   tokenflow::torch_ops::Operators<tokenflow::torch_ops::CudaBackend>::register_all(m);
+  tokenflow::torch_ops::SamplerOperator<tokenflow::torch_ops::CudaBackend>::register_all(m);
 }
 
 #endif  // TOKENFLOW_WITH_CUDA

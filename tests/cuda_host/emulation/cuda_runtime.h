@@ -38,9 +38,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-// Limits of compute capability 8.0 and of every grid.
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > 99 * 1024) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > kMaxSharedBytesPerBlock) return cudaErrorInvalidValue;
   ::emulation::allow_shared_bytes(kernel, static_cast<size_t>(bytes));
   return cudaSuccess;
 }

@@ -6,11 +6,25 @@
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+
+// The least of the devices that the kernels are built for.
+constexpr int kMaxSharedBytesPerBlock = 99 * 1024;
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = kMaxSharedBytesPerBlock;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   if (bytes != 0) std::memset(memory, value, bytes);

@@ -1,0 +1,214 @@
+// The CUDA sampler against the CPU's: the same codes, probabilities and status, bit for bit. What
+// the CPU draws is held against float64 in tests/sampler.
+#include "cpu/sampler.h"
+#include "cuda/sampler.h"
+#include "support.h"
+
+using namespace test;
+using namespace tokenflow;
+
+namespace {
+
+const cpu::Executor kOneThread = {1, nullptr};
+
+uint16_t bfloat16_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// Logits of some type in memory of just the size they need: a row begins `lead` elements into the
+// memory and `stride` after the last one.
+struct Logits {
+  LogitType type;
+  Floats floats;
+  std::vector<uint16_t> halves;
+  int64_t lead, stride;
+
+  Logits(LogitType type, const Floats& values, int64_t rows, int64_t codes, int64_t lead,
+         int64_t stride)
+      : type(type), lead(lead), stride(stride) {
+    const int64_t size = lead + (rows - 1) * stride + codes;
+    floats = poisoned<float>(type == LogitType::kFloat ? size : 0);
+    halves = poisoned<uint16_t>(type == LogitType::kFloat ? 0 : size);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < codes; ++i) {
+        const float value = values[r * codes + i];
+        const size_t at = static_cast<size_t>(lead + r * stride + i);
+        if (type == LogitType::kFloat) floats[at] = value;
+        if (type == LogitType::kHalf) halves[at] = emulation::to_half(value);
+        if (type == LogitType::kBFloat16) halves[at] = bfloat16_of(value);
+      }
+    }
+  }
+
+  LogitRows rows() const {
+    if (type == LogitType::kFloat) return {floats.data() + lead, 2 * stride, stride};
+    return {halves.data() + lead, 2 * stride, stride};
+  }
+};
+
+struct Outputs {
+  Indices indices;
+  Floats probability;
+  std::vector<uint8_t> status;
+
+  explicit Outputs(int64_t rows)
+      : indices(poisoned<int64_t>(rows)),
+        probability(poisoned<float>(rows)),
+        status(poisoned<uint8_t>(rows)) {}
+
+  void into(SampleArgs& args) {
+    args.indices = indices.data();
+    args.probability = probability.data();
+    args.status = status.data();
+  }
+};
+
+void check(const std::string& what, SampleArgs args) {
+  Outputs wanted(args.rows);
+  wanted.into(args);
+  cpu::sample(args, kOneThread);
+  in_every_order([&](const char* order) {
+    Outputs got(args.rows);
+    got.into(args);
+    const int64_t launches = emulation::launches();
+    CHECK(cuda::launch_sample(args, nullptr) == cudaSuccess, "%s: launch", what.c_str());
+    CHECK(emulation::launches() == launches + 1, "%s: more than one launch", what.c_str());
+    for (size_t r = 0; r < got.indices.size(); ++r) {
+      CHECK(got.indices[r] == wanted.indices[r], "%s: row %zu drew %lld, the CPU %lld (%s)",
+            what.c_str(), r, static_cast<long long>(got.indices[r]),
+            static_cast<long long>(wanted.indices[r]), order);
+    }
+    CHECK(same_bits(got.probability, wanted.probability), "%s: probability", what.c_str());
+    CHECK(got.status == wanted.status, "%s: status", what.c_str());
+  });
+}
+
+SampleArgs arguments(int64_t codes, int64_t rows, int64_t top_k, double top_p) {
+  SampleArgs args = {};
+  args.rows = rows;
+  args.inner = 2;
+  args.codes = codes;
+  args.top_k.value = top_k;
+  args.top_p.value = top_p;
+  args.temperature.value = 0.8;
+  args.guidance.value = 1.25;
+  args.seed.value = 12345;
+  args.offset.value = 6;
+  return args;
+}
+
+struct Filter {
+  int64_t top_k;
+  double top_p;
+};
+
+// Random logits, of `values` different ones if that is positive, some of them masked.
+Floats make_values(int64_t count, unsigned seed, int values, bool masked) {
+  Floats logits = random_floats(count, seed, 2);
+  std::mt19937 random(seed);
+  for (float& logit : logits) {
+    if (values > 0) logit = static_cast<float>(static_cast<int>(random() % values)) - 1.0f;
+    if (masked && random() % 3 == 0) logit = -std::numeric_limits<float>::infinity();
+  }
+  return logits;
+}
+
+void check_rows(const std::string& what, LogitType type, int64_t codes, int64_t rows, bool guided,
+                int values, bool masked, const std::vector<Filter>& filters) {
+  const int64_t stride = codes + 3;
+  const Logits cond(type, make_values(rows * codes, 1, values, masked), rows, codes, 1, stride);
+  const Logits uncond(type, make_values(rows * codes, 2, values, false), rows, codes, 3, codes);
+  for (const Filter& filter : filters) {
+    SampleArgs args = arguments(codes, rows, filter.top_k, filter.top_p);
+    args.type = type;
+    args.logits = cond.rows();
+    if (guided) args.uncond = uncond.rows();
+    check(what + ", " + std::to_string(codes) + " codes, k " + std::to_string(filter.top_k) +
+              ", p " + std::to_string(filter.top_p),
+          args);
+  }
+}
+
+// Every row with arguments of its own, and rows that make no sense.
+void check_row_arguments() {
+  const int64_t codes = 300, rows = 14;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  Floats values = make_values(rows * codes, 5, 0, false);
+  const auto row = [&](int64_t r) { return values.begin() + r * codes; };
+  std::fill(row(1), row(2), -infinity);
+  std::fill(row(2), row(3), nan);
+  row(3)[7] = nan;
+  row(4)[11] = row(4)[250] = infinity;
+  std::fill(row(5), row(6), 3.0e38f);
+  row(6)[0] = 3.4e38f;
+  row(6)[1] = -3.4e38f;
+  const Logits cond(LogitType::kFloat, values, rows, codes, 0, codes);
+  const Logits uncond(LogitType::kFloat, make_values(rows * codes, 6, 0, true), rows, codes, 0,
+                      codes);
+  const Indices top_k = {5, 5, 5, 5, 5, 5, 5, 0, -3, 301, 300, 1, 299, 20};
+  const Vector top_p = {0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, -1, 1.5, nan, 1, 0.5, 1e-9, 0.3};
+  const Vector temperature = {1, 1, 1, 1, 1, 1, 0.1, 0, -1, nan, infinity, 1e-300, 1e300, 3};
+  const Vector guidance = {0, 0, 0, 0, 1, 0, 0.5, 1, 2, 3, 0, nan, infinity, -4};
+  Indices seed(rows), offset(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    seed[r] = (r - 7) * 0x123456789abcdefLL;
+    offset[r] = r * r << 33;
+  }
+  SampleArgs args = arguments(codes, rows, 0, 0);
+  args.type = LogitType::kFloat;
+  args.logits = cond.rows();
+  args.uncond = uncond.rows();
+  args.top_k = {top_k.data(), 1, 0};
+  args.top_p = {top_p.data(), 1, 0};
+  args.temperature = {temperature.data(), 1, 0};
+  args.guidance = {guidance.data(), 1, 0};
+  args.seed = {seed.data(), 1, 0};
+  args.offset = {offset.data(), 1, 0};
+  check("arguments a row", args);
+  args.seed.stride = args.offset.stride = 0;
+  check("one seed in memory", args);
+  args.uncond.data = nullptr;
+  check("arguments a row without guidance", args);
+
+  Outputs out(rows);
+  out.into(args);
+  args.codes = 0;
+  CHECK(cuda::launch_sample(args, nullptr) == cudaErrorInvalidValue, "no codes");
+  args.codes = kMostCodes + 1;
+  CHECK(cuda::launch_sample(args, nullptr) == cudaErrorInvalidValue, "too many codes");
+  args.rows = 0;
+  CHECK(cuda::launch_sample(args, nullptr) == cudaSuccess, "no rows");
+}
+
+}  // namespace
+
+int main() {
+  const LogitType kTypes[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::kHalf};
+  const std::vector<Filter> few = {{0, 0}, {1, 0}, {3, 0}, {0, 0.7}, {7, 0.8}, {20, 1e-6}};
+  for (const LogitType type : kTypes) {
+    for (const bool guided : {false, true}) {
+      check_rows("random", type, 33, 3, guided, 0, false, few);
+      check_rows("masked", type, 300, 2, guided, 0, true, few);
+    }
+  }
+  for (const int64_t codes : {1, 2, 31, 32, 255, 257}) {
+    check_rows("small", LogitType::kFloat, codes, 2, false, 0, false, {{2, 0.5}, {0, 0.9}});
+  }
+  // Ties: at the k-th place, at top-p's boundary, all equal.
+  for (const int values : {1, 2, 3, 5}) {
+    check_rows("ties", LogitType::kFloat, 600, 2, false, values, true,
+               {{0, 0}, {1, 0}, {50, 0}, {0, 0.5}, {50, 0.37}, {550, 0.9}});
+  }
+  // More candidates than the list holds (512), and as many; k beyond the groups' maxima (1024).
+  check_rows("long lists", LogitType::kFloat, 4096, 1, true, 0, false,
+             {{500, 0.8}, {512, 0.8}, {513, 0}, {1023, 0.9}, {1200, 0.8}, {4095, 0.99}, {0, 0.6}});
+  // Blocks of 1024 threads, with keys in shared memory and, as they do not fit, without.
+  check_rows("large", LogitType::kFloat, 4097, 1, true, 0, true, {{600, 0.6}});
+  check_rows("without keys", LogitType::kBFloat16, 20001, 1, true, 0, false, {{1200, 0.8}, {1, 0}});
+  check_rows("without keys or list", LogitType::kFloat, 20001, 1, false, 3, false, {{9000, 0.7}});
+  check_row_arguments();
+  return 0;
+}
