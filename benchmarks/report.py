@@ -72,9 +72,10 @@ def write(folder: Path, device: str, run_facts: dict[str, Any], records: Sequenc
     lines += [f"- {fact}" for fact in machine.describe(run_facts, device)]
     for figure_name in figures:
         lines += ["", f"![{figure_name}]({figure_name}.svg)"]
-    for table in tables(
-        records, run_facts["missing ceilings"][device], run_facts["ceilings"][device]
-    ):
+    missing, meanings = (
+        run_facts[name].get(device, {}) for name in ("missing ceilings", "ceilings")
+    )
+    for table in tables(records, missing, meanings):
         lines += ["", f"## {table.title}", "", *table.lines(), "", table.note]
     lines += [
         "",
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="pyramid B with K = 8,192 alone")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
-    parser.add_argument("--large", action="store_true", help="K = 131,072 at XL too")
+    parser.add_argument("--large", action="store_true", help="K = 131,072 at XL, a 1B model too")
     options = parser.parse_args(arguments)
 
     with tempfile.TemporaryDirectory() as temporary:

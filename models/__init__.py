@@ -1,5 +1,5 @@
-"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses,
-teachers and metrics, and text to image.
+"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses, teachers and metrics, and text
+to image.
 
 Importing this package imports torch alone; open_clip, timm, transformers, lpips and safetensors are
 imported where they are used.

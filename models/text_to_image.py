@@ -353,6 +353,14 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
+class _QKNorm(nn.RMSNorm):
+    """In the dtype of its input: torch's fused kernel refuses a weight of another one, as under
+    autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class QKNormAttention(nn.Module):
     """A Llama-family attention whose queries and keys are normalised per head before RoPE.
 
@@ -372,16 +380,10 @@ class QKNormAttention(nn.Module):
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
             self.qknorm = None
         else:
-            names = ("query_norm", "key_norm")
-            like = attention.q_proj.weight
-            self.qknorm = nn.ModuleDict(
-                {
-                    name: nn.RMSNorm(
-                        self.head_dim, eps=_QK_NORM_EPS, device=like.device, dtype=like.dtype
-                    )
-                    for name in names
-                }
-            )
+            norm = {
+                name: _QKNorm(self.head_dim, _QK_NORM_EPS) for name in ("query_norm", "key_norm")
+            }
+            self.qknorm = nn.ModuleDict(norm)
 
     def _norms(self) -> tuple[nn.Module, nn.Module]:
         if self.qknorm is None:
@@ -407,7 +409,7 @@ class QKNormAttention(nn.Module):
         key = key_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        # Under autocast the norms and RoPE may leave float32 beside half-precision values.
+        # Under autocast RoPE (and Qwen3's norms) leave float32 beside half-precision values.
         query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -616,7 +618,7 @@ class TextToImage(nn.Module):
         hidden = self.run_layers(inputs, self.rotary(inputs, sequence.length), mask(valid))
         logits = self.image_logits(hidden[:, sequence.text - 1 :])
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        return TextToImageOutput(F.cross_entropy(scores.mT, indices), logits)
+        return TextToImageOutput(F.cross_entropy(scores.flatten(0, 1), indices.flatten()), logits)
 
     def _check_ids(self, name: str, ids: Tensor, check: bool) -> int:
         """Refuses prompts that are no ids; returns their length."""

@@ -8,6 +8,7 @@ these entries; they are put back before the next scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,11 +118,12 @@ class Session:
     def replay_scale(self, scale: int, f_hat: Tensor) -> Tensor:
         """:meth:`run_scale` as a CUDA graph, captured at first; the next replay of the scale
         overwrites the logits."""
-        if scale not in self.graphs:
-            self.graphs[scale] = self._capture(scale, f_hat.clone())
-        graph, features, logits = self.graphs[scale]
-        features.copy_(f_hat)
-        graph.replay()
+        with torch.cuda.device(self.model.device):
+            if scale not in self.graphs:
+                self.graphs[scale] = self._capture(scale, f_hat.clone())
+            graph, features, logits = self.graphs[scale]
+            features.copy_(f_hat)
+            graph.replay()
         return logits
 
     def _capture(self, scale: int, features: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
@@ -217,8 +219,8 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:
     """One seed for each image, [count] int64."""
     if seed is None:
         return torch.randint(2**62, (count,))
-    if isinstance(seed, int):
-        return torch.arange(seed, seed + count)
+    if isinstance(seed, Integral):
+        return torch.arange(int(seed), int(seed) + count)
     if len(seed) != count:
         raise ValueError(f"seed must be one number or {count}, one for each image, got {len(seed)}")
     return torch.tensor([int(value) for value in seed])

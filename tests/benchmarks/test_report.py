@@ -65,7 +65,20 @@ def records() -> list[dict]:
         "graph": 0.00025,
         "launched": 0.0015,
     }
-    return [quantizer, search, latency]
+    generation = {
+        "kind": "generation",
+        "device": "cpu",
+        "shape": "tiny",
+        "batch": 2,
+        "dtype": "float32",
+        "positions": {"ours": 2509, "cacheless": 8005},
+        "seconds": {"ours": 1.0, "cacheless": 4.0},
+        "ratio": 3.9,
+        "differ": 3,
+        "tokens": 1634,
+        "rounds": 3,
+    }
+    return [quantizer, search, latency, generation]
 
 
 def row(table, **cells: str) -> dict[str, str]:
@@ -74,7 +87,7 @@ def row(table, **cells: str) -> dict[str, str]:
 
 
 def test_tables(records) -> None:
-    time, memory, bound, search, latency, ceilings = tables(
+    time, memory, bound, search, latency, generation, ceilings = tables(
         records, {"int4": "no such instruction"}, dict.fromkeys(RATES, "how")
     )
     [cells] = time.rows
@@ -92,6 +105,9 @@ def test_tables(records) -> None:
     assert (ours["GFLOP/s"], ours[f"of {BYTE_PRODUCT}"]) == ("200.0", "40%")
     assert row(search, search="product + argmax")[f"of {BYTE_PRODUCT}"] == ""
     assert (latency.rows[0]["graph, ms"], latency.rows[0]["launched, ms"]) == ("0.250", "1.500")
+    [cells] = generation.rows
+    assert (cells["s an image"], cells["cacheless, s"]) == ("0.500", "2.000")
+    assert (cells["ours / cacheless"], cells["positions"]) == ("0.256", "2,509")
     copy = row(ceilings, ceiling=COPY)
     assert (copy["median"], copy["best"], copy["samples"]) == ("15.0 GB/s", "20.0 GB/s", "4")
     assert row(ceilings, ceiling="int4")["median"] == "not measured"

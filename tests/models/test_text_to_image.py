@@ -5,6 +5,7 @@ anew in every run, padding left out instead of masked, dense masks, no cache.
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext.models import (
     BackboneConfig,
@@ -568,7 +570,9 @@ def test_gradient_checkpointing_and_autocast():
     model(ids, indices).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.model.gradient_checkpointing_enable()
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     model(ids, indices).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
@@ -577,7 +581,7 @@ def test_gradient_checkpointing_and_autocast():
     assert output.loss.dtype == torch.float32
     assert output.logits.dtype == torch.bfloat16
     output.loss.backward()
-    assert abs(float(output.loss) - float(model(ids, indices).loss)) < 0.2
+    assert abs(float((output.loss - model(ids, indices).loss).detach())) < 0.2
 
 
 def test_it_memorises_a_dozen_pictures():
