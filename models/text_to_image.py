@@ -717,7 +717,9 @@ class TextToImage(nn.Module):
                 :class:`tokenflow_ext.sampler.MultiStepSampler` has them; every step after the first
                 feeds the drawn tokens back and draws anew. The first scale is drawn once.
             seed: one for each image, or one number: image b then has seed + b. An image depends on
-                its seed and prompts, not on the batch it is in. None takes torch's generator.
+                its seed and prompts, not on the batch it is in (but for the rounding of logits,
+                where a matrix product of another shape sums in another order). None takes torch's
+                generator.
             cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
                 them; they are kept until another shape or a move of the model.
 
