@@ -17,12 +17,14 @@ PACKAGE_SOURCES := pyproject.toml setup.py constraints.txt \
 	$(shell find build_backend csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test benchmark report lint format cpp cuda-compile sass setup clean
+.PHONY: help train train-text test benchmark report lint format cpp cuda-compile sass setup clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train         train the tokenizer on the photographs that come with the packages'
 	@echo '                   (NPROC=2 for two processes, ARGS="..." for its own arguments)'
+	@echo 'make train-text    fetch captioned emojis (needs npm), train an image tokenizer on them, then'
+	@echo '                   text to image; what is there already is kept'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
 	@echo 'make benchmark     measure the kernels against their rivals'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
@@ -36,6 +38,15 @@ help:
 
 train: setup
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/tokenizer.py $(ARGS)
+
+train-text: setup
+	test -e runs/emoji/metadata.jsonl || $(BIN)/tokenflow fetch-emoji runs/emoji
+	test -e runs/emoji-tokenizer/summary.json || \
+		$(BIN)/torchrun train/tokenizer.py --config train/configs/emoji_tokenizer.yaml --resume
+	test -e runs/emoji-tokens/index.json || \
+		$(BIN)/tokenflow tokenize runs/emoji --checkpoint runs/emoji-tokenizer --out runs/emoji-tokens
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/text_to_image.py \
+		--config train/configs/emoji.yaml $(ARGS)
 
 test: setup
 	$(BIN)/pytest $(ARGS)

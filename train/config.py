@@ -205,7 +205,7 @@ class TextConfig:
         _at_least("data", self.data, 1, "evaluated")
         _at_least("data", self.data, 0, "limit", "workers")
         _at_least("model", self.model, 1, "prompt_length")
-        _at_least("model", self.model, 258, "vocabulary")  # every byte, bos and unknown
+        _at_least("model", self.model, 257, "vocabulary")  # every byte, and bos
         _at_least("sample", self.sample, 0, "guidance")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tokenflow_ext.models import WeightsError
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.train.data import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -65,6 +66,7 @@ def fid(
     if importlib.util.find_spec("torch_fidelity") is None:
         raise WeightsError("FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'")
     path = find_weights(weights)
+    ensure_torchvision()
     from torch_fidelity import calculate_metrics
 
     found = calculate_metrics(

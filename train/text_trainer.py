@@ -324,11 +324,12 @@ class TextTrainer(BaseTrainer):
         return weights
 
     def _optimizer_state(self) -> dict[str, Any]:
-        state = self.optimizer.state_dict()
-        for values in state["state"].values():
-            for name, value in values.items():
-                values[name] = whole(value).cpu()
-        return state
+        state = self.optimizer.state_dict()  # its inner mappings are the optimizer's own
+        pieces = {
+            index: {name: whole(value).cpu() for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        return {**state, "state": pieces}
 
     def save(self) -> Path | None:
         """Write a checkpoint; it is the same for every way of splitting the work."""
@@ -390,9 +391,10 @@ class TextTrainer(BaseTrainer):
                 self._load_weights(state["model"])
             optimizer = state["optimizer"]
             for index, parameter in enumerate(self.model.parameters()):
-                for name, value in optimizer["state"].get(index, {}).items():
-                    if value.shape == parameter.shape:
-                        optimizer["state"][index][name] = split_like(value, parameter)
+                values = optimizer["state"].get(index, {})
+                for name, value in values.items():
+                    if value.shape == parameter.shape:  # the moments; not the count of steps
+                        values[name] = split_like(value, parameter)
             self.optimizer.load_state_dict(optimizer)
             self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])

@@ -246,8 +246,9 @@ def ends(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
                     given(name, *keep, f"parallel={way}", f"optim.steps={steps_}")
                     for way, steps_ in zip(ways, (3, 6), strict=True)
                 ]
+            runs.append(given("half", "parallel=fsdp", "optim.precision=bf16"))
         else:
-            runs = [given("alone", "optim.schedule=constant", "optim.ema_decay=0.9")]
+            runs = [given("full"), given("alone", "optim.schedule=constant", "optim.ema_decay=0.9")]
         plan = folder / f"plan{world}.json"
         plan.write_text(json.dumps({"steps": steps, "runs": runs}))
         processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
@@ -287,6 +288,14 @@ def test_a_checkpoint_serves_every_way_of_splitting(ends, name):
         assert alone.keys() == changed.keys()
         for key, value in alone.items():
             torch.testing.assert_close(value, changed[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_split_weights_in_half_precision(ends):
+    logs = [(ends / run / "log.jsonl").read_text().splitlines() for run in ("full", "half")]
+    full, half = ([json.loads(line).get("loss") for line in lines] for lines in logs)
+    assert len(full) == 9  # six steps and three evaluations
+    assert [x for x in half if x] == pytest.approx([x for x in full if x], rel=0.02)
+    assert (ends / "half" / "pictures" / "final.png").is_file()  # drawn by both processes together
 
 
 # -- starts -------------------------------------------------------------------------------------
@@ -349,7 +358,7 @@ def test_evaluating_held_out_pairs(make, pairs):
         ("parallel=none", "parallel must be one of ddp, fsdp"),
         ("data.drop=2", r"data\.drop must be within"),
         ("data.streams=[1]", r"data\.streams must be two"),
-        ("model.vocabulary=100", r"model\.vocabulary must be 258"),
+        ("model.vocabulary=100", r"model\.vocabulary must be 257"),
         ("model.backbone.family=bert", r"backbone\.family"),
     ],
 )
