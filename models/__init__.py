@@ -14,11 +14,11 @@ from tokenflow_ext.models.config import (
     TowerConfig,
 )
 from tokenflow_ext.models.teachers import WeightsError
-from tokenflow_ext.models.text_to_image import (
+from tokenflow_ext.models.text_to_image import TextToImage, TextToImageOutput
+from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
-    TextToImage,
+    NextScaleSequence,
     TextToImageConfig,
-    TextToImageOutput,
     encode_prompts,
 )
 from tokenflow_ext.models.tokenizer import CheckpointError, TokenFlowTokenizer, TokenizerOutput
@@ -27,6 +27,7 @@ __all__ = [
     "BackboneConfig",
     "CheckpointError",
     "ConfigError",
+    "NextScaleSequence",
     "PixelConfig",
     "QuantizerConfig",
     "SemanticConfig",

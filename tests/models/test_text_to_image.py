@@ -20,6 +20,7 @@ from tokenflow_ext.models import (
     BackboneConfig,
     CheckpointError,
     ConfigError,
+    NextScaleSequence,
     PixelConfig,
     QuantizerConfig,
     SemanticConfig,
@@ -31,7 +32,6 @@ from tokenflow_ext.models import (
     encode_prompts,
 )
 from tokenflow_ext.models import text_to_image_generation as generation
-from tokenflow_ext.models.text_to_image import NextScaleSequence
 from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
 
 SCALES = (1, 2, 3, 4)

@@ -1,0 +1,327 @@
+"""What a text-to-image sequence is: vocabulary, prompts, and which place holds and sees what.
+
+Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
+:mod:`tokenflow_ext.models.config` has them for the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+IMAGE_MARK = "<img>"
+"""The string between a prompt and its image; plain text to the text tokenizer."""
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a text tokenizer; those of transformers fit."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The transformer; the names and meanings are transformers' own.
+
+    Attributes:
+        family: ``llama``, ``qwen2`` or ``qwen3``.
+        head_dim: 0 is ``hidden_size // num_attention_heads``.
+        num_key_value_heads: 0 is ``num_attention_heads``.
+    """
+
+    family: str = "llama"
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ConfigError(
+                f"backbone.family must be one of {', '.join(FAMILIES)}, got {self.family!r}"
+            )
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"backbone.{name} must be positive, got {getattr(self, name)!r}")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if groups < 0 or heads % (groups or heads):
+            raise ConfigError(
+                "backbone.num_key_value_heads must divide num_attention_heads, got "
+                f"{groups} and {heads}"
+            )
+        if self.hidden_size % heads:
+            raise ConfigError(
+                "backbone.hidden_size must be a multiple of num_attention_heads, got "
+                f"{self.hidden_size} and {heads}"
+            )
+        if self.head_dim < 0 or (self.head_dim or self.hidden_size // heads) % 2:
+            raise ConfigError(f"backbone.head_dim must be even, got {self.head_dim}")
+        if self.family == "qwen2" and self.head_dim not in (0, self.hidden_size // heads):
+            raise ConfigError(f"backbone.head_dim is fixed for qwen2, got {self.head_dim}")
+        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+            if getattr(self, name) and self.family not in families:
+                raise ConfigError(f"backbone.{name} is not an option of {self.family}")
+
+    def to_transformers(self, vocab_size: int) -> PretrainedConfig:
+        """The library's configuration for a vocabulary of this size."""
+        ensure_torchvision()
+        from transformers import AutoConfig
+
+        values = to_plain(self)
+        family, theta = values.pop("family"), values.pop("rope_theta")
+        values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
+        values["head_dim"] = self.head_dim or self.hidden_size // self.num_attention_heads
+        if family == "qwen2":
+            del values["head_dim"]
+        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+            if family not in families:
+                del values[name]
+        return AutoConfig.for_model(
+            family,
+            vocab_size=vocab_size,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            **values,
+        )
+
+    @classmethod
+    def from_transformers(cls, config: PretrainedConfig) -> BackboneConfig:
+        """The shape of a transformers configuration.
+
+        Raises:
+            ConfigError: another family, or something that would change the computation and is not
+                served (scaled RoPE, sliding windows): the message names it.
+        """
+        family = getattr(config, "model_type", None)
+        if family not in FAMILIES:
+            raise ConfigError(f"config.model_type must be one of {FAMILIES}, got {family!r}")
+        rope = dict(config.rope_parameters or {})
+        theta = float(rope.pop("rope_theta", 10000.0))
+        if rope.pop("rope_type", "default") != "default" or rope:
+            raise ConfigError(f"scaled RoPE is not served, got {config.rope_parameters}")
+        if getattr(config, "sliding_window", None) is not None:
+            raise ConfigError(f"sliding windows are not served, got {config.sliding_window}")
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+        return cls(
+            family=family,
+            rope_theta=theta,
+            head_dim=getattr(config, "head_dim", None) or 0,
+            attention_bias=getattr(config, "attention_bias", False),
+            mlp_bias=getattr(config, "mlp_bias", False),
+            initializer_range=float(config.initializer_range),
+            **{name: getattr(config, name) for name in names},
+        )
+
+
+@dataclass(frozen=True)
+class TextToImageConfig:
+    """Everything that decides a :class:`TextToImage`'s shape.
+
+    The vocabulary is the text's ``text_vocab_size`` ids, ``codebook_size`` image tokens, and one
+    padding id.
+
+    Attributes:
+        backbone: the transformer.
+        text_vocab_size: ids of the text tokenizer.
+        codebook_size: image tokens, the codes of the image tokenizer.
+        feature_dim: channels of the image tokenizer's codes (semantic and pixel).
+        scales: sides of the image tokenizer's scales; the first is 1.
+        prompt_length: ids that a prompt is cut or padded to, before those of ``<img>``.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    text_vocab_size: int = 32000
+    codebook_size: int = 32768
+    feature_dim: int = 40
+    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+    prompt_length: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("text_vocab_size", "codebook_size", "feature_dim", "prompt_length"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not self.scales or self.scales[0] != 1 or min(self.scales) < 1:
+            raise ConfigError(
+                f"scales must be positive and begin with 1 (the last text token predicts the first "
+                f"scale), got {self.scales}"
+            )
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        backbone: BackboneConfig,
+        tokenizer: TokenFlowTokenizer,
+        text_vocab_size: int,
+        prompt_length: int = 128,
+    ) -> TextToImageConfig:
+        """The configuration that fits an image tokenizer."""
+        quantizer = tokenizer.config.quantizer
+        return cls(
+            backbone,
+            text_vocab_size,
+            quantizer.codebook_size,
+            sum(tokenizer.config.dims),
+            quantizer.scales,
+            prompt_length,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Text ids, image tokens and the padding id."""
+        return self.text_vocab_size + self.codebook_size + 1
+
+    @property
+    def pad_id(self) -> int:
+        """The id that prompts are padded with, the last of the vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image."""
+        return sum(side * side for side in self.scales)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for JSON or YAML."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TextToImageConfig:
+        """Inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type, named by its path.
+        """
+        return from_plain(cls, values)
+
+
+def encode_prompts(
+    prompts: Sequence[str], text_tokenizer: TextTokenizer, config: TextToImageConfig
+) -> tuple[Tensor, Tensor]:
+    """Prompts as the model reads them: ids beginning with bos (where the tokenizer has one), cut or
+    left-padded to ``config.prompt_length``, then the ids of ``<img>``.
+
+    Returns:
+        (ids [B, T] int64, attention mask [B, T] bool, False where padded).
+
+    Raises:
+        ValueError: no prompt, or ids that are not of the configured text vocabulary.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a sequence of one string or more, got {prompts!r}")
+    first = [] if text_tokenizer.bos_token_id is None else [text_tokenizer.bos_token_id]
+    mark = text_tokenizer.encode(IMAGE_MARK, add_special_tokens=False)
+    rows = []
+    for prompt in prompts:
+        ids = first + text_tokenizer.encode(prompt, add_special_tokens=False)
+        ids = ids[: config.prompt_length]
+        rows.append([config.pad_id] * (config.prompt_length - len(ids)) + ids + mark)
+    ids = torch.tensor(rows, dtype=torch.int64)
+    valid = ids != config.pad_id
+    strange = ids[valid & ((ids < 0) | (ids >= config.text_vocab_size))]
+    if strange.numel():
+        raise ValueError(
+            f"the text tokenizer gave id {int(strange[0])}, the model's text vocabulary has "
+            f"{config.text_vocab_size} ids"
+        )
+    return ids, valid
+
+
+@dataclass(frozen=True)
+class NextScaleSequence:
+    """Which place of the sequence holds, sees and predicts what; training and generation ask here.
+
+    The ``text`` prompt places come first. The last of them, p, predicts scale 0 (one token); after
+    it stand the places of scales 1, 2, ..., each of which predicts its own token. Place p + j adds
+    row j of the position embeddings.
+    """
+
+    scales: tuple[int, ...]
+    text: int
+
+    @property
+    def length(self) -> int:
+        """Places in all: the last text place is the first image place too."""
+        return self.text - 1 + sum(side * side for side in self.scales)
+
+    def places(self, scale: int) -> tuple[int, int]:
+        """(first, end) of the places that predict a scale's tokens."""
+        first = self.text - 1 + sum(side * side for side in self.scales[:scale])
+        return first, first + self.scales[scale] ** 2
+
+    def _of_places(self, of_text: Sequence[int], of_scale: Sequence[int]) -> Tensor:
+        counts = [1] * len(of_text) + [side * side for side in self.scales[1:]]
+        values = torch.tensor([*of_text, *of_scale[1:]])
+        return values.repeat_interleave(torch.tensor(counts))
+
+    def levels(self) -> Tensor:
+        """Row of the scale embeddings that each place adds, [length] (row 1 is unused)."""
+        return self._of_places([0] * self.text, [scale + 1 for scale in range(len(self.scales))])
+
+    def visible(self) -> Tensor:
+        """How many leading places each place sees, [length]: text is causal, a scale's places see
+        all places up to their scale's end."""
+        ends = [self.places(scale)[1] for scale in range(len(self.scales))]
+        return self._of_places(range(1, self.text + 1), ends)
+
+    def _keys(self, valid: Tensor) -> Tensor:
+        """Which places are no padding [B, length] from those of the prompt [B, text]."""
+        return F.pad(valid, (0, self.length - self.text), value=True)
+
+    def mask(self, valid: Tensor, first: int = 0, end: int | None = None) -> Tensor:
+        """[B, 1, end - first, end] bool, True where the row's place sees the column's.
+
+        A padded place is seen by itself alone: no row is empty, whose softmax would be NaN.
+
+        Args:
+            valid: which prompt places are no padding, [B, text] bool.
+            first, end: the places that ask; all by default. None of them sees past ``end``.
+        """
+        end = self.length if end is None else end
+        key = torch.arange(end, device=valid.device)
+        query = key[first:].unsqueeze(1)
+        seen = key < self.visible()[first:end].to(valid.device).unsqueeze(1)
+        seen = seen & self._keys(valid)[:, :end].unsqueeze(1)
+        return (seen | (key == query)).unsqueeze(1)
+
+    def block_mask(self, valid: Tensor) -> BlockMask:
+        """:meth:`mask` for FlexAttention."""
+        visible, keys = self.visible().to(valid.device), self._keys(valid)
+
+        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return ((key < visible[query]) & keys[batch, key]) | (key == query)
+
+        count, length = valid.shape[0], self.length
+        return create_block_mask(seen, count, None, length, length, device=valid.device)
