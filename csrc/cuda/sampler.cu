@@ -187,14 +187,13 @@ struct Team {
   __device__ __forceinline__ int find_in_running_sum(int count, uint64_t target,
                                                      const Value& value) const {
     uint64_t before = 0;
-    for (int first = 0;; first += kThreads) {
+    for (int first = 0; first < count && before <= target; first += kThreads) {
       const int i = first + thread();
       const uint64_t own = i < count ? value(i) : 0;
       const Scan tile = scan(own);
       const uint64_t lower = before + tile.before;
       if (lower <= target && target < lower + own) shared.found = static_cast<uint32_t>(i);
       before += tile.total;
-      if (target < before) break;
     }
     block_barrier();
     return static_cast<int>(shared.found);
