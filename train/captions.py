@@ -306,6 +306,8 @@ class Shards:
             self.paths[i :: across * along] for i in range(across * along)
         ]  # of each stream
         self._counts: dict[Path, int] = {}
+        self._totals: list[int | None] = [None] * len(self._parts)
+        self._orders: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
         self._members: OrderedDict[Path, list[Member]] = OrderedDict()
 
     def members(self, path: Path) -> list[Member]:
@@ -331,18 +333,30 @@ class Shards:
         stream = part * along + lane
         number = turn * (self.joint // across) + offset  # of the sample in its stream
         paths, epoch = self._parts[stream], 0
-        if all(path in self._counts for path in paths):
-            epoch, number = divmod(number, self._total(stream))
+        if self._totals[stream] is None and all(path in self._counts for path in paths):
+            self._totals[stream] = self._total(stream)
+        if self._totals[stream] is not None:
+            epoch, number = divmod(number, self._totals[stream])
         while True:
-            order = _rng(self.seed, 4 + 2 * stream, epoch).permutation(len(paths))
-            for which in order:
+            # Shards are opened as the walk reaches them: the first round need not know them all.
+            for which in self._permutation(4 + 2 * stream, epoch, len(paths)):
                 count = self._count(paths[which])
                 if number < count:
-                    rng = _rng(self.seed, 5 + 2 * int(stream), epoch * len(paths) + int(which))
-                    return paths[which], int(rng.permutation(count)[number])
+                    order = self._permutation(5 + 2 * stream, epoch * len(paths) + which, count)
+                    return paths[which], order[number]
                 number -= count
             self._total(stream)
             epoch += 1
+
+    def _permutation(self, stream: int, number: int, length: int) -> list[int]:
+        """A random order; those asked for last are kept."""
+        key = (stream, number)
+        if key not in self._orders:
+            order = _rng(self.seed, stream, number).permutation(length).tolist()
+            self._orders[key] = order
+            while len(self._orders) > 4 * len(self._parts):
+                self._orders.popitem(last=False)
+        return self._orders[key]
 
     def _total(self, stream: int) -> int:
         total = sum(self._count(path) for path in self._parts[stream])

@@ -384,6 +384,14 @@ class TextTrainer(BaseTrainer):
         from safetensors.torch import load_file
 
         state = checkpoint.load(path)
+        saved = TokenFlowTokenizer.from_pretrained(path / "tokenizer").state_dict()
+        own = self.model.tokenizer.state_dict()
+        same = own.keys() == saved.keys()
+        if not (same and all(torch.equal(v.cpu(), saved[k]) for k, v in own.items())):
+            raise checkpoint.CheckpointError(
+                f"{path} was trained on the tokens of another image tokenizer than "
+                f"{self.config.init or self.config.tokenizer}"
+            )
         try:
             self._load_weights(load_file(path / "model.safetensors"))
             if self.average is not None:

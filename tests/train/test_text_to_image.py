@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image import TextToImage, encode_prompts
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
 from tokenflow_ext.train.config import load_text_config
@@ -210,6 +211,19 @@ def test_what_a_run_leaves(arguments, tmp_path, capsys):
     (newest / "tokenizer" / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"tokenizer/config\.json is truncated or altered"):
         text_to_image.main([f"run={run}", "--resume"])
+
+
+def test_resuming_another_model_is_refused(arguments, tmp_path):
+    given = arguments("run", "optim.steps=3")
+    text_to_image.main(given)
+    with pytest.raises(SystemExit, match="does not fit"):
+        text_to_image.main([*given, "--resume", "model.backbone.intermediate_size=32"])
+    other = TokenFlowTokenizer.from_pretrained(given[1].removeprefix("tokenizer="))
+    with torch.no_grad():
+        other.quantizer.codebooks[0][0] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"another image tokenizer than .*other"):
+        text_to_image.main([*given, "--resume", f"tokenizer={tmp_path / 'other'}"])
 
 
 # -- processes ----------------------------------------------------------------------------------
