@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
-from tokenflow_ext.models.text_to_image import BackboneConfig
+from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 
 
 @dataclass

@@ -19,11 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.text_to_image import (
-    TextToImage,
-    TextToImageConfig,
-    encode_prompts,
-)
+from tokenflow_ext.models.text_to_image import TextToImage
+from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, encode_prompts
 from tokenflow_ext.train import captions, checkpoint, data
 from tokenflow_ext.train.config import TextConfig, to_yaml
 from tokenflow_ext.train.distributed import Processes

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.text_to_image import TextToImage, encode_prompts
+from tokenflow_ext.models.text_to_image import TextToImage
+from tokenflow_ext.models.text_to_image_sequence import encode_prompts
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
 from tokenflow_ext.train.config import load_text_config
 from tokenflow_ext.train.distributed import Processes
