@@ -28,7 +28,7 @@ SETTINGS = (
     "OMP_",
     "TOKENFLOW_",
 )
-RIVAL_PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
+RIVAL_PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "flashinfer-python")
 
 
 def cpu_model() -> str:

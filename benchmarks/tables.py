@@ -15,6 +15,7 @@ from benchmarks.roofline import (
     arithmetic_ceilings,
     least_seconds,
 )
+from benchmarks.samplers import SAMPLERS
 from benchmarks.searches import SEARCHES
 
 Record = dict[str, Any]
@@ -61,6 +62,7 @@ def tables(
     """Everything measured on one device; tables with no rows are left out."""
     quantizer = [record for record in records if record["kind"] == "quantizer"]
     search = [record for record in records if record["kind"] == "search"]
+    sampler = [record for record in records if record["kind"] == "sampler"]
     latency = [record for record in records if record["kind"] == "latency"]
     generation = [record for record in records if record["kind"] == "generation"]
     found = []
@@ -83,12 +85,14 @@ def tables(
         ]
     if search:
         found.append(_search(search))
+    if sampler:
+        found.append(_sampler(sampler))
     if latency:
         found.append(_latency(latency))
     if generation:
         found.append(_generation(generation))
-    if quantizer or search:
-        found.append(_ceilings(quantizer + search, missing_ceilings, meanings))
+    if quantizer or search or sampler:
+        found.append(_ceilings(quantizer + search + sampler, missing_ceilings, meanings))
     return found
 
 
@@ -100,6 +104,8 @@ def included(records: Sequence[Record]) -> list[str]:
         **{("quantizer", name): item.includes for name, item in IMPLEMENTATIONS.items()},
         **{("search", name): item.includes for name, item in SEARCHES.items()},
         ("search", "ours"): "`nearest_code`, which normalises rows and codes too",
+        **{("sampler", name): item.includes for name, item in SAMPLERS.items()},
+        ("sampler", "ours"): "`sample_top_k_top_p`, without the errors of `check`",
     }
     return [f"{name} ({kind}): {texts[kind, name]}." for kind, name in names]
 
@@ -200,6 +206,36 @@ def _search(records: Sequence[Record]) -> Table:
         f"Search alone: float32, width 40 = 32 + 8, {records[0]['device']}",
         rows,
         "GFLOP/s counts 2 N K 40 for every search, whatever it really does. " + _SHARES,
+    )
+
+
+def _sampler(records: Sequence[Record]) -> Table:
+    rows = []
+    for record in records:
+        for name, result in record["results"].items():
+            row = {
+                "rows": str(record["rows"]),
+                "logits": record["dtype"],
+                "k": str(record["top_k"]),
+                "p": str(record["top_p"]),
+                "sampler": name,
+            }
+            columns = ["ms", "/ ours", "GB/s", f"of {COPY}"]
+            if result.get("left_out"):
+                rows.append({**row, **dict.fromkeys(columns, ""), "ms": result["left_out"]})
+                continue
+            cells = [
+                f"{result['seconds'] * 1e3:.2f}",
+                f"{result['ratio']:.1f}",
+                f"{record['bytes'] / result['seconds'] / 1e9:.2f}",
+                f"{result['of_copy']:.0%}",
+            ]
+            rows.append({**row, **dict(zip(columns, cells, strict=True))})
+    return Table(
+        f"Sampler: {records[0]['codes']:,} codes, guidance, {records[0]['device']}",
+        rows,
+        "GB/s counts both inputs once for every sampler, whatever it really moves; its share is of "
+        "the copy's rate in the same round, which counts what is read and what is written.",
     )
 
 
