@@ -10,6 +10,7 @@ definition, the results for inputs that make no sense, and how to use seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def _row_argument(
     if value.dim() == 0:
         return default, value
     try:
-        return default, value.expand(shape).reshape(-1)
+        return default, value.expand(shape).reshape(-1).contiguous()
     except RuntimeError as error:
         raise ValueError(
             f"{name} must be one number or one for each row of logits {list(shape)}, "
@@ -99,7 +100,9 @@ def sample_top_k_top_p(
         vocab: (start, stop), the codes to draw from; others are never read.
         generator: draws the seed where none is given; torch's own by default. A CUDA generator is
             asked on the device, so a captured CUDA graph draws anew in every replay.
-        seed: of the random numbers. A tensor is read on the device, when the kernel runs.
+        seed: of the random numbers, 64 bits. A tensor is read on the device, when the kernel runs;
+            one seed a row must have just the shape of the rows, as rows that share a seed by
+            broadcasting would all draw alike.
         offset: place in the seed's stream, 0 by default. With one seed and one offset, row r of the
             flattened batch draws at offset + r; with a seed or an offset for each row, each row
             draws at just its own.
@@ -137,6 +140,13 @@ def sample_top_k_top_p(
     if seed is None:
         where = device if generator is None else generator.device
         seed = torch.randint(_SEEDS, (), generator=generator, device=where)
+    elif not isinstance(seed, Tensor):
+        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, signed
+    elif seed.dim() > 0 and seed.shape != shape:
+        raise ValueError(
+            f"seed must be one number or one for each row of logits {list(shape)}, got shape "
+            f"{list(seed.shape)}"
+        )
     indices, probability = torch.ops.tokenflow_ext.sample_top_k_top_p(
         _as_rows(logits.detach()),
         None if uncond is None else _as_rows(uncond.detach()),
@@ -256,10 +266,21 @@ class MultiStepSampler:
         """One step's tokens [...] from logits [..., V].
 
         With a seed and no offset, each (scale, step) draws in a part of the stream of its own: the
-        step's number in the upper half of the 64 bits, the row in the lower.
+        step's number in the upper half of the 64 bits, the row in the lower. A tensor of seeds, one
+        for each of logits' first dimension, makes an image's tokens the same in any batch.
         """
         if seed is not None and offset is None:
             offset = (scale * len(self.top_k) + step) << 32
+            if isinstance(seed, Tensor) and seed.dim() > 0:
+                images, *tokens = logits.shape[:-1]
+                if seed.shape != (images,):
+                    raise ValueError(
+                        f"seed must be one number or one for each of {images} images, got shape "
+                        f"{list(seed.shape)}"
+                    )
+                seed = seed.view(-1, *(1 for _ in tokens)).expand(images, *tokens)
+                places = torch.arange(math.prod(tokens), device=logits.device).view(tokens)
+                offset = (places + offset).expand(images, *tokens)
         t = self.guidance_at(scale)
         return sample_top_k_top_p(
             logits,
@@ -326,8 +347,8 @@ class SamplingLogitsProcessor:
         top_k, top_p, temperature, vocab, generator, check: as for `sample_top_k_top_p`.
         guidance: t of classifier-free guidance. With t != 0 the batch holds the conditional rows
             and, after them, as many unconditional ones; both halves take the token drawn.
-        seed: of all draws, by default drawn from `generator` when the first is made; each call goes
-            on in the stream where the last one ended.
+        seed: of all draws; each call goes on in its stream where the last one ended. By default
+            each call draws a seed from `generator`.
     """
 
     def __init__(

@@ -116,6 +116,27 @@ def test_seeds() -> None:
     assert torch.equal(first, tokens(generator=generator.manual_seed(4)))
 
 
+def test_a_seed_for_each_image() -> None:
+    """An image's tokens do not depend on its batch, and its rows do not draw alike."""
+    sampler = MultiStepSampler(top_k=(30, 10), top_p=(0.9, 0.9), scales=SCALES)
+    logits = [torch.randn(3, s * s, CODES) for s in SCALES]
+    seeds = torch.tensor([5, 9, 5])
+
+    def tokens(rows: list[int]) -> list[Tensor]:
+        return sampler.sample(lambda scale, _: logits[scale][rows], seed=seeds[rows])
+
+    together = tokens([0, 1, 2])
+    for row in range(3):
+        alone = tokens([row])
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))
+    same = sampler.draw(3, 0, torch.zeros(3, 25, CODES), seed=seeds)
+    assert len(same[0].unique()) > 5
+    assert torch.equal(same[0], same[2])
+    assert (same[0] != same[1]).any()
+    with pytest.raises(ValueError, match="seed must be one number or one for each of 3 images"):
+        sampler.draw(1, 0, logits[1], seed=seeds[:2])
+
+
 def test_a_slice_of_the_vocabulary() -> None:
     sampler = MultiStepSampler(scales=SCALES, vocab=(10, 40), top_k=(20, 1), top_p=(0.8, 0.0))
     drawn = sampler.sample(ScriptedModel(), seed=1)

@@ -229,6 +229,11 @@ def test_an_argument_for_each_row(device: str) -> None:
         assert alone.indices.shape == ()
         assert torch.equal(alone.indices, together.indices[row])
         assert torch.equal(alone.probability, together.probability[row])
+    # One for each may be broadcast; one of a single row, too.
+    k = torch.tensor([[3], [9]], device=device)
+    pairs = sample_top_k_top_p(logits_.view(2, 12, codes), top_k=k, seed=1)
+    assert torch.equal(pairs[1], sample_top_k_top_p(logits_[12:], top_k=9, seed=1, offset=12))
+    assert torch.equal(pairs[:1], sample_top_k_top_p(logits_[None, :12], top_k=k[:1], seed=1))
     with pytest.raises(ValueError, match="top_k must be one number or one for each"):
         sample_top_k_top_p(logits_, top_k=torch.ones(7, dtype=torch.int64))
     with pytest.raises(ValueError, match="top_k must hold integers"):
@@ -320,6 +325,15 @@ def test_seeds_do_not_know_the_batch(device: str) -> None:
     rows = logits[:1].expand(64, -1)
     alike = sample_top_k_top_p(rows, seed=torch.full((64,), 5, device=device), offset=3)
     assert len(alike.unique()) == 1
+
+
+def test_seeds_are_64_bits() -> None:
+    logits = randn(100, 50)
+    drawn = sample_top_k_top_p(logits, seed=2**64 - 3)
+    assert torch.equal(drawn, sample_top_k_top_p(logits, seed=-3))
+    assert (drawn != sample_top_k_top_p(logits, seed=2**63 - 3)).any()
+    with pytest.raises(ValueError, match="seed must be one number or one for each row"):
+        sample_top_k_top_p(logits.view(10, 10, 50), seed=torch.zeros(10, 1, dtype=torch.int64))
 
 
 def test_seeds_do_not_know_the_threads() -> None:
