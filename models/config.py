@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be built: the message names the field and what was got."""
 
 
+class CheckpointError(RuntimeError):
+    """A saved tokenizer that is missing, incomplete, truncated or not one of ours."""
+
+
 def _need(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -301,6 +305,11 @@ class TokenizerConfig:
         if name == "XL":
             return _xlarge()
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+
+    def with_enhanced_decoder(self) -> TokenizerConfig:
+        """The same with the enhanced pixel decoder: 256 channels, 4 residual blocks (+ 1)."""
+        pixel = dataclasses.replace(self.pixel, decoder_channels=256, decoder_res_blocks=4)
+        return dataclasses.replace(self, pixel=pixel)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (lists for tuples), ready for JSON or YAML."""

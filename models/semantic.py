@@ -15,6 +15,7 @@ from tokenflow_ext.models.vqgan import resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -63,7 +64,9 @@ class PixelNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, 3, H, W]."""
-        return (((images + 1.0) * 0.5).clamp(0.0, 1.0) - self.mean) / self.std
+        # By way of 0-255 although (x + 1) / 2 is the same number: rounding follows the released
+        # tokenizers', whose tokens can turn on the last bit.
+        return (((images + 1.0) * 127.5).clamp(0.0, 255.0) / 255.0 - self.mean) / self.std
 
 
 class Tower(nn.Module):
@@ -179,7 +182,7 @@ class SiglipTower(Tower):
         )
         model = SiglipVisionModel(settings)
         model = getattr(model, "vision_model", model)  # transformers 4 has one level more
-        self.pixels = PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.pixels = PixelNorm(SIGLIP_MEAN, SIGLIP_STD)
         self.embeddings = model.embeddings
         self.encoder = model.encoder
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
-from tokenflow_ext.models.config import ConfigError, TokenizerConfig
+from tokenflow_ext.models import released
+from tokenflow_ext.models.config import CheckpointError, ConfigError, TokenizerConfig
 from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
 from tokenflow_ext.models.teachers import load_tower
 from tokenflow_ext.models.vqgan import Decoder, Encoder, resize
@@ -20,10 +21,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _FORMAT = "tokenflow-tokenizer"
 _FORMAT_VERSION = 1
-
-
-class CheckpointError(RuntimeError):
-    """A saved tokenizer that is missing, incomplete, truncated or not one of ours."""
 
 
 class TokenizerOutput(NamedTuple):
@@ -48,6 +45,11 @@ class TokenFlowTokenizer(nn.Module):
 
     Args:
         config: shape of everything; see :meth:`TokenizerConfig.preset`.
+
+    Attributes:
+        left_aside: by the release's names, what a released file had that no module here has (see
+            :mod:`tokenflow_ext.models.released`); empty for any other tokenizer. Not part of the
+            state dict: :meth:`save_released` alone writes it.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -55,6 +57,7 @@ class TokenFlowTokenizer(nn.Module):
         if not isinstance(config, TokenizerConfig):
             raise TypeError(f"config must be a TokenizerConfig, got {type(config).__name__}")
         self.config = config
+        self.left_aside: dict[str, Tensor] = {}
         pixel, semantic, quantizer = config.pixel, config.semantic, config.quantizer
         shape = {
             "multipliers": pixel.multipliers,
@@ -249,15 +252,75 @@ class TokenFlowTokenizer(nn.Module):
         os.replace(partial, folder / CONFIG_FILE)
         return folder
 
+    def save_released(self, path: str | Path, left_aside_from: str | Path | None = None) -> Path:
+        """Writes one torch file with exactly the released checkpoints' names and shapes.
+
+        Args:
+            left_aside_from: a released file to take from what no module here holds (SigLIP's last
+                layer and head, usage statistics), for a tokenizer that was not read from one; None
+                is what :meth:`from_pretrained` kept.
+
+        Raises:
+            ConfigError: a tokenizer that has no released form.
+            CheckpointError: weights of the released form that neither source has.
+        """
+        released.check(self.config)
+        aside = self.left_aside
+        if left_aside_from is not None:
+            aside = released.read_left_aside(left_aside_from, self.config)
+        return released.write(path, released.to_released(self.state_dict(), self.config, aside))
+
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> TokenFlowTokenizer:
-        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        resolution: int | None = None,
+        config: TokenizerConfig | None = None,
+    ) -> TokenFlowTokenizer:
+        """Loads a trained tokenizer (in evaluation mode, on the CPU).
+
+        Args:
+            path: a directory written by :meth:`save_pretrained`, or a file: one of the released
+                checkpoints (see :mod:`tokenflow_ext.models.released`).
+            resolution: side of the images in pixels, None for the tokenizer's own. A released B
+                (224) can be read for 256; anywhere else it must be the tokenizer's own.
+            config: for a file with the released names but other sizes, its configuration; None
+                recognises the released tokenizers.
 
         Raises:
             CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
                 configuration; the message names file and entry.
+            ValueError: a resolution that the tokenizer was not made for, or one beside ``config``;
+                a ``config`` for a directory.
         """
-        folder = Path(path)
+        path = Path(path)
+        if path.is_file():
+            model = cls._from_released(path, resolution, config)
+        else:
+            if config is not None:
+                raise ValueError(f"config is for released files: {path} has its own {CONFIG_FILE}")
+            model = cls._from_folder(path)
+            if resolution not in (None, model.config.image_size):
+                raise ValueError(
+                    f"resolution must be {model.config.image_size} for {path}, got {resolution!r}"
+                )
+        return model.eval()
+
+    @classmethod
+    def _from_released(
+        cls, path: Path, resolution: int | None, config: TokenizerConfig | None
+    ) -> TokenFlowTokenizer:
+        if config is not None and resolution is not None:
+            raise ValueError("config says the resolution: give one of the two")
+        state = released.read(path)
+        model = cls(config or released.recognise(state, resolution, path))
+        weights, aside = released.from_released(state, model.config, model.state_dict(), path)
+        model.load_state_dict(weights)
+        model.left_aside = {key: value.clone() for key, value in aside.items()}
+        return model
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> TokenFlowTokenizer:
         config = _read_config(folder)
         state = _read_weights(folder)
         model = cls(config)
@@ -277,7 +340,7 @@ class TokenFlowTokenizer(nn.Module):
                     f"{value.dtype}"
                 )
         model.load_state_dict(state)
-        return model.eval()
+        return model
 
 
 def _first(keys: list[str]) -> str:
@@ -287,8 +350,8 @@ def _first(keys: list[str]) -> str:
 def _read_config(folder: Path) -> TokenizerConfig:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no directory: a saved tokenizer is a directory with {CONFIG_FILE} and "
-            f"{WEIGHTS_FILE}"
+            f"{folder} is no directory, and no file: a saved tokenizer is a directory with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, a released one a torch file"
         )
     file = folder / CONFIG_FILE
     if not file.is_file():
