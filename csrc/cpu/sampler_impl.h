@@ -40,6 +40,7 @@ struct Scratch {
   uint32_t* candidate_keys;
   uint32_t* places;
   uint64_t* weights;
+  uint64_t* open_weights;  // with `keys`, once they are gathered: where top-p's boundary may lie
 };
 
 struct KeySummary {
@@ -144,12 +145,18 @@ struct Boundary {
   uint64_t below;  // the sum of it
 };
 
+struct NeverNarrow {
+  void operator()(const Boundary&, uint32_t) const {}
+};
+
 // The largest boundary in [low, end) whose sum below is at most `limit`, or, as it decides the
 // same, one where the sum is within `slack` of the limit. sum_below(low) is at most the limit and
 // sum_below(end) is not.
-template <typename SumBelow>
+//
+// narrow(found, end) is told after each step that the boundary lies in [found.key, end).
+template <typename SumBelow, typename Narrow = NeverNarrow>
 static inline Boundary find_boundary(uint32_t low, uint32_t end, uint64_t limit, uint64_t slack,
-                                     const SumBelow& sum_below) {
+                                     const SumBelow& sum_below, const Narrow& narrow = Narrow()) {
   Boundary found = {low, sum_below(low)};
   for (int step = 0; end - found.key > 1 && limit - found.below > slack; ++step) {
     uint32_t middle = found.key + (end - found.key) / 2;
@@ -164,8 +171,62 @@ static inline Boundary find_boundary(uint32_t low, uint32_t end, uint64_t limit,
     } else {
       end = middle;
     }
+    narrow(found, end);
   }
   return found;
+}
+
+// Keeps those of `count` keys in [low, end), with their weights, in order; returns how many. As
+// `gather` reads and writes.
+static int64_t keep_open(const uint32_t* keys, const uint64_t* weights, int64_t count, uint32_t low,
+                         uint32_t end, uint32_t* to_keys, uint64_t* to_weights) {
+  int64_t found = 0;
+#if defined(__AVX512F__)
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(low));
+  const __m512i width = _mm512_set1_epi32(static_cast<int>(end - low));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    const __m512i weight0 = _mm512_loadu_si512(weights + i);
+    const __m512i weight1 = _mm512_loadu_si512(weights + i + 8);
+    __mmask16 keep = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(key, least), width);
+    if (count - i < 16) keep &= static_cast<__mmask16>((1u << (count - i)) - 1u);
+    const __mmask8 keep0 = static_cast<__mmask8>(keep), keep1 = static_cast<__mmask8>(keep >> 8);
+    _mm512_storeu_si512(to_keys + found, _mm512_maskz_compress_epi32(keep, key));
+    _mm512_storeu_si512(to_weights + found, _mm512_maskz_compress_epi64(keep0, weight0));
+    found += __builtin_popcount(keep0);
+    _mm512_storeu_si512(to_weights + found, _mm512_maskz_compress_epi64(keep1, weight1));
+    found += __builtin_popcount(keep1);
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = keys[i];
+    to_keys[found] = key;
+    to_weights[found] = weights[i];
+    found += key - low < end - low ? 1 : 0;
+  }
+#endif
+  return found;
+}
+
+// Top-p's boundary: where there are many candidates, those that are decided are left out in time.
+static Boundary find_weight_boundary(const uint32_t* keys, const uint64_t* weights, int64_t count,
+                                     uint32_t low, uint32_t end, uint64_t limit,
+                                     const Scratch& scratch) {
+  constexpr int64_t kFew = 1024;
+  constexpr int kSteps = 3;
+  uint64_t decided = 0;  // sum of what was left out below
+  int steps = 0;
+  return find_boundary(
+      low, end, limit, 0,
+      [&](uint32_t middle) { return decided + weight_below(keys, weights, count, middle); },
+      [&](const Boundary& found, uint32_t open_end) {
+        if (count <= kFew || ++steps % kSteps != 0) return;
+        count = keep_open(keys, weights, count, found.key, open_end, scratch.keys,
+                          scratch.open_weights);
+        keys = scratch.keys;
+        weights = scratch.open_weights;
+        decided = found.below;
+      });
 }
 
 // Keeps those of `count` keys that are at least `bound`, with their places (`from_places`, or null
@@ -261,9 +322,8 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
 
   if (settings.droppable_share >= 0) {
     const uint64_t limit = droppable(settings.droppable_share, total);
-    const Boundary boundary = find_boundary(bound, end, limit, 0, [&](uint32_t middle) {
-      return weight_below(keys, weights, count, middle);
-    });
+    const Boundary boundary =
+        find_weight_boundary(keys, weights, count, bound, end, limit, scratch);
     for (int64_t i = 0; i < count; ++i) weights[i] = keys[i] < boundary.key ? 0 : weights[i];
     total -= boundary.below;
     // Of the codes at the boundary, equal ones, the first may go as well.
@@ -289,8 +349,9 @@ void TF_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
   const int64_t padded = (args.codes + kBlockOfKeys - 1) / kBlockOfKeys * kBlockOfKeys;
   Scratch scratch;
   scratch.weights = reinterpret_cast<uint64_t*>(memory);
-  scratch.keys = reinterpret_cast<uint32_t*>(scratch.weights + padded + kBlockGroups);
-  scratch.group_max = scratch.keys + padded;
+  scratch.open_weights = scratch.weights + padded + kBlockGroups;
+  scratch.keys = reinterpret_cast<uint32_t*>(scratch.open_weights + padded + kBlockGroups);
+  scratch.group_max = scratch.keys + padded + kBlockGroups;
   scratch.candidate_keys = scratch.group_max + padded / kGroupCodes;
   scratch.places = scratch.candidate_keys + padded + kBlockGroups;
 
