@@ -40,7 +40,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -89,7 +90,7 @@ def save(
         _flush(path)
         if path.is_file():
             name = path.relative_to(temporary).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
     _flush(temporary)
@@ -136,7 +137,7 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file} is truncated or altered: {size} bytes, expected {facts['bytes']}"
             )
-        if _digest(file) != facts["sha256"]:
+        if digest(file) != facts["sha256"]:
             raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in manifest.json")
     return manifest
 

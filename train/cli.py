@@ -18,6 +18,7 @@ from tokenflow_ext.train import (
     checkpoint,
     data,
     emojis,
+    evaluate,
     fid,
     generate,
     text_to_image,
@@ -234,6 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     fetch.add_argument("--skin-tones", action="store_true", help="with variants by skin tone")
     fetch.add_argument("--tarball", metavar="FILE", help="the package's file, where npm is not")
     _add_generate(commands.add_parser("generate", help="pictures from prompts"))
+    evaluate.add_arguments(
+        commands.add_parser("evaluate", help="a tokenizer's figures of reconstruction on a folder")
+    )
     distance = commands.add_parser("fid", help="FID of two folders of pictures")
     distance.add_argument("folders", nargs=2, metavar="DIR")
     distance.add_argument("--weights", metavar="FILE", help=f"{fid.WEIGHTS}")
@@ -248,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
             reconstruct(known.images, known.checkpoint, known.out, known.device)
         elif known.command == "generate":
             _generate(known)
+        elif known.command == "evaluate":
+            evaluate.command(known)
         elif known.command == "fid":
             value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
             print(f"FID {value:.4f}")

@@ -18,13 +18,17 @@ _DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 beg
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
+def _cached() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+
+
 def find_weights(given: str | Path | None = None) -> Path:
     """Inception's weights: the file given, or the one in torch's cache.
 
     Raises:
         WeightsError: no such file, another one, or one with more than weights in it.
     """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    cached = _cached()
     path = cached if given is None else Path(given)
     if not path.is_file():
         raise WeightsError(
@@ -42,6 +46,32 @@ def find_weights(given: str | Path | None = None) -> Path:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WeightsError(f"{path} cannot be loaded: {error}") from error
     return path
+
+
+def _ready(weights: str | Path | None) -> Path:
+    """Makes torch-fidelity importable; the checked weights' path."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise WeightsError(
+            "FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'; and its Inception "
+            f"weights, {WEIGHTS}, at {_cached()} or as --weights FILE"
+        )
+    path = find_weights(weights)
+    ensure_torchvision()
+    return path
+
+
+def inception(weights: str | Path | None = None) -> torch.nn.Module:
+    """The network of FID: uint8 [B, 3, H, W] -> a tuple of its pool features [B, 2048] alone.
+
+    Raises:
+        WeightsError: torch-fidelity or the weights are missing.
+    """
+    path = _ready(weights)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    return FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+    )
 
 
 def fid(
@@ -63,10 +93,7 @@ def fid(
         count = sum(path.suffix.lower() in _SUFFIXES for path in folder.iterdir())
         if count < 2:
             raise DataError(f"FID needs two pictures or more, {folder} holds {count}")
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise WeightsError("FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'")
-    path = find_weights(weights)
-    ensure_torchvision()
+    path = _ready(weights)
     from torch_fidelity import calculate_metrics
 
     found = calculate_metrics(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.discriminators import PatchDiscriminator
 from tokenflow_ext.models.losses import LPIPS, hinge_d_loss, tokenizer_loss
-from tokenflow_ext.models.metrics import cosine, psnr
+from tokenflow_ext.models.metrics import code_usage, cosine, psnr
 from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data
 from tokenflow_ext.train.config import TrainConfig, to_yaml
@@ -265,13 +265,10 @@ class Trainer(BaseTrainer):
             sums[2] += len(images)
         group.sum_(hits)
         group.sum_(sums)
-        share = hits.double() / hits.sum()
-        entropy = -(share * share.clamp_min(1e-300).log()).sum()
         values = {"psnr": (sums[0] / sums[2]).item()}
         if self.teacher is not None:
             values["cosine"] = (sums[1] / sums[2]).item()
-        values["usage"] = (hits > 0).double().mean().item()
-        values["perplexity"] = entropy.exp().item()
+        values["usage"], values["perplexity"] = code_usage(hits)
         return values
 
     @torch.no_grad()

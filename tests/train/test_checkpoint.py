@@ -98,7 +98,7 @@ def test_nothing_is_executed_on_loading(tmp_path, writer):
     file = path / "training.pt"
     manifest["files"]["training.pt"] = {
         "bytes": file.stat().st_size,
-        "sha256": checkpoint._digest(file),
+        "sha256": checkpoint.digest(file),
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"training\.pt cannot be loaded"):

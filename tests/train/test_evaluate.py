@@ -1,0 +1,421 @@
+"""``tokenflow evaluate``: known answers, independent computations, processes, files, messages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image, ImageFilter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+from tokenflow_ext.train import cli, evaluate, fid
+from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.distributed import Processes
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(micro, tmp_path_factory) -> Path:
+    """Seven pictures: one below another folder, a portrait, a small one, two sizes to halve."""
+    root = micro.draw_images(tmp_path_factory.mktemp("evaluated"), count=5)
+    (root / "below").mkdir()
+    random = np.random.default_rng(0)
+    for name, sides in (("below/noise.png", (70, 150)), ("tiny.png", (20, 24))):
+        pixels = random.integers(0, 256, (*sides[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1.5)).save(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def paths(folder) -> list[Path]:
+    return sorted(folder.rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def squares(paths) -> np.ndarray:
+    """What is measured, uint8 [N, S, S, 3]: the preprocessing written out once more."""
+    made = []
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        while min(image.size) // 2 >= SIZE:
+            image = image.resize([side // 2 for side in image.size], Image.BOX)
+        short = min(image.size)
+        image = image.resize([round(side * SIZE / short) for side in image.size], Image.BICUBIC)
+        pixels = np.array(image)
+        top, left = (pixels.shape[0] - SIZE) // 2, (pixels.shape[1] - SIZE) // 2
+        made.append(pixels[top : top + SIZE, left : left + SIZE])
+    return np.stack(made)
+
+
+def average_features() -> evaluate.Features:
+    """Twelve numbers of an image that a test can follow: means of its four quarters."""
+
+    def extract(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 2).flatten(1)
+
+    return evaluate.Features("fd_efflite0", 12, extract)
+
+
+def measure(change, paths, **options) -> evaluate.Measured:
+    """Figures of a stub that changes images [B, 3, S, S] in [-1, 1] and always chooses code 3."""
+
+    def reconstruct(images):
+        return change(images), torch.full((len(images), 5), 3)
+
+    return evaluate.evaluate(
+        reconstruct, paths, SIZE, 8, ALONE, batch=3, features=average_features(), **options
+    )
+
+
+def noisy(images: torch.Tensor) -> torch.Tensor:
+    """The same noise on every image, whatever the batch."""
+    noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(1))
+    return images + 0.2 * noise
+
+
+def blurred(images: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    return torch.nn.functional.avg_pool2d(padded, 5, stride=1)
+
+
+# -- known answers --------------------------------------------------------------------------------
+
+
+def test_identical_images(paths):
+    got = measure(lambda images: images, paths)
+    assert got.figures["psnr"] is None
+    assert "infinite" in got.missing["psnr"]
+    assert got.identical == len(paths) == 7
+    assert got.figures["ssim"] == got.figures["ssim_range_2"] == 1.0
+    assert got.figures["fd_efflite0"] == pytest.approx(0, abs=1e-12)
+    assert got.figures["usage"] == 1 / 8
+    assert got.figures["perplexity"] == pytest.approx(1)
+    assert [row["psnr"] for row in got.images] == [None] * 7
+    assert torch.equal(got.originals, got.made)
+
+
+def test_one_identical_image_leaves_the_mean_of_the_others(paths):
+    """An infinity must neither swallow the mean nor vanish without a word."""
+    first = []
+
+    def change(images):
+        made = noisy(images)
+        if not first:
+            made[0] = images[0]
+            first.append(True)
+        return made
+
+    got = measure(change, paths)
+    others = [row["psnr"] for row in got.images[1:]]
+    assert got.images[0]["psnr"] is None
+    assert got.identical == 1
+    assert got.figures["psnr"] == pytest.approx(sum(others) / 6)
+
+
+@pytest.mark.parametrize("change", [noisy, blurred])
+def test_figures_are_scikit_images(change, paths, squares):
+    got = measure(change, paths)
+    expected = {"psnr": [], "ssim": [], "ssim_range_2": []}
+    images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+    made = (change(images) * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for original, other in zip(squares / 255.0, made / 255.0, strict=True):
+        expected["psnr"].append(peak_signal_noise_ratio(other, original))
+        for name, data_range in (("ssim", 1.0), ("ssim_range_2", 2.0)):
+            value = structural_similarity(other, original, channel_axis=-1, data_range=data_range)
+            expected[name].append(value)
+    for name, values in expected.items():
+        assert [row[name] for row in got.images] == pytest.approx(values, rel=1e-9), name
+        assert got.figures[name] == pytest.approx(np.mean(values), rel=1e-9), name
+    assert got.figures["ssim_range_2"] > got.figures["ssim"] + 0.01
+
+    def statistics(pixels):
+        quarters = pixels.reshape(7, 2, SIZE // 2, 2, SIZE // 2, 3).mean(axis=(2, 4)) / 255
+        rows = quarters.transpose(0, 3, 1, 2).reshape(7, 12)
+        return rows - rows.mean(axis=0), rows.mean(axis=0)
+
+    # tr sqrt(A A^T B B^T) is the nuclear norm of A^T B: seven rows have no covariance of full rank.
+    (one, mean_1), (two, mean_2) = statistics(squares), statistics(made)
+    cross = np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    distance = (np.sum(one**2) + np.sum(two**2) - 2 * cross) / 6 + np.sum((mean_1 - mean_2) ** 2)
+    assert got.figures["fd_efflite0"] == pytest.approx(distance, rel=1e-5)
+    assert distance > 1e-5
+
+
+def test_preprocessing(paths, squares):
+    got = measure(lambda images: images, paths, pictures=100)
+    assert np.array_equal(got.originals.permute(0, 2, 3, 1).numpy(), squares)
+    digests = [hashlib.sha256(pixels.tobytes()) for pixels in squares]
+    assert [row["sha256"] for row in got.images] == [digest.hexdigest() for digest in digests]
+    assert got.digest == hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+    assert got.enlarged == 1
+
+
+def test_every_level_survives_the_way_to_the_tokenizer_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(evaluate.to_float(levels)), levels)
+
+
+def test_limit_is_spread(paths):
+    assert evaluate.thinned(paths, None) == evaluate.thinned(paths, 7) == paths
+    assert evaluate.thinned(paths, 3) == [paths[0], paths[2], paths[4]]
+
+
+def test_lpips_is_the_mean_over_images(paths, squares):
+    """The last batch is smaller than the others and must not weigh as much."""
+
+    def perceptual(made, originals):
+        return (made - originals).abs().mean()
+
+    got = measure(blurred, paths, perceptual=perceptual)
+    images = evaluate.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
+    expected = perceptual(evaluate.to_float(to_uint8(blurred(images))), images)
+    assert got.figures["lpips"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_image_or_a_broken_one_is_an_error(paths, tmp_path):
+    with pytest.raises(DataError, match="no image"):
+        measure(blurred, [])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        measure(blurred, [*paths, broken])
+    got = measure(blurred, paths[:1])
+    assert got.figures["fd_efflite0"] is None
+    assert "two images" in got.missing["fd_efflite0"]
+
+
+# -- the measures themselves ----------------------------------------------------------------------
+
+
+def test_both_kinds_of_images_are_measured_alike():
+    a, b = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
+    floats = [evaluate.to_float(x) for x in (a, b)]
+    torch.testing.assert_close(psnr(*floats).double(), psnr(a, b), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ssim(*floats).double(), ssim(a, b), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="7 pixels"):
+        ssim(a[..., :6], b[..., :6])
+
+
+def test_code_usage():
+    share, perplexity = code_usage(torch.tensor([2, 0, 2, 4]))
+    assert share == 0.75
+    assert perplexity == pytest.approx(2**1.5)
+
+
+def covariance(random, width: int) -> torch.Tensor:
+    rows = torch.from_numpy(random.normal(size=(3 * width, width)))
+    return rows.T @ rows / width
+
+
+def test_frechet_of_commuting_gaussians():
+    """Diagonal covariances: |m1 - m2|^2 + the sum of (s1 - s2)^2."""
+    one = (torch.tensor([1.0, 2.0, 3.0]), torch.diag(torch.tensor([4.0, 9.0, 0.0])))
+    other = (torch.tensor([1.0, 0.0, 3.0]), torch.diag(torch.tensor([1.0, 16.0, 25.0])))
+    assert frechet(one, other) == pytest.approx(4 + 1 + 1 + 25)
+
+
+def test_frechet_is_scipys():
+    random = np.random.default_rng(3)
+    means = torch.from_numpy(random.normal(size=(2, 20)))
+    one, other = covariance(random, 20), 2 * covariance(random, 20)
+    root = scipy.linalg.sqrtm((one @ other).numpy())
+    trace = (one + other).trace().item() - 2 * np.trace(root).real
+    expected = (means[0] - means[1]).square().sum().item() + trace
+    assert frechet((means[0], one), (means[1], other)) == pytest.approx(expected, rel=1e-9)
+    assert frechet((means[0], one), (means[0], one)) == pytest.approx(0, abs=1e-10)
+
+
+def test_sums_of_parts_are_the_gaussian_of_all_rows():
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 3
+    whole, parts = FeatureSums(6), [FeatureSums(6), FeatureSums(6)]
+    whole.add(rows)
+    parts[0].add(rows[:11])
+    parts[1].add(rows[11:])
+    for mine, theirs in zip(*parts, strict=True):
+        mine += theirs
+    for mine, theirs in zip(whole.gaussian(), parts[0].gaussian(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    mean, sample = whole.gaussian()
+    torch.testing.assert_close(mean, rows.double().mean(dim=0))
+    torch.testing.assert_close(sample, torch.cov(rows.double().T))
+    with pytest.raises(ValueError, match="two rows"):
+        FeatureSums(6).gaussian()
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of torch's, whatever this machine has."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+class Page(HTMLParser):
+    """Sources, captions and tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources, self.tags, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        found = dict(attributes)
+        self.sources += [found[name] for name in ("src", "href") if name in found]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
+    arguments += ["--device", "cpu", "--out", str(out), "--batch-size", "4", "--pictures", "3"]
+    cli.main(arguments)
+    said = capsys.readouterr().out
+    report = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+    model = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    images = evaluate.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        codes = model.encode(images)
+        made = to_uint8(model.decode(codes)[0])
+    expected = psnr(made, to_uint8(images)).item()
+    figures = report["figures"]
+    assert figures["psnr"] == pytest.approx(expected, rel=1e-4)
+    assert figures["usage"] == len(codes.unique()) / 64
+    assert figures["rfid"] is None
+    assert figures["lpips"] is None
+    assert math.isfinite(figures["fd_efflite0"])
+    assert report["missing"].keys() == {"rfid", "lpips"}
+    assert report["data"]["images"] == 7
+    assert report["data"]["folder"] == str(folder)
+    weights = (image_tokenizer / "model.safetensors").read_bytes()
+    assert report["tokenizer"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert report["tokenizer"]["tokens_per_image"] == 21
+    assert "bicubic filter, a = -0.5, antialiased" in report["preprocessing"]
+    assert report["paper"]["384"] == {"rfid": 0.63, "psnr": 22.77, "ssim_range_2": 0.731}
+    assert report["definitions"].keys() == figures.keys()
+    assert report["environment"]["torch"] == torch.__version__
+    rows = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [p.relative_to(folder).as_posix() for p in paths]
+
+    for text in (f"{expected:.2f}", "21.41 / 22.77", "0.687 / 0.731", "FD-EffLite0 (not FID)"):
+        assert text in said, text
+    flat = " ".join(said.split())  # lines are wrapped
+    assert report["preprocessing"] in flat
+    for file in (fid.WEIGHTS, evaluate.VGG16):
+        assert f"{cache / file}" in flat
+    assert "7 images for features of 112 channels" in flat
+
+    page = Page((out / "pictures.html").read_text())
+    assert len(page.sources) == 6
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not {"script", "link"} & set(page.tags)
+    assert f"{rows[0]['image']}: {rows[0]['psnr']:.2f} dB" in page.text
+    with Image.open(out / "pictures.png") as sheet:
+        assert sheet.size == (3 * 34 * 4, 2 * 34 * 4)  # three over three, gaps of 2, enlarged
+
+
+def test_errors_end_with_one_line(image_tokenizer, folder, cache, tmp_path):
+    arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "out"), "--data"]
+    for more, message in (
+        ([str(tmp_path / "none")], "no folder at"),
+        ([str(folder), "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        ([str(folder), "--limit", "0"], "--limit must be 1 or more"),
+        ([str(folder), "--weights", "none.pth"], "FID needs"),
+        ([str(folder), "--vgg16", "none.pth"], r"no file at none\.pth"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            cli.main([*arguments, *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_any_weights_nothing_is_named_in_their_place(cache, monkeypatch):
+    def no_weights(*_):
+        raise WeightsError("pip install a package")
+
+    monkeypatch.setattr(evaluate, "build_teacher", no_weights)
+    features, missing = evaluate.choose_features(None, torch.device("cpu"))
+    assert features is None
+    assert str(cache / fid.WEIGHTS) in missing["rfid"]
+    assert missing["fd_efflite0"] == "pip install a package"
+
+
+def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
+    """Seven images for two processes, and one for two: dealt out, none twice."""
+    script = Path(cli.__file__)
+    runs = []
+    for world, limit in ((1, 7), (2, 7), (2, 1)):
+        out = tmp_path / f"out{world}{limit}"
+        arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
+        arguments += ["--out", str(out), "--limit", str(limit), "--batch-size", "2"]
+        process = micro.launch([*arguments, "--device", "cpu"], processes=world, script=script)
+        runs.append((out, process))
+    outputs = [micro.finish(process) for _, process in runs]
+    one, two, few = (json.loads((out / "metrics.json").read_text()) for out, _ in runs)
+    assert outputs[1].count("SSIM, range 1") == 1  # one process speaks
+    assert one["data"] == two["data"]
+    assert one["figures"].keys() == two["figures"].keys()
+    for name, value in one["figures"].items():
+        if value is None:
+            assert two["figures"][name] is None, name
+        else:
+            assert two["figures"][name] == pytest.approx(value, rel=1e-4), name
+    files = [(out / "images.jsonl").read_text().splitlines() for out, _ in runs]
+    alone, shared, _ = ([json.loads(line) for line in lines] for lines in files)
+    for a, b in zip(alone, shared, strict=True):
+        assert (a["image"], a["sha256"]) == (b["image"], b["sha256"])
+        assert a["psnr"] == pytest.approx(b["psnr"], abs=1e-3)
+    pages = [Page((out / "pictures.html").read_text()).sources for out, _ in runs]
+    assert pages[0][::2] == pages[1][::2]  # the originals, in one order
+    assert two["environment"]["processes"] == 2
+    assert few["data"]["images"] == 1
+
+
+def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
+    """Our sums of Inception's features against the library's own FID of the same pictures."""
+    ensure_torchvision()
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # The published weights are not at hand: random ones serve, the arithmetic is the same.
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="-")
+    weights = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), weights)
+    monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    features, missing = evaluate.choose_features(str(weights), torch.device("cpu"))
+    assert (features.figure, missing) == ("rfid", {})
+    features_of = evaluate.evaluate(
+        lambda images: (blurred(images), torch.zeros(len(images), 1, dtype=torch.int64)),
+        paths,
+        SIZE,
+        8,
+        ALONE,
+        features=features,
+        pictures=len(paths),
+    )
+    for name, pixels in (("a", features_of.originals), ("b", features_of.made)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    library = fid.fid(tmp_path / "a", tmp_path / "b", weights)
+    assert features_of.figures["rfid"] == pytest.approx(library, rel=1e-3)
