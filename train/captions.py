@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,18 +118,51 @@ def list_captions(folder: str | Path) -> dict[Path, str | None]:
     return found
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which pairs of a folder are meant, by their captions: those that ``match`` matches, and
+    ``unseen`` does not or, with ``held_out``, does; then ``limit`` of them, evenly (0: all)."""
+
+    match: str = ""
+    unseen: str = ""
+    limit: int = 0
+    held_out: bool = False
+
+    def __call__(self, captions: Sequence[str]) -> list[int]:
+        """Places of the captions that are meant.
+
+        Raises:
+            DataError: none is.
+        """
+        match, unseen = re.compile(self.match or ".*"), re.compile(self.unseen or r"\A(?!)")
+        found = [
+            place
+            for place, caption in enumerate(captions)
+            if match.fullmatch(caption) and bool(unseen.fullmatch(caption)) == self.held_out
+        ]
+        if captions and not found:
+            raise DataError(
+                f"data.match={self.match!r} and data.unseen={self.unseen!r} leave none of "
+                f"{len(captions)} captions to {'hold out' if self.held_out else 'train with'}"
+            )
+        return [found[i] for i in _evenly(len(found), self.limit)]
+
+
+_ALL = Choice()
+
+
 class Pictures:
     """A folder of pictures; those without a caption are left out. Few pictures stay decoded."""
 
-    def __init__(self, folder: Path, size: int, limit: int = 0) -> None:
+    def __init__(self, folder: Path, size: int, choice: Choice = _ALL) -> None:
         self.folder, self.size = folder, size
         pairs = [(p, c) for p, c in sorted(list_captions(folder).items()) if c]
-        self.pairs = [pairs[i] for i in _evenly(len(pairs), limit)]
-        if not self.pairs:
+        if not pairs:
             raise DataError(
                 f"no picture below {folder} has a caption: NAME.txt beside NAME.png, or "
                 f'{METADATA} with {{"file_name": ..., "text": ...}} a line'
             )
+        self.pairs = [pairs[i] for i in choice([caption for _, caption in pairs])]
         keep = len(self.pairs) * 3 * size * size * 4 <= _MEMORY
         self._memory: dict[int, Tensor] | None = {} if keep else None
 
@@ -160,7 +194,11 @@ class Tokens:
     """
 
     def __init__(
-        self, folder: Path, scales: list[tuple[int, int]], codebook_size: int, limit: int = 0
+        self,
+        folder: Path,
+        scales: list[tuple[int, int]],
+        codebook_size: int,
+        choice: Choice = _ALL,
     ) -> None:
         index = _read_index(folder)
         if [tuple(s) for s in index["scales"]] != [tuple(s) for s in scales]:
@@ -190,7 +228,7 @@ class Tokens:
             captions += [listing[i]["caption"] for i in kept]
         if not captions:
             raise DataError(f"no row of the tokens in {folder} has a caption")
-        chosen = _evenly(len(captions), limit)
+        chosen = choice(captions)
         self.tokens, self.captions = torch.cat(rows)[chosen], [captions[i] for i in chosen]
         least, most = int(self.tokens.min()), int(self.tokens.max())
         if least < 0 or most >= codebook_size:
@@ -469,26 +507,38 @@ class Captioned(Dataset):
 
 
 def open_source(
-    path: str | Path, form: Form, config: CaptionConfig, joint: int, seed: int
+    path: str | Path,
+    form: Form,
+    config: CaptionConfig,
+    joint: int,
+    seed: int,
+    choice: Choice | None = None,
 ) -> Pictures | Tokens | Shards:
     """The pictures, tokens or shards in the folder ``path``.
+
+    Args:
+        choice: which of the pairs; those to train with by default.
 
     Raises:
         DataError: see the classes.
     """
     folder = Path(path)
+    if choice is None:
+        choice = Choice(config.match, config.unseen, config.limit)
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}")
     if (folder / "index.json").is_file():
-        return Tokens(folder, form.scales, form.codebook_size, config.limit)
+        return Tokens(folder, form.scales, form.codebook_size, choice)
     if any(folder.glob("*.tar")):
-        if config.limit:
-            raise DataError(f"data.limit = {config.limit} is not for shards, which {folder} holds")
+        if choice != _ALL:
+            raise DataError(
+                f"data.match, unseen and limit are not for shards, which {folder} holds"
+            )
         across, along = config.streams
         return Shards(folder, form.image_size, (across, along), joint, seed)
     if any(folder.glob("*.tar.*")) or any(folder.glob("*.tgz")):
         raise DataError(f"{folder} holds compressed shards: decompress them, pictures are anyway")
-    return Pictures(folder, form.image_size, config.limit)
+    return Pictures(folder, form.image_size, choice)
 
 
 def some(source: Pictures | Tokens | Shards, count: int) -> list[Sample]:

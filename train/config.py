@@ -41,11 +41,15 @@ class DataConfig:
 class CaptionConfig:
     """Pictures with captions: a folder of them, of WebDataset shards, or of ``tokenflow tokenize``.
 
-    ``held_out`` is a second such folder, for the evaluation alone.
+    ``held_out`` is a second such folder, for the evaluation alone. ``match`` and ``unseen`` are
+    regular expressions of whole captions: pairs that ``match`` does not match are left out, those
+    that ``unseen`` matches are held out of training.
     """
 
     path: str = "runs/emoji"
-    limit: int = 0  # this many pairs, evenly over the folder (0: all); not for shards
+    match: str = ""  # not for shards, nor are the next two
+    unseen: str = ""
+    limit: int = 0  # this many of the pairs trained with, evenly over the folder (0: all)
     held_out: str | None = None
     evaluated: int = 64  # pairs of each of the two that an evaluation looks at
     drop: float = 0.1  # share of the captions replaced by the empty string
@@ -202,6 +206,13 @@ class TextConfig:
             raise ConfigError(
                 f"data.streams must be two positive numbers, got {list(self.data.streams)}"
             )
+        for name in ("match", "unseen"):
+            try:
+                re.compile(getattr(self.data, name))
+            except re.error as error:
+                raise ConfigError(f"data.{name} is no regular expression: {error}") from error
+        if self.data.unseen and self.data.held_out is not None:
+            raise ConfigError("data.unseen and data.held_out are two held-out sets: give one")
         _at_least("data", self.data, 1, "evaluated")
         _at_least("data", self.data, 0, "limit", "workers")
         _at_least("model", self.model, 1, "prompt_length")

@@ -111,9 +111,16 @@ class TextTrainer(BaseTrainer):
         if config.optim.ema_decay > 0:
             self.average = Average(self.model, config.optim.ema_decay)
         sets = {"known": self.dataset.source}
-        if config.data.held_out is not None:
+        held_out = None
+        if config.data.unseen:
+            choice = captions.Choice(config.data.match, config.data.unseen, held_out=True)
+            held_out = config.data.path, choice
+        elif config.data.held_out is not None:
+            held_out = config.data.held_out, captions.Choice()
+        if held_out is not None:
+            folder, choice = held_out
             sets["held_out"] = captions.open_source(
-                config.data.held_out, form, config.data, joint, config.seed
+                folder, form, config.data, joint, config.seed, choice
             )
         self.evaluated = {name: self._fixed(source) for name, source in sets.items()}
         self._seed(1 + group.rank)

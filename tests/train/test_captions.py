@@ -126,6 +126,34 @@ def test_every_round_of_a_folder_visits_each_once(tmp_path):
     assert [caption for _, caption in few.source.pairs] == ["number 0", "number 2", "number 4"]
 
 
+def test_pairs_are_chosen_by_caption(tmp_path):
+    for i, name in enumerate(["red circle", "blue circle", "red square", "blue square", "a duck"]):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+        (tmp_path / f"{i}.txt").write_text(name)
+
+    def chosen(**settings) -> list[str]:
+        pictures = Pictures(tmp_path, 8, captions.Choice(**settings))
+        return [caption for _, caption in pictures.pairs]
+
+    shapes = "(red|blue) (circle|square)"
+    assert chosen(match="red.*") == ["red circle", "red square"]
+    assert chosen(match=shapes, unseen="red square") == ["red circle", "blue circle", "blue square"]
+    assert chosen(match=shapes, unseen="red square|a duck", held_out=True) == ["red square"]
+    assert chosen(unseen="blue.*", limit=2) == ["red circle", "red square"]
+    with pytest.raises(DataError, match="leave none of 5 captions to train with"):
+        chosen(match="red")  # a whole caption is meant, not a part of it
+    with pytest.raises(DataError, match="to hold out"):
+        chosen(match="red.*", unseen="blue.*", held_out=True)
+    # Every caption is in one of the two.
+    both = chosen(unseen=".*square"), chosen(unseen=".*square", held_out=True)
+    assert sorted(both[0] + both[1]) == sorted(chosen())
+
+
+def test_shards_are_not_chosen_from(shards):
+    with pytest.raises(DataError, match="not for shards"):
+        Captioned(shards, FORM, CaptionConfig(match="a.*"), 4, seed=0)
+
+
 def test_members_of_a_shard(shards):
     first = sorted(shards.glob("*.tar"))[0]
     assert [m.name for m in captions.read_members(first)] == [f"part/00{i}.png" for i in range(3)]

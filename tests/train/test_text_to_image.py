@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.models.config import ConfigError
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.models.text_to_image_sequence import encode_prompts
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
+from tokenflow_ext.train.captions import list_captions, some
 from tokenflow_ext.train.config import load_text_config
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.text_trainer import TextTrainer
@@ -361,6 +364,26 @@ def test_evaluating_held_out_pairs(make, pairs):
     values = trainer.evaluate()
     assert values["held_out_loss"] == pytest.approx(values["known_loss"])
     assert 0 <= values["held_out_accuracy"] <= 1
+
+
+def test_unseen_captions_are_held_out(make, pairs):
+    captions = sorted(filter(None, list_captions(pairs).values()))
+    unseen = captions[:2]
+    trainer = make(f"data.unseen={'|'.join(map(re.escape, unseen))}")
+    assert sorted({s.caption for s in some(trainer.dataset.source, 0)}) == captions[2:]
+    assert "held_out_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.match=(", r"data\.match is no regular expression"),
+        ("data.unseen=(", r"data\.unseen is no regular expression"),
+    ],
+)
+def test_captions_that_are_no_expression(make, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        make(setting)
 
 
 @pytest.mark.parametrize(
