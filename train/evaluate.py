@@ -212,8 +212,8 @@ def evaluate(
         The figures on the first process, None on the others.
 
     Raises:
-        DataError: no image, or one that cannot be read: figures without it would be figures of
-            other data.
+        DataError: no image, one that cannot be read (figures without it would be figures of other
+            data), or a reconstruction that is not finite.
     """
     if not paths:
         raise data.DataError("no image to evaluate on")
@@ -235,6 +235,9 @@ def evaluate(
         originals = pixels.to(group.device)
         floats = to_float(originals)
         made, chosen = reconstruct(floats)
+        if not made.isfinite().all():  # 8 bits would hide it
+            names = ", ".join(str(paths[index]) for index in indices)
+            raise data.DataError(f"the reconstruction is not finite, among {names}")
         made = to_uint8(made)
         hits += torch.bincount(chosen.flatten(), minlength=codes)
         if features is not None:
@@ -537,6 +540,11 @@ def run(
     size, codes = model.config.image_size, model.quantizer.codebook_size
     features, missing = choose_features(inception, group.device)
     perceptual, more = choose_perceptual(vgg16, group.device)
+    if any(other != missing | more for other in group.gather(missing | more)):
+        raise WeightsError(
+            "the processes do not find the same weights: put them on every machine, or name them "
+            "with --weights FILE and --vgg16 FILE"
+        )
 
     def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
         indices = model.encode(images)

@@ -191,6 +191,8 @@ def test_no_image_or_a_broken_one_is_an_error(paths, tmp_path):
     broken.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png"):
         measure(blurred, [*paths, broken])
+    with pytest.raises(DataError, match=r"not finite, among .*picture0\.png"):
+        measure(lambda images: images / 0, paths)
     got = measure(blurred, paths[:1])
     assert got.figures["fd_efflite0"] is None
     assert "two images" in got.missing["fd_efflite0"]
@@ -354,6 +356,50 @@ def test_without_any_weights_nothing_is_named_in_their_place(cache, monkeypatch)
     assert features is None
     assert str(cache / fid.WEIGHTS) in missing["rfid"]
     assert missing["fd_efflite0"] == "pip install a package"
+
+
+def test_the_stand_in_grows_with_the_damage(paths):
+    features = evaluate.lite0_features(torch.device("cpu"))
+    made = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((64, 64)))) for p in paths])
+    made = evaluate.to_float(made[..., :3].permute(0, 3, 1, 2))
+
+    def distance(change) -> float:
+        sums = [FeatureSums(112), FeatureSums(112)]
+        for part, images in zip(sums, (made, change(made)), strict=True):
+            part.add(features.extract(to_uint8(images)))
+        return frechet(sums[0].gaussian(), sums[1].gaussian())
+
+    twice = [distance(lambda x: x), distance(blurred), distance(lambda x: blurred(blurred(x)))]
+    assert twice[0] < 1e-6 * twice[1]
+    assert 1.2 * twice[1] < twice[2]
+
+
+def test_vgg16_in_the_cache_is_found(cache, monkeypatch):
+    read = []
+
+    def stub(path):
+        read.append(path)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(evaluate, "LPIPS", stub)
+    none, missing = evaluate.choose_perceptual(None, torch.device("cpu"))
+    assert none is None
+    assert str(cache / evaluate.VGG16) in missing["lpips"]
+    cache.mkdir(parents=True)
+    (cache / evaluate.VGG16).touch()
+    assert evaluate.choose_perceptual(None, torch.device("cpu"))[1] == {}
+    evaluate.choose_perceptual("mine.pth", torch.device("cpu"))
+    assert read == [cache / evaluate.VGG16, "mine.pth"]
+
+
+def test_processes_with_other_weights_are_told(image_tokenizer, folder, cache, tmp_path):
+    class Two(Processes):
+        def gather(self, value):
+            return [value, {}]
+
+    group = Two(0, 2, torch.device("cpu"))
+    with pytest.raises(WeightsError, match="do not find the same weights"):
+        evaluate.run(str(image_tokenizer), str(folder), str(tmp_path / "out"), group)
 
 
 def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
