@@ -263,8 +263,8 @@ def from_released(
         faults.append(f"{len(other)} of another shape or type ({_listed(other)})")
     if faults:
         raise CheckpointError(
-            f"{source} is not the released tokenizer with a {kind} tower at "
-            f"{config.image_size} px that was asked for or recognised: {'; '.join(faults)}"
+            f"{source} does not fit the configuration with a {kind} tower at "
+            f"{config.image_size} px: {'; '.join(faults)}"
         )
     for key, value in pixels.items():
         if not torch.allclose(state[key], value, rtol=0.0, atol=1e-6):

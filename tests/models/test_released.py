@@ -95,6 +95,18 @@ def test_key_lists(name):
     assert {k for k, v in state.items() if id(v) not in read} == {
         k for k in state if k.startswith("scaling_layer.")
     }
+    # Inside a module the names are the same on both sides, so none has taken another's place.
+    names = {id(v): k for k, v in state.items()}
+    theirs = re.compile(r"(encoder_vqkd|decoder_vqkd)\.(vision_model\.)?")
+    ours = re.compile(r"(semantic_encoder|semantic_decoder)\.(trunk\.)?")
+    for key in own:
+        if not key.startswith("quantizer."):
+            source = names[id(weights[key])]
+            assert theirs.sub("", source, count=1) == ours.sub("", key, count=1)
+            assert source.startswith("decoder_vqkd.") == key.startswith("semantic_decoder.")
+    for group, part in enumerate(("vqkd", "vqgan")):
+        source = names[id(weights[f"quantizer.codebooks.{group}"])]
+        assert source == f"quantize.embedding_{part}.weight"
     back = released.to_released(weights, config, aside)
     assert {k: tuple(v.shape) for k, v in back.items()} == published_shapes(name)
     assert all(v.dtype == torch.float32 for v in back.values())
