@@ -43,8 +43,10 @@ train-text: setup
 	test -e runs/emoji/metadata.jsonl || $(BIN)/tokenflow fetch-emoji runs/emoji
 	test -e runs/emoji-tokenizer/summary.json || \
 		$(BIN)/torchrun train/tokenizer.py --config train/configs/emoji_tokenizer.yaml --resume
-	test -e runs/emoji-tokens/index.json || \
-		$(BIN)/tokenflow tokenize runs/emoji --checkpoint runs/emoji-tokenizer --out runs/emoji-tokens
+	test -e runs/emoji-tones/metadata.jsonl || \
+		$(BIN)/tokenflow fetch-emoji runs/emoji-tones --skin-tones
+	test -e runs/emoji-tokens/index.json || $(BIN)/tokenflow tokenize runs/emoji-tones \
+		--checkpoint runs/emoji-tokenizer --out runs/emoji-tokens
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/text_to_image.py \
 		--config train/configs/emoji.yaml $(ARGS)
 
