@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from tokenflow_ext.models.config import ConfigError
+from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
     NextScaleSequence,
@@ -391,7 +392,7 @@ class TextToImage(nn.Module):
             cuda_graphs=cuda_graphs,
         )
         images, _ = self.tokenizer.decode(indices)
-        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+        return to_uint8(images)
 
     @torch.no_grad()
     def generate_tokens(

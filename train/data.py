@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.train.config import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -181,8 +182,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] (127.5 x + 128, clamped, truncated)."""
-    pixels = (images.detach().float().cpu() * 127.5 + 128).clamp_(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class RandomCrops(Dataset):
