@@ -32,6 +32,13 @@ const RankKernels* int8_rank() {
   return nullptr;
 }
 
+// Threads raise a maximum together.
+void raise(std::atomic<double>& to, double value) {
+  double seen = to.load();
+  while (seen < value && !to.compare_exchange_weak(seen, value)) {
+  }
+}
+
 std::unique_ptr<std::byte[], void (*)(std::byte*)> allocate(size_t bytes) {
   return {static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(kAlignment))),
           [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
@@ -110,33 +117,34 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
       packed_(pack(int8_rank() ? *int8_rank() : kernels().rank)),
       coarse_(packed_.rank != &kernels().rank) {}
 
-Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
-  const int dim = layout_.dim, width = rank.panel_width;
-  // The largest number to be packed.
-  double largest = 0, largest_weight = 0;
+// A bound of the numbers that are packed: normalised codes times the square root of the weight.
+double Searcher<float>::largest_entry() const {
+  std::atomic<double> largest{0};
   for (int g = 0; g < layout_.groups; ++g) {
-    const double root = std::sqrt(layout_.weight[g]);
-    largest_weight = std::max(largest_weight, layout_.weight[g]);
-    if (layout_.l2_norm) {
-      largest = std::max(largest, root);
-    } else {
-      for (int64_t i = 0; i < layout_.codes; ++i) {
+    if (layout_.l2_norm) raise(largest, std::sqrt(layout_.weight[g]));
+  }
+  if (layout_.l2_norm) return largest;
+  executor_.for_ranges(layout_.codes, layout_.dim, [&](int64_t begin, int64_t end) {
+    for (int g = 0; g < layout_.groups; ++g) {
+      float most = 0;
+      for (int64_t i = begin; i < end; ++i) {
         for (int d = layout_.begin[g]; d < layout_.begin[g + 1]; ++d) {
-          largest = std::max(largest, std::abs(static_cast<double>(codebook_[i * dim + d])) * root);
+          most = std::max(most, std::abs(codebook_[i * layout_.dim + d]));
         }
       }
+      raise(largest, static_cast<double>(most) * std::sqrt(layout_.weight[g]));
     }
-  }
+  });
+  return largest;
+}
+
+Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
+  const int dim = layout_.dim, width = rank.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
   const size_t panel_bytes = rank.panel_bytes(dim);
   Packed packed = {&rank, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}, true};
-  packed.bounds.step = rank.step(largest);
+  packed.bounds.step = rank.step(largest_entry());
   std::atomic<double> norm{0}, error{0}, bias{0};
-  const auto raise = [](std::atomic<double>& to, double value) {
-    double seen = to.load();
-    while (seen < value && !to.compare_exchange_weak(seen, value)) {
-    }
-  };
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
     std::vector<float>& lines = scratch().lines;
     lines.resize(static_cast<size_t>(width) * dim);
@@ -157,7 +165,8 @@ Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
   packed.bounds.error = error;
   packed.bounds.bias = bias;
   // Of normalised codes only those without a length have a bias beyond float64's rounding.
-  packed.has_bias = bias > 1e-12 * largest_weight;
+  packed.has_bias =
+      bias > 1e-12 * *std::max_element(layout_.weight, layout_.weight + layout_.groups);
   return packed;
 }
 
@@ -193,8 +202,8 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
       Scratch& mine = scratch();
       const Tiles tiles = mine.pack(*this, rows + first * layout_.dim, count);
       mine.block_max.resize(std::max<size_t>(mine.block_max.size(), count * blocks));
-      rank_blocks(tiles, 0, tiles.num_tiles(), 0, blocks, mine.block_max.data());
-      settle_rows(tiles, 0, count, mine.block_max.data(), indices + first);
+      rank_blocks(tiles, 0, blocks, mine.block_max.data());
+      settle_rows(tiles, mine.block_max.data(), indices + first);
     });
     return;
   }
@@ -207,20 +216,19 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
   std::atomic<int64_t> left{ceil_div(blocks, task_blocks)};
   executor_.for_each(left, [&](int64_t task) {
     const int64_t first = task * task_blocks;
-    rank_blocks(tiles, 0, tiles.num_tiles(), first, std::min(blocks, first + task_blocks),
-                block_max);
-    if (left.fetch_sub(1) == 1) settle_rows(tiles, 0, num_rows, block_max, indices);
+    rank_blocks(tiles, first, std::min(blocks, first + task_blocks), block_max);
+    if (left.fetch_sub(1) == 1) settle_rows(tiles, block_max, indices);
   });
 }
 
-// block_max [rows, blocks] for some tiles and blocks.
-void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_tile, int64_t end_tile,
-                                  int64_t first_block, int64_t end_block, float* block_max) const {
+// block_max [rows, blocks] for some blocks.
+void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
+                                  float* block_max) const {
   const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
   const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
   for (int64_t b = first_block; b < end_block; ++b) {
     const int64_t panel = b * block_panels;
-    for (int64_t t = first_tile; t < end_tile; ++t) {
+    for (int64_t t = 0; t < tiles.num_tiles(); ++t) {
       packed_.rank->rank_tile(tiles.tile(t), tiles.count(t), layout_.dim,
                               tiles.scales + tiles.first_row(t), packed_.has_bias,
                               packed_.panels.get() + panel * packed_.panel_bytes,
@@ -230,15 +238,14 @@ void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_tile, int64_
   }
 }
 
-void Searcher<float>::settle_rows(const Tiles& tiles, int64_t first, int64_t end,
-                                  const float* block_max, int64_t* indices) {
+void Searcher<float>::settle_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
   const int dim = layout_.dim;
   const int blocks = static_cast<int>(ceil_div(layout_.codes, kBlockCodes));
   const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
   std::vector<int64_t>& candidates = scratch().candidates;
   std::vector<int> near(blocks);
   int64_t scanned = 0, compared = 0;
-  for (int64_t n = first; n < end; ++n) {
+  for (int64_t n = 0; n < tiles.num_rows; ++n) {
     const float* row = tiles.rows + n * dim;
     const int64_t t = n / tiles.tile_rows;
     float threshold;
@@ -270,7 +277,7 @@ void Searcher<float>::settle_rows(const Tiles& tiles, int64_t first, int64_t end
     scanned += found;
     compared += static_cast<int64_t>(candidates.size());
   }
-  rows_seen_ += end - first;
+  rows_seen_ += tiles.num_rows;
   blocks_scanned_ += scanned;
   codes_compared_ += compared;
 }

@@ -44,11 +44,10 @@ class Searcher<float> {
 
   Packed pack(const RankKernels& rank) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
-  void rank_blocks(const Tiles& tiles, int64_t first_tile, int64_t end_tile, int64_t first_block,
-                   int64_t end_block, float* block_max) const;
-  void settle_rows(const Tiles& tiles, int64_t first, int64_t end, const float* block_max,
-                   int64_t* indices);
-  int64_t settle_row(const float* row, std::vector<int64_t>& candidates) const;
+  double largest_entry() const;
+  void rank_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
+                   float* block_max) const;
+  void settle_rows(const Tiles& tiles, const float* block_max, int64_t* indices);
   int64_t nearest_of(const float* row, const std::vector<int64_t>& candidates) const;
   static Scratch& scratch();
 
