@@ -7,8 +7,6 @@ released weights.
 from __future__ import annotations
 
 import functools
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from tokenflow_ext.models.config import ConfigError
+from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
+from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, read_weights
 from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
     NextScaleSequence,
@@ -27,12 +26,7 @@ from tokenflow_ext.models.text_to_image_sequence import (
     TextTokenizer,
     encode_prompts,
 )
-from tokenflow_ext.models.tokenizer import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckpointError,
-    TokenFlowTokenizer,
-)
+from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -45,8 +39,7 @@ NEGATIVE_PROMPT = (
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
     "username, blurry."
 )
-_FORMAT = "tokenflow-text-to-image"
-_FORMAT_VERSION = 1
+_FORM = SavedForm("tokenflow-text-to-image", 1, "no saved text-to-image model's")
 _TOKENIZER_FOLDER = "tokenizer"
 _QK_NORM_EPS = 1e-6
 _RANGE_BUFFERS = ("image_token_start", "image_token_end")
@@ -575,19 +568,11 @@ class TextToImage(nn.Module):
         """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
         ``tokenizer``) into the directory ``path``. Each file is complete before it takes its name.
         """
-        from safetensors.torch import save_file
-
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder / _TOKENIZER_FOLDER)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        partial = folder / (WEIGHTS_FILE + ".partial")
-        save_file(state, str(partial), metadata={"format": _FORMAT})
-        os.replace(partial, folder / WEIGHTS_FILE)
-        header = {"format": _FORMAT, "version": _FORMAT_VERSION, "config": self.config.to_dict()}
-        partial = folder / (CONFIG_FILE + ".partial")
-        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_FILE)
+        _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
     @classmethod
@@ -604,43 +589,12 @@ class TextToImage(nn.Module):
             CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
                 configuration; the message names file and entry.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(path)
-        config = _read_config(folder / CONFIG_FILE)
-        weights = folder / WEIGHTS_FILE
-        if not weights.is_file():
-            raise CheckpointError(f"{weights} is missing")
+        config = _FORM.read_config(folder, TextToImageConfig.from_dict)
+        state, _ = read_weights(folder)
         if tokenizer is None:
             tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
-        try:
-            state = load_file(str(weights))
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{weights} is truncated or no safetensors file: {error}"
-            ) from error
-        return cls._from_weights(config, tokenizer, state, str(weights), options)
-
-
-def _read_config(file: Path) -> TextToImageConfig:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise CheckpointError(f'{file} is no saved text-to-image model\'s: "format" != "{_FORMAT}"')
-    if header.get("version") != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {header.get('version')!r}, this release reads "
-            f"{_FORMAT_VERSION}"
-        )
-    try:
-        return TextToImageConfig.from_dict(header.get("config"))
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        return cls._from_weights(config, tokenizer, state, str(folder / WEIGHTS_FILE), options)
 
 
 def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +10,13 @@ from torch import Tensor, nn
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
 from tokenflow_ext.models import released
-from tokenflow_ext.models.config import CheckpointError, ConfigError, TokenizerConfig
+from tokenflow_ext.models.config import CheckpointError, TokenizerConfig
+from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, SavedForm, read_weights
 from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
 from tokenflow_ext.models.teachers import load_tower
 from tokenflow_ext.models.vqgan import Decoder, Encoder, resize
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-_FORMAT = "tokenflow-tokenizer"
-_FORMAT_VERSION = 1
+_FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
 
 
 class TokenizerOutput(NamedTuple):
@@ -238,18 +234,10 @@ class TokenFlowTokenizer(nn.Module):
 
         Each file is complete before it takes its name.
         """
-        from safetensors.torch import save_file
-
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-        header = {"format": _FORMAT, "version": _FORMAT_VERSION, "config": self.config.to_dict()}
-        partial = folder / (WEIGHTS_FILE + ".partial")
-        save_file(state, str(partial), metadata={"format": _FORMAT})
-        os.replace(partial, folder / WEIGHTS_FILE)
-        partial = folder / (CONFIG_FILE + ".partial")
-        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_FILE)
+        _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
     def save_released(self, path: str | Path, left_aside_from: str | Path | None = None) -> Path:
@@ -353,36 +341,11 @@ def _read_config(folder: Path) -> TokenizerConfig:
             f"{folder} is no directory, and no file: a saved tokenizer is a directory with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, a released one a torch file"
         )
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise CheckpointError(f'{file} is not a saved tokenizer\'s: no "format": "{_FORMAT}"')
-    if header.get("version") != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {header.get('version')!r}, this release reads "
-            f"{_FORMAT_VERSION}"
-        )
-    try:
-        return TokenizerConfig.from_dict(header.get("config"))
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    return _FORM.read_config(folder, TokenizerConfig.from_dict)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        with safe_open(str(file), framework="pt") as reader:
-            if (reader.metadata() or {}).get("format") != _FORMAT:
-                raise CheckpointError(f"{file} was not written by save_pretrained")
-            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
+    weights, metadata = read_weights(folder)
+    if metadata.get("format") != _FORM.name:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} was not written by save_pretrained")
+    return weights
