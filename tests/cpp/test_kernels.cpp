@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/quantizer.h"
 #include "thread_executor.h"
@@ -33,20 +34,6 @@ std::vector<T> randn(size_t count) {
   std::vector<T> values(count);
   for (T& v : values) v = normal(generator);
   return values;
-}
-
-CodebookLayout layout_of(int64_t codes, const std::vector<int>& dims, bool l2_norm) {
-  CodebookLayout layout = {};
-  layout.codes = codes;
-  layout.groups = static_cast<int>(dims.size());
-  layout.l2_norm = l2_norm;
-  for (size_t g = 0; g < dims.size(); ++g) {
-    layout.begin[g] = layout.dim;
-    layout.dim += dims[g];
-    layout.weight[g] = 1.0 + 0.5 * static_cast<double>(g);
-  }
-  layout.begin[dims.size()] = layout.dim;
-  return layout;
 }
 
 // The definition, with nothing shared with the library: the weighted squared distances.
@@ -79,7 +66,7 @@ void test_search() {
     for (const int64_t codes : {1, 31, 512, 1700}) {
       for (const int64_t count : {1, 5, 13, 250}) {
         for (const bool l2_norm : {true, false}) {
-          const CodebookLayout layout = layout_of(codes, dims, l2_norm);
+          const CodebookLayout layout = test::make_layout(codes, dims, l2_norm, {1.0, 1.5, 2.0});
           const std::vector<float> codebook = randn<float>(codes * layout.dim);
           const std::vector<float> rows = randn<float>(count * layout.dim);
           std::vector<int64_t> found(count, -1);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cpu/kernels.h"
 
 namespace {
@@ -36,21 +37,6 @@ std::vector<float> rows_of(int64_t count, int dim, double decades) {
     for (int d = 0; d < dim; ++d) values[n * dim + d] = normal(generator) * length;
   }
   return values;
-}
-
-CodebookLayout layout_of(int64_t codes, const std::vector<int>& dims,
-                         const std::vector<double>& weights, bool l2_norm) {
-  CodebookLayout layout = {};
-  layout.codes = codes;
-  layout.groups = static_cast<int>(dims.size());
-  layout.l2_norm = l2_norm;
-  for (size_t g = 0; g < dims.size(); ++g) {
-    layout.begin[g] = layout.dim;
-    layout.dim += dims[g];
-    layout.weight[g] = weights[g];
-  }
-  layout.begin[dims.size()] = layout.dim;
-  return layout;
 }
 
 // -1/2 the weighted distance, and what is the same for all codes taken out before it can cancel:
@@ -94,8 +80,9 @@ std::vector<Ranking> rankings() {
   return all;
 }
 
-void test(const Ranking& ranking, const CodebookLayout& layout, const std::vector<float>& codebook,
-          const std::vector<float>& rows, const std::string& name) {
+void test_ranking(const Ranking& ranking, const CodebookLayout& layout,
+                  const std::vector<float>& codebook, const std::vector<float>& rows,
+                  const std::string& name) {
   const RankKernels& rank = *ranking.kernels;
   const int dim = layout.dim, width = rank.panel_width;
   const int count = static_cast<int>(rows.size()) / dim;
@@ -189,7 +176,7 @@ void test_scores(const KernelTable& table, const std::string& name) {
   for (const std::vector<int>& dims : {std::vector<int>{1}, {32, 8}, {3, 2, 1}, {17}, {70, 5}}) {
     for (const bool l2_norm : {true, false}) {
       const std::vector<double> weights = {1.0, 0.25, 3.0};
-      const CodebookLayout layout = layout_of(50, dims, weights, l2_norm);
+      const CodebookLayout layout = test::make_layout(50, dims, l2_norm, weights);
       const std::vector<float> codebook = rows_of(50, layout.dim, 2);
       const std::vector<float> row = rows_of(1, layout.dim, 2);
       std::vector<double> unit(layout.dim), scores(3);
@@ -224,25 +211,27 @@ int main() {
   for (const Ranking& ranking : rankings()) {
     for (const auto& [dims, weights] : groups) {
       for (const bool l2_norm : {true, false}) {
-        const CodebookLayout layout = layout_of(40, dims, weights, l2_norm);
+        const CodebookLayout layout = test::make_layout(40, dims, l2_norm, weights);
         const int dim = layout.dim;
         const std::string name =
             std::to_string(dim) + " channels" + (l2_norm ? ", unit groups" : "");
-        test(ranking, layout, rows_of(40, dim, 0),
-             rows_of(2 * ranking.kernels->tile_rows + 1, dim, 0), name);
-        test(ranking, layout, rows_of(40, dim, 3), rows_of(30, dim, 6), name + ", many lengths");
+        test_ranking(ranking, layout, rows_of(40, dim, 0),
+                     rows_of(2 * ranking.kernels->tile_rows + 1, dim, 0), name);
+        test_ranking(ranking, layout, rows_of(40, dim, 3), rows_of(30, dim, 6),
+                     name + ", many lengths");
         std::vector<float> codebook = rows_of(40, dim, 0), rows = rows_of(3, dim, 0);
         std::fill_n(&codebook[7 * dim], dim, 0.0f);
         std::fill_n(&rows[dim], dim, 0.0f);
         std::fill_n(&rows[2 * dim], dim, 1e-20f);
-        test(ranking, layout, codebook, rows, name + ", rows and codes of zeros");
-        test(ranking, layout, std::vector<float>(40 * dim, 0.0f), rows, name + ", zeros alone");
+        test_ranking(ranking, layout, codebook, rows, name + ", rows and codes of zeros");
+        test_ranking(ranking, layout, std::vector<float>(40 * dim, 0.0f), rows,
+                     name + ", zeros alone");
         // All of the rounding on one side: numbers just below half a step.
         std::vector<float> halves(40 * dim), half_rows(5 * dim);
         for (size_t i = 0; i < halves.size(); ++i) halves[i] = i % dim == 0 ? 127.0f : 3.499f;
         for (size_t i = 0; i < half_rows.size(); ++i) half_rows[i] = i % dim == 0 ? 63.0f : 5.499f;
         for (int i = 0; i < 20; ++i) halves[i * dim] *= -1;
-        test(ranking, layout, halves, half_rows, name + ", rounding to one side");
+        test_ranking(ranking, layout, halves, half_rows, name + ", rounding to one side");
       }
     }
   }

@@ -8,21 +8,12 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "cpu/instruction_set.h"
 #include "cpu/sampler.h"
 #include "thread_executor.h"
 
 using namespace tokenflow;
-
-#define CHECK(condition, ...)                                                        \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                             \
-      std::fprintf(stderr, "\n");                                                    \
-      std::exit(1);                                                                  \
-    }                                                                                \
-  } while (false)
 
 namespace {
 

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpp/check.h"
 #include "cuda/quantizer.h"
 #include "emulation.h"
 
@@ -24,16 +25,6 @@ using tokenflow::Pyramid;
 using Vector = std::vector<double>;
 using Floats = std::vector<float>;
 using Indices = std::vector<int64_t>;
-
-#define CHECK(condition, ...)                                                        \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                             \
-      std::fprintf(stderr, "\n");                                                    \
-      std::exit(1);                                                                  \
-    }                                                                                \
-  } while (false)
 
 // Memory of exactly `count` elements with all bits set: NaN as a float, -1 as an integer.
 template <typename T>
@@ -90,21 +81,6 @@ inline void check_close(const Floats& got, const Vector& wanted, double toleranc
 }
 
 // --- Cases --------------------------------------------------------------------------------------
-
-inline CodebookLayout make_layout(int64_t codes, const std::vector<int>& dims, bool l2_norm,
-                                  const std::vector<double>& weights = {}) {
-  CodebookLayout layout = {};
-  layout.codes = codes;
-  layout.groups = static_cast<int>(dims.size());
-  layout.l2_norm = l2_norm;
-  for (size_t g = 0; g < dims.size(); ++g) {
-    layout.begin[g] = layout.dim;
-    layout.dim += dims[g];
-    layout.weight[g] = weights.empty() ? 1.0 : weights[g];
-  }
-  layout.begin[dims.size()] = layout.dim;
-  return layout;
-}
 
 inline Pyramid make_pyramid(int64_t batch, int height, int width,
                             const std::vector<std::pair<int, int>>& scales) {

@@ -1,0 +1,40 @@
+// What the C++ tests share: a check that ends the program, and codebook layouts.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "common/codebook.h"
+
+#define CHECK(condition, ...)                                                        \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      std::fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                             \
+      std::fprintf(stderr, "\n");                                                    \
+      std::exit(1);                                                                  \
+    }                                                                                \
+  } while (false)
+
+namespace test {
+
+// Groups of `dims` channels; weights of 1 where none are given.
+inline tokenflow::CodebookLayout make_layout(int64_t codes, const std::vector<int>& dims,
+                                             bool l2_norm,
+                                             const std::vector<double>& weights = {}) {
+  tokenflow::CodebookLayout layout = {};
+  layout.codes = codes;
+  layout.groups = static_cast<int>(dims.size());
+  layout.l2_norm = l2_norm;
+  for (size_t g = 0; g < dims.size(); ++g) {
+    layout.begin[g] = layout.dim;
+    layout.dim += dims[g];
+    layout.weight[g] = weights.empty() ? 1.0 : weights[g];
+  }
+  layout.begin[dims.size()] = layout.dim;
+  return layout;
+}
+
+}  // namespace test
