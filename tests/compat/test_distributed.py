@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import finish, launch
 
 from tokenflow_ext.compat import (
     HierarchicalVQ,
@@ -98,13 +97,7 @@ def main(folder: str) -> None:
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two-processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*command, "--nproc-per-node", "2", __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+    finish(launch(__file__, [str(folder)], processes=2))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchrun
 from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
@@ -125,37 +124,12 @@ def draw_images(folder: Path, count: int = 3, side: int = 80) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    """The environment for training in another process: one thread, no group of processes."""
-    left_out = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {key: value for key, value in os.environ.items() if key not in left_out}
-    return kept | {"OMP_NUM_THREADS": "1"}
-
-
 def launch(arguments: list[str], processes: int = 0, script: Path = SCRIPT) -> subprocess.Popen:
     """Start training, under torchrun where ``processes`` is not 0."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*command, str(script), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return torchrun.launch(script, arguments, processes)
 
 
-def finish(process: subprocess.Popen, seconds: float = 150) -> str:
-    """The output of a process that must succeed."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        raise AssertionError(f"still running after {seconds} s:\n{output}") from None
-    assert process.returncode == 0, output
-    return output
+finish = torchrun.finish
 
 
 TIMES = {"images_per_second", "seconds"}
