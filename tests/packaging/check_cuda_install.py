@@ -123,7 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--torch", default="torch==2.15.*", help="requirement of a CUDA torch")
+    parser.add_argument(
+        "--torch", default="torch", help="requirement of a CUDA torch [%(default)s: the newest]"
+    )
     parser.add_argument(
         "--library", type=Path, help="libtokenflow_ops.so built against another torch"
     )
