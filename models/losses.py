@@ -6,6 +6,7 @@ total = L_sem + L_VQ + L_pix, with L_pix = l2 + LPIPS + lambda_G * L_G.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +51,54 @@ def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
 
 
-def generator_loss(fake: Tensor) -> Tensor:
+def logistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's cross-entropy of "real" and "decoded" (arXiv 1406.2661, eq. 1; 0-dim)."""
+    return 0.5 * (F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean())
+
+
+def hinge_g_loss(fake: Tensor) -> Tensor:
     """The generator's loss under the hinge: minus the mean logit of decoded images (0-dim)."""
     return -fake.float().mean()
+
+
+def non_saturating_g_loss(fake: Tensor) -> Tensor:
+    """Minus the mean log-probability that decoded images are real (arXiv 1406.2661, section 3)."""
+    return F.softplus(-fake.float()).mean()
+
+
+# "vanilla" and "non-saturating" name games that differ in the generator's loss alone: their
+# discriminator minimises the same cross-entropy. LlamaGen's code for the second hands logits and
+# labels over in each other's place, which makes it linear in the logits; that is not repeated here.
+DISCRIMINATOR_LOSSES = {
+    "hinge": hinge_d_loss,
+    "vanilla": logistic_d_loss,
+    "non-saturating": logistic_d_loss,
+}
+GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non-saturating": non_saturating_g_loss}
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge") -> Tensor:
+    """Loss of the discriminator's logits on real and on decoded images (0-dim, float32).
+
+    Raises:
+        ValueError: another kind than those of ``DISCRIMINATOR_LOSSES``.
+    """
+    return _named(DISCRIMINATOR_LOSSES, kind)(real, fake)
+
+
+def generator_loss(fake: Tensor, kind: str = "hinge") -> Tensor:
+    """Loss L_G of the discriminator's logits on decoded images (0-dim, float32).
+
+    Raises:
+        ValueError: another kind than those of ``GENERATOR_LOSSES``.
+    """
+    return _named(GENERATOR_LOSSES, kind)(fake)
+
+
+def _named(losses: dict[str, Callable[..., Tensor]], kind: str) -> Callable[..., Tensor]:
+    if kind not in losses:
+        raise ValueError(f"kind must be one of {', '.join(losses)}, got {kind!r}")
+    return losses[kind]
 
 
 def adaptive_weight(
@@ -151,6 +197,7 @@ def tokenizer_loss(
     l2_weight: float = 1.0,
     perceptual_weight: float = 1.0,
     generator_weight: float = 0.5,
+    generator_kind: str = "hinge",
     adaptive_layer: Tensor | None = None,
 ) -> LossParts:
     """total = L_sem + L_VQ + L_pix of one step; a part with no input or weight 0 is zero.
@@ -162,6 +209,7 @@ def tokenizer_loss(
         perceptual: for example :class:`LPIPS`; None leaves it out.
         fake_logits: the discriminator's logits of ``output.images``; None leaves L_G out.
         generator_weight: lambda_G.
+        generator_kind: ``hinge`` or ``non-saturating``.
         adaptive_layer: the decoder's last weight, to scale lambda_G by :func:`adaptive_weight`.
 
     Returns:
@@ -178,7 +226,7 @@ def tokenizer_loss(
     pixel = l2_weight * l2 + perceptual_weight * vis
     total = semantic_weight * sem + vq_weight * vq + pixel
     if fake_logits is not None and generator_weight:
-        gen = generator_loss(fake_logits)
+        gen = generator_loss(fake_logits, generator_kind)
         scale = 1.0 if adaptive_layer is None else adaptive_weight(pixel, gen, adaptive_layer)
         total = total + generator_weight * scale * gen
     return LossParts(total, sem, vq, l2, vis, gen)

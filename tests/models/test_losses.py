@@ -1,4 +1,4 @@
-"""Losses, discriminator and metrics against values worked out another way."""
+"""Losses and metrics against values worked out another way."""
 
 import math
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenizerOutput, WeightsError
-from tokenflow_ext.models.discriminators import PatchDiscriminator
 from tokenflow_ext.models.losses import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
     LPIPS,
     adaptive_weight,
+    discriminator_loss,
     generator_loss,
-    hinge_d_loss,
     reconstruction_loss,
     semantic_loss,
     tokenizer_loss,
@@ -36,13 +37,48 @@ def test_semantic_loss():
         semantic_loss(pred, target[:, :1])
 
 
-def test_hinge():
-    real = torch.tensor([[2.0, 0.5], [-1.0, 1.0]])
-    fake = torch.tensor([[-2.0, 0.5], [-1.0, 3.0]])
-    assert hinge_d_loss(real, fake).item() == pytest.approx(
-        0.5 * ((0 + 0.5 + 2 + 0) / 4 + (0 + 1.5 + 0 + 4) / 4)
-    )
-    assert generator_loss(fake).item() == pytest.approx(-0.5 / 4)
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# By their definitions, in probabilities; LlamaGen's halves come from taming-transformers.
+D_LOSSES = {
+    "hinge": lambda r, f: 0.5 * (np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean()),
+    "vanilla": lambda r, f: -0.5 * (np.log(sigmoid(r)).mean() + np.log(1 - sigmoid(f)).mean()),
+}
+D_LOSSES["non-saturating"] = D_LOSSES["vanilla"]
+G_LOSSES = {
+    "hinge": lambda f: -f.mean(),
+    "non-saturating": lambda f: -np.log(sigmoid(f)).mean(),
+}
+
+
+def test_adversarial_losses():
+    generator = np.random.default_rng(0)
+    real, fake = generator.normal(0, 2, (4, 1, 3, 3)), generator.normal(0, 2, (4, 1, 3, 3))
+    assert D_LOSSES.keys() == DISCRIMINATOR_LOSSES.keys()
+    for kind, expected in D_LOSSES.items():
+        got = discriminator_loss(torch.from_numpy(real), torch.from_numpy(fake), kind)
+        assert got.item() == pytest.approx(expected(real, fake), rel=1e-6), kind
+    assert G_LOSSES.keys() == GENERATOR_LOSSES.keys()
+    for kind, expected in G_LOSSES.items():
+        got = generator_loss(torch.from_numpy(fake), kind)
+        assert got.item() == pytest.approx(expected(fake), rel=1e-6), kind
+    with pytest.raises(ValueError, match="hinge, vanilla, non-saturating, got 'wasserstein'"):
+        discriminator_loss(torch.zeros(1), torch.zeros(1), "wasserstein")
+    with pytest.raises(ValueError, match="hinge, non-saturating, got 'vanilla'"):
+        generator_loss(torch.zeros(1), "vanilla")
+
+
+@pytest.mark.parametrize("kind", D_LOSSES)
+def test_far_logits_have_finite_losses(kind):
+    """A probability rounds to 0 or 1 there; its logarithm is taken before that."""
+    far = torch.tensor([-200.0, 200.0], requires_grad=True)
+    loss = discriminator_loss(far, -far, kind)
+    loss.backward()
+    assert loss.item() == pytest.approx(100.5 if kind == "hinge" else 100.0)
+    assert torch.isfinite(far.grad).all()
+    assert generator_loss(torch.tensor([-200.0]), "non-saturating").item() == 200.0
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients():
@@ -85,6 +121,13 @@ def test_total_is_the_weighted_sum():
         output, images, teacher, perceptual=perceptual, fake_logits=logits, adaptive_layer=last
     )
     torch.testing.assert_close(scaled.total, expected + (0.5 - 0.5 * ratio) * logits.mean())
+
+    other = tokenizer_loss(
+        output, images, vq_weight=0.0, fake_logits=logits, generator_kind="non-saturating"
+    )
+    softplus = (1 + (-logits).exp()).log().mean()
+    torch.testing.assert_close(other.total, l2 + 0.5 * softplus)
+    torch.testing.assert_close(other.generator, softplus)
 
     bare = tokenizer_loss(output, images, vq_weight=0.0)
     torch.testing.assert_close(bare.total, l2)
@@ -156,30 +199,6 @@ def test_lpips_asks_for_its_file(tmp_path):
     torch.save({"features.0.weight": torch.zeros(1)}, missing)
     with pytest.raises(WeightsError, match=r"is not torchvision's VGG16.*features\.0\.weight"):
         LPIPS(missing)
-
-
-@pytest.mark.parametrize("norm", ["group", "batch", "none"])
-def test_patch_discriminator(norm):
-    torch.manual_seed(0)
-    net = PatchDiscriminator(8, 3, norm=norm).eval()
-    images = torch.rand(2, 3, 256, 256) * 2 - 1
-    logits = net(images)
-    assert logits.shape == (2, 1, 30, 30)
-    if norm == "none":
-        # A patch is 70 pixels wide: logit (10, 12) starts at pixel 8 * 10 - 23 = 57, 8 * 12 - 23.
-        images.requires_grad_()
-        (grad,) = torch.autograd.grad(net(images)[0, 0, 10, 12], images)
-        rows, columns = grad[0].abs().sum(0).nonzero().unbind(1)
-        assert (rows.min(), rows.max()) == (57, 57 + 69)
-        assert (columns.min(), columns.max()) == (73, 73 + 69)
-
-
-def test_patch_discriminator_at_64_pixels():
-    assert PatchDiscriminator(32, 2)(torch.rand(2, 3, 64, 64)).shape == (2, 1, 14, 14)
-    with pytest.raises(ValueError, match="norm must be 'group', 'batch' or 'none', got 'layer'"):
-        PatchDiscriminator(norm="layer")
-    with pytest.raises(ValueError, match="channels and layers must be positive, got 64 and 0"):
-        PatchDiscriminator(layers=0)
 
 
 def test_psnr_is_skimages():
