@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tokenflow_ext.models import CheckpointError
+from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1
@@ -178,3 +178,22 @@ def find(path: str | Path) -> Path:
             "config.json and model.safetensors"
         )
     return given
+
+
+def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlowTokenizer:
+    """The tokenizer that ``path`` means: what :func:`find` finds, or a released file.
+
+    Args:
+        resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
+
+    Raises:
+        CheckpointError: nothing there, not whole, or no tokenizer.
+        ConfigError: a resolution that the tokenizer was not made for.
+    """
+    given = Path(path)
+    # Beside a config.json a file is a part of a folder.
+    alone = given.is_file() and not (given.parent / "config.json").is_file()
+    try:
+        return TokenFlowTokenizer.from_pretrained(given if alone else find(given), resolution)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
+from tokenflow_ext.models.discriminators import KINDS as DISCRIMINATORS
+from tokenflow_ext.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 
 
@@ -81,22 +83,34 @@ class OptimConfig:
 
 
 @dataclass
-class LossConfig:
-    """Weights of the losses; 0 switches one off (arXiv 2412.03069, section 3.2).
+class PixelLossConfig:
+    """Losses of the decoded images and their weights; 0 switches one off (arXiv 2412.03069,
+    section 3.2).
 
-    total = semantic * L_sem + vq * (L_vq + L_commit) + pixel * L2 + perceptual * LPIPS
-    + gan * adaptive weight * L_G from step ``gan_start`` on.
+    L_pix = pixel * L2 + perceptual * LPIPS + gan * L_G, the last from step ``gan_start`` on.
     """
 
-    semantic: float = 1.0
-    semantic_kind: str = "cosine"  # or "l2"
     pixel: float = 1.0
-    vq: float = 1.0
     perceptual: float = 0.0
     perceptual_weights: str | None = None  # torchvision's VGG16 file
     gan: float = 0.0
     gan_start: int = 20000
-    gan_adaptive: bool = True
+    # Times the ratio of the other losses' gradient to L_G's at the last layer (VQGAN); the released
+    # training has it off.
+    gan_adaptive: bool = False
+    discriminator: str = "patchgan"  # or "stylegan"
+    discriminator_channels: int = 64  # of its first layer
+    discriminator_loss: str = "hinge"  # or "vanilla", "non-saturating" (the same cross-entropy)
+    generator_loss: str = "hinge"  # or "non-saturating"
+
+
+@dataclass
+class LossConfig(PixelLossConfig):
+    """total = semantic * L_sem + vq * (L_vq + L_commit) + L_pix."""
+
+    semantic: float = 1.0
+    semantic_kind: str = "cosine"  # or "l2"
+    vq: float = 1.0
 
 
 @dataclass
@@ -245,8 +259,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_run(self)
         _one_of("loss.semantic_kind", self.loss.semantic_kind, "cosine", "l2")
-        losses = ("semantic", "pixel", "vq", "perceptual", "gan", "gan_start")
-        _at_least("loss", self.loss, 0, *losses)
+        _at_least("loss", self.loss, 0, "semantic", "vq")
+        _check_pixel_losses(self)
         _at_least("data", self.data, 1, "held_out_crops")
 
 
@@ -260,6 +274,15 @@ def _check_run(config: TrainConfig | TextConfig) -> None:
     _at_least("optim", config.optim, 1, "steps", "batch", "accumulate")
     every = ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep")
     _at_least("output", config.output, 1, *every)
+
+
+def _check_pixel_losses(config: TrainConfig) -> None:
+    loss = config.loss
+    _at_least("loss", loss, 0, "pixel", "perceptual", "gan", "gan_start")
+    _at_least("loss", loss, 1, "discriminator_channels")
+    _one_of("loss.discriminator", loss.discriminator, *DISCRIMINATORS)
+    _one_of("loss.discriminator_loss", loss.discriminator_loss, *DISCRIMINATOR_LOSSES)
+    _one_of("loss.generator_loss", loss.generator_loss, *GENERATOR_LOSSES)
 
 
 def _at_least(section: str, values: Any, minimum: float, *names: str) -> None:
@@ -355,5 +378,5 @@ def load_text_config(
 
 
 def to_yaml(config: TrainConfig | TextConfig) -> str:
-    """The configuration as YAML that the two functions above read back as it was."""
+    """The configuration as YAML that the functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.discriminators import PatchDiscriminator
-from tokenflow_ext.models.losses import LPIPS, hinge_d_loss, tokenizer_loss
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
+from tokenflow_ext.models.discriminators import StyleGanDiscriminator, build_discriminator
+from tokenflow_ext.models.losses import LPIPS, discriminator_loss, tokenizer_loss
 from tokenflow_ext.models.metrics import code_usage, cosine, psnr
 from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data
@@ -38,7 +38,8 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         """Follow ``model`` after optimizer step ``step`` (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        mine, theirs = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         for a, b in zip(self.model.buffers(), model.buffers(), strict=True):
             a.copy_(b)
@@ -57,26 +58,16 @@ class Trainer(BaseTrainer):
 
     def __init__(self, config: TrainConfig, group: Processes) -> None:
         super().__init__(config, group)
-        size = config.model.image_size
+        self._seed(0)  # every process builds the same weights
+        self.model = self._build(config).to(group.device)
+        size = self.model.config.image_size
 
         train, held_out = data.split(config.data)
         self.dataset = data.RandomCrops(train, size, config.data, config.seed)
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
 
-        self._seed(0)  # every process builds the same weights
-        if config.init is None:
-            model = TokenFlowTokenizer(config.model)
-            if config.pretrained_tower:
-                model.load_semantic_tower(config.teacher_weights)
-        else:
-            model = TokenFlowTokenizer.from_pretrained(config.init)
-        self.model = model.to(group.device).train()
         loss = config.loss
-        self.teacher = None
-        if loss.semantic > 0 and config.model.teacher.enabled:
-            teacher = build_teacher(config.model.teacher, weights=config.teacher_weights)
-            # Channels last: depthwise convolutions take half the time on a CPU.
-            self.teacher = teacher.to(group.device, memory_format=torch.channels_last)
+        self.teacher = self._build_teacher(config)
         # A frozen tower that is the teacher itself need not run twice.
         self.tower_is_teacher = (
             self.teacher is not None
@@ -90,7 +81,7 @@ class Trainer(BaseTrainer):
             self.perceptual = LPIPS(loss.perceptual_weights).to(group.device)
         self.discriminator = None
         if loss.gan > 0:
-            self.discriminator = PatchDiscriminator().to(group.device)
+            self.discriminator = self._build_discriminator(size).to(group.device)
         self.ema = Ema(self.model, config.optim.ema_decay)
 
         optim = config.optim
@@ -102,22 +93,54 @@ class Trainer(BaseTrainer):
         self.d_scaler = self._scaler()
         self._seed(1 + group.rank)  # from here on every process draws its own numbers
 
-    def _distribute(self, module: nn.Module) -> nn.Module:
+    def _build(self, config: TrainConfig) -> TokenFlowTokenizer:
+        """The tokenizer as training starts with it."""
+        if config.init is not None:
+            return checkpoint.load_tokenizer(config.init).train()
+        model = TokenFlowTokenizer(config.model)
+        if config.pretrained_tower:
+            model.load_semantic_tower(config.teacher_weights)
+        return model.train()
+
+    def _build_teacher(self, config: TrainConfig) -> nn.Module | None:
+        wanted = self.model.config.teacher
+        if not (config.loss.semantic > 0 and wanted.enabled):
+            return None
+        teacher = build_teacher(wanted, weights=config.teacher_weights)
+        # Channels last: depthwise convolutions take half the time on a CPU.
+        return teacher.to(self.group.device, memory_format=torch.channels_last)
+
+    def _build_discriminator(self, size: int) -> nn.Module:
+        loss = self.config.loss
+        model = build_discriminator(loss.discriminator, size, loss.discriminator_channels)
+        if isinstance(model, StyleGanDiscriminator) and self.shard.local % model.group:
+            raise ConfigError(
+                f"loss.discriminator=stylegan compares images in groups of {model.group}: "
+                "optim.batch must give each process and accumulation step a multiple of that, got "
+                f"{self.shard.local}"
+            )
+        return model
+
+    def _distribute(self, module: nn.Module, complete: bool = True) -> nn.Module:
+        """The module for its processes; ``complete``: every weight gets a gradient."""
         if self.group.world == 1:
             return module
         devices = [self.group.device] if self.group.device.type == "cuda" else None
-        # A loss that is switched off leaves the weights behind it without a gradient.
-        loss = self.config.loss
-        complete = min(loss.semantic, loss.pixel + loss.perceptual, loss.vq) > 0
         return DistributedDataParallel(
             module, device_ids=devices, find_unused_parameters=not complete
         )
+
+    def _distribute_model(self) -> nn.Module:
+        # A loss that is switched off leaves the weights behind it without a gradient.
+        loss = self.config.loss
+        complete = min(loss.semantic, loss.pixel + loss.perceptual, loss.vq) > 0
+        return self._distribute(self.model, complete)
 
     def prepare(self) -> None:
         """Set the codebooks by k-means if the run is new, wrap the models, start reading."""
         if self.step == 0 and self.config.init is None and self.config.codebook.kmeans_batches:
             self._start_codebooks()
-        self.parallel = self._distribute(self.model)
+        self.parallel = self._distribute_model()
         if self.discriminator is not None:
             self.d_parallel = self._distribute(self.discriminator)
         self._start_reading(self._read(self.position, self.config.data.workers))
@@ -196,7 +219,7 @@ class Trainer(BaseTrainer):
         """Forward and backward of the tokenizer: its images (without graph) and its losses."""
         loss = self.config.loss
         with self._autocast():
-            out = self.parallel(images, target if self.tower_is_teacher else None)
+            out = self._forward(images, target)
             logits = None
             if adversarial:
                 self.discriminator.requires_grad_(False)
@@ -205,24 +228,35 @@ class Trainer(BaseTrainer):
             parts = tokenizer_loss(
                 out,
                 images,
-                target,
                 perceptual=self.perceptual,
                 fake_logits=logits,
-                semantic_kind=loss.semantic_kind,
-                semantic_weight=loss.semantic,
-                vq_weight=loss.vq,
                 l2_weight=loss.pixel,
                 perceptual_weight=loss.perceptual,
                 generator_weight=loss.gan,
+                generator_kind=loss.generator_loss,
                 adaptive_layer=self.model.last_layer if loss.gan_adaptive else None,
+                **self._other_losses(target),
             )
         self.scaler.scale(parts.total / self.config.optim.accumulate).backward()
         return out.images.detach(), parts._asdict()
 
+    def _forward(self, images: Tensor, target: Tensor | None) -> TokenizerOutput:
+        return self.parallel(images, target if self.tower_is_teacher else None)
+
+    def _other_losses(self, target: Tensor | None) -> dict[str, Any]:
+        """Arguments of the losses beside those of the images."""
+        loss = self.config.loss
+        return {
+            "teacher": target,
+            "semantic_kind": loss.semantic_kind,
+            "semantic_weight": loss.semantic,
+            "vq_weight": loss.vq,
+        }
+
     def _discriminator(self, images: Tensor, made: Tensor) -> dict[str, Tensor]:
         with self._autocast():
             real, fake = self.d_parallel(torch.cat([images, made])).chunk(2)
-            value = hinge_d_loss(real, fake)
+            value = discriminator_loss(real, fake, self.config.loss.discriminator_loss)
         self.d_scaler.scale(value / self.config.optim.accumulate).backward()
         return {"discriminator": value}
 
@@ -250,7 +284,7 @@ class Trainer(BaseTrainer):
         """The EMA weights on the held-out crops: PSNR in dB (mean over images), cosine of decoded
         and teacher's tokens, share of the codes in use and their perplexity."""
         model, group = self.ema.model, self.group
-        codes = self.config.model.quantizer.codebook_size
+        codes = model.config.quantizer.codebook_size
         hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
         mine = self.held_out[group.rank :: group.world]

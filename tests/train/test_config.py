@@ -53,6 +53,10 @@ def test_both_spellings_of_an_override():
         ("optim.betas=[0.9]", r"optim\.betas"),
         ("loss.semantic=-1", r"loss\.semantic.*-1"),
         ("loss.semantic_kind=l1", r"loss\.semantic_kind.*l1"),
+        ("loss.discriminator=biggan", r"loss\.discriminator must.*patchgan, stylegan.*biggan"),
+        ("loss.discriminator_loss=l1", r"loss\.discriminator_loss.*vanilla.*l1"),
+        ("loss.generator_loss=vanilla", r"loss\.generator_loss.*non-saturating.*vanilla"),
+        ("loss.discriminator_channels=0", r"loss\.discriminator_channels.*0"),
         ("preset=huge", "preset.*huge"),
         ("optim=3", "optim.*3"),
         ("steps", "steps"),
@@ -82,3 +86,15 @@ def test_the_published_configurations_load(name):
     config = load_config(Path(configs.__file__).parent / "configs" / f"{name}.yaml")
     assert config.model == TokenizerConfig.preset(name)
     assert (config.optim.batch, config.optim.lr, config.loss.gan) == (256, 1e-4, 0.5)
+    loss = config.loss
+    assert (
+        loss.discriminator,
+        loss.discriminator_loss,
+        loss.generator_loss,
+        loss.gan_adaptive,
+    ) == (
+        "patchgan",
+        "hinge",
+        "hinge",
+        False,
+    )

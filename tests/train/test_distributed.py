@@ -12,7 +12,15 @@ from tokenflow_ext.train import checkpoint
 
 TOGETHER = Path(__file__).with_name("together.py")
 STEPS = {
-    "adversarial": ("loss.gan=0.5", "loss.gan_start=0", "loss.gan_adaptive=no"),
+    "adversarial": ("loss.gan=0.5", "loss.gan_start=0"),
+    "stylegan": (
+        "loss.gan=0.5",
+        "loss.gan_start=0",
+        "loss.discriminator=stylegan",
+        "loss.discriminator_channels=8",
+        "loss.discriminator_loss=vanilla",
+        "loss.generator_loss=non-saturating",
+    ),
     "accumulated": ("optim.accumulate=2",),
     "ema": ("model.quantizer.codebook_update=ema",),
 }
@@ -44,6 +52,7 @@ def ends(micro, images, tmp_path_factory) -> Path:
         "codebook.restart_every=2",
         "loss.gan=0.5",
         "loss.gan_start=2",
+        "loss.gan_adaptive=yes",
         "loss.vq=0",
         "optim.accumulate=2",
         "data.held_out_crops=3",

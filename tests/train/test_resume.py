@@ -16,7 +16,13 @@ from tokenflow_ext.train import checkpoint, tokenizer
     "settings",
     [
         (),
-        ("loss.gan=0.5", "loss.gan_start=2", "optim.accumulate=2", "codebook.restart_every=2"),
+        (
+            "loss.gan=0.5",
+            "loss.gan_start=2",
+            "loss.gan_adaptive=yes",
+            "optim.accumulate=2",
+            "codebook.restart_every=2",
+        ),
         ("optim.precision=bf16", "data.workers=1", "model.quantizer.codebook_update=ema"),
         ("optim.precision=fp16", "optim.schedule=constant", "model.quantizer.scale_drop=0.5"),
     ],

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint, tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
@@ -76,10 +76,21 @@ def test_ema_is_the_moving_average():
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_weight_trains_with_every_loss(make):
-    trainer = make(
-        "loss.gan=0.5", "loss.gan_start=0", "model.quantizer.scale_drop=0", semantic=True
-    )
+ADVERSARIES = {
+    "patchgan": ("loss.gan_adaptive=yes",),
+    "stylegan": (
+        "loss.discriminator=stylegan",
+        "loss.discriminator_channels=8",
+        "loss.discriminator_loss=vanilla",
+        "loss.generator_loss=non-saturating",
+    ),
+}
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES.values(), ids=ADVERSARIES)
+def test_every_weight_trains_with_every_loss(make, adversary):
+    settings = ("loss.gan=0.5", "loss.gan_start=0", "model.quantizer.scale_drop=0", *adversary)
+    trainer = make(*settings, semantic=True)
     before, d_before = weights(trainer.model), weights(trainer.discriminator)
     for _ in range(2):
         values = trainer.train_step()
@@ -118,6 +129,24 @@ def test_the_discriminator_waits_for_its_start(make):
     assert not changed(before, trainer.discriminator)
     assert "discriminator" in trainer.train_step()
     assert changed(before, trainer.discriminator)
+
+
+def test_adversarial_losses_are_the_configured_ones(make):
+    """By the logits of one step, in numbers."""
+    trainer = make("loss.gan=0.5", "loss.gan_start=0", *ADVERSARIES["stylegan"])
+    seen = []
+    trainer.discriminator.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
+    values = trainer.train_step()
+    (fake, both) = seen
+    assert values["generator"].item() == pytest.approx(-fake.sigmoid().log().mean().item())
+    real, made = both.sigmoid().chunk(2)
+    expected = -0.5 * (real.log().mean() + (1 - made).log().mean())
+    assert values["discriminator"].item() == pytest.approx(expected.item())
+
+
+def test_a_group_of_the_discriminator_is_not_split(make):
+    with pytest.raises(ConfigError, match=r"stylegan .* groups of 4: optim\.batch .* got 2"):
+        make("loss.gan=0.5", "optim.accumulate=2", *ADVERSARIES["stylegan"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
