@@ -307,8 +307,13 @@ class TokenizerConfig:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
 
     def with_enhanced_decoder(self) -> TokenizerConfig:
-        """The same with the enhanced pixel decoder: 256 channels, 4 residual blocks (+ 1)."""
-        pixel = dataclasses.replace(self.pixel, decoder_channels=256, decoder_res_blocks=4)
+        """The same with the enhanced pixel decoder: twice the encoder's width and residual blocks
+        a level (of the presets B, L and XL: 256 channels, 4 blocks, + 1 as in any decoder)."""
+        pixel = dataclasses.replace(
+            self.pixel,
+            decoder_channels=2 * self.pixel.channels,
+            decoder_res_blocks=2 * self.pixel.res_blocks,
+        )
         return dataclasses.replace(self, pixel=pixel)
 
     def to_dict(self) -> dict[str, Any]:

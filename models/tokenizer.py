@@ -216,12 +216,16 @@ class TokenFlowTokenizer(nn.Module):
         tokens = None
         if self.config.semantic.enabled:
             tokens = self.decode_task_layer(self.semantic_decoder(f_hat[:, : dims[0]]))
-        images = self.decoder(self.post_quant_conv(f_hat[:, -dims[-1] :]))
+        return self.decode_pixels(f_hat), tokens
+
+    def decode_pixels(self, f_hat: Tensor) -> Tensor:
+        """Quantized features [B, sum(dims), h, w] -> images, by the pixel branch alone."""
+        images = self.decoder(self.post_quant_conv(f_hat[:, -self.config.dims[-1] :]))
         inside = self.config.pixel.input_size
         if inside:
             size = [side * self.config.image_size // inside for side in images.shape[-2:]]
             images = resize(images, (size[0], size[1]))
-        return images, tokens
+        return images
 
     def forward(self, images: Tensor, tower_tokens: Tensor | None = None) -> TokenizerOutput:
         """Encode, quantize and decode; arguments as for :meth:`features`."""

@@ -17,6 +17,7 @@ from tokenflow_ext.models.metrics import psnr
 from tokenflow_ext.train import (
     checkpoint,
     data,
+    decoder,
     emojis,
     evaluate,
     fid,
@@ -211,6 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         "train", add_help=False, help="train a tokenizer; the same as torchrun train/tokenizer.py"
     )
     commands.add_parser(
+        "train-decoder",
+        add_help=False,
+        help="fine-tune a pixel decoder; the same as torchrun train/decoder.py",
+    )
+    commands.add_parser(
         "train-text",
         add_help=False,
         help="train text to image; the same as torchrun train/text_to_image.py",
@@ -243,7 +249,11 @@ def main(argv: list[str] | None = None) -> None:
     distance.add_argument("--weights", metavar="FILE", help=f"{fid.WEIGHTS}")
     distance.add_argument("--batch-size", type=int, default=64, help="[%(default)s]")
     distance.add_argument("--device", default="cpu", help="[%(default)s]")
-    trainers = {"train": tokenizer.main, "train-text": text_to_image.main}
+    trainers = {
+        "train": tokenizer.main,
+        "train-decoder": decoder.main,
+        "train-text": text_to_image.main,
+    }
     if arguments and arguments[0] in trainers:
         return trainers[arguments[0]](arguments[1:])
     known = parser.parse_args(arguments)

@@ -235,6 +235,34 @@ class TextConfig:
 
 
 @dataclass
+class DecoderConfig:
+    """Everything that decides a run of ``train/decoder.py``."""
+
+    run: str = "runs/decoder"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    # The tokenizer: a run, a checkpoint, a save_pretrained folder, or a released file.
+    init: str = "runs/tokenizer"
+    resolution: int | None = None  # of a released B: 224 or 256
+    # "kept": its pixel decoder goes on from where it is. "enhanced": one of twice the width and
+    # twice the residual blocks starts anew, unless it has those already.
+    decoder: str = "kept"
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=300, lr=1.0e-3))
+    loss: PixelLossConfig = field(default_factory=PixelLossConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+        _one_of("decoder", self.decoder, "kept", "enhanced")
+        _check_pixel_losses(self)
+        if not self.loss.pixel + self.loss.perceptual > 0:
+            raise ConfigError("loss.pixel and loss.perceptual are both 0: give one a weight")
+        _at_least("data", self.data, 1, "held_out_crops")
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a run."""
 
@@ -248,7 +276,7 @@ class TrainConfig:
     threads: int = 1
     teacher_weights: str | None = None  # the teacher's file where no package ships it
     pretrained_tower: bool = True  # start the semantic encoder from the teacher's weights
-    init: str | None = None  # a save_pretrained folder to start from
+    init: str | None = None  # a tokenizer to start from, as in DecoderConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -264,7 +292,7 @@ class TrainConfig:
         _at_least("data", self.data, 1, "held_out_crops")
 
 
-def _check_run(config: TrainConfig | TextConfig) -> None:
+def _check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
     """What runs of every kind have in common."""
     _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
@@ -276,7 +304,7 @@ def _check_run(config: TrainConfig | TextConfig) -> None:
     _at_least("output", config.output, 1, *every)
 
 
-def _check_pixel_losses(config: TrainConfig) -> None:
+def _check_pixel_losses(config: TrainConfig | DecoderConfig) -> None:
     loss = config.loss
     _at_least("loss", loss, 0, "pixel", "perceptual", "gan", "gan_start")
     _at_least("loss", loss, 1, "discriminator_channels")
@@ -370,6 +398,13 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     return from_plain(TrainConfig, _overlay(to_plain(TrainConfig(model=model)), given))
 
 
+def load_decoder_config(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> DecoderConfig:
+    """The configuration of a pixel decoder's fine-tuning; as :func:`load_config`."""
+    return from_plain(DecoderConfig, _overlay(to_plain(DecoderConfig()), _given(path, overrides)))
+
+
 def load_text_config(
     path: str | Path | None = None, overrides: list[str] | None = None
 ) -> TextConfig:
@@ -377,6 +412,6 @@ def load_text_config(
     return from_plain(TextConfig, _overlay(to_plain(TextConfig()), _given(path, overrides)))
 
 
-def to_yaml(config: TrainConfig | TextConfig) -> str:
+def to_yaml(config: TrainConfig | DecoderConfig | TextConfig) -> str:
     """The configuration as YAML that the functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

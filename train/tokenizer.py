@@ -10,17 +10,19 @@ from functools import partial
 from typing import Any
 
 from tokenflow_ext.train import data, loop
-from tokenflow_ext.train.config import TrainConfig, load_config
+from tokenflow_ext.train.config import DataConfig, TrainConfig, load_config
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.trainer import Trainer
 
 
+def notice(config: DataConfig) -> str:
+    """The licences of the built-in photographs, where it is them that are trained on."""
+    return "" if config.path is not None else f"photographs:\n{data.photograph_licences()}"
+
+
 def train(config: TrainConfig, group: Processes, resume: bool = False) -> dict[str, Any]:
     """Run the training that ``config`` describes; returns its summary (see ``loop.train``)."""
-    notice = ""
-    if config.data.path is None:
-        notice = f"photographs:\n{data.photograph_licences()}"
-    return loop.train(config, group, Trainer, resume, notice)
+    return loop.train(config, group, Trainer, resume, notice(config.data))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torchrun
 from PIL import Image, ImageColor
@@ -19,6 +20,21 @@ from tokenflow_ext.train.config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tokenizer.py"
 TEXT_SCRIPT = ROOT / "train" / "text_to_image.py"
+DECODER_SCRIPT = ROOT / "train" / "decoder.py"
+
+
+# A run of a few steps that writes little.
+SHORT = (
+    "optim.steps=6",
+    "optim.batch=4",
+    "optim.warmup=2",
+    "output.log_every=1",
+    "output.eval_every=3",
+    "output.picture_every=100",
+    "output.checkpoint_every=3",
+    "output.tensorboard=no",
+    "output.progress=no",
+)
 
 
 def overrides(run: Path, images: Path, *more: str) -> list[str]:
@@ -27,15 +43,7 @@ def overrides(run: Path, images: Path, *more: str) -> list[str]:
         f"run={run}",
         f"data.path={images}",
         "data.held_out_crops=8",
-        "optim.steps=6",
-        "optim.batch=4",
-        "optim.warmup=2",
-        "output.log_every=1",
-        "output.eval_every=3",
-        "output.picture_every=100",
-        "output.checkpoint_every=3",
-        "output.tensorboard=no",
-        "output.progress=no",
+        *SHORT,
         "codebook.kmeans_batches=2",
         "codebook.kmeans_iterations=2",
         "model.image_size=32",
@@ -65,16 +73,8 @@ def text_overrides(run: Path, tokenizer: Path, pairs: Path, *more: str) -> list[
         f"tokenizer={tokenizer}",
         f"data.path={pairs}",
         "data.evaluated=6",
-        "optim.steps=6",
-        "optim.batch=4",
-        "optim.warmup=2",
-        "output.log_every=1",
-        "output.eval_every=3",
-        "output.picture_every=100",
-        "output.checkpoint_every=3",
+        *SHORT,
         "output.pictures=2",
-        "output.tensorboard=no",
-        "output.progress=no",
         "model.backbone.hidden_size=32",
         "model.backbone.intermediate_size=64",
         "model.backbone.num_hidden_layers=2",
@@ -83,6 +83,12 @@ def text_overrides(run: Path, tokenizer: Path, pairs: Path, *more: str) -> list[
         "model.prompt_length=6",
         *more,
     ]
+
+
+def decoder_overrides(run: Path, tokenizer: Path, images: Path, *more: str) -> list[str]:
+    """Settings of a few steps of a pixel decoder over the tokenizer of :func:`overrides`."""
+    given = (f"run={run}", f"init={tokenizer}", f"data.path={images}", "data.held_out_crops=8")
+    return [*given, *SHORT, *more]
 
 
 def save_tokenizer(folder: Path, images: Path) -> Path:
@@ -145,6 +151,21 @@ def flatten(value, path=""):
             yield from flatten(item, f"{path}.{i}")
     else:
         yield path, value
+
+
+def assert_same_step(alone, shared):
+    """What together.py saw of a step on one process and on two: the joined batch's, to rounding."""
+    assert alone["gradients"].keys() == shared["gradients"].keys()
+    for key, gradient in alone["gradients"].items():
+        torch.testing.assert_close(
+            gradient, shared["gradients"][key], rtol=1e-4, atol=1e-6, msg=key
+        )
+    for kind in ("values", "held_out"):
+        assert alone[kind].keys() == shared[kind].keys()
+        for key, value in alone[kind].items():
+            assert shared[kind][key] == pytest.approx(value, rel=1e-3), key
+    first, second = shared["checksums"]
+    assert first == second  # both processes hold the same weights
 
 
 def assert_same_end(one, other):

@@ -127,6 +127,22 @@ def test_find_takes_a_run_a_checkpoint_or_a_saved_model(tmp_path):
         checkpoint.find(tmp_path)
 
 
+def test_tokenizers_are_found_in_folders_and_released_files(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        checkpoint.TokenFlowTokenizer, "from_pretrained", lambda *given: asked.append(given)
+    )
+    path = write(tmp_path / "run" / "checkpoints", 1)
+    for given in (tmp_path / "run", path, path / "training.pt"):
+        checkpoint.load_tokenizer(given)
+    file = tmp_path / "released.pt"
+    file.touch()
+    checkpoint.load_tokenizer(file, 256)
+    assert asked == [(path, None)] * 3 + [(file, 256)]
+    with pytest.raises(CheckpointError, match="nothing at"):
+        checkpoint.load_tokenizer(tmp_path / "nowhere")
+
+
 def test_an_interrupted_write_leaves_the_others_alone(tmp_path):
     path = write(tmp_path, 1)
 

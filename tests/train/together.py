@@ -2,7 +2,8 @@
 
     torchrun together.py PLAN.json
 
-PLAN.json: {"steps": {OUTPUT: [key=value, ...]}, "runs": [[key=value, ...], ...]}.
+PLAN.json: {"program": "tokenizer" or "decoder", "steps": {OUTPUT: [key=value, ...]},
+"runs": [[key=value, ...], ...]}.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tokenflow_ext.train import checkpoint, tokenizer
-from tokenflow_ext.train.config import load_config
+from tokenflow_ext.train import checkpoint, decoder, tokenizer
+from tokenflow_ext.train.config import load_config, load_decoder_config
+from tokenflow_ext.train.decoder_trainer import DecoderTrainer
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.trainer import Trainer
 
+PROGRAMS = {
+    "tokenizer": (load_config, Trainer, tokenizer.train),
+    "decoder": (load_decoder_config, DecoderTrainer, decoder.train),
+}
 
-def one_step(output: str, overrides: list[str], group: Processes) -> None:
+
+def one_step(trainer: Trainer, output: str, group: Processes) -> None:
     """One training step; gradients, buffers, losses and every process's checksum of the weights."""
-    trainer = Trainer(load_config(None, overrides), group)
     trainer.prepare()
     values = trainer.train_step()
     values = {key: group.mean_(value.float().clone()).item() for key, value in values.items()}
@@ -48,23 +56,23 @@ def one_step(output: str, overrides: list[str], group: Processes) -> None:
         torch.save(result, output)
 
 
-def whole_and_resumed(whole: list[str], halves: list[str], group: Processes) -> None:
+def whole_and_resumed(whole: Any, halves: Any, train: Callable, group: Processes) -> None:
     """Two equal runs; the second loses its last checkpoint and is resumed."""
-    for overrides in (whole, halves):
-        tokenizer.train(load_config(None, overrides), group)
-    config = load_config(None, halves)
+    for config in (whole, halves):
+        train(config, group)
     if group.first:
-        shutil.rmtree(checkpoint.available(Path(config.run) / "checkpoints")[-1])
+        shutil.rmtree(checkpoint.available(Path(halves.run) / "checkpoints")[-1])
     group.wait()
-    tokenizer.train(config, group, resume=True)
+    train(halves, group, resume=True)
 
 
 def main(plan: dict, group: Processes) -> None:
     """Do what the plan says."""
+    load, make, train = PROGRAMS[plan["program"]]
     for output, overrides in plan["steps"].items():
-        one_step(output, overrides, group)
+        one_step(make(load(None, overrides), group), output, group)
     if plan["runs"]:
-        whole_and_resumed(*plan["runs"], group)
+        whole_and_resumed(*(load(None, run) for run in plan["runs"]), train, group)
 
 
 if __name__ == "__main__":

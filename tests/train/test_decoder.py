@@ -1,0 +1,257 @@
+"""Fine-tuning of the pixel decoder: what moves, what must not, and that it resumes and splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenflow_ext.models import TokenFlowTokenizer, TokenizerConfig
+from tokenflow_ext.train import checkpoint, cli, decoder
+from tokenflow_ext.train.config import load_config, load_decoder_config
+from tokenflow_ext.train.decoder_trainer import DecoderTrainer, with_enhanced_decoder
+from tokenflow_ext.train.distributed import Processes
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+TOGETHER = Path(__file__).with_name("together.py")
+GAN = ("loss.gan=0.5", "loss.gan_start=0")
+
+
+@pytest.fixture(scope="module")
+def released_file(micro, images, tmp_path_factory) -> Path:
+    """A tokenizer under the released names and in their kind of file, of micro sizes."""
+    folder = tmp_path_factory.mktemp("released")
+    model = TokenFlowTokenizer(released_config(micro, images))
+    for group in model.quantizer.codebooks:
+        group.data.normal_()
+    return model.save_released(folder / "released.pt")
+
+
+def released_config(micro, images) -> TokenizerConfig:
+    """With CLIP's tower at the micro sizes."""
+    tower = ("kind=clip", "image_size=32", "patch_size=8", "width=16", "depth=1", "heads=2")
+    tower += ("mlp_width=32", "input_scale=1.0")
+    semantic = [
+        f"model.{part}.{value}" for part in ("semantic.tower", "teacher") for value in tower
+    ]
+    frozen = "model.semantic.frozen=no"
+    return load_config(None, micro.overrides(Path("run"), images, *semantic, frozen)).model
+
+
+@pytest.fixture
+def make(micro, image_tokenizer, images, tmp_path):
+    """make("decoder=enhanced", ...): a trainer over the micro tokenizer, ready for steps."""
+
+    def build(*more: str, init: Path = image_tokenizer) -> DecoderTrainer:
+        given = micro.decoder_overrides(tmp_path / "run", init, images, *more)
+        trainer = DecoderTrainer(load_decoder_config(None, given), ALONE)
+        trainer.prepare()
+        return trainer
+
+    return build
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", ["kept", "enhanced"])
+def test_the_decoder_moves_and_nothing_else(make, image_tokenizer, kind):
+    start = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    trainer = make(f"decoder={kind}", *GAN, "loss.gan_adaptive=yes")
+    before = state(trainer.model)
+    for _ in range(2):
+        trainer.train_step()
+    for model in (trainer.model, trainer.ema.model):
+        after = model.state_dict()
+        moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
+        assert moved == {k for k in after if k.startswith("decoder.")}
+        assert torch.equal(model.encode(pictures()), start.encode(pictures()))
+        assert not any(part.training for part in model.modules())
+    frozen = [p for k, p in trainer.model.named_parameters() if not k.startswith("decoder.")]
+    assert all(p.grad is None for p in frozen)
+    assert sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in trainer.model.decoder.parameters()
+    )
+
+
+def test_the_decoder_starts_from_what_it_was(make, image_tokenizer):
+    start = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    trainer = make()
+    assert trainer.model.config == start.config
+    for key, value in start.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[key], value), key
+
+
+def test_the_enhanced_decoder_starts_anew_once(make, image_tokenizer, tmp_path):
+    start = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    start.left_aside["note"] = torch.ones(1)
+    made = with_enhanced_decoder(start)
+    pixel = start.config.pixel
+    assert made.config.pixel.decoder_channels == 2 * pixel.channels == 16
+    assert made.config.pixel.decoder_res_blocks == 2 * pixel.res_blocks
+    assert made.decoder.conv_out.weight.shape == (3, 16, 3, 3)
+    assert len(made.decoder.conv_blocks[0].res) == 2 * pixel.res_blocks + 1
+    assert made.left_aside == start.left_aside
+    # A decoder that is one already goes on from its weights.
+    assert with_enhanced_decoder(made) is made
+    folder = made.save_pretrained(tmp_path / "enhanced")
+    again = make("decoder=enhanced", init=folder)
+    for key, value in made.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value), key
+
+
+def test_it_learns_from_what_decode_reads(make):
+    """The quantized features of a step are those of the tokens, every scale of them."""
+    trainer = make("optim.batch=16")
+    images, quantized = trainer._take_batch()
+    model = trainer.model
+    assert not quantized.quantized.requires_grad
+    assert torch.equal(quantized.indices, model.encode(images))
+    expected = model.decode(quantized.indices)[0]
+    torch.testing.assert_close(trainer._forward(images, quantized).images, expected)
+
+
+def test_the_losses_are_those_of_the_images(make, monkeypatch):
+    trainer = make(*GAN)
+    images, quantized = trainer._take_batch()
+    monkeypatch.setattr(trainer, "_take_batch", lambda: (images, quantized))
+    made = trainer.model.decode(quantized.indices)[0].detach()
+    logits = trainer.discriminator(made)
+    values = trainer.train_step()
+    l2 = (made - images).square().mean()
+    torch.testing.assert_close(values["l2"], l2)
+    torch.testing.assert_close(values["total"], l2 - 0.5 * logits.mean().detach())
+    assert values["semantic"] == values["vq"] == 0
+
+
+@pytest.mark.parametrize("kind", ["kept", "enhanced"])
+def test_training_improves_the_images(make, kind):
+    trainer = make(f"decoder={kind}", "optim.lr=5e-3", "optim.steps=60", "optim.ema_decay=0.8")
+    first = trainer.evaluate()
+    for _ in range(60):
+        trainer.train_step()
+    last = trainer.evaluate()
+    assert last["psnr"] > first["psnr"] + 1
+    assert (last["usage"], last["perplexity"]) == (first["usage"], first["perplexity"])
+
+
+def test_a_run_ends_with_a_whole_tokenizer(micro, released_file, images, tmp_path, capsys):
+    """From a released file to a released file, by the command."""
+    config = released_config(micro, images)
+    source = TokenFlowTokenizer.from_pretrained(released_file, config=config)
+    folder = source.save_pretrained(tmp_path / "source")
+    run = tmp_path / "run"
+    given = micro.decoder_overrides(run, folder, images, "decoder=enhanced", "optim.steps=2")
+    cli.main(["train-decoder", *given])
+    text = capsys.readouterr().out
+    assert "decoder: enhanced" in text
+    assert "PSNR" in text
+    assert load_decoder_config(run / "config.yaml") == load_decoder_config(None, given)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "held_out"}
+    model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
+    assert model.config == config.with_enhanced_decoder()
+    assert torch.equal(model.encode(pictures()), source.encode(pictures()))
+    written = model.save_released(tmp_path / "again.pt")
+    again = TokenFlowTokenizer.from_pretrained(written, config=model.config)
+    assert torch.equal(
+        again.decode(again.encode(pictures()))[0], model.decode(model.encode(pictures()))[0]
+    )
+
+
+def test_a_released_file_is_a_start(micro, released_file, images, tmp_path, monkeypatch):
+    """Read as one: the file's own name, the resolution asked for, what is left aside kept."""
+    asked = []
+    config = released_config(micro, images)
+    plain = TokenFlowTokenizer.from_pretrained
+
+    def read(path, resolution=None):
+        asked.append((Path(path), resolution))
+        return plain(path, config=config)
+
+    monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
+    given = micro.decoder_overrides(tmp_path / "run", released_file, images, "resolution=256")
+    trainer = DecoderTrainer(load_decoder_config(None, [*given, "decoder=enhanced"]), ALONE)
+    assert asked == [(released_file, 256)]
+    assert "quantize.codebook_used" in trainer.model.left_aside
+
+
+def test_six_steps_are_three_and_three(micro, image_tokenizer, images, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    settings = ("decoder=enhanced", "loss.gan=0.5", "loss.gan_start=2", "optim.accumulate=2")
+    for run in (whole, halves):
+        decoder.main(micro.decoder_overrides(run, image_tokenizer, images, *settings))
+    last = checkpoint.available(halves / "checkpoints")[-1]
+    assert last.name == "step_00000006"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    torch.manual_seed(99)
+    decoder.main([f"run={halves}", "--resume"])
+    micro.assert_same_end(whole, halves)
+
+
+def test_two_processes(micro, image_tokenizer, images, tmp_path):
+    """A step is that of the joined batch; a run resumes bit for bit."""
+
+    def arguments(run: str, *more: str) -> list[str]:
+        return micro.decoder_overrides(tmp_path / run, image_tokenizer, images, *GAN, *more)
+
+    one = arguments("one", "optim.batch=8", "decoder=enhanced", "optim.max_grad_norm=1e9")
+    runs = [arguments(run, "data.held_out_crops=3") for run in ("whole", "halves")]
+    processes = []
+    for world in (1, 2):
+        plan = {
+            "program": "decoder",
+            "steps": {str(tmp_path / f"step{world}.pt"): one},
+            "runs": runs if world == 2 else [],
+        }
+        file = tmp_path / f"plan{world}.json"
+        file.write_text(json.dumps(plan))
+        processes.append(micro.launch([str(file)], processes=world, script=TOGETHER))
+    for process in processes:
+        micro.finish(process)
+    steps = [torch.load(tmp_path / f"step{n}.pt", weights_only=True) for n in (1, 2)]
+    assert {k.split(".")[1] for k in steps[0]["gradients"]} == {"decoder", "main"}
+    micro.assert_same_step(*steps)
+    micro.assert_same_end(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_the_script(micro, image_tokenizer, images, tmp_path):
+    run = tmp_path / "run"
+    given = micro.decoder_overrides(run, image_tokenizer, images, "optim.steps=1")
+    micro.finish(micro.launch(given, script=micro.DECODER_SCRIPT))
+    assert (run / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("decoder=huge", "decoder must be one of kept, enhanced, got 'huge'"),
+        ("loss.semantic=1", r"unknown field loss\.semantic"),
+        ("loss.pixel=0", r"loss\.pixel and loss\.perceptual are both 0"),
+        ("init=nowhere", "nothing at nowhere"),
+        ("resolution=64", "resolution must be 32 for .*, got 64"),
+        ("loss.generator_loss=l1", r"loss\.generator_loss must be one of"),
+    ],
+)
+def test_errors_end_with_one_line(micro, image_tokenizer, images, tmp_path, argument, message):
+    given = micro.decoder_overrides(tmp_path / "run", image_tokenizer, images, argument)
+    with pytest.raises(SystemExit, match=message) as caught:
+        decoder.main(given)
+    assert str(caught.value).startswith("error: ")
+
+
+def test_resuming_another_decoder_is_refused(micro, image_tokenizer, images, tmp_path):
+    given = micro.decoder_overrides(tmp_path / "run", image_tokenizer, images, "optim.steps=1")
+    decoder.main(given)
+    with pytest.raises(SystemExit, match="does not fit"):
+        decoder.main([*given, "--resume", "decoder=enhanced", "optim.steps=2"])

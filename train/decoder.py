@@ -1,0 +1,32 @@
+"""Fine-tune a pixel decoder: ``torchrun train/decoder.py init=TOKENIZER [--config FILE] [--resume]
+[key=value ...]``.
+
+``init`` is a run of train/tokenizer.py, one of its checkpoints, a save_pretrained folder or a
+released file. Its tokens stay what they are; what is saved is a whole tokenizer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tokenflow_ext.train import loop
+from tokenflow_ext.train.config import DecoderConfig, load_decoder_config
+from tokenflow_ext.train.decoder_trainer import DecoderTrainer
+from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.tokenizer import notice
+
+
+def train(config: DecoderConfig, group: Processes, resume: bool = False) -> dict[str, Any]:
+    """Run the training that ``config`` describes; returns its summary (see ``loop.train``)."""
+    return loop.train(config, group, DecoderTrainer, resume, notice(config.data))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    read = partial(loop.read_arguments, load_decoder_config, "decoder.py", __doc__, argv)
+    loop.run_command(read, train)
+
+
+if __name__ == "__main__":
+    main()
