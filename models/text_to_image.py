@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from tokenflow_ext.models import text_to_image_released as released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, read_weights
@@ -42,7 +43,6 @@ NEGATIVE_PROMPT = (
 _FORM = SavedForm("tokenflow-text-to-image", 1, "no saved text-to-image model's")
 _TOKENIZER_FOLDER = "tokenizer"
 _QK_NORM_EPS = 1e-6
-_RANGE_BUFFERS = ("image_token_start", "image_token_end")
 
 
 @functools.cache
@@ -150,6 +150,10 @@ class TextToImage(nn.Module):
         attention: ``sdpa``, or ``flex`` for FlexAttention in the training forward (compiled on
             CUDA, where it skips the blocks that the mask empties).
 
+    Attributes:
+        left_aside, released_header: of a released model, the buffers that are no weights here and
+            the ``config.json`` it was read with; :meth:`save_released` alone writes them.
+
     Raises:
         ConfigError: a tokenizer that does not fit the configuration.
     """
@@ -178,6 +182,8 @@ class TextToImage(nn.Module):
 
         self.config = config
         self.attention = attention
+        self.left_aside: dict[str, Tensor] = {}
+        self.released_header: dict[str, Any] | None = None
         # Past Module.__setattr__: not a submodule.
         self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
         self._session: Session | None = None
@@ -462,25 +468,37 @@ class TextToImage(nn.Module):
     @classmethod
     def from_released(
         cls,
-        state_dict: Mapping[str, Tensor],
-        llama_config: PretrainedConfig,
+        source: Mapping[str, Tensor] | str | Path,
+        llama_config: PretrainedConfig | None,
         tokenizer: TokenFlowTokenizer,
         **options: Any,
     ) -> TextToImage:
         """The model of released weights; it takes the tensors over without a copy.
 
         Args:
-            state_dict: every key is used: the module's own, and ``image_token_start`` and
-                ``image_token_end`` (with any prefix), which are held against the vocabulary.
+            source: a state dict, or where the weights are: a folder of transformers or one file
+                (:mod:`tokenflow_ext.models.text_to_image_released`). Every key is used: the
+                module's own, and ``image_token_start`` and ``image_token_end`` (with any prefix),
+                which are held against the vocabulary.
             llama_config: transformers configuration of the backbone; its vocabulary includes the
-                image tokens and the padding id.
+                image tokens and the padding id. None takes the ``config.json`` in the folder, or
+                beside the file.
             tokenizer: the image tokenizer.
             options: for the constructor.
 
         Raises:
-            CheckpointError: a key that is missing, unknown or of another shape.
+            CheckpointError: a key that is missing, unknown or of another shape; a file that is
+                missing or cannot be read.
             ConfigError: a configuration that is not served or does not fit the tokenizer.
         """
+        state, name, header = source, "the released weights", None
+        if not isinstance(source, Mapping):
+            state, name = released.read(source), str(source)
+            if llama_config is None:
+                header = released.read_header(source)
+                llama_config = released.parse_header(header)
+        if llama_config is None:
+            raise ConfigError("llama_config must be given for a state dict, got None")
         backbone = BackboneConfig.from_transformers(llama_config)
         codes = tokenizer.config.quantizer.codebook_size
         text_vocab_size = llama_config.vocab_size - codes - 1
@@ -490,13 +508,43 @@ class TextToImage(nn.Module):
                 f"id, got {llama_config.vocab_size}"
             )
         config = TextToImageConfig.for_tokenizer(backbone, tokenizer, text_vocab_size)
-        weights = {}
-        for key, value in state_dict.items():
-            if key.rpartition(".")[2] in _RANGE_BUFFERS:
-                _check_image_range(key, value, config)
-            else:
-                weights[key] = value
-        return cls._from_weights(config, tokenizer, weights, "the released weights", options)
+        weights, aside = released.split_aside(state, config)
+        model = cls._from_weights(config, tokenizer, weights, name, options)
+        model.left_aside, model.released_header = aside, header
+        return model
+
+    def to_released(self) -> dict[str, Tensor]:
+        """The released form of the weights: the inverse of :meth:`from_released`.
+
+        Raises:
+            ConfigError: another backbone than a Llama, whose names the release has not.
+        """
+        family = self.config.backbone.family
+        if family != "llama":
+            raise ConfigError(
+                f"released text-to-image models are of family 'llama', this one is {family!r}: "
+                "save_pretrained saves it"
+            )
+        return self.state_dict() | self.left_aside
+
+    def save_released(self, path: str | Path, max_shard_size: str = "5GB") -> Path:
+        """Writes the weights with exactly the released names into the directory ``path``, as
+        transformers and :meth:`from_released` read them; the image tokenizer has a file of its own
+        (:meth:`TokenFlowTokenizer.save_released`).
+
+        ``config.json`` is the one that the model was read with, or else a plain Llama's: what the
+        original programs look up in theirs besides has to be added by hand.
+
+        Raises:
+            ConfigError: see :meth:`to_released`.
+        """
+        state = self.to_released()
+        header = self.released_header
+        if header is None:
+            backbone = self.config.backbone
+            header = backbone.to_transformers(self.config.vocab_size).to_diff_dict()
+            header["rope_theta"] = backbone.rope_theta  # where transformers 4 looks for it
+        return released.write(path, state, header, max_shard_size)
 
     @classmethod
     def from_language_model(
@@ -611,16 +659,3 @@ def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -
 def _check_range(name: str, ids: Tensor, size: int) -> None:
     if bool(((ids < 0) | (ids >= size)).any()):
         raise ValueError(f"{name} must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
-
-
-def _check_image_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
-    """The buffers with the first and the last id of the image tokens."""
-    if value.numel() != 1:
-        raise CheckpointError(f"{key} must be one id, got {tuple(value.shape)}")
-    if value.is_meta:
-        return
-    first, last = config.text_vocab_size, config.pad_id - 1
-    if int(value) != (first if key.endswith("start") else last):
-        raise CheckpointError(
-            f"{key} is {int(value)}, the vocabulary has its image tokens at {first} to {last}"
-        )

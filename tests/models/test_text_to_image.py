@@ -6,6 +6,7 @@ anew in every run, padding left out instead of masked, dense masks, no cache.
 
 import copy
 import functools
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -724,6 +726,9 @@ def test_released_keys_of_llama_2_7b():
         {**state, **buffers}, llama_config(vocab_size=64769), tokenizer
     )
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes
+    back = model.to_released()
+    assert back.keys() == {*shapes, *buffers}
+    assert all(back[key] is value for key, value in buffers.items())
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert model.config.text_vocab_size == 32000
     assert model.config.pad_id == 64768
@@ -757,6 +762,160 @@ def test_released_weights_keep_their_values():
     built.load_state_dict(state)
     ids, indices = prompts(model, [9, 5]), pictures(model, 2)
     assert torch.equal(model(ids, indices).logits, built(ids, indices).logits)
+
+
+def equal(state, other):
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        assert value.dtype == other[key].dtype, key
+        assert torch.equal(value, other[key]), key
+
+
+# What the release's config.json holds besides a Llama's own entries.
+HEADER = {
+    "model_type": "llava_llama",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "mm_vision_vq_type": "TOKEN_FLOW",
+    "mm_use_vq_token": True,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.37.2",
+    "vocab_size": WORDS + CODES + 1,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+RANGE = {
+    "image_token_start": torch.tensor(WORDS),
+    "image_token_end": torch.tensor(WORDS + CODES - 1),
+}
+
+
+def released_folder(folder, state, files):
+    """A folder as transformers leaves it, by hand: weights in one file or dealt out to several."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(HEADER))
+    if files == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    places = {key: names[i % files] for i, key in enumerate(state)}
+    for name in names:
+        part = {key: value for key, value in state.items() if places[key] == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_released_folders_there_and_back(tmp_path, files):
+    from transformers import LlamaForCausalLM
+
+    state, _ = tiny_released()
+    state = {key: value.bfloat16() for key, value in state.items()} | RANGE
+    folder = released_folder(tmp_path / "released", state, files)
+    model = TextToImage.from_released(folder, None, image_tokenizer())
+    equal(model.to_released(), state)
+    assert model.config.text_vocab_size == WORDS
+    assert model.config.backbone.rope_theta == 10000.0
+
+    written = model.save_released(tmp_path / "again", max_shard_size="20KB" if files > 1 else "5GB")
+    assert (written / "model.safetensors").is_file() == (files == 1)
+    assert (written / "model.safetensors.index.json").is_file() == (files > 1)
+    assert json.loads((written / "config.json").read_text()) == HEADER
+    again = TextToImage.from_released(written, None, image_tokenizer())
+    equal(again.to_released(), state)
+    again.save_released(written)  # in other shards: none of the old are left
+    equal(TextToImage.from_released(written, None, image_tokenizer()).to_released(), state)
+    names = {"config.json", "model.safetensors"}
+    assert {file.name for file in written.iterdir()} == names
+
+    # The library finds a Llama in it, for the weights that a Llama has.
+    llama = LlamaForCausalLM.from_pretrained(written, config=llama_config(**shape_of(HEADER)))
+    for key, value in llama.state_dict().items():
+        assert torch.equal(value.bfloat16(), state[key]), key
+
+
+def shape_of(header):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {name: header[name] for name in (*names, "num_attention_heads")}
+
+
+@pytest.mark.parametrize("container", ["ema", "model", "state_dict", None])
+def test_released_text_to_image_in_one_torch_file(tmp_path, container):
+    state, config = tiny_released()
+    named = {f"module.{key}": value for key, value in (state | RANGE).items()}
+    torch.save({container: named, "steps": 3} if container else named, tmp_path / "weights.pt")
+    model = TextToImage.from_released(tmp_path / "weights.pt", config, image_tokenizer())
+    equal(model.to_released(), state | RANGE)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: give llama_config"):
+        TextToImage.from_released(tmp_path / "weights.pt", None, image_tokenizer())
+    (tmp_path / "config.json").write_text(json.dumps(HEADER))
+    beside = TextToImage.from_released(tmp_path / "weights.pt", None, image_tokenizer())
+    assert beside.config == model.config
+
+
+def test_a_model_trained_here_is_released(tmp_path):
+    model = build(dtype=torch.float32)
+    assert model.left_aside == {}
+    folder = model.save_released(tmp_path / "released")
+    again = TextToImage.from_released(folder, None, model.tokenizer)
+    equal(again.state_dict(), model.state_dict())
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    assert torch.equal(again(ids, indices).logits, model(ids, indices).logits)
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
+    other = build("qwen3", dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"family 'llama', this one is 'qwen3'"):
+        other.save_released(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_released_folders(tmp_path):
+    state, config = tiny_released()
+    tokenizer = image_tokenizer()
+    folder = released_folder(tmp_path / "released", state, 2)
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    key = "lm_head.weight"
+
+    def refused(message, error=CheckpointError):
+        with pytest.raises(error, match=message):
+            TextToImage.from_released(folder, None, tokenizer)
+
+    places = {k: v for k, v in whole["weight_map"].items() if k != key}
+    index.write_text(json.dumps({"weight_map": places}))
+    refused(r"index\.json does not say that .*\.safetensors has lm_head\.weight")
+    places = whole["weight_map"] | {"stranger": whole["weight_map"][key]}
+    index.write_text(json.dumps({"weight_map": places}))
+    refused(r"has stranger, which it has not")
+    index.write_text("{}")
+    refused("is no index: it must have a weight_map")
+    index.write_text(json.dumps(whole))
+    first = folder / "model-00001-of-00002.safetensors"
+    content = first.read_bytes()
+    first.write_bytes(content[:-10])
+    refused("00001-of-00002.safetensors is truncated")
+    first.unlink()
+    refused("00001-of-00002.safetensors is truncated or no safetensors file: No such file")
+    first.write_bytes(content)
+    (folder / "config.json").write_text(json.dumps(HEADER | {"model_type": "mistral"}))
+    refused("model_type must be one of llava_llama, llama, got 'mistral'", ConfigError)
+    (folder / "config.json").write_text("[1]")
+    refused(r"config\.json must hold a mapping, got list")
+    (folder / "config.json").write_text("{")
+    refused(r"config\.json is not JSON")
+    index.unlink()
+    refused("holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
+    with pytest.raises(CheckpointError, match="no checkpoint file at"):
+        TextToImage.from_released(tmp_path / "gone.pt", config, tokenizer)
+    with pytest.raises(ConfigError, match="llama_config must be given for a state dict, got None"):
+        TextToImage.from_released(state, None, tokenizer)
 
 
 def test_released_weights_that_do_not_fit():

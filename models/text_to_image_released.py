@@ -1,0 +1,177 @@
+"""TokenFlow's released text-to-image weights: read and written as the release has them.
+
+The release is a folder of transformers: ``config.json`` and the weights, in one safetensors file or
+in several with an index. Their names are those of :meth:`TextToImage.state_dict`, with two more:
+
+    image_token_start, image_token_end    first and last id of the image tokens, buffers that may be
+                                          there, under any prefix; held against the vocabulary
+
+which are kept aside, with ``config.json``, and written back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tokenflow_ext.models import released
+from tokenflow_ext.models.config import CheckpointError, ConfigError
+from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+HEADER = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # and each with ".index.json": in several
+_RANGE = ("image_token_start", "image_token_end")
+_MODEL_TYPES = ("llava_llama", "llama")
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of the released weights.
+
+    Args:
+        path: a folder of transformers, one safetensors file, or one torch file with the weights
+            under ``ema``, ``model`` or ``state_dict`` or by themselves.
+
+    Raises:
+        CheckpointError: nothing there, a file that cannot be read, or an index that does not agree
+            with its files.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    for name in _WEIGHTS:
+        if (index := path / f"{name}.index.json").is_file():
+            return _read_indexed(index)
+        if (path / name).is_file():
+            return _read_file(path / name)
+    raise CheckpointError(f"{path} holds neither {' nor '.join(_WEIGHTS)}, nor an index of either")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return released.read(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _read_indexed(index: Path) -> dict[str, Tensor]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index: it must have a weight_map") from error
+    state: dict[str, Tensor] = {}
+    for file in files:
+        for key, value in _read_file(index.parent / file).items():
+            if places.get(key) != file:
+                raise CheckpointError(f"{index} does not say that {file} has {key}")
+            state[key] = value
+    if missing := [key for key in places if key not in state]:
+        raise CheckpointError(
+            f"{index} says that {places[missing[0]]} has {missing[0]}, which it has not"
+        )
+    return state
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """``config.json`` in the folder, or beside the file.
+
+    Raises:
+        CheckpointError: missing, or no JSON object.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / HEADER
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: give llama_config ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} must hold a mapping, got {type(header).__name__}")
+    return header
+
+
+def parse_header(header: Mapping[str, Any]) -> PretrainedConfig:
+    """The backbone's configuration in a released ``config.json``.
+
+    Raises:
+        ConfigError: of another model than a Llama.
+    """
+    ensure_torchvision()
+    from transformers import LlamaConfig
+
+    values = dict(header)
+    family = values.pop("model_type", None)
+    if family not in _MODEL_TYPES:
+        raise ConfigError(f"model_type must be one of {', '.join(_MODEL_TYPES)}, got {family!r}")
+    return LlamaConfig(**values)
+
+
+def split_aside(
+    state: Mapping[str, Tensor], config: TextToImageConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights, and the buffers with the image tokens' ids.
+
+    Raises:
+        CheckpointError: ids that are not the vocabulary's.
+    """
+    aside = {key: value for key, value in state.items() if key.rpartition(".")[2] in _RANGE}
+    for key, value in aside.items():
+        _check_range(key, value, config)
+    return {key: value for key, value in state.items() if key not in aside}, aside
+
+
+def _check_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
+    if value.numel() != 1:
+        raise CheckpointError(f"{key} must be one id, got {tuple(value.shape)}")
+    if value.is_meta:
+        return
+    first, last = config.text_vocab_size, config.pad_id - 1
+    if int(value) != (first if key.endswith("start") else last):
+        raise CheckpointError(
+            f"{key} is {int(value)}, the vocabulary has its image tokens at {first} to {last}"
+        )
+
+
+def write(
+    folder: str | Path, state: Mapping[str, Tensor], header: Mapping[str, Any], shard: str
+) -> Path:
+    """Saves a folder as :func:`read` and transformers read it; ``config.json`` comes last, and each
+    file is complete before it takes its name.
+
+    Args:
+        shard: the largest file, such as ``5GB``; what does not fit into one goes into several.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        save_torch_state_dict(content, partial, max_shard_size=shard)
+        text = json.dumps(dict(header), indent=2) + "\n"
+        (Path(partial) / HEADER).write_text(text, encoding="utf-8")
+        for old in folder.glob("model*.safetensors*"):  # of an earlier model, in other shards
+            old.unlink()
+        for file in sorted(Path(partial).iterdir(), key=_weights_index_header):
+            os.replace(file, folder / file.name)
+    return folder
+
+
+def _weights_index_header(file: Path) -> tuple[bool, bool]:
+    return file.suffix == ".json", file.name == HEADER
