@@ -96,9 +96,8 @@ class StyleGanDiscriminator(nn.Module):
     deviation within a group of images as one more channel (arXiv 1710.10196, section 3), a
     convolution, and two linear layers.
 
-    As MaskGIT's and LlamaGen's it has plain weights, not StyleGAN2's equalised learning rate: Adam
-    with one learning rate trains both sides of this loss. LlamaGen's leaves the deviation out too;
-    ``group=1`` does.
+    As LlamaGen's it has plain weights, no equalised learning rate. LlamaGen's leaves the deviation
+    out too; ``group=1`` does.
 
     Args:
         image_size: side of the images in pixels, 8 or more; no power of two is asked for.

@@ -28,6 +28,27 @@ def test_published_sizes(name, tokens, grid, semantic_dim):
     assert config.quantizer.codebook_size == 32768
 
 
+@pytest.mark.parametrize(("name", "heads"), [("B", 12), ("B-256", 12), ("XL", 16)])
+def test_published_numbers_that_no_shape_shows(name, heads):
+    """Weights of another number of heads or groups would load without a word."""
+    config = TokenizerConfig.preset(name)
+    assert config.semantic.tower.heads == config.teacher.heads == heads
+    assert config.semantic.decoder_heads == 12
+    assert config.pixel.groups == 32
+    assert config.pixel.input_size == (432 if name == "XL" else 0)
+    quantizer = config.quantizer
+    assert (quantizer.beta, quantizer.l2_norm, quantizer.scale_drop) == (0.25, True, 0.1)
+    assert quantizer.weights is None  # w_dis = 1
+
+
+def test_enhanced_decoder_is_twice_the_encoder():
+    enhanced = TokenizerConfig.preset("B").with_enhanced_decoder()
+    assert (enhanced.pixel.decoder_channels, enhanced.pixel.decoder_res_blocks) == (256, 4)
+    assert enhanced.with_enhanced_decoder() == enhanced
+    tiny = TokenizerConfig.preset("tiny").with_enhanced_decoder().pixel
+    assert (tiny.decoder_channels, tiny.decoder_res_blocks) == (64, 2)
+
+
 def test_unset_fields_take_defaults():
     values = {"image_size": 64, "pixel": {"channels": 16}}
     config = TokenizerConfig.from_dict(values)

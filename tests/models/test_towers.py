@@ -106,6 +106,28 @@ def test_clip_reads_open_clip_names_too(clip_file, images, tmp_path):
         torch.testing.assert_close(other(images), tower(images))
 
 
+@pytest.mark.parametrize("projection", [0, 24])
+def test_clip_tower_is_open_clips(images, projection, tmp_path):
+    """The package's whole vision tower, with its own weights under its own names."""
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        64, 16, 32, 2, 4, 2.0, output_dim=24, act_layer=QuickGELU, output_tokens=True
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    torch.save({f"visual.{k}": v for k, v in model.state_dict().items()}, tmp_path / "clip.pt")
+    tower = build_tower(dataclasses.replace(CLIP, projection=projection)).eval()
+    load_tower(tower, tmp_path / "clip.pt")
+    with torch.no_grad():
+        pooled, tokens = model(images)
+        expected = tokens @ model.proj if projection else tokens
+        got = tower(images)
+    assert pooled.shape == (2, 24)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def bicubic_points(line, count, base):
     """A row of positions resampled at (i + 0.5) * base / (count + 0.1) - 0.5, A = -0.75."""
 

@@ -134,12 +134,12 @@ def test_the_losses_are_those_of_the_images(make, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["kept", "enhanced"])
 def test_training_improves_the_images(make, kind):
-    trainer = make(f"decoder={kind}", "optim.lr=5e-3", "optim.steps=60", "optim.ema_decay=0.8")
+    trainer = make(f"decoder={kind}", "optim.lr=1e-2", "optim.steps=30", "optim.ema_decay=0.8")
     first = trainer.evaluate()
-    for _ in range(60):
+    for _ in range(30):
         trainer.train_step()
     last = trainer.evaluate()
-    assert last["psnr"] > first["psnr"] + 1
+    assert last["psnr"] > first["psnr"] + 0.5
     assert (last["usage"], last["perplexity"]) == (first["usage"], first["perplexity"])
 
 
@@ -184,9 +184,24 @@ def test_a_released_file_is_a_start(micro, released_file, images, tmp_path, monk
     assert "quantize.codebook_used" in trainer.model.left_aside
 
 
-def test_six_steps_are_three_and_three(micro, image_tokenizer, images, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("decoder=enhanced", "loss.gan_start=2", "optim.accumulate=2"),
+        (
+            "loss.gan_start=0",
+            "loss.discriminator=stylegan",
+            "loss.discriminator_channels=8",
+            "loss.gan_adaptive=yes",
+            "optim.precision=bf16",
+            "data.workers=1",
+        ),
+    ],
+    ids=["enhanced", "bf16"],
+)
+def test_six_steps_are_three_and_three(micro, image_tokenizer, images, tmp_path, settings):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    settings = ("decoder=enhanced", "loss.gan=0.5", "loss.gan_start=2", "optim.accumulate=2")
+    settings = ("loss.gan=0.5", *settings)
     for run in (whole, halves):
         decoder.main(micro.decoder_overrides(run, image_tokenizer, images, *settings))
     last = checkpoint.available(halves / "checkpoints")[-1]
