@@ -214,9 +214,13 @@ class Trainer(BaseTrainer):
         return nullcontext() if last or self.group.world == 1 else module.no_sync()
 
     def _generator(
-        self, images: Tensor, target: Tensor | None, adversarial: bool
+        self, images: Tensor, target: Any, adversarial: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of the tokenizer: its images (without graph) and its losses."""
+        """Forward and backward of the tokenizer: its images (without graph) and its losses.
+
+        Args:
+            target: what came with the images from :meth:`_next_batch`.
+        """
         loss = self.config.loss
         with self._autocast():
             out = self._forward(images, target)

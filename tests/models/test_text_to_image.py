@@ -842,6 +842,23 @@ def test_released_folders_there_and_back(tmp_path, files):
         assert torch.equal(value.bfloat16(), state[key]), key
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_released_folders_of_torch_files(tmp_path, files):
+    state, _ = tiny_released()
+    (tmp_path / "config.json").write_text(json.dumps(HEADER))
+    if files == 1:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        places = {key: f"pytorch_model-{i % 2}.bin" for i, key in enumerate(state)}
+        for name in set(places.values()):
+            part = {key: value for key, value in state.items() if places[key] == name}
+            torch.save(part, tmp_path / name)
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+    model = TextToImage.from_released(tmp_path, None, image_tokenizer())
+    equal(model.to_released(), state)
+
+
 def shape_of(header):
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {name: header[name] for name in (*names, "num_attention_heads")}
