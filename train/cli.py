@@ -66,6 +66,11 @@ def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -
         The pictures' paths.
     """
     model, folder = _load(source, device)
+    if not model.config.pixel.enabled:
+        raise ConfigError(
+            f"{folder} decodes no images (its pixel.enabled is false): `tokenflow tokenize` gives "
+            "its tokens"
+        )
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     facts, written = _facts(model, folder), []
