@@ -150,8 +150,8 @@ def check(config: TokenizerConfig) -> None:
     """That tokenizers of ``config`` have a released form, whatever their sizes.
 
     Raises:
-        ConfigError: another tower than CLIP's, ViTamin's or SigLIP's, no pixel branch, pixel
-            blocks, or VAR's quantizer.
+        ConfigError: another tower than CLIP's, ViTamin's or SigLIP's, no pixel branch, or pixel
+            blocks.
     """
     kind = config.semantic.tower.kind
     if kind not in _TOWERS:
@@ -163,11 +163,6 @@ def check(config: TokenizerConfig) -> None:
         raise ConfigError(
             "released tokenizers have a pixel branch, this one has none (pixel.enabled is false): "
             "save_pretrained saves it"
-        )
-    if config.quantizer.kind != "tokenflow":
-        raise ConfigError(
-            f"released tokenizers have quantizer.kind 'tokenflow', this one's is "
-            f"{config.quantizer.kind!r}: save_pretrained saves it"
         )
     if config.pixel.patch != 1:
         raise ConfigError(
