@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -55,6 +55,7 @@ FORMAT = "tokenflow-evaluation"
 VERSION = 1
 VGG16 = "vgg16-397923af.pth"
 _LITE0_SIZE = 224
+Item = TypeVar("Item")
 
 PREPROCESSING = (
     "EXIF orientation applied, transparency over white, RGB; while the shorter side is twice "
@@ -195,8 +196,15 @@ class Squares(Dataset):
     def __init__(self, paths: list[Path], size: int) -> None:
         self.paths, self.size = paths, size
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        """The whole image."""
+        return data.open_image(self.paths[index])
+
     def __getitem__(self, index: int) -> tuple[int, Tensor, bool, str]:
-        image = data.open_image(self.paths[index])
+        image = self.open(index)
         enlarged = min(image.size) < self.size
         pixels = np.array(to_square(image, self.size))
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -218,12 +226,12 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def thinned(paths: list[Path], limit: int | None) -> list[Path]:
-    """At most ``limit`` of the paths, evenly spread: the first ones of a folder of classes would
+def thinned(items: list[Item], limit: int | None) -> list[Item]:
+    """At most ``limit`` of the items, evenly spread: the first images of a folder of classes would
     all be of one class."""
-    if limit is None or limit >= len(paths):
-        return paths
-    return [paths[i * len(paths) // limit] for i in range(limit)]
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 @torch.no_grad()
@@ -580,7 +588,8 @@ def _notes(measured: Measured, features: Features | None) -> list[str]:
     return notes
 
 
-def _environment(group: Processes) -> dict[str, Any]:
+def environment(group: Processes) -> dict[str, Any]:
+    """What a figure may hang on besides its definition."""
     cuda = group.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
@@ -678,7 +687,7 @@ def run(
             "tokens_per_image": model.quantizer.num_tokens,
         },
         "paper": PAPER,
-        "environment": _environment(group) | {"batch": batch},
+        "environment": environment(group) | {"batch": batch},
         "images": [
             row | {"image": Path(row["image"]).relative_to(root).as_posix()}
             for row in measured.images
