@@ -138,7 +138,7 @@ def nearest(model: TokenFlowTokenizer, h: Tensor, by: str) -> Tensor:
 
 class PhotographSquares(Squares):
     """The built-in photographs, cut into squares of an eighth of their shorter side, each moved by
-    half of that: about 3,300, so that there are more of them than the small presets' codes."""
+    half of that: 3,225, so that there are more of them than the small presets' codes."""
 
     def __init__(self, size: int, limit: int | None = None) -> None:
         crops: list[tuple[Image.Image, tuple[int, int, int, int], Path]] = []
