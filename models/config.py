@@ -11,6 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+QUANTIZER_KINDS = ("tokenflow", "var")
 TOWER_KINDS = ("none", "clip", "vitamin", "siglip", "efficientnet_lite0")
 PRESETS = ("tiny", "B", "B-256", "L", "XL")
 
@@ -106,7 +107,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """The VQGAN encoder and decoder.
+    """The VQGAN encoder and decoder; ``enabled = False`` switches the branch off (VQKD).
 
     Attributes:
         channels: width of the first level; level i has ``channels * multipliers[i]``.
@@ -120,6 +121,8 @@ class PixelConfig:
             (the decoder's image is resized back); 0 keeps the size.
         patch: side of the pixel blocks that become channels before the first convolution, and back
             after the last (1, none, is VQGAN's own; 2 spares small machines the finest level).
+        enabled: whether there are pixel encoder, codebook and decoder at all. Without them nothing
+            is decoded to an image.
     """
 
     channels: int = 128
@@ -132,6 +135,7 @@ class PixelConfig:
     groups: int = 32
     input_size: int = 0
     patch: int = 1
+    enabled: bool = True
 
     def __post_init__(self) -> None:
         _need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
@@ -206,7 +210,16 @@ class SemanticConfig:
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """Arguments of :class:`tokenflow_ext.MultiScaleQuantizer` (``dims`` follow the branches)."""
+    """The quantizer's arguments (``dims`` follow the branches).
+
+    Attributes:
+        kind: ``tokenflow`` (:class:`tokenflow_ext.MultiScaleQuantizer`; with one scale VQGAN's
+            quantizer, with the grid's side repeated RQ-VAE's) or ``var``
+            (:class:`tokenflow_ext.var.VarQuantizer`, for one branch), whose codes are by itself
+            not normalised: say ``l2_norm = False``.
+        phi, phi_shared: of ``var`` alone: the share of the convolutions in the mix (0: none), and
+            how many convolutions the scales share (0: one for each scale).
+    """
 
     codebook_size: int = 32768
     scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14)
@@ -216,6 +229,9 @@ class QuantizerConfig:
     codebook_update: str = "gradient"
     usage_decay: float = 0.99
     scale_drop: float = 0.1
+    kind: str = "tokenflow"
+    phi: float = 0.5
+    phi_shared: int = 4
 
     def __post_init__(self) -> None:
         _positive("quantizer", codebook_size=self.codebook_size)
@@ -225,6 +241,29 @@ class QuantizerConfig:
         _need(
             self.codebook_update in ("gradient", "ema"),
             f"quantizer.codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}",
+        )
+        _need(
+            self.kind in QUANTIZER_KINDS,
+            f"quantizer.kind must be one of {', '.join(QUANTIZER_KINDS)}, got {self.kind!r}",
+        )
+        if self.kind == "var":
+            self._check_var()
+
+    def _check_var(self) -> None:
+        _need(
+            self.codebook_update == "gradient",
+            "quantizer.codebook_update must be 'gradient' with quantizer.kind 'var', got "
+            f"{self.codebook_update!r}",
+        )
+        _need(
+            self.weights is None,
+            f"quantizer.weights is not for quantizer.kind 'var', got {self.weights!r}",
+        )
+        _need(0 <= self.phi <= 1, f"quantizer.phi must be within [0, 1], got {self.phi!r}")
+        _need(
+            0 <= self.phi_shared <= len(self.scales),
+            f"quantizer.phi_shared must be 0 to {len(self.scales)}, the number of scales, got "
+            f"{self.phi_shared!r}",
         )
 
 
@@ -244,43 +283,69 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _positive("tokenizer", image_size=self.image_size)
-        side = self.pixel.input_size or self.image_size
         _need(
-            side % self.pixel.factor == 0,
-            f"the pixel encoder's input side must be a multiple of {self.pixel.factor} "
-            f"(pixel.patch, and 2 a level of pixel.multipliers after the first), got {side}",
+            self.pixel.enabled or self.semantic.enabled,
+            "pixel.enabled is false and semantic.tower.kind is 'none': a tokenizer has one of the "
+            "two branches at least",
         )
         _need(
             self.semantic.enabled or not self.teacher.enabled,
             f"teacher.kind is {self.teacher.kind!r} but semantic.tower.kind is 'none': switch both "
             "off or neither",
         )
-        if self.semantic.enabled:
-            grid = self.semantic.tower.grid(self.image_size)
-            _need(
-                grid == self.grid,
-                f"the semantic tower's grid ({grid}) and the pixel encoder's ({self.grid}) differ "
-                f"at image_size {self.image_size}",
-            )
+        _need(
+            self.quantizer.kind != "var" or len(self.dims) == 1,
+            "quantizer.kind 'var' is for one branch: its convolutions would mix the other's "
+            "channels in; set pixel.enabled to false or semantic.tower.kind to 'none'",
+        )
+        if self.pixel.enabled:
+            self._check_pixel()
         if self.teacher.enabled:
             grid = self.teacher.grid(self.image_size)
             _need(
                 grid == self.grid,
-                f"the teacher's grid ({grid}) and the pixel encoder's ({self.grid}) differ at "
+                f"the teacher's grid ({grid}) and the {self._measure} ({self.grid}) differ at "
                 f"image_size {self.image_size}",
             )
+
+    def _check_pixel(self) -> None:
+        side = self.pixel.input_size or self.image_size
+        _need(
+            side % self.pixel.factor == 0,
+            f"the pixel encoder's input side must be a multiple of {self.pixel.factor} "
+            f"(pixel.patch, and 2 a level of pixel.multipliers after the first), got {side}",
+        )
+        if self.semantic.enabled:
+            grid = self.semantic.tower.grid(self.image_size)
+            _need(
+                grid == self.grid,
+                f"the semantic tower's grid ({grid}) and the {self._measure} ({self.grid}) differ "
+                f"at image_size {self.image_size}",
+            )
+
+    @property
+    def _measure(self) -> str:
+        """Whose grid is the tokenizer's."""
+        return "pixel encoder's" if self.pixel.enabled else "semantic tower's"
 
     @property
     def grid(self) -> int:
         """Side of the latent grid at the configured image size."""
+        if not self.pixel.enabled:
+            return self.semantic.tower.grid(self.image_size)
         return (self.pixel.input_size or self.image_size) // self.pixel.factor
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Widths of the codebook groups: semantic (where there is one), then pixel."""
-        if self.semantic.enabled:
-            return (self.semantic.code_dim, self.pixel.code_dim)
-        return (self.pixel.code_dim,)
+        """Widths of the codebook groups, one for each of :attr:`branches`."""
+        widths = {"semantic": self.semantic.code_dim, "pixel": self.pixel.code_dim}
+        return tuple(widths[branch] for branch in self.branches)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches there are, in the order of their channels: ``semantic``, ``pixel``."""
+        found = {"semantic": self.semantic.enabled, "pixel": self.pixel.enabled}
+        return tuple(branch for branch, enabled in found.items() if enabled)
 
     @property
     def semantic_dim(self) -> int:

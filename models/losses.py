@@ -203,7 +203,8 @@ def tokenizer_loss(
     """total = L_sem + L_VQ + L_pix of one step; a part with no input or weight 0 is zero.
 
     Args:
-        output: a :class:`~tokenflow_ext.models.TokenizerOutput`.
+        output: a :class:`~tokenflow_ext.models.TokenizerOutput`; without images (a tokenizer of the
+            semantic branch alone) L_pix is left out.
         images: the originals [B, 3, H, W].
         teacher: the teacher's features [B, N, C]; None leaves L_sem out.
         perceptual: for example :class:`LPIPS`; None leaves it out.
@@ -215,13 +216,14 @@ def tokenizer_loss(
     Returns:
         The parts before their weights, and their weighted sum.
     """
-    zero = output.images.new_zeros((), dtype=torch.float32)
+    zero = output.quantizer.vq_loss.new_zeros((), dtype=torch.float32)
     sem = vis = gen = zero
     if teacher is not None and output.semantic is not None and semantic_weight:
         sem = semantic_loss(output.semantic, teacher, semantic_kind)
     vq = output.quantizer.vq_loss + output.quantizer.commitment_loss if vq_weight else zero
-    l2 = reconstruction_loss(output.images, images) if l2_weight else zero
-    if perceptual is not None and perceptual_weight:
+    decoded = output.images is not None
+    l2 = reconstruction_loss(output.images, images) if decoded and l2_weight else zero
+    if decoded and perceptual is not None and perceptual_weight:
         vis = perceptual(output.images, images)
     pixel = l2_weight * l2 + perceptual_weight * vis
     total = semantic_weight * sem + vq_weight * vq + pixel

@@ -150,13 +150,19 @@ def check(config: TokenizerConfig) -> None:
     """That tokenizers of ``config`` have a released form, whatever their sizes.
 
     Raises:
-        ConfigError: another tower than CLIP's, ViTamin's or SigLIP's, or pixel blocks.
+        ConfigError: another tower than CLIP's, ViTamin's or SigLIP's, no pixel branch, or pixel
+            blocks.
     """
     kind = config.semantic.tower.kind
     if kind not in _TOWERS:
         raise ConfigError(
             f"released tokenizers have a semantic tower {', '.join(_TOWERS)}, this one's kind is "
             f"{kind!r}: save_pretrained saves it"
+        )
+    if not config.pixel.enabled:
+        raise ConfigError(
+            "released tokenizers have a pixel branch, this one has none (pixel.enabled is false): "
+            "save_pretrained saves it"
         )
     if config.pixel.patch != 1:
         raise ConfigError(

@@ -15,6 +15,7 @@ from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, SavedForm, rea
 from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
 from tokenflow_ext.models.teachers import load_tower
 from tokenflow_ext.models.vqgan import Decoder, Encoder, resize
+from tokenflow_ext.var import VarQuantizer
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
 
@@ -23,12 +24,13 @@ class TokenizerOutput(NamedTuple):
     """What :meth:`TokenFlowTokenizer.forward` gives.
 
     Attributes:
-        images: decoded images [B, 3, H, W], about [-1, 1] (not clamped).
+        images: decoded images [B, 3, H, W], about [-1, 1] (not clamped); None without a pixel
+            branch.
         semantic: decoded semantic tokens [B, N, C_teacher]; None without a semantic branch.
         quantizer: indices, losses and usage.
     """
 
-    images: Tensor
+    images: Tensor | None
     semantic: Tensor | None
     quantizer: QuantizerOutput
 
@@ -54,21 +56,22 @@ class TokenFlowTokenizer(nn.Module):
             raise TypeError(f"config must be a TokenizerConfig, got {type(config).__name__}")
         self.config = config
         self.left_aside: dict[str, Tensor] = {}
-        pixel, semantic, quantizer = config.pixel, config.semantic, config.quantizer
-        shape = {
-            "multipliers": pixel.multipliers,
-            "z_channels": pixel.z_channels,
-            "groups": pixel.groups,
-            "patch": pixel.patch,
-        }
-        self.encoder = Encoder(channels=pixel.channels, res_blocks=pixel.res_blocks, **shape)
-        self.decoder = Decoder(
-            channels=pixel.decoder_channels or pixel.channels,
-            res_blocks=pixel.decoder_res_blocks or pixel.res_blocks,
-            **shape,
-        )
-        self.quant_conv = nn.Conv2d(pixel.z_channels, pixel.code_dim, 1)
-        self.post_quant_conv = nn.Conv2d(pixel.code_dim, pixel.z_channels, 1)
+        pixel, semantic = config.pixel, config.semantic
+        if pixel.enabled:
+            shape = {
+                "multipliers": pixel.multipliers,
+                "z_channels": pixel.z_channels,
+                "groups": pixel.groups,
+                "patch": pixel.patch,
+            }
+            self.encoder = Encoder(channels=pixel.channels, res_blocks=pixel.res_blocks, **shape)
+            self.decoder = Decoder(
+                channels=pixel.decoder_channels or pixel.channels,
+                res_blocks=pixel.decoder_res_blocks or pixel.res_blocks,
+                **shape,
+            )
+            self.quant_conv = nn.Conv2d(pixel.z_channels, pixel.code_dim, 1)
+            self.post_quant_conv = nn.Conv2d(pixel.code_dim, pixel.z_channels, 1)
         if semantic.enabled:
             self.semantic_encoder = build_tower(semantic.tower)
             self.encode_task_layer = task_layer(semantic.tower.out_dim, semantic.code_dim)
@@ -83,17 +86,7 @@ class TokenFlowTokenizer(nn.Module):
             if semantic.frozen:
                 self.semantic_encoder.requires_grad_(False)
                 self.semantic_encoder.eval()
-        self.quantizer = MultiScaleQuantizer(
-            quantizer.codebook_size,
-            dims=config.dims,
-            scales=quantizer.scales,
-            weights=quantizer.weights,
-            beta=quantizer.beta,
-            l2_norm=quantizer.l2_norm,
-            codebook_update=quantizer.codebook_update,
-            usage_decay=quantizer.usage_decay,
-            scale_drop=quantizer.scale_drop,
-        )
+        self.quantizer = _build_quantizer(config)
 
     def train(self, mode: bool = True) -> TokenFlowTokenizer:
         """Sets the mode; a frozen semantic tower stays in evaluation."""
@@ -103,9 +96,10 @@ class TokenFlowTokenizer(nn.Module):
         return self
 
     @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the pixel decoder's last convolution (for the adaptive GAN weight)."""
-        return self.decoder.last_layer
+    def last_layer(self) -> nn.Parameter | None:
+        """Weight of the pixel decoder's last convolution (for the adaptive GAN weight); None
+        without a pixel branch."""
+        return self.decoder.last_layer if self.config.pixel.enabled else None
 
     def load_semantic_tower(self, weights: str | Path | None = None) -> Path | None:
         """Gives the semantic encoder's tower its pretrained weights.
@@ -132,6 +126,8 @@ class TokenFlowTokenizer(nn.Module):
             raise TypeError(f"images must be floating point in [-1, 1], got {images.dtype}")
         if images.shape[0] == 0:
             raise ValueError(f"images must hold one image or more, got {tuple(images.shape)}")
+        if not self.config.pixel.enabled:
+            return
         factor = self.config.pixel.factor
         for side in self._pixel_size(images):
             if side % factor or side == 0:
@@ -139,6 +135,15 @@ class TokenFlowTokenizer(nn.Module):
                     f"images' sides must give the pixel encoder a multiple of {factor}, got "
                     f"{tuple(images.shape[-2:])}"
                 )
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the latent grid."""
+        config = self.config
+        if config.pixel.enabled:
+            height, width = self._pixel_size(images)
+            return height // config.pixel.factor, width // config.pixel.factor
+        height, width = images.shape[-2:]
+        return config.semantic.tower.grid(height), config.semantic.tower.grid(width)
 
     def _pixel_size(self, images: Tensor) -> tuple[int, int]:
         """(height, width) of the pixel encoder's input."""
@@ -167,25 +172,32 @@ class TokenFlowTokenizer(nn.Module):
                 frozen tower that is the teacher too need not run twice).
 
         Returns:
-            h [B, sum(dims), h, w]: semantic channels, then pixel channels.
+            h [B, sum(dims), h, w]: semantic channels, then pixel channels, of the branches that
+            there are.
 
         Raises:
             ValueError, TypeError: images or tokens of the wrong shape or type.
         """
         self._check(images)
-        pixel = self.quant_conv(self.encoder(resize(images, self._pixel_size(images))))
-        if not self.config.semantic.enabled:
-            return pixel
-        grid = (pixel.shape[-2], pixel.shape[-1])
+        parts = []
+        if self.config.semantic.enabled:
+            parts.append(self._semantic_features(images, tower_tokens))
+        if self.config.pixel.enabled:
+            pixel = self.quant_conv(self.encoder(resize(images, self._pixel_size(images))))
+            parts.append(pixel.to(parts[0].dtype) if parts else pixel)
+        return torch.cat(parts, dim=1)
+
+    def _semantic_features(self, images: Tensor, tower_tokens: Tensor | None) -> Tensor:
+        """The semantic channels of :meth:`features`."""
+        grid = self._grid(images)
         tokens = self.tower_features(images) if tower_tokens is None else tower_tokens
         expected = (images.shape[0], grid[0] * grid[1], self.config.semantic.tower.out_dim)
         if tuple(tokens.shape) != expected:
             raise ValueError(
-                f"the semantic tower's tokens must be {expected} to meet the pixel grid of "
-                f"images {tuple(images.shape)}, got {tuple(tokens.shape)}"
+                f"the semantic tower's tokens must be {expected} to meet the grid of images "
+                f"{tuple(images.shape)}, got {tuple(tokens.shape)}"
             )
-        semantic = self.encode_task_layer(tokens).transpose(1, 2).unflatten(2, grid)
-        return torch.cat([semantic, pixel.to(semantic.dtype)], dim=1)
+        return self.encode_task_layer(tokens).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale."""
@@ -193,8 +205,10 @@ class TokenFlowTokenizer(nn.Module):
 
     def decode(
         self, indices: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """indices [B, L] -> (images [B, 3, H, W], semantic tokens [B, N, C_teacher] or None).
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """indices [B, L] -> (images [B, 3, H, W], semantic tokens [B, N, C_teacher]).
+
+        Either is None where its branch is not there.
 
         Args:
             upto: decode the first few scales alone; None is all.
@@ -204,8 +218,8 @@ class TokenFlowTokenizer(nn.Module):
         size = (self.config.grid, self.config.grid) if grid is None else grid
         return self.decode_features(self.quantizer.decode(indices, upto, size))
 
-    def decode_features(self, f_hat: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Quantized features [B, sum(dims), h, w] -> (images, semantic tokens or None).
+    def decode_features(self, f_hat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Quantized features [B, sum(dims), h, w] -> (images, semantic tokens), as :meth:`decode`.
 
         Raises:
             ValueError: features of another width.
@@ -213,10 +227,12 @@ class TokenFlowTokenizer(nn.Module):
         dims = self.config.dims
         if f_hat.dim() != 4 or f_hat.shape[1] != sum(dims):
             raise ValueError(f"f_hat must be [B, {sum(dims)}, h, w], got {tuple(f_hat.shape)}")
-        tokens = None
+        tokens = images = None
         if self.config.semantic.enabled:
             tokens = self.decode_task_layer(self.semantic_decoder(f_hat[:, : dims[0]]))
-        return self.decode_pixels(f_hat), tokens
+        if self.config.pixel.enabled:
+            images = self.decode_pixels(f_hat)
+        return images, tokens
 
     def decode_pixels(self, f_hat: Tensor) -> Tensor:
         """Quantized features [B, sum(dims), h, w] -> images, by the pixel branch alone."""
@@ -333,6 +349,32 @@ class TokenFlowTokenizer(nn.Module):
                 )
         model.load_state_dict(state)
         return model
+
+
+def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
+    quantizer = config.quantizer
+    shared = {
+        "scales": quantizer.scales,
+        "beta": quantizer.beta,
+        "l2_norm": quantizer.l2_norm,
+        "usage_decay": quantizer.usage_decay,
+        "scale_drop": quantizer.scale_drop,
+    }
+    if quantizer.kind == "var":
+        return VarQuantizer(
+            quantizer.codebook_size,
+            config.dims[0],
+            phi_ratio=quantizer.phi,
+            phi_shared=quantizer.phi_shared,
+            **shared,
+        )
+    return MultiScaleQuantizer(
+        quantizer.codebook_size,
+        config.dims,
+        weights=quantizer.weights,
+        codebook_update=quantizer.codebook_update,
+        **shared,
+    )
 
 
 def _first(keys: list[str]) -> str:

@@ -183,16 +183,7 @@ class MultiScaleQuantizer(nn.Module):
         if self.codebook_update == "ema" and self.training:
             codebook = codebook.detach().clone()  # the update below must not change what is saved
         dropped = self._draw_dropped_scale(h.device)
-        result = ops.multiscale_quantize(
-            features,
-            codebook,
-            self.dims,
-            self.scales,
-            self.weights,
-            self.l2_norm,
-            dropped,
-            self.atomic_codebook_gradient,
-        )
+        result = self._quantize(features, codebook, dropped)
         vq_loss, commitment_loss = self._losses(result, dropped)
         hits = result.hits
         if self.training:
@@ -203,6 +194,34 @@ class MultiScaleQuantizer(nn.Module):
             vq_loss,
             commitment_loss,
             CodebookUsage.from_hits(hits),
+        )
+
+    # The pyramid itself; `tokenflow_ext.var` puts another one in its place.
+
+    def _quantize(
+        self, features: Tensor, codebook: Tensor, dropped: Tensor | None = None
+    ) -> ops.QuantizeResult:
+        return ops.multiscale_quantize(
+            features,
+            codebook,
+            self.dims,
+            self.scales,
+            self.weights,
+            self.l2_norm,
+            dropped,
+            self.atomic_codebook_gradient,
+        )
+
+    def _sum_codes(self, indices: Tensor, codebook: Tensor, upto: int, size: Size) -> Tensor:
+        """f^ [B, D, *size] of the tokens of the first `upto` scales."""
+        return ops.multiscale_decode(
+            indices, codebook, self.dims, self.scales[:upto], size, self.l2_norm
+        )
+
+    def _rows(self, features: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
+        """What the scales searched with, [B, L, D]."""
+        return ops.multiscale_rows(
+            features, codebook, indices, self.dims, self.scales, self.l2_norm
         )
 
     def _inputs(self, h: Tensor, check: bool) -> tuple[Tensor, Tensor]:
@@ -255,9 +274,7 @@ class MultiScaleQuantizer(nn.Module):
         self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), 1 - self.usage_decay)
         self.window_hits.add_(hits)
         if self.codebook_update == "ema":
-            rows = ops.multiscale_rows(
-                features.detach(), codebook, result.indices, self.dims, self.scales, self.l2_norm
-            )
+            rows = self._rows(features.detach(), codebook, result.indices)
             sums, _ = ops.segment_sum(
                 rows.flatten(0, 1), result.indices.flatten(), self.codebook_size
             )
@@ -278,9 +295,7 @@ class MultiScaleQuantizer(nn.Module):
             As `forward`.
         """
         features, codebook = self._inputs(h, check)
-        return ops.multiscale_quantize(
-            features, codebook, self.dims, self.scales, self.weights, self.l2_norm
-        ).indices
+        return self._quantize(features, codebook).indices
 
     @torch.no_grad()
     def decode(
@@ -320,10 +335,7 @@ class MultiScaleQuantizer(nn.Module):
                 f"indices must be in [0, {self.codebook_size}), got {int(low)} to {int(high)}"
             )
         size = self.scales[-1] if size is None else size
-        codebook = self.joint_codebook(check=check)
-        return ops.multiscale_decode(
-            indices, codebook, self.dims, self.scales[:upto], size, self.l2_norm
-        )
+        return self._sum_codes(indices, self.joint_codebook(check=check), upto, size)
 
     def _scales_in(self, tokens: int) -> tuple[int, int]:
         """How many whole scales a number of tokens holds."""
@@ -409,10 +421,7 @@ class MultiScaleQuantizer(nn.Module):
     def rows(self, h: Tensor) -> Tensor:
         """The rows that the scales of h search with, [B * L, D]: features for the two below."""
         features, codebook = self._inputs(h, False)
-        indices = self.encode(features)
-        return ops.multiscale_rows(
-            features, codebook, indices, self.dims, self.scales, self.l2_norm
-        ).flatten(0, 1)
+        return self._rows(features, codebook, self.encode(features)).flatten(0, 1)
 
     def usage_window(self, reset: bool = True) -> CodebookUsage:
         """Usage over the training steps since the last reset (all processes)."""

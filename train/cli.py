@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import psnr
+from tokenflow_ext.models.semantic import MissingPackageError
 from tokenflow_ext.train import (
+    analyse,
     checkpoint,
     data,
     decoder,
@@ -67,6 +69,11 @@ def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -
         The pictures' paths.
     """
     model, folder = _load(source, device)
+    if not model.config.pixel.enabled:
+        raise ConfigError(
+            f"{folder} decodes no images (its pixel.enabled is false): `tokenflow tokenize` gives "
+            "its tokens"
+        )
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     facts, written = _facts(model, folder), []
@@ -244,6 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_arguments(
         commands.add_parser("evaluate", help="a tokenizer's figures of reconstruction on a folder")
     )
+    analyse.add_arguments(
+        commands.add_parser("analyse", help="which images share a code, and how many codes do")
+    )
     distance = commands.add_parser("fid", help="FID of two folders of pictures")
     distance.add_argument("folders", nargs=2, metavar="DIR")
     distance.add_argument("--weights", metavar="FILE", help=f"{fid.WEIGHTS}")
@@ -264,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
             _generate(known)
         elif known.command == "evaluate":
             evaluate.command(known)
+        elif known.command == "analyse":
+            analyse.command(known)
         elif known.command == "fid":
             value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
             print(f"FID {value:.4f}")
@@ -282,7 +294,13 @@ def main(argv: list[str] | None = None) -> None:
                 batch=known.batch,
                 shard=known.shard,
             )
-    except (CheckpointError, ConfigError, WeightsError, data.DataError) as error:
+    except (
+        CheckpointError,
+        ConfigError,
+        MissingPackageError,
+        WeightsError,
+        data.DataError,
+    ) as error:
         sys.exit(f"error: {error}")
 
 

@@ -290,6 +290,22 @@ class TrainConfig:
         _at_least("loss", self.loss, 0, "semantic", "vq")
         _check_pixel_losses(self)
         _at_least("data", self.data, 1, "held_out_crops")
+        if not self.model.pixel.enabled:
+            self._check_semantic_alone()
+
+    def _check_semantic_alone(self) -> None:
+        """Without a pixel branch no image is decoded: the teacher is all there is to learn from."""
+        for name in ("perceptual", "gan"):
+            if (value := getattr(self.loss, name)) > 0:
+                raise ConfigError(
+                    f"loss.{name} is {value} but model.pixel.enabled is false: there are no "
+                    "decoded images to compare, set it to 0"
+                )
+        if self.loss.semantic == 0 or not self.model.teacher.enabled:
+            raise ConfigError(
+                "model.pixel.enabled is false: training needs a teacher (model.teacher.kind, got "
+                f"{self.model.teacher.kind!r}) and loss.semantic above 0 (got {self.loss.semantic})"
+            )
 
 
 def _check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:

@@ -15,24 +15,37 @@ import json
 import math
 import platform
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
-from tokenflow_ext.models.config import TowerConfig
+from tokenflow_ext.models import (
+    ConfigError,
+    TokenFlowTokenizer,
+    TokenizerConfig,
+    TowerConfig,
+    WeightsError,
+)
 from tokenflow_ext.models.losses import LPIPS
-from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
+from tokenflow_ext.models.metrics import (
+    FeatureSums,
+    code_usage,
+    cosine,
+    frechet,
+    psnr,
+    ssim,
+    to_uint8,
+)
 from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data, fid
 from tokenflow_ext.train.distributed import Processes, processes
@@ -42,6 +55,7 @@ FORMAT = "tokenflow-evaluation"
 VERSION = 1
 VGG16 = "vgg16-397923af.pth"
 _LITE0_SIZE = 224
+Item = TypeVar("Item")
 
 PREPROCESSING = (
     "EXIF orientation applied, transparency over white, RGB; while the shorter side is twice "
@@ -93,6 +107,11 @@ FIGURES = {
         "{:.4f}",
         "lpips 0.1 with VGG16 and its linear heads, on [-1, 1], mean over images",
     ),
+    "cosine": (
+        "cosine to the teacher",
+        "{:.4f}",
+        "cosine of each decoded semantic token and the teacher's, mean over tokens and images",
+    ),
     "usage": (
         "codes used",
         "{:.2%}",
@@ -114,6 +133,20 @@ PAPER = {
 _HEAD = ("", "here", "paper, 256 / 384 px, ImageNet")
 
 
+class Reconstruction(NamedTuple):
+    """What a tokenizer makes of images [B, 3, S, S] in [-1, 1].
+
+    Attributes:
+        indices: of codes, [B, L].
+        images: like the originals; None without a pixel branch.
+        cosine: mean cosine of decoded semantic tokens and the teacher's (0-dim); None without them.
+    """
+
+    indices: Tensor
+    images: Tensor | None
+    cosine: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Features:
     """What a Frechet distance is of: ``extract`` takes uint8 [B, 3, H, W] and gives [B, width]."""
@@ -125,7 +158,11 @@ class Features:
 
 @dataclass
 class Measured:
-    """Figures over all images; those that could not be had are None, and ``missing`` says why."""
+    """Figures over all images; those that could not be had are None, and ``missing`` says why.
+
+    Of a tokenizer that decodes no images (``decodes`` is false) every figure of images is None
+    without a reason of its own.
+    """
 
     figures: dict[str, float | None]
     missing: dict[str, str]
@@ -135,6 +172,7 @@ class Measured:
     images: list[dict[str, Any]]
     originals: Tensor = field(repr=False)
     made: Tensor = field(repr=False)
+    decodes: bool
     shown: list[int] = field(default_factory=list)
 
 
@@ -152,23 +190,35 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class _Squares(Dataset):
+class Squares(Dataset):
     """(number, uint8 [3, S, S], whether it was enlarged, SHA-256 of its pixels) of each image."""
 
     def __init__(self, paths: list[Path], size: int) -> None:
         self.paths, self.size = paths, size
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        """The whole image."""
+        return data.open_image(self.paths[index])
+
     def __getitem__(self, index: int) -> tuple[int, Tensor, bool, str]:
-        image = data.open_image(self.paths[index])
+        image = self.open(index)
         enlarged = min(image.size) < self.size
         pixels = np.array(to_square(image, self.size))
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         return index, torch.from_numpy(pixels).permute(2, 0, 1), enlarged, digest
 
 
-def _join(samples: list[tuple[int, Tensor, bool, str]]) -> tuple[list, Tensor, list, list]:
+def join_squares(samples: list[tuple[int, Tensor, bool, str]]) -> tuple[list, Tensor, list, list]:
     indices, pixels, enlarged, digests = zip(*samples, strict=True)
     return list(indices), torch.stack(pixels), list(enlarged), list(digests)
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """SHA-256 of images, from each one's own (hexadecimal), in order."""
+    return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -176,17 +226,17 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def thinned(paths: list[Path], limit: int | None) -> list[Path]:
-    """At most ``limit`` of the paths, evenly spread: the first ones of a folder of classes would
+def thinned(items: list[Item], limit: int | None) -> list[Item]:
+    """At most ``limit`` of the items, evenly spread: the first images of a folder of classes would
     all be of one class."""
-    if limit is None or limit >= len(paths):
-        return paths
-    return [paths[i * len(paths) // limit] for i in range(limit)]
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 @torch.no_grad()
 def evaluate(
-    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
+    reconstruct: Callable[[Tensor], Reconstruction],
     paths: list[Path],
     size: int,
     codes: int,
@@ -201,7 +251,7 @@ def evaluate(
     """Measure ``reconstruct`` on every image once, dealt out to the processes of ``group``.
 
     Args:
-        reconstruct: images [B, 3, S, S] in [-1, 1] -> (images like them, indices of codes).
+        reconstruct: images [B, 3, S, S] in [-1, 1] -> what the tokenizer makes of them.
         size: S.
         codes: in the codebook.
         pictures: originals and reconstructions to keep, evenly spread.
@@ -220,7 +270,9 @@ def evaluate(
     count = min(pictures, len(paths))
     shown = [i * len(paths) // count for i in range(count)]
     hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
+    # Sums over the images of what a batch has as a mean.
     lpips = torch.zeros((), dtype=torch.float64, device=group.device)
+    cosines = torch.zeros_like(lpips)
     sums = []  # of the originals' features and the reconstructions'
     if features is not None:
         sums = [FeatureSums(features.width, group.device) for _ in range(2)]
@@ -228,18 +280,25 @@ def evaluate(
     mine = range(group.rank, len(paths), group.world)
     # A sampler, not a distributed one: that repeats images until every process has as many.
     loader = DataLoader(
-        _Squares(paths, size), batch, sampler=mine, num_workers=workers, collate_fn=_join
+        Squares(paths, size), batch, sampler=mine, num_workers=workers, collate_fn=join_squares
     )
     bar = tqdm(total=len(mine), unit="image", disable=not group.first)
     for indices, pixels, enlarged, digests in loader:
         originals = pixels.to(group.device)
         floats = to_float(originals)
-        made, chosen = reconstruct(floats)
-        if not made.isfinite().all():  # 8 bits would hide it
+        found = reconstruct(floats)
+        hits += torch.bincount(found.indices.flatten(), minlength=codes)
+        if found.cosine is not None:
+            cosines += found.cosine.double() * len(originals)
+        bar.update(len(indices))
+        if found.images is None:
+            nothing = [None] * len(indices)
+            rows += zip(indices, nothing, nothing, nothing, enlarged, digests, strict=True)
+            continue
+        if not found.images.isfinite().all():  # 8 bits would hide it
             names = ", ".join(str(paths[index]) for index in indices)
             raise data.DataError(f"the reconstruction is not finite, among {names}")
-        made = to_uint8(made)
-        hits += torch.bincount(chosen.flatten(), minlength=codes)
+        made = to_uint8(found.images)
         if features is not None:
             sums[0].add(features.extract(originals))
             sums[1].add(features.extract(made))
@@ -259,43 +318,46 @@ def evaluate(
             for index, original, other in zip(indices, originals, made, strict=True)
             if index in shown
         ]
-        bar.update(len(indices))
     bar.close()
 
     rows = sorted(row for part in group.gather(rows) for row in part)
     kept = sorted((k for part in group.gather(kept) for k in part), key=lambda k: k[0])
-    for tensor in (hits, lpips, *(tensor for part in sums for tensor in part)):
+    for tensor in (hits, lpips, cosines, *(tensor for part in sums for tensor in part)):
         group.sum_(tensor)
     if not group.first:
         return None
     total = len(rows)
-    differing = [row[1] for row in rows if math.isfinite(row[1])]
     figures: dict[str, float | None] = dict.fromkeys(FIGURES)
     missing = {}
-    if features is not None and total > 1:
-        gaussians = [tuple(tensor.cpu() for tensor in part.gaussian()) for part in sums]
-        figures[features.figure] = frechet(*gaussians)
-    elif features is not None:
-        missing[features.figure] = "a Frechet distance needs two images or more"
-    if differing:
-        figures["psnr"] = math.fsum(differing) / len(differing)
-    else:
-        missing["psnr"] = "infinite: every image is identical to its original"
-    figures["ssim"] = math.fsum(row[2] for row in rows) / total
-    figures["ssim_range_2"] = math.fsum(row[3] for row in rows) / total
-    if perceptual is not None:
-        figures["lpips"] = lpips.item() / total
+    differing = []
+    if decodes := found.images is not None:  # the first process has an image, and each is alike
+        differing = [row[1] for row in rows if math.isfinite(row[1])]
+        if differing:
+            figures["psnr"] = math.fsum(differing) / len(differing)
+        else:
+            missing["psnr"] = "infinite: every image is identical to its original"
+        figures["ssim"] = math.fsum(row[2] for row in rows) / total
+        figures["ssim_range_2"] = math.fsum(row[3] for row in rows) / total
+        if features is not None and total > 1:
+            gaussians = [tuple(tensor.cpu() for tensor in part.gaussian()) for part in sums]
+            figures[features.figure] = frechet(*gaussians)
+        elif features is not None:
+            missing[features.figure] = "a Frechet distance needs two images or more"
+        if perceptual is not None:
+            figures["lpips"] = lpips.item() / total
+    if found.cosine is not None:
+        figures["cosine"] = cosines.item() / total
     figures["usage"], figures["perplexity"] = code_usage(hits)
     return Measured(
         figures=figures,
         missing=missing,
-        identical=total - len(differing),
+        identical=total - len(differing) if decodes else 0,
         enlarged=sum(row[4] for row in rows),
-        digest=hashlib.sha256(b"".join(bytes.fromhex(row[5]) for row in rows)).hexdigest(),
+        digest=digest_of(row[5] for row in rows),
         images=[
             {
                 "image": str(paths[row[0]]),
-                "psnr": row[1] if math.isfinite(row[1]) else None,
+                "psnr": row[1] if decodes and math.isfinite(row[1]) else None,
                 "ssim": row[2],
                 "ssim_range_2": row[3],
                 "sha256": row[5],
@@ -304,6 +366,7 @@ def evaluate(
         ],
         originals=torch.stack([k[1] for k in kept]) if kept else torch.empty(0),
         made=torch.stack([k[2] for k in kept]) if kept else torch.empty(0),
+        decodes=decodes,
         shown=[k[0] for k in kept],
     )
 
@@ -374,6 +437,27 @@ def choose_perceptual(
         if weights is not None:
             raise WeightsError(str(error)) from error
         return None, {"lpips": str(error)}
+
+
+def choose_teacher(
+    config: TokenizerConfig, weights: str | None, device: torch.device
+) -> tuple[nn.Module | None, dict[str, str]]:
+    """The tokenizer's teacher, or why there is none; neither where it was trained without one.
+
+    Raises:
+        WeightsError: ``weights`` was given and is not the teacher's.
+        ConfigError: ``weights`` was given for a tokenizer without a teacher.
+    """
+    if not config.teacher.enabled:
+        if weights is not None:
+            raise ConfigError(f"--teacher {weights}: the tokenizer was trained without a teacher")
+        return None, {}
+    try:
+        return build_teacher(config.teacher, weights).to(device), {}
+    except WeightsError as error:
+        if weights is not None:
+            raise
+        return None, {"cosine": f"{error} (--teacher FILE)"}
 
 
 # -- what people and files see --------------------------------------------------------------------
@@ -486,7 +570,12 @@ def write(out: str | Path, report: dict[str, Any], measured: Measured) -> Path:
 
 def _notes(measured: Measured, features: Features | None) -> list[str]:
     count, notes = len(measured.images), []
-    if features is not None and count <= features.width:
+    if not measured.decodes:
+        notes.append(
+            "the tokenizer has no pixel branch: it decodes no images, and has no figures or "
+            "pictures of them"
+        )
+    elif features is not None and count <= features.width:
         notes.append(
             f"{count} images for features of {features.width} channels: covariances without full "
             "rank; a Frechet distance of so few is biased upwards, and comparable with none of "
@@ -499,7 +588,8 @@ def _notes(measured: Measured, features: Features | None) -> list[str]:
     return notes
 
 
-def _environment(group: Processes) -> dict[str, Any]:
+def environment(group: Processes) -> dict[str, Any]:
+    """What a figure may hang on besides its definition."""
     cuda = group.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
@@ -524,6 +614,7 @@ def run(
     pictures: int = 16,
     inception: str | None = None,
     vgg16: str | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate the tokenizer at ``source`` on the images below ``folder``, print and write.
 
@@ -538,17 +629,23 @@ def run(
     found = data.list_images(folder)
     paths = thinned(found, limit)
     size, codes = model.config.image_size, model.quantizer.codebook_size
-    features, missing = choose_features(inception, group.device)
-    perceptual, more = choose_perceptual(vgg16, group.device)
-    if any(other != missing | more for other in group.gather(missing | more)):
+    features = perceptual = None
+    network, missing = choose_teacher(model.config, teacher, group.device)
+    if model.config.pixel.enabled:
+        features, more = choose_features(inception, group.device)
+        perceptual, yet_more = choose_perceptual(vgg16, group.device)
+        missing |= more | yet_more
+    if any(other != missing for other in group.gather(missing)):
         raise WeightsError(
             "the processes do not find the same weights: put them on every machine, or name them "
-            "with --weights FILE and --vgg16 FILE"
+            "with --weights FILE, --vgg16 FILE and --teacher FILE"
         )
 
-    def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(images: Tensor) -> Reconstruction:
         indices = model.encode(images)
-        return model.decode(indices)[0], indices
+        made, semantic = model.decode(indices)
+        likeness = None if network is None else cosine(semantic, network(images))
+        return Reconstruction(indices, made, likeness)
 
     measured = evaluate(
         reconstruct,
@@ -569,7 +666,7 @@ def run(
         "format": FORMAT,
         "version": VERSION,
         "figures": measured.figures,
-        "missing": missing | more | measured.missing,
+        "missing": missing | measured.missing,
         "notes": _notes(measured, features),
         "definitions": {name: text for name, (_, _, text) in FIGURES.items()},
         "preprocessing": PREPROCESSING.format(size=size),
@@ -590,7 +687,7 @@ def run(
             "tokens_per_image": model.quantizer.num_tokens,
         },
         "paper": PAPER,
-        "environment": _environment(group) | {"batch": batch},
+        "environment": environment(group) | {"batch": batch},
         "images": [
             row | {"image": Path(row["image"]).relative_to(root).as_posix()}
             for row in measured.images
@@ -623,6 +720,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", metavar="FILE", help=f"for FID: {fid.WEIGHTS}")
     parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS: {VGG16}")
+    parser.add_argument("--teacher", metavar="FILE", help="the teacher's weights, for the cosine")
     parser.add_argument("--device", default="auto", help="[%(default)s]")
 
 
@@ -645,4 +743,5 @@ def command(known: argparse.Namespace) -> None:
             pictures=known.pictures,
             inception=known.weights,
             vgg16=known.vgg16,
+            teacher=known.teacher,
         )

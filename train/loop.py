@@ -95,8 +95,9 @@ class BaseTrainer:
         """Values of the weights as they are, alike on every process (every process calls this)."""
         raise NotImplementedError
 
-    def pictures(self) -> tuple[Tensor, Tensor]:
-        """Two rows of images [B, 3, S, S] to show (every process calls this)."""
+    def pictures(self) -> tuple[Tensor, Tensor] | None:
+        """Two rows of images [B, 3, S, S] to show, None where the model makes none (every process
+        calls this)."""
         raise NotImplementedError
 
     def save(self) -> Path | None:
@@ -232,7 +233,7 @@ class BaseTrainer:
             if last or self.step % output.picture_every == 0:
                 name = "final" if last else f"step_{self.step:08d}"
                 images = self.pictures()
-                if log is not None:
+                if log is not None and images is not None:
                     log.picture(self.step, self.run / "pictures" / f"{name}.png", *images)
             self.seconds = before + time.perf_counter() - started
             if last or self.step % output.checkpoint_every == 0:
@@ -302,8 +303,9 @@ class BaseTrainer:
         newest = checkpoint.available(self.run / "checkpoints")
         minutes, seconds = divmod(round(summary["seconds"]), 60)
         done = f"{summary['steps']} steps, {summary['images']} images"
+        picture = self.run / "pictures" / "final.png"
         paths = [
-            ("picture", self.run / "pictures" / "final.png"),
+            ("picture", picture if picture.exists() else "-"),
             ("checkpoint", newest[-1] if newest else "-"),
             ("logs", f"{self.run / 'log.jsonl'}, tensorboard --logdir {self.run}"),
         ]

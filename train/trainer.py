@@ -133,7 +133,9 @@ class Trainer(BaseTrainer):
     def _distribute_model(self) -> nn.Module:
         # A loss that is switched off leaves the weights behind it without a gradient.
         loss = self.config.loss
-        complete = min(loss.semantic, loss.pixel + loss.perceptual, loss.vq) > 0
+        weights = {"semantic": loss.semantic, "pixel": loss.pixel + loss.perceptual}
+        branches = self.model.config.branches
+        complete = min(loss.vq, *(weights[branch] for branch in branches)) > 0
         return self._distribute(self.model, complete)
 
     def prepare(self) -> None:
@@ -215,7 +217,7 @@ class Trainer(BaseTrainer):
 
     def _generator(
         self, images: Tensor, target: Any, adversarial: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Forward and backward of the tokenizer: its images (without graph) and its losses.
 
         Args:
@@ -242,7 +244,7 @@ class Trainer(BaseTrainer):
                 **self._other_losses(target),
             )
         self.scaler.scale(parts.total / self.config.optim.accumulate).backward()
-        return out.images.detach(), parts._asdict()
+        return None if out.images is None else out.images.detach(), parts._asdict()
 
     def _forward(self, images: Tensor, target: Tensor | None) -> TokenizerOutput:
         return self.parallel(images, target if self.tower_is_teacher else None)
@@ -285,8 +287,9 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The EMA weights on the held-out crops: PSNR in dB (mean over images), cosine of decoded
-        and teacher's tokens, share of the codes in use and their perplexity."""
+        """The EMA weights on the held-out crops: PSNR in dB (mean over images) with a pixel branch,
+        cosine of decoded and teacher's tokens with a teacher, share of the codes in use and their
+        perplexity."""
         model, group = self.ema.model, self.group
         codes = model.config.quantizer.codebook_size
         hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
@@ -297,21 +300,26 @@ class Trainer(BaseTrainer):
             indices = model.encode(images)
             made, semantic = model.decode(indices)
             hits += torch.bincount(indices.flatten(), minlength=codes)
-            sums[0] += psnr(made, images, reduction="none").double().sum()
+            if made is not None:
+                sums[0] += psnr(made, images, reduction="none").double().sum()
             if self.teacher is not None:
                 sums[1] += cosine(semantic, self.teacher(images)).double() * len(images)
             sums[2] += len(images)
         group.sum_(hits)
         group.sum_(sums)
-        values = {"psnr": (sums[0] / sums[2]).item()}
+        values = {}
+        if model.config.pixel.enabled:
+            values["psnr"] = (sums[0] / sums[2]).item()
         if self.teacher is not None:
             values["cosine"] = (sums[1] / sums[2]).item()
         values["usage"], values["perplexity"] = code_usage(hits)
         return values
 
     @torch.no_grad()
-    def pictures(self) -> tuple[Tensor, Tensor]:
+    def pictures(self) -> tuple[Tensor, Tensor] | None:
         """Held-out crops spread over the set, and what the EMA weights make of them."""
+        if not self.ema.model.config.pixel.enabled:
+            return None
         count = min(self.config.output.pictures, len(self.held_out))
         which = torch.linspace(0, len(self.held_out) - 1, count).round().long()
         images = self.held_out[which].to(self.group.device)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenflow_ext.compat import VectorQuantizer2
-from tokenflow_ext.compat.var import _nearest_tick
+from tokenflow_ext.var import _nearest_tick
 
 CODES, DIM, SCALES = 50, 6, (1, 2, 3, 5)
 

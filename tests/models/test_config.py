@@ -71,6 +71,33 @@ def test_unset_fields_take_defaults():
         ({"quantizer": {"codebook_update": "sgd"}}, "must be 'gradient' or 'ema', got 'sgd'"),
         ({"image_size": 100}, "must be a multiple of 16.*got 100"),
         ({"teacher": {"kind": "clip"}}, r"teacher\.kind is 'clip' but semantic\.tower\.kind"),
+        ({"pixel": {"enabled": False}}, r"pixel\.enabled is false and semantic\.tower\.kind"),
+        ({"quantizer": {"kind": "rq"}}, r"quantizer\.kind must be one of tokenflow, var, got 'rq'"),
+        ({"quantizer": {"kind": "var", "phi": 2.0}}, r"quantizer\.phi must be within \[0, 1\]"),
+        (
+            {"quantizer": {"kind": "var", "scales": [1, 14]}},
+            r"quantizer\.phi_shared must be 0 to 2, the number of scales, got 4",
+        ),
+        (
+            {"quantizer": {"kind": "var", "codebook_update": "ema"}},
+            r"codebook_update must be 'gradient' with quantizer\.kind 'var', got 'ema'",
+        ),
+        (
+            {"quantizer": {"kind": "var", "weights": [1.0]}},
+            r"quantizer\.weights is not for quantizer\.kind 'var'",
+        ),
+        (
+            {"semantic": {"tower": {"kind": "clip"}}, "quantizer": {"kind": "var"}},
+            r"quantizer\.kind 'var' is for one branch",
+        ),
+        (
+            {
+                "pixel": {"enabled": False},
+                "semantic": {"tower": {"kind": "clip"}},
+                "teacher": {"kind": "clip", "patch_size": 32},
+            },
+            r"teacher's grid \(7\) and the semantic tower's \(14\) differ",
+        ),
         ({"teacher": {"kind": "dino"}}, "tower kind must be one of .*got 'dino'"),
         (
             {"image_size": 256, "semantic": {"tower": {"kind": "clip", "patch_size": 32}}},
@@ -95,6 +122,16 @@ def test_unknown_preset():
 def test_semantic_branch_switches_off():
     tiny = TokenizerConfig.preset("tiny")
     assert tiny.dims == (32, 8)
+    assert tiny.branches == ("semantic", "pixel")
     off = dataclasses.replace(tiny, semantic=SemanticConfig(), teacher=TowerConfig())
     assert off.dims == (8,)
     assert off.semantic_dim == 0
+    assert off.branches == ("pixel",)
+
+
+def test_pixel_branch_switches_off():
+    tiny = TokenizerConfig.preset("tiny")
+    off = dataclasses.replace(tiny, pixel=PixelConfig(enabled=False))
+    assert off.branches == ("semantic",)
+    assert off.dims == (32,)
+    assert off.grid == tiny.grid == 8

@@ -135,6 +135,14 @@ def test_total_is_the_weighted_sum():
     torch.testing.assert_close(reconstruction_loss(output.images, images), l2)
 
 
+def test_without_decoded_images_there_is_no_pixel_part():
+    output = TokenizerOutput(None, torch.randn(2, 4, 5), Quantized())
+    teacher = torch.randn(2, 4, 5)
+    parts = tokenizer_loss(output, torch.rand(2, 3, 8, 8), teacher, perceptual=reconstruction_loss)
+    assert parts.l2.item() == parts.lpips.item() == 0
+    torch.testing.assert_close(parts.total, semantic_loss(output.semantic, teacher) + 0.75)
+
+
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
     from torchvision.models import vgg16

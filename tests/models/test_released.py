@@ -506,6 +506,9 @@ def test_tokenizers_without_a_released_form(tmp_path):
     blocks = dataclasses.replace(PIXEL, multipliers=(1, 2), patch=8)
     with pytest.raises(ConfigError, match=r"pixel\.patch 1, this one has 8"):
         TokenFlowTokenizer(dataclasses.replace(config, pixel=blocks)).save_released(tmp_path / "x")
+    alone = dataclasses.replace(config, pixel=PixelConfig(enabled=False))
+    with pytest.raises(ConfigError, match=r"have a pixel branch.*pixel\.enabled is false"):
+        TokenFlowTokenizer(alone).save_released(tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ anew in every run, padding left out instead of masked, dense masks, no cache.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -1028,6 +1029,17 @@ def test_refusals():
         TextToImage(config, image_tokenizer(codes=47))
     with pytest.raises(TypeError, match="tokenizer must be a TokenFlowTokenizer"):
         TextToImage(config, None)
+    shape = tokenizer.config
+    alone = dataclasses.replace(shape, pixel=PixelConfig(enabled=False))
+    with pytest.raises(ConfigError, match=r"decodes no images \(pixel\.enabled is false\)"):
+        TextToImage(config, TokenFlowTokenizer(alone))
+    var = dataclasses.replace(
+        shape,
+        semantic=SemanticConfig(),
+        quantizer=dataclasses.replace(shape.quantizer, kind="var"),
+    )
+    with pytest.raises(ConfigError, match=r"quantizer\.kind is 'var': text to image needs"):
+        TextToImage(config, TokenFlowTokenizer(var))
     with pytest.raises(ValueError, match="attention must be"):
         TextToImage(config, tokenizer, attention="eager")
     with pytest.raises(ConfigError, match="begin with 1"):

@@ -40,11 +40,21 @@ def config(kind):
         return TokenizerConfig(28, pixel, semantic, quantizer, SIGLIP)
     if kind == "pixels":
         return TokenizerConfig(32, PIXEL, quantizer=QUANTIZER)
+    if kind == "semantic":
+        return TokenizerConfig(32, PixelConfig(enabled=False), semantic, QUANTIZER, CLIP)
+    if kind == "rounds":  # RQ-VAE's
+        return TokenizerConfig(
+            32, PIXEL, quantizer=dataclasses.replace(QUANTIZER, scales=(8, 8, 8))
+        )
+    if kind == "var":
+        return TokenizerConfig(
+            32, PIXEL, quantizer=dataclasses.replace(QUANTIZER, kind="var", l2_norm=False)
+        )
     assert kind == "tiny"
     return TokenizerConfig.preset("tiny")
 
 
-KINDS = ("clip", "siglip", "pixels", "tiny")
+KINDS = ("clip", "siglip", "pixels", "semantic", "rounds", "var", "tiny")
 
 
 def build(kind):
@@ -71,8 +81,12 @@ def test_shapes(kind):
     assert indices.shape == (2, sum(s * s for s in settings.quantizer.scales))
     assert indices.dtype == torch.int64
     assert torch.equal(indices, output.quantizer.indices)
-    assert images.shape == output.images.shape == x.shape
-    torch.testing.assert_close(images, output.images, rtol=1e-4, atol=1e-4)
+    if settings.pixel.enabled:
+        assert images.shape == output.images.shape == x.shape
+        torch.testing.assert_close(images, output.images, rtol=1e-4, atol=1e-4)
+    else:
+        assert images is None
+        assert output.images is None
     if settings.semantic.enabled:
         assert semantic.shape == (2, grid * grid, settings.semantic_dim)
         torch.testing.assert_close(semantic, output.semantic, rtol=1e-4, atol=1e-4)
@@ -152,6 +166,43 @@ def test_other_sizes():
     images, _ = model.decode(indices, grid=(12, 10))
     torch.testing.assert_close(images, output.images, rtol=1e-4, atol=1e-4)
     assert model.decode(indices)[0].shape == (1, 3, 32, 32)
+
+
+def test_the_semantic_branch_alone():
+    """What is there is what the joint tokenizer has of it; other sizes go by the tower's patch."""
+    model = build("semantic").eval()
+    joint = build("clip").eval()
+    assert model.last_layer is None
+    names = {name for name in model.state_dict() if not name.startswith("quantizer")}
+    assert names < set(joint.state_dict())
+    assert [tuple(c.shape) for c in model.quantizer.codebooks] == [(64, 6)]
+    joint.load_state_dict(
+        model.state_dict()
+        | {
+            name: value
+            for name, value in joint.state_dict().items()
+            if name not in names
+            or name == "decode_task_layer.2.weight"
+            or name == "decode_task_layer.2.bias"
+        }
+    )
+    x = pictures(model)
+    torch.testing.assert_close(model.features(x), joint.features(x)[:, :6])
+    assert model.features(torch.zeros(1, 3, 48, 40)).shape == (1, 6, 12, 10)
+    with pytest.raises(ValueError, match=r"got \(1, 3, 32\)|must be \[B, 3, H, W\]"):
+        model.features(x[0])
+
+
+def test_repeated_scales_are_rounds_on_one_grid():
+    """RQ-VAE: each round quantizes what the rounds before left over."""
+    model = build("rounds").eval()
+    h = model.features(pictures(model))
+    rest, codes = h, model.quantizer.codebooks[0]
+    for tokens in model.quantizer.split(model.encode(pictures(model))):
+        unit = torch.nn.functional.normalize(rest, dim=1).flatten(2).mT
+        rows = torch.nn.functional.normalize(codes, dim=1)
+        assert torch.equal(tokens, (unit @ rows.T).argmax(dim=-1))
+        rest = rest - rows[tokens].mT.unflatten(2, (8, 8))
 
 
 def test_decode_of_the_first_scales():

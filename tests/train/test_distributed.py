@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenflow_ext.models import WeightsError
+from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint
 
 TOGETHER = Path(__file__).with_name("together.py")
@@ -23,7 +25,21 @@ STEPS = {
     ),
     "accumulated": ("optim.accumulate=2",),
     "ema": ("model.quantizer.codebook_update=ema",),
+    "var": (
+        "model.quantizer.kind=var",
+        "model.quantizer.l2_norm=no",
+        "model.quantizer.phi_shared=0",
+    ),
+    "semantic": (
+        "model.pixel.enabled=no",
+        "model.semantic.tower.kind=efficientnet_lite0",
+        "model.teacher.kind=efficientnet_lite0",
+    ),
 }
+try:
+    find_efficientnet_lite0()
+except WeightsError:
+    del STEPS["semantic"]
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def measure(change, paths, **options) -> evaluate.Measured:
     """Figures of a stub that changes images [B, 3, S, S] in [-1, 1] and always chooses code 3."""
 
     def reconstruct(images):
-        return change(images), torch.full((len(images), 5), 3)
+        return evaluate.Reconstruction(torch.full((len(images), 5), 3), change(images))
 
     return evaluate.evaluate(
         reconstruct, paths, SIZE, 8, ALONE, batch=3, features=average_features(), **options
@@ -451,7 +451,9 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
     features, missing = evaluate.choose_features(str(weights), torch.device("cpu"))
     assert (features.figure, missing) == ("rfid", {})
     features_of = evaluate.evaluate(
-        lambda images: (blurred(images), torch.zeros(len(images), 1, dtype=torch.int64)),
+        lambda images: evaluate.Reconstruction(
+            torch.zeros(len(images), 1, dtype=torch.int64), blurred(images)
+        ),
         paths,
         SIZE,
         8,

@@ -25,8 +25,15 @@ from tokenflow_ext.train import checkpoint, tokenizer
         ),
         ("optim.precision=bf16", "data.workers=1", "model.quantizer.codebook_update=ema"),
         ("optim.precision=fp16", "optim.schedule=constant", "model.quantizer.scale_drop=0.5"),
+        (
+            "model.quantizer.kind=var",
+            "model.quantizer.l2_norm=no",
+            "model.quantizer.phi_shared=3",
+            "model.quantizer.scale_drop=0.5",
+            "codebook.restart_every=2",
+        ),
     ],
-    ids=["plain", "adversarial", "bf16", "fp16"],
+    ids=["plain", "adversarial", "bf16", "fp16", "var"],
 )
 def test_six_steps_are_three_and_three(micro, images, tmp_path, settings):
     whole, halves = tmp_path / "whole", tmp_path / "halves"

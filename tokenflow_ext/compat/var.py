@@ -13,59 +13,15 @@ from tokenflow_ext import ops
 from tokenflow_ext.collectives import all_reduce
 from tokenflow_ext.compat._common import computable
 from tokenflow_ext.ops import Size
-
-
-class Phi(nn.Conv2d):
-    """h + r (conv(h) - h): a 3 x 3 convolution mixed in by |quant_resi| = r."""
-
-    def __init__(self, embed_dim: int, quant_resi: float) -> None:
-        super().__init__(embed_dim, embed_dim, 3, padding=1)
-        self.resi_ratio = abs(quant_resi)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h.lerp(super().forward(h), self.resi_ratio)
-
-
-def _nearest_tick(count: int, position: float) -> int:
-    """Which of `count` convolutions serves a scale at `position`, 0 the coarsest and 1 the finest.
-
-    Their places are even, the first 1 / 2 count from the end; VAR puts that of four at 1 / 3 count.
-    """
-    first = 1 / 3 / count if count == 4 else 1 / 2 / count
-    last = 1 - first
-    step = (last - first) / max(1, count - 1)
-    # Scales do fall half way between two places: the order of rounding below decides as VAR's does.
-    places = [i * step + first for i in range(count - 1)] + [last]
-    return min(range(count), key=lambda i: abs(places[i] - position))
-
-
-class PhiShared(nn.Module):
-    """One convolution for every scale."""
-
-    def __init__(self, qresi: nn.Module) -> None:
-        super().__init__()
-        self.qresi = qresi
-
-    def __getitem__(self, position: float) -> nn.Module:
-        return self.qresi
-
-
-class PhiPartiallyShared(nn.Module):
-    """A few convolutions; a scale takes the one whose place is nearest."""
-
-    def __init__(self, qresi_ls: nn.ModuleList) -> None:
-        super().__init__()
-        self.qresi_ls = qresi_ls
-
-    def __getitem__(self, position: float) -> nn.Module:
-        return self.qresi_ls[_nearest_tick(len(self.qresi_ls), position)]
-
-
-class PhiNonShared(nn.ModuleList):
-    """As many convolutions as scales."""
-
-    def __getitem__(self, position: float) -> nn.Module:
-        return super().__getitem__(_nearest_tick(len(self), position))
+from tokenflow_ext.var import (
+    PhiNonShared,
+    PhiPartiallyShared,
+    PhiShared,
+    code_map,
+    make_phis,
+    resize,
+    walk,
+)
 
 
 class VectorQuantizer2(nn.Module):
@@ -113,16 +69,9 @@ class VectorQuantizer2(nn.Module):
         self.quant_resi_ratio = quant_resi
         self.has_phi = abs(quant_resi) > 1e-6
 
-        def phis(count: int) -> list[nn.Module]:
-            return [Phi(Cvae, quant_resi) if self.has_phi else nn.Identity() for _ in range(count)]
-
-        self.quant_resi: PhiShared | PhiPartiallyShared | PhiNonShared
-        if share_quant_resi == 0:
-            self.quant_resi = PhiNonShared(phis(default_qresi_counts or len(self.v_patch_nums)))
-        elif share_quant_resi == 1:
-            self.quant_resi = PhiShared(*phis(1))
-        else:
-            self.quant_resi = PhiPartiallyShared(nn.ModuleList(phis(share_quant_resi)))
+        self.quant_resi: PhiShared | PhiPartiallyShared | PhiNonShared = make_phis(
+            Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums)
+        )
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
         self.record_hit = 0
         self.embedding = nn.Embedding(vocab_size, Cvae)
@@ -232,7 +181,7 @@ class VectorQuantizer2(nn.Module):
         out = []
         for scale, (patches, codes) in enumerate(zip(self.v_patch_nums, ms_h_BChw, strict=True)):
             size = f_hat.shape[2:] if all_to_max_scale else (patches, patches)
-            f_hat = _resize(f_hat, size) + self._phi(scale, total)(_resize(codes, size))
+            f_hat = resize(f_hat, size) + self._phi(scale, total)(resize(codes, size))
             out.append(f_hat)
         return out[-1] if last_one else out
 
@@ -248,7 +197,7 @@ class VectorQuantizer2(nn.Module):
         for scale in range(total - 1 if self.prog_si < 0 else min(total - 1, self.prog_si)):
             patches, following = self.v_patch_nums[scale : scale + 2]
             codes = self._codes(gt_ms_idx_Bl[scale], (patches, patches))
-            f_hat = f_hat + self._phi(scale, total)(_resize(codes, (side, side)))
+            f_hat = f_hat + self._phi(scale, total)(resize(codes, (side, side)))
             following_map = F.interpolate(f_hat, (following, following), mode="area")
             inputs.append(following_map.flatten(2).mT)
         return torch.cat(inputs, dim=1) if inputs else None
@@ -259,7 +208,7 @@ class VectorQuantizer2(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Adds scale si's codes [B, C, s, s] to f^ in place; (f^, the next scale's input)."""
         side = self.v_patch_nums[-1]
-        f_hat.add_(self._phi(si, SN)(_resize(h_BChw, (side, side))))
+        f_hat.add_(self._phi(si, SN)(resize(h_BChw, (side, side))))
         if si == SN - 1:
             return f_hat, f_hat
         following = self.v_patch_nums[si + 1]
@@ -284,7 +233,7 @@ class VectorQuantizer2(nn.Module):
         return self.quant_resi[scale / max(1, total - 1)]
 
     def _codes(self, indices: Tensor, size: Size) -> Tensor:
-        return computable(self.embedding(indices)).unflatten(1, size).permute(0, 3, 1, 2)
+        return code_map(indices, computable(self.embedding.weight), size)
 
     def _scales(
         self, f: Tensor, sizes: list[Size], total: int | None = None
@@ -293,26 +242,11 @@ class VectorQuantizer2(nn.Module):
 
         f has no gradient; what is yielded has that of codes and convolutions.
         """
-        codebook = self.embedding.weight.detach().to(f.dtype)
-        fused = not self.has_phi and not self.using_znorm
-        if fused:  # the pyramid as the kernel knows it
-            found = ops.multiscale_quantize(f, codebook, [self.Cvae], sizes, l2_norm=False)
-            tokens = found.indices.split([height * width for height, width in sizes], dim=1)
-        rest = f
-        for scale, size in enumerate(sizes):
-            if fused:
-                index = tokens[scale]
-            else:
-                rows = F.interpolate(rest, size, mode="area").permute(0, 2, 3, 1).flatten(0, 2)
-                index = ops.nearest_code(rows, codebook, l2_norm=self.using_znorm)
-                index = index.view(len(f), -1)
-            h = _resize(self._codes(index, size), f.shape[2:])
-            h = self._phi(scale, total or len(sizes))(h)
-            rest = rest - h.detach()
-            yield index, h
-
-
-def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, tuple(size), mode="bicubic", align_corners=False)
+        count = total or len(sizes)
+        return walk(
+            f,
+            self.embedding.weight.to(f.dtype),
+            sizes,
+            (lambda scale: self._phi(scale, count)) if self.has_phi else None,
+            l2_norm=self.using_znorm,
+        )
