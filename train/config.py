@@ -22,9 +22,10 @@ from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 class DataConfig:
     """What is trained on.
 
-    ``path`` is a folder of images (searched in all its folders); without it the photographs that
-    ship inside scikit-image and scikit-learn are used. ``held_out`` is a second folder for the
-    evaluation; without it, part of the data is set aside and never trained on.
+    ``path`` is a folder of images (searched in all its folders), or of WebDataset shards (*.tar);
+    without it the photographs that ship inside scikit-image and scikit-learn are used. ``held_out``
+    is a second such folder for the evaluation; without it, part of the data is set aside and never
+    trained on: some of the images, or the first shard.
     """
 
     path: str | None = None
@@ -34,6 +35,11 @@ class DataConfig:
     max_crop: float = 0.6
     aspect: float = 1.15  # width / height of a random crop lies within [1 / aspect, aspect]
     flip: bool = True
+    # How much oftener than once a round an image comes: a file of {"file_name": ..., "weight": ...}
+    # a line for a folder, a key of KEY.json for shards.
+    weights: str | None = None
+    weight_key: str = ""
+    streams: tuple[int, ...] = (1, 1)  # as in CaptionConfig
     workers: int = 0  # processes that decode images; none: in the training process itself
 
 
@@ -202,10 +208,6 @@ class TextConfig:
         for name in ("drop", "truncate"):
             if not 0 <= (value := getattr(self.data, name)) <= 1:
                 raise ConfigError(f"data.{name} must be within [0, 1], got {value}")
-        if len(self.data.streams) != 2 or min(self.data.streams) < 1:
-            raise ConfigError(
-                f"data.streams must be two positive numbers, got {list(self.data.streams)}"
-            )
         for name in ("match", "unseen"):
             try:
                 re.compile(getattr(self.data, name))
@@ -254,6 +256,10 @@ def _check_run(config: TrainConfig | TextConfig) -> None:
     """What runs of every kind have in common."""
     _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
+    if len(config.data.streams) != 2 or min(config.data.streams) < 1:
+        raise ConfigError(
+            f"data.streams must be two positive numbers, got {list(config.data.streams)}"
+        )
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas must be two numbers, got {config.optim.betas}")
     _at_least("", config, 0, "seed", "threads")

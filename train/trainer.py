@@ -21,6 +21,7 @@ from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data
 from tokenflow_ext.train.config import TrainConfig, to_yaml
 from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.images import open_images
 from tokenflow_ext.train.loop import BaseTrainer
 
 
@@ -59,8 +60,9 @@ class Trainer(BaseTrainer):
         super().__init__(config, group)
         size = config.model.image_size
 
-        train, held_out = data.split(config.data)
-        self.dataset = data.RandomCrops(train, size, config.data, config.seed)
+        joint = config.optim.batch // config.optim.accumulate
+        source, held_out = open_images(config.data, joint, config.seed)
+        self.dataset = data.RandomCrops(source, size, config.data, config.seed)
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
 
         self._seed(0)  # every process builds the same weights
@@ -342,7 +344,7 @@ class Trainer(BaseTrainer):
     def headline(self) -> str:
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
-            f"{count / 1e6:.2f} M trained parameters, {len(self.dataset.pictures)} images, "
+            f"{count / 1e6:.2f} M trained parameters, {self.dataset.source.describe()}, "
             f"{len(self.held_out)} held-out crops"
         )
 
