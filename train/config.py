@@ -8,7 +8,7 @@ of the wrong type are errors that name the key.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class CaptionConfig:
 
 
 @dataclass
+class PartRates:
+    """Learning rates of the tokenizer's parts as shares of ``optim.lr``; 0 freezes a part."""
+
+    semantic_tower: float = 1.0
+    semantic_head: float = 1.0  # from the tower's width to the semantic codebook's
+    pixel_encoder: float = 1.0
+    codebooks: float = 1.0
+    semantic_decoder: float = 1.0
+    pixel_decoder: float = 1.0
+
+
+@dataclass
 class OptimConfig:
     """Adam and its schedule. ``batch`` is the number of images of one optimizer step over all
     processes and accumulation steps together, so a run means the same on any machine."""
@@ -75,6 +87,7 @@ class OptimConfig:
     batch: int = 16
     accumulate: int = 1
     lr: float = 2.0e-3
+    lr_scale: PartRates = field(default_factory=PartRates)
     discriminator_lr: float = 2.0e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -199,10 +212,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_run(self)
-        _one_of("parallel", self.parallel, "ddp", "fsdp")
         _one_of("model.attention", self.model.attention, "sdpa", "flex")
-        if self.parallel == "fsdp" and self.optim.precision == "fp16":
-            raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
         if self.backbone is not None and self.init is not None:
             raise ConfigError("backbone and init are two starts: give one")
         for name in ("drop", "truncate"):
@@ -237,6 +247,9 @@ class TrainConfig:
     teacher_weights: str | None = None  # the teacher's file where no package ships it
     pretrained_tower: bool = True  # start the semantic encoder from the teacher's weights
     init: str | None = None  # a save_pretrained folder to start from
+    parallel: str = "ddp"  # or "fsdp": weights, gradients and optimizer split over processes
+    checkpointing: bool = False  # compute activations of blocks again in the backward pass
+    compile: bool = False  # encoders and decoders by torch.compile
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -250,10 +263,26 @@ class TrainConfig:
         losses = ("semantic", "pixel", "vq", "perceptual", "gan", "gan_start")
         _at_least("loss", self.loss, 0, *losses)
         _at_least("data", self.data, 1, "held_out_crops")
+        rates = self.optim.lr_scale
+        _at_least("optim.lr_scale", rates, 0, *(f.name for f in fields(rates)))
+        if not rates.codebooks:
+            if self.model.quantizer.codebook_update == "ema":
+                raise ConfigError(
+                    "optim.lr_scale.codebooks=0 freezes codebooks that "
+                    "model.quantizer.codebook_update=ema moves: use gradient"
+                )
+            if self.codebook.restart_every:
+                raise ConfigError(
+                    "optim.lr_scale.codebooks=0 freezes codebooks that codebook.restart_every="
+                    f"{self.codebook.restart_every} moves: use 0"
+                )
 
 
 def _check_run(config: TrainConfig | TextConfig) -> None:
     """What runs of every kind have in common."""
+    _one_of("parallel", config.parallel, "ddp", "fsdp")
+    if config.parallel == "fsdp" and config.optim.precision == "fp16":
+        raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
     _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
     if len(config.data.streams) != 2 or min(config.data.streams) < 1:

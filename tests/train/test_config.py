@@ -54,6 +54,9 @@ def test_both_spellings_of_an_override():
         ("loss.semantic=-1", r"loss\.semantic.*-1"),
         ("loss.semantic_kind=l1", r"loss\.semantic_kind.*l1"),
         ("preset=huge", "preset.*huge"),
+        ("parallel=tp", "parallel must be one of ddp, fsdp, got 'tp'"),
+        ("optim.lr_scale.decoder=1", r"optim\.lr_scale\.decoder"),
+        ("optim.lr_scale.codebooks=-1", r"optim\.lr_scale\.codebooks.*-1"),
         ("optim=3", "optim.*3"),
         ("steps", "steps"),
         ("data.path=[", "data.path"),
@@ -62,6 +65,22 @@ def test_both_spellings_of_an_override():
 def test_an_error_names_the_key_and_the_value(argument, named):
     with pytest.raises(ConfigError, match=named):
         load_config(None, [argument])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("parallel=fsdp", "optim.precision=fp16"), r"optim\.precision=fp16"),
+        (
+            ("optim.lr_scale.codebooks=0", "model.quantizer.codebook_update=ema"),
+            r"model\.quantizer\.codebook_update=ema",
+        ),
+        (("optim.lr_scale.codebooks=0", "codebook.restart_every=9"), r"restart_every=9"),
+    ],
+)
+def test_settings_that_contradict_each_other(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, list(arguments))
 
 
 @pytest.mark.parametrize("content", ["- 1\n- 2\n", "optim: [unclosed\n"])
