@@ -351,15 +351,16 @@ class BaseTrainer:
             )
         extra = self._extra_values()
         numbers |= extra
-        numbers["lr"] = self.config.optim.lr * self.scheduler.lr_lambdas[0](
-            self.scheduler.last_epoch
-        )
+        factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        numbers["lr"] = self.config.optim.lr * factor
+        memory = self.group.peak_memory()
         if log is None:
             return
         shown = {n: numbers[n] for n in self.shown}
         images = speed * self.config.optim.batch
-        log.show(shown | extra | {"img/s": images})
-        log.values(self.step, numbers | {"images_per_second": images}, "train")
+        log.show(shown | extra | {"img/s": images, "GiB": memory})
+        costs = {"images_per_second": images, "peak_memory_gib": memory}
+        log.values(self.step, numbers | costs, "train")
 
     def _report(self, log: RunLog | None) -> None:
         self.last = self.evaluate()

@@ -142,11 +142,14 @@ def test_quantization_and_losses_stay_in_float32(monkeypatch, dtype):
         return quantize(features, codebook, *rest)
 
     monkeypatch.setattr(ops, "multiscale_quantize", spy)
+    inside = []
+    teacher.tower.conv1.register_forward_hook(lambda _, given, out: inside.extend([*given, out]))
     with torch.autocast("cpu", dtype):
         target = teacher(images)
         out = model(images)
         parts = tokenizer_loss(out, images, target)
-    assert target.dtype != torch.float32 or teacher.tower.ln_post.weight.dtype == torch.float32
+    assert inside[0] is images  # [-1, 1] as they are
+    assert inside[1].dtype == dtype
     features, codebook, kind = seen[0]
     assert (kind, codebook.dtype) == (torch.float32, torch.float32)
     assert {value.dtype for value in parts} == {torch.float32}

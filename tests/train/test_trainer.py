@@ -6,11 +6,15 @@ import itertools
 import json
 import math
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models.metrics import cosine
 from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint, tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
@@ -123,6 +127,19 @@ def test_the_discriminator_waits_for_its_start(make):
     assert not changed(before, trainer.discriminator)
     assert "discriminator" in trainer.train_step()
     assert changed(before, trainer.discriminator)
+
+
+def test_teacher_and_tower_read_the_same_pixels_in_half_precision(make):
+    trainer = make("optim.precision=bf16", "optim.accumulate=1", semantic=True)
+    images, target = trainer._take_batch()
+    assert images.dtype == torch.float32
+    assert target.dtype == torch.bfloat16  # computed under autocast
+    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    assert not trainer.teacher.training
+    assert cosine(target.float(), trainer.teacher(images)) > 0.98
+    values = trainer.train_step()
+    assert {value.dtype for value in values.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -286,6 +303,13 @@ def test_a_run_leaves_what_it_says(micro, images, tmp_path, capsys):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in lines if r["kind"] == "held_out"] == [0, 3, 6]
+    resident = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    memory = [r["peak_memory_gib"] for r in lines if r["kind"] == "train"]
+    assert memory == sorted(memory)
+    assert 0.05 < memory[-1] <= resident / 2**30
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [event.value for event in board.Scalars("train/peak_memory_gib")]
+    assert logged == pytest.approx(memory)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["last"]["psnr"] == lines[-1]["psnr"]
     saved = checkpoint.available(run / "checkpoints")
