@@ -169,6 +169,11 @@ class BaseTrainer:
             self._pool = ThreadPoolExecutor(1)
             self._pending = self._pool.submit(self._next_batch)
 
+    def stop_reading(self) -> None:
+        """End the thread that reads ahead, where there is one."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def _take_batch(self) -> Any:
         """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
 
@@ -334,8 +339,7 @@ class BaseTrainer:
             self.last = self.evaluate()
         if log is not None:
             log.close()
-        if self._pool is not None:
-            self._pool.shutdown()
+        self.stop_reading()
         self.group.wait()
         return self._summary()
 
