@@ -141,7 +141,7 @@ class TokenFlowTokenizer(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on a block's activations are computed again in the backward pass rather than
-        kept: less memory, about a third more time. Names of weights stay."""
+        kept: less memory, for one more forward pass of the blocks. Names of weights stay."""
         for block in self.blocks():
             block.forward = partial(_recomputed, block.forward)
 

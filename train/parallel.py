@@ -3,6 +3,7 @@ on which: the average of the weights, the norm of the gradients, the form of a c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -50,6 +51,8 @@ def split_weights(
         kept: parameters that stay whole on every process. Their gradients are not exchanged: see
             :func:`average_gradients`.
     """
+    # No loss writes into what the model returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(group.device.type, (group.world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:

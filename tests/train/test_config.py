@@ -96,8 +96,20 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["B", "L", "XL"])
-def test_the_published_configurations_load(name):
+@pytest.mark.parametrize(
+    ("name", "steps", "side", "tokens"),
+    [("B", 1_000_000, 224, 561), ("L", 500_000, 256, 817), ("XL", 500_000, 384, 2227)],
+)
+def test_the_published_configurations_are_the_papers(name, steps, side, tokens):
     config = load_config(Path(configs.__file__).parent / "configs" / f"{name}.yaml")
     assert config.model == TokenizerConfig.preset(name)
-    assert (config.optim.batch, config.optim.lr, config.loss.gan) == (256, 1e-4, 0.5)
+    optim, loss, quantizer = config.optim, config.loss, config.model.quantizer
+    assert (optim.steps, optim.batch, optim.lr) == (steps, 256, 1e-4)
+    assert (optim.betas, optim.max_grad_norm) == ((0.9, 0.95), 1.0)
+    assert (loss.semantic, loss.semantic_kind, loss.vq, loss.pixel) == (1, "cosine", 1, 1)
+    assert (loss.perceptual, loss.gan, loss.gan_start) == (1, 0.5, 20000)
+    assert quantizer.codebook_size == 32768
+    assert (quantizer.beta, quantizer.weights, quantizer.scale_drop) == (0.25, None, 0.1)
+    assert config.model.dims == (32, 8)
+    assert config.model.image_size == side
+    assert sum(s * s for s in quantizer.scales) == tokens
