@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tokenflow_ext.models.teachers import WeightsError, read_state
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
@@ -184,6 +185,7 @@ class LossParts(NamedTuple):
     generator: Tensor
 
 
+@record_function("losses")
 def tokenizer_loss(
     output: object,
     images: Tensor,

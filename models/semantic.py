@@ -76,6 +76,10 @@ class Tower(nn.Module):
         super().__init__()
         self.config = config
 
+    def layers(self) -> list[nn.Module]:
+        """The blocks that follow each other, none a part of another."""
+        raise NotImplementedError
+
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(rows, columns) of the tokens of ``images``."""
         return self.config.grid(images.shape[-2]), self.config.grid(images.shape[-1])
@@ -123,6 +127,9 @@ class ClipTower(Tower):
         if config.projection:
             self.proj = model.proj
 
+    def layers(self) -> list[nn.Module]:
+        return list(self.transformer.resblocks)
+
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width or projection]."""
         x = self.conv1(self.scaled(images))
@@ -147,6 +154,10 @@ class VitaminTower(Tower):
                 f"tower.width is {config.width}, but {config.variant} is "
                 f"{self.trunk.embed_dim} wide"
             )
+
+    def layers(self) -> list[nn.Module]:
+        stages = self.trunk.patch_embed.backbone.stages  # convolutions before the transformer
+        return [block for stage in (*stages, self.trunk.blocks) for block in stage]
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
@@ -186,6 +197,9 @@ class SiglipTower(Tower):
         self.embeddings = model.embeddings
         self.encoder = model.encoder
 
+    def layers(self) -> list[nn.Module]:
+        return list(self.encoder.layers)
+
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
         pixels = self.pixels(self.scaled(images))
@@ -221,6 +235,9 @@ class EfficientNetLite0Tower(Tower):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
+
+    def layers(self) -> list[nn.Module]:
+        return [block for stage in self.blocks for block in stage]
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, 112]."""

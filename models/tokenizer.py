@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
 from tokenflow_ext.models import released
@@ -14,10 +18,20 @@ from tokenflow_ext.models.config import CheckpointError, TokenizerConfig
 from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, SavedForm, read_weights
 from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
 from tokenflow_ext.models.teachers import load_tower
-from tokenflow_ext.models.vqgan import Decoder, Encoder, resize
+from tokenflow_ext.models.vqgan import AttnBlock, Decoder, Encoder, ResnetBlock, resize
 from tokenflow_ext.var import VarQuantizer
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
+
+#: The parts of a tokenizer, each a unit of training, and the modules that make it up.
+PARTS = {
+    "semantic_tower": ("semantic_encoder",),
+    "semantic_head": ("encode_task_layer",),
+    "pixel_encoder": ("encoder", "quant_conv"),
+    "codebooks": ("quantizer",),
+    "semantic_decoder": ("semantic_decoder", "decode_task_layer"),
+    "pixel_decoder": ("decoder", "post_quant_conv"),
+}
 
 
 class TokenizerOutput(NamedTuple):
@@ -101,6 +115,46 @@ class TokenFlowTokenizer(nn.Module):
         without a pixel branch."""
         return self.decoder.last_layer if self.config.pixel.enabled else None
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part that there is (see ``PARTS``); every parameter is in one."""
+        found = {
+            part: [p for n in names if hasattr(self, n) for p in getattr(self, n).parameters()]
+            for part, names in PARTS.items()
+        }
+        return {part: parameters for part, parameters in found.items() if parameters}
+
+    def blocks(self) -> list[nn.Module]:
+        """Residual and transformer blocks, in no part of each other: they hold most of the weights
+        and make most of the activations."""
+        found: list[nn.Module] = []
+        if self.config.pixel.enabled:
+            for network in (self.encoder, self.decoder):
+                found += [m for m in network.modules() if isinstance(m, (ResnetBlock, AttnBlock))]
+        if self.config.semantic.enabled:
+            found += [*self.semantic_encoder.layers(), *self.semantic_decoder.blocks]
+        return found
+
+    def checkpoint_activations(self) -> None:
+        """From now on a block's activations are computed again in the backward pass rather than
+        kept: less memory, for one more forward pass of the blocks. Names of weights stay."""
+        for block in self.blocks():
+            block.forward = partial(_recomputed, block.forward)
+
+    def compile_networks(self, **options: Any) -> None:
+        """Compiles encoders and decoders, in place: names of weights stay. The quantizer is an
+        operator of its own and runs between them.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        networks: list[nn.Module] = []
+        if self.config.pixel.enabled:
+            networks += [self.encoder, self.decoder]
+        if self.config.semantic.enabled:
+            networks += [self.semantic_encoder, self.semantic_decoder]
+        for network in networks:
+            network.compile(**options)
+
     def load_semantic_tower(self, weights: str | Path | None = None) -> Path | None:
         """Gives the semantic encoder's tower its pretrained weights.
 
@@ -178,6 +232,10 @@ class TokenFlowTokenizer(nn.Module):
         Raises:
             ValueError, TypeError: images or tokens of the wrong shape or type.
         """
+        return self._features(images, tower_tokens)
+
+    def _features(self, images: Tensor, tower_tokens: Tensor | None) -> Tensor:
+        # Under FSDP `forward` and `features` are wrapped, and may not call each other.
         self._check(images)
         parts = []
         if self.config.semantic.enabled:
@@ -201,7 +259,7 @@ class TokenFlowTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale."""
-        return self.quantizer.encode(self.features(images))
+        return self.quantizer.encode(self._features(images, None))
 
     def decode(
         self, indices: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None
@@ -245,18 +303,27 @@ class TokenFlowTokenizer(nn.Module):
 
     def forward(self, images: Tensor, tower_tokens: Tensor | None = None) -> TokenizerOutput:
         """Encode, quantize and decode; arguments as for :meth:`features`."""
-        quantized = self.quantizer(self.features(images, tower_tokens))
-        decoded, semantic = self.decode_features(quantized.quantized)
+        with record_function("encoders"):
+            h = self._features(images, tower_tokens)
+        with record_function("quantizer"):
+            quantized = self.quantizer(h)
+        with record_function("decoders"):
+            decoded, semantic = self.decode_features(quantized.quantized)
         return TokenizerOutput(decoded, semantic, quantized)
 
-    def save_pretrained(self, path: str | Path) -> Path:
+    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None) -> Path:
         """Writes ``config.json`` and ``model.safetensors`` into the directory ``path``.
 
         Each file is complete before it takes its name.
+
+        Args:
+            state: a state dict to write in the place of the tokenizer's own (weights that were
+                averaged, or gathered from several processes).
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        state = self.state_dict() if state is None else state
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
         _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
@@ -375,6 +442,12 @@ def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
         codebook_update=quantizer.codebook_update,
         **shared,
     )
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def _first(keys: list[str]) -> str:

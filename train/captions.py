@@ -11,10 +11,7 @@ NAME.png), a folder of WebDataset shards (``*.tar``), a folder that ``tokenflow 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tarfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenflow_ext.train import data
+from tokenflow_ext.train import data, shards
 from tokenflow_ext.train.config import CaptionConfig
-from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.data import DataError, counted_rng
 
 METADATA = "metadata.jsonl"
 TOKENS_FORMAT = "tokenflow-tokens"
@@ -43,10 +40,6 @@ class Sample(NamedTuple):
     caption: str
 
 
-def _rng(seed: int, stream: int, count: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=count << 64))
-
-
 def first_sentence(caption: str) -> str:
     """``caption`` up to the first full stop, ``!`` or ``?`` before white space."""
     end = _SENTENCE.search(caption)
@@ -59,7 +52,7 @@ def vary(caption: str, config: CaptionConfig, seed: int, index: int) -> str:
     Replaced by the empty string with probability ``config.drop``, so that the model can be run
     without a text for guidance; else cut to the first sentence with ``config.truncate``.
     """
-    dropped, cut = _rng(seed, 3, index).random(2)
+    dropped, cut = counted_rng(seed, 3, index).random(2)
     if dropped < config.drop:
         return ""
     return first_sentence(caption) if cut < config.truncate else caption
@@ -257,180 +250,29 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-class Member(NamedTuple):
-    """Where one sample's picture and caption lie in a tar file."""
-
-    name: str
-    picture: tuple[int, int]  # offset, size
-    caption: tuple[int, int]
-    is_json: bool
-
-
-def read_members(path: Path) -> list[Member]:
-    """The samples of a WebDataset shard: members of one name up to the first dot of the file.
-
-    Only headers are read. A name without a picture or without ``.json`` or ``.txt`` is left out.
-
-    Raises:
-        DataError: not an uncompressed tar file, or a truncated one.
-    """
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    names: dict[str, str] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                suffix = suffix.lower()
-                kind = "picture" if f".{suffix}" in data.SUFFIXES else suffix
-                key = f"{folder}/{stem}"
-                groups.setdefault(key, {})[kind] = (member.offset_data, member.size)
-                if kind == "picture":
-                    names[key] = member.name
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"cannot read the shard {path}: {error}") from error
-    members = []
-    for key, parts in groups.items():
-        text = parts.get("txt") or parts.get("json")
-        if "picture" in parts and text is not None:
-            members.append(Member(names[key], parts["picture"], text, "txt" not in parts))
-    return members
-
-
-def _decode(content: bytes, member: Member, name: Path) -> str:
-    text = content.decode("utf-8", errors="replace")
-    if not member.is_json:
-        return _first_line(text) or ""
-    try:
-        return _caption_of(json.loads(text)) or ""
-    except ValueError as error:
-        raise DataError(f"the caption of {name} is not JSON: {error}") from error
-
-
-class Shards:
-    """A folder of WebDataset shards, dealt out to ``streams``.
-
-    With ``streams = (A, B)`` the shards are cut into A * B parts, and each part is read by one
-    stream, shard after shard. The joint batch of number n takes its A equal parts from the streams
-    (0, n mod B) ... (A - 1, n mod B). Where the number of processes divides A and that of their
-    workers divides B, a worker reads the shards of its own streams and no other's; the samples are
-    the same where they do not.
-
-    In each round of a stream its shards come in a new order, and so do the samples of a shard.
-
-    Args:
-        joint: samples that all processes take together for one micro-batch.
-    """
+class Shards(shards.Shards):
+    """The pairs in a folder of WebDataset shards: pictures with ``.txt`` or ``.json``."""
 
     def __init__(
         self, folder: Path, size: int, streams: tuple[int, int], joint: int, seed: int
     ) -> None:
-        self.paths = sorted(folder.glob("*.tar"))
-        across, along = streams
-        if joint % across:
-            raise DataError(
-                f"data.streams = {list(streams)}: its first number must divide the {joint} samples "
-                "that all processes take at once (optim.batch / optim.accumulate)"
-            )
-        if len(self.paths) < across * along:
-            raise DataError(
-                f"{folder} holds {len(self.paths)} shards, too few for data.streams = "
-                f"{list(streams)}"
-            )
-        self.size, self.streams, self.joint, self.seed = size, streams, joint, seed
-        self._parts = [
-            self.paths[i :: across * along] for i in range(across * along)
-        ]  # of each stream
-        self._counts: dict[Path, int] = {}
-        self._totals: list[int | None] = [None] * len(self._parts)
-        self._orders: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
-        self._members: OrderedDict[Path, list[Member]] = OrderedDict()
-
-    def members(self, path: Path) -> list[Member]:
-        """The shard's samples; those of the shards used last stay in memory."""
-        if path in self._members:
-            self._members.move_to_end(path)
-        else:
-            self._members[path] = read_members(path)
-            self._counts[path] = len(self._members[path])
-            while len(self._members) > 2 * self.streams[0] * self.streams[1]:
-                self._members.popitem(last=False)
-        return self._members[path]
-
-    def _count(self, path: Path) -> int:
-        return self._counts[path] if path in self._counts else len(self.members(path))
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """(shard, number of the sample in it) of sample ``index`` of the run."""
-        across, along = self.streams
-        batch, inside = divmod(index, self.joint)
-        part, offset = divmod(inside, self.joint // across)
-        turn, lane = divmod(batch, along)
-        stream = part * along + lane
-        number = turn * (self.joint // across) + offset  # of the sample in its stream
-        paths, epoch = self._parts[stream], 0
-        if self._totals[stream] is None and all(path in self._counts for path in paths):
-            self._totals[stream] = self._total(stream)
-        if self._totals[stream] is not None:
-            epoch, number = divmod(number, self._totals[stream])
-        while True:
-            # Shards are opened as the walk reaches them: the first round need not know them all.
-            for which in self._permutation(4 + 2 * stream, epoch, len(paths)):
-                count = self._count(paths[which])
-                if number < count:
-                    order = self._permutation(5 + 2 * stream, epoch * len(paths) + which, count)
-                    return paths[which], order[number]
-                number -= count
-            self._total(stream)
-            epoch += 1
-
-    def _permutation(self, stream: int, number: int, length: int) -> list[int]:
-        """A random order; those asked for last are kept."""
-        key = (stream, number)
-        if key not in self._orders:
-            order = _rng(self.seed, stream, number).permutation(length).tolist()
-            self._orders[key] = order
-            while len(self._orders) > 4 * len(self._parts):
-                self._orders.popitem(last=False)
-        return self._orders[key]
-
-    def _total(self, stream: int) -> int:
-        total = sum(self._count(path) for path in self._parts[stream])
-        if not total:
-            raise DataError(
-                f"no picture with a caption in {', '.join(map(str, self._parts[stream]))}"
-            )
-        return total
+        super().__init__(shards.list_shards(folder), streams, joint, seed, described=True)
+        self.size = size
 
     def read(self, path: Path, number: int) -> Sample:
-        """The sample of that number in a shard.
+        """The pair of that number in a shard.
 
         Raises:
             DataError: naming shard and member.
         """
-        member = self.members(path)[number]
-        name = path / member.name
-        try:
-            with path.open("rb") as file:
-                content = [os.pread(file.fileno(), n, at) for at, n in member[1:3]]
-        except OSError as error:
-            raise DataError(f"cannot read {name}: {error}") from error
-        caption = _decode(content[1], member, name)
-        picture = data.to_square(data.open_image(name, content[0]), self.size)
-        return Sample(picture, caption)
+        image, member = super().read(path, number), self.members(path)[number]
+        return Sample(data.to_square(image, self.size), _caption(path, member))
 
     def captions_up_to(self, count: int) -> list[str]:
         """The captions of the first shards, ``count`` of them at most."""
         found: list[str] = []
         for path in self.paths:
-            members = self.members(path)[: count - len(found)]
-            with path.open("rb") as file:
-                for member in members:
-                    offset, size = member.caption
-                    file.seek(offset)
-                    found.append(_decode(file.read(size), member, path / member.name))
+            found += [_caption(path, m) for m in self.members(path)[: count - len(found)]]
             if len(found) == count:
                 break
         return found
@@ -443,6 +285,21 @@ class Shards:
             if len(chosen) >= count:
                 break
         return [self.read(*chosen[i]) for i in _evenly(len(chosen), count)]
+
+
+def _caption(path: Path, member: shards.Member) -> str:
+    """The caption in a member's ``.txt``, else in its ``.json``.
+
+    Raises:
+        DataError: naming shard and member.
+    """
+    if member.txt is not None:
+        text = data.read_span(path, member.txt).decode("utf-8", errors="replace")
+        return _first_line(text) or ""
+    try:
+        return _caption_of(json.loads(data.read_span(path, member.json))) or ""
+    except ValueError as error:
+        raise DataError(f"the caption of {path / member.name} is not JSON: {error}") from error
 
 
 def _evenly(total: int, count: int) -> list[int]:
@@ -489,10 +346,10 @@ class Captioned(Dataset):
     def original(self, index: int) -> Sample:
         """Sample ``index`` with its caption as it is."""
         if isinstance(self.source, Shards):
-            return self.source.read(*self.source.place(index))
+            return self.source.at(index)
         epoch, place = divmod(index, len(self.source))
         if self._order[0] != epoch:
-            self._order = (epoch, _rng(self.seed, 2, epoch).permutation(len(self.source)))
+            self._order = (epoch, counted_rng(self.seed, 2, epoch).permutation(len(self.source)))
         return self.source[int(self._order[1][place])]
 
     def __getitem__(self, index: int) -> Sample:
@@ -502,7 +359,7 @@ class Captioned(Dataset):
     def describe(self) -> str:
         """How much there is, for people."""
         if isinstance(self.source, Shards):
-            return f"{len(self.source.paths)} shards"
+            return self.source.describe()
         return f"{len(self.source)} {'tokenized ' * self.tokenized}pictures with captions"
 
 
@@ -529,15 +386,13 @@ def open_source(
         raise DataError(f"no folder at {folder}")
     if (folder / "index.json").is_file():
         return Tokens(folder, form.scales, form.codebook_size, choice)
-    if any(folder.glob("*.tar")):
+    if shards.list_shards(folder):
         if choice != _ALL:
             raise DataError(
                 f"data.match, unseen and limit are not for shards, which {folder} holds"
             )
         across, along = config.streams
         return Shards(folder, form.image_size, (across, along), joint, seed)
-    if any(folder.glob("*.tar.*")) or any(folder.glob("*.tgz")):
-        raise DataError(f"{folder} holds compressed shards: decompress them, pictures are anyway")
     return Pictures(folder, form.image_size, choice)
 
 

@@ -8,7 +8,7 @@ of the wrong type are errors that name the key.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 class DataConfig:
     """What is trained on.
 
-    ``path`` is a folder of images (searched in all its folders); without it the photographs that
-    ship inside scikit-image and scikit-learn are used. ``held_out`` is a second folder for the
-    evaluation; without it, part of the data is set aside and never trained on.
+    ``path`` is a folder of images (searched in all its folders), or of WebDataset shards (*.tar);
+    without it the photographs that ship inside scikit-image and scikit-learn are used. ``held_out``
+    is a second such folder for the evaluation; without it, part of the data is set aside and never
+    trained on: some of the images, or the first shard.
     """
 
     path: str | None = None
@@ -36,6 +37,11 @@ class DataConfig:
     max_crop: float = 0.6
     aspect: float = 1.15  # width / height of a random crop lies within [1 / aspect, aspect]
     flip: bool = True
+    # How much oftener than once a round an image comes: a file of {"file_name": ..., "weight": ...}
+    # a line for a folder, a key of KEY.json for shards.
+    weights: str | None = None
+    weight_key: str = ""
+    streams: tuple[int, ...] = (1, 1)  # as in CaptionConfig
     workers: int = 0  # processes that decode images; none: in the training process itself
 
 
@@ -63,6 +69,18 @@ class CaptionConfig:
 
 
 @dataclass
+class PartRates:
+    """Learning rates of the tokenizer's parts as shares of ``optim.lr``; 0 freezes a part."""
+
+    semantic_tower: float = 1.0
+    semantic_head: float = 1.0  # from the tower's width to the semantic codebook's
+    pixel_encoder: float = 1.0
+    codebooks: float = 1.0
+    semantic_decoder: float = 1.0
+    pixel_decoder: float = 1.0
+
+
+@dataclass
 class OptimConfig:
     """Adam and its schedule. ``batch`` is the number of images of one optimizer step over all
     processes and accumulation steps together, so a run means the same on any machine."""
@@ -80,6 +98,13 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.995
     precision: str = "fp32"  # or "bf16", "fp16"
+
+
+@dataclass
+class TokenizerOptimConfig(OptimConfig):
+    """With learning rates by part."""
+
+    lr_scale: PartRates = field(default_factory=PartRates)
 
 
 @dataclass
@@ -207,19 +232,13 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_run(self)
-        _one_of("parallel", self.parallel, "ddp", "fsdp")
+        _check_parallel(self)
         _one_of("model.attention", self.model.attention, "sdpa", "flex")
-        if self.parallel == "fsdp" and self.optim.precision == "fp16":
-            raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
         if self.backbone is not None and self.init is not None:
             raise ConfigError("backbone and init are two starts: give one")
         for name in ("drop", "truncate"):
             if not 0 <= (value := getattr(self.data, name)) <= 1:
                 raise ConfigError(f"data.{name} must be within [0, 1], got {value}")
-        if len(self.data.streams) != 2 or min(self.data.streams) < 1:
-            raise ConfigError(
-                f"data.streams must be two positive numbers, got {list(self.data.streams)}"
-            )
         for name in ("match", "unseen"):
             try:
                 re.compile(getattr(self.data, name))
@@ -242,6 +261,8 @@ class DecoderConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    checkpointing: bool = False  # as in TrainConfig, and compile
+    compile: bool = False
     # The tokenizer: a run, a checkpoint, a save_pretrained folder, or a released file.
     init: str = "runs/tokenizer"
     resolution: int | None = None  # of a released B: 224 or 256
@@ -277,8 +298,11 @@ class TrainConfig:
     teacher_weights: str | None = None  # the teacher's file where no package ships it
     pretrained_tower: bool = True  # start the semantic encoder from the teacher's weights
     init: str | None = None  # a tokenizer to start from, as in DecoderConfig
+    parallel: str = "ddp"  # or "fsdp": weights, gradients and optimizer split over processes
+    checkpointing: bool = False  # compute activations of blocks again in the backward pass
+    compile: bool = False  # encoders and decoders by torch.compile
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -286,12 +310,30 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_run(self)
+        _check_parallel(self)
         _one_of("loss.semantic_kind", self.loss.semantic_kind, "cosine", "l2")
         _at_least("loss", self.loss, 0, "semantic", "vq")
         _check_pixel_losses(self)
         _at_least("data", self.data, 1, "held_out_crops")
         if not self.model.pixel.enabled:
             self._check_semantic_alone()
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        """Codebooks that are frozen must not be moved by something else."""
+        rates = self.optim.lr_scale
+        _at_least("optim.lr_scale", rates, 0, *(f.name for f in fields(rates)))
+        if not rates.codebooks:
+            if self.model.quantizer.codebook_update == "ema":
+                raise ConfigError(
+                    "optim.lr_scale.codebooks=0 freezes codebooks that "
+                    "model.quantizer.codebook_update=ema moves: use gradient"
+                )
+            if self.codebook.restart_every:
+                raise ConfigError(
+                    "optim.lr_scale.codebooks=0 freezes codebooks that codebook.restart_every="
+                    f"{self.codebook.restart_every} moves: use 0"
+                )
 
     def _check_semantic_alone(self) -> None:
         """Without a pixel branch no image is decoded: the teacher is all there is to learn from."""
@@ -312,12 +354,22 @@ def _check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
     """What runs of every kind have in common."""
     _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
+    if len(config.data.streams) != 2 or min(config.data.streams) < 1:
+        raise ConfigError(
+            f"data.streams must be two positive numbers, got {list(config.data.streams)}"
+        )
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas must be two numbers, got {config.optim.betas}")
     _at_least("", config, 0, "seed", "threads")
     _at_least("optim", config.optim, 1, "steps", "batch", "accumulate")
     every = ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep")
     _at_least("output", config.output, 1, *every)
+
+
+def _check_parallel(config: TrainConfig | TextConfig) -> None:
+    _one_of("parallel", config.parallel, "ddp", "fsdp")
+    if config.parallel == "fsdp" and config.optim.precision == "fp16":
+        raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
 
 
 def _check_pixel_losses(config: TrainConfig | DecoderConfig) -> None:

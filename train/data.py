@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,12 +51,49 @@ class DataError(RuntimeError):
     """Images that are missing, unreadable or too few."""
 
 
+class BrokenImageError(DataError):
+    """Bytes that are there but are no image that can be decoded."""
+
+
+def counted_rng(seed: int, stream: int, count: int) -> np.random.Generator:
+    """The generator of draw ``count`` of a stream: it depends on nothing else.
+
+    Streams: 0 the crop of a sample, 1 the order of pictures, 2 the order of pairs, and what stands
+    in for a broken image of a shard, 3 what becomes of a caption, 4 and up the order of shards.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=count << 64))
+
+
+def draw_round(
+    rng: np.random.Generator, count: int, weights: np.ndarray | None, length: int
+) -> np.ndarray:
+    """Which of ``count`` samples a round of ``length`` visits, in random order.
+
+    Without weights each once. With them sample i is expected length * w_i / sum(w) times, and is
+    there that often rounded down or up (systematic sampling over a random order of the samples).
+    """
+    order = rng.permutation(count)
+    if weights is None:
+        return order
+    edges = np.cumsum(weights[order])
+    points = (np.arange(length) + rng.random()) * (edges[-1] / length)
+    # A point may be rounded up to the last edge; samples of weight 0 have no width to be hit.
+    which = np.searchsorted(edges, points, side="right").clip(max=np.argmax(edges))
+    return rng.permutation(order[which])
+
+
 @dataclass(frozen=True)
 class Picture:
-    """An image file and the boxes of it that may be used, as shares of (width, height)."""
+    """An image file and the boxes of it that may be used, as shares of (width, height).
+
+    ``span`` is (offset, size) of the image inside the file, where it is one of many in a tar file,
+    and ``member`` its name there.
+    """
 
     path: Path
     boxes: tuple[tuple[float, float, float, float], ...] = ((0.0, 0.0, 1.0, 1.0),)
+    span: tuple[int, int] | None = None
+    member: str = ""
 
     def regions(self) -> list[Image.Image]:
         """The boxes as images of their own: a resize reads some pixels beyond the box it is given,
@@ -62,7 +102,8 @@ class Picture:
         Raises:
             DataError: naming the file, where it is no image that can be read.
         """
-        image = open_image(self.path)
+        content = None if self.span is None else read_span(self.path, self.span)
+        image = open_image(self.path / self.member, content)
         regions = []
         for left, top, right, bottom in self.boxes:
             if image.height > image.width:  # bands of a portrait lie across its long side too
@@ -73,6 +114,23 @@ class Picture:
         return regions
 
 
+def read_span(path: Path, span: tuple[int, int]) -> bytes:
+    """The bytes at (offset, size) of a file.
+
+    Raises:
+        DataError: a file that cannot be read or ends before.
+    """
+    offset, size = span
+    try:
+        with path.open("rb") as file:
+            content = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if len(content) < size:
+        raise DataError(f"cannot read {path}: it ends before {offset + size} bytes")
+    return content
+
+
 def open_image(path: Path, content: bytes | None = None) -> Image.Image:
     """The image file as RGB, its orientation tag applied, transparent parts over white.
 
@@ -80,7 +138,7 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
         content: the file's bytes where they are known already; ``path`` then only names them.
 
     Raises:
-        DataError: naming the file, where it is no image that can be read.
+        BrokenImageError: naming the file, where it is no image that can be read.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as file:
@@ -90,8 +148,8 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(f"cannot read the image {path}: {error}") from error
 
 
 def to_square(image: Image.Image, size: int) -> torch.Tensor:
@@ -153,10 +211,10 @@ def _by_band(paths: list[Path]) -> tuple[list[Picture], list[Picture]]:
 
 
 def split(config: DataConfig) -> tuple[list[Picture], list[Picture]]:
-    """The pictures to train on and those held out; no pixel is in both.
+    """The pictures of a folder to train on and those held out; no pixel is in both.
 
     From a folder of 20 images or more every twentieth is held out, from a smaller one (and from the
-    built-in photographs) a band of each image.
+    built-in photographs) a band of each image, and none where ``config.held_out`` names others.
     """
     if config.path is None:
         train, held_out = _by_band(photographs())
@@ -169,8 +227,6 @@ def split(config: DataConfig) -> tuple[list[Picture], list[Picture]]:
             held_out = [Picture(p) for p in paths[::20]]
         else:
             train, held_out = _by_band(paths)
-    if config.held_out is not None:
-        held_out = [Picture(p) for p in list_images(config.held_out)]
     return train, held_out
 
 
@@ -185,34 +241,110 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     return to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-class RandomCrops(Dataset):
-    """Sample ``g`` of a run: a random crop of a picture, resized to ``size`` and maybe mirrored.
+def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:
+    """Weights of the pictures below ``root``: {"file_name": ..., "weight": ...} a line.
 
-    Every run of ``len(pictures)`` samples visits every picture once, in an order of its own.
+    Raises:
+        DataError: naming file and line.
+    """
+    found = {}
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read data.weights={file}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            found[Path(root) / entry["file_name"]] = checked_weight(entry["weight"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{file}, line {number}: expected {{"file_name": ..., "weight": number >= 0}}, '
+                f"got {line.strip()[:80]}"
+            ) from error
+    return found
+
+
+def checked_weight(value: object) -> float:
+    """``value`` as a weight.
+
+    Raises:
+        ValueError: no number, or one that is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"a weight must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"a weight must be finite and 0 or more, got {value!r}")
+    return float(value)
+
+
+class Source(Protocol):
+    """Where the images of :class:`RandomCrops` come from."""
+
+    def regions(self, index: int) -> list[Image.Image]:
+        """What sample ``index`` of the run may be cut from."""
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+
+
+class PictureSet:
+    """Pictures in rounds, each in an order of its own. A round visits every picture once, or as
+    often as its weight w says: w times on average, w rounded down or up in any one round.
+
     Few pictures (up to 64) are kept decoded in memory.
+
+    Args:
+        weights: of pictures by their path, 1 for those that are not named; None is 1 for all.
+
+    Raises:
+        DataError: no picture, or weights of others.
     """
 
-    def __init__(self, pictures: list[Picture], size: int, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self, pictures: list[Picture], seed: int, weights: dict[Path, float] | None = None
+    ) -> None:
         if not pictures:
             raise DataError("no image to train on")
-        self.pictures, self.size, self.config, self.seed = pictures, size, config, seed
+        self.pictures, self.seed = pictures, seed
+        self.weights, self.round = None, len(pictures)
+        if weights is not None:
+            self.weights = np.array([weights.get(p.path, 1.0) for p in pictures])
+            self.round = round(self.weights.sum())
+            if not self.round:
+                raise DataError("data.weights leaves no image to train on: they sum to 0")
         self._memory = [p.regions() for p in pictures] if len(pictures) <= 64 else None
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def _rng(self, stream: int, count: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, stream], counter=count << 64))
-
-    def _which(self, index: int) -> int:
-        epoch, place = divmod(index, len(self.pictures))
+    def which(self, index: int) -> int:
+        """The number of the picture that sample ``index`` of the run is cut from."""
+        epoch, place = divmod(index, self.round)
         if self._order[0] != epoch:
-            self._order = (epoch, self._rng(1, epoch).permutation(len(self.pictures)))
+            rng = counted_rng(self.seed, 1, epoch)
+            order = draw_round(rng, len(self.pictures), self.weights, self.round)
+            self._order = (epoch, order)
         return int(self._order[1][place])
+
+    def regions(self, index: int) -> list[Image.Image]:
+        which = self.which(index)
+        return self.pictures[which].regions() if self._memory is None else self._memory[which]
+
+    def describe(self) -> str:
+        weighted = "" if self.weights is None else f" ({self.round} a round by weight)"
+        return f"{len(self.pictures)} images{weighted}"
+
+
+class RandomCrops(Dataset):
+    """Sample ``g`` of a run: a random crop of a picture, resized to ``size`` and maybe mirrored."""
+
+    def __init__(self, source: Source, size: int, config: DataConfig, seed: int) -> None:
+        self.source, self.size, self.config, self.seed = source, size, config, seed
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """[3, size, size] in [-1, 1]."""
-        which = self._which(index)
-        regions = self.pictures[which].regions() if self._memory is None else self._memory[which]
-        rng, config = self._rng(0, index), self.config
+        regions = self.source.regions(index)
+        rng, config = counted_rng(self.seed, 0, index), self.config
         areas = np.array([r.width * r.height for r in regions], dtype=np.float64)
         region = regions[rng.choice(len(regions), p=areas / areas.sum())]
         width, height = region.size
@@ -307,19 +439,27 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
     thinned out to the limit.
 
     Raises:
-        DataError: no held-out picture.
+        DataError: no held-out picture that can be read.
     """
     if not pictures:
         raise DataError("no held-out image")
     step = -(-len(pictures) // limit)
     crops = []
     for picture in pictures[::step]:
-        for region in picture.regions():
+        try:
+            regions = picture.regions()
+        except BrokenImageError:
+            if picture.span is None:
+                raise
+            continue  # as in training, see train/shards.py
+        for region in regions:
             for side in (min(region.size), min(region.size) * 2 / 3):
                 for y in _starts(region.height, side):
                     crops += [
                         (region, (x, y, x + side, y + side)) for x in _starts(region.width, side)
                     ]
+    if not crops:
+        raise DataError(f"no held-out image of {pictures[0].path} can be read")
     chosen = np.unique(np.linspace(0, len(crops) - 1, min(limit, len(crops))).round().astype(int))
     return torch.stack(
         [

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import QuantizerOutput
-from tokenflow_ext.models import TokenFlowTokenizer, TokenizerOutput
-from tokenflow_ext.train import checkpoint
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
+from tokenflow_ext.train import checkpoint, parallel
 from tokenflow_ext.train.config import DecoderConfig
 from tokenflow_ext.train.trainer import Trainer
 
@@ -51,6 +51,8 @@ class DecoderTrainer(Trainer):
 
     def _build(self, config: DecoderConfig) -> TokenFlowTokenizer:
         model = checkpoint.load_tokenizer(config.init, config.resolution)
+        if not model.config.pixel.enabled:
+            raise ConfigError(f"init={config.init} has no pixel decoder: it decodes no images")
         if config.decoder == "enhanced":
             model = with_enhanced_decoder(model)
         model.eval().requires_grad_(False)
@@ -60,8 +62,15 @@ class DecoderTrainer(Trainer):
     def _build_teacher(self, config: DecoderConfig) -> None:
         return None
 
+    def _split(self, model: TokenFlowTokenizer) -> None:
+        """Weights are whole on every process: one decoder's are no burden."""
+
+    def _rates(self) -> list[dict[str, Any]]:
+        trained = list(self.model.decoder.parameters())
+        return [{"params": trained, "lr": self.config.optim.lr, "name": "pixel_decoder"}]
+
     def _distribute_model(self) -> nn.Module:
-        return self._distribute(_PixelBranch(self.model))
+        return parallel.distribute(_PixelBranch(self.model), self.group)
 
     @torch.no_grad()
     def _next_batch(self) -> tuple[Tensor, QuantizerOutput]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,16 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def peak_memory(self) -> float:
+        """The most memory that any process has held so far, in GiB: allocated on its CUDA device,
+        resident in main memory on a CPU (every process must call this)."""
+        if self.device.type == "cuda":
+            most = torch.cuda.max_memory_allocated(self.device)
+        else:
+            status = Path("/proc/self/status").read_text()
+            most = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+        return max(self.gather(most)) / 2**30
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -8,18 +8,22 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.train import checkpoint, data
+from tokenflow_ext.models.saved import WEIGHTS_FILE
+from tokenflow_ext.train import checkpoint, data, parallel
 from tokenflow_ext.train.config import OptimConfig, to_yaml
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.logs import RunLog, table
@@ -42,7 +46,8 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 class BaseTrainer:
     """A run: model, optimizer, data position. Made on every process alike.
 
-    A subclass makes ``model`` and ``optimizer``, and fills in what is left open below.
+    A subclass makes ``model``, ``optimizer`` and ``scheduler``, ``average`` (of the weights; None
+    keeps none), and fills in what is left open below.
 
     Args:
         config: has ``seed``, ``threads``, ``run`` (a folder), ``optim`` and ``output``.
@@ -78,6 +83,8 @@ class BaseTrainer:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    average: parallel.Average | None
 
     def prepare(self) -> None:
         """Wrap the model for its processes and start reading; before the first step."""
@@ -100,13 +107,19 @@ class BaseTrainer:
         calls this)."""
         raise NotImplementedError
 
-    def save(self) -> Path | None:
-        """Write a checkpoint (every process calls this; the first one writes)."""
+    def _save_model(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write the model with these weights, ready for use (the first process alone)."""
         raise NotImplementedError
 
-    def restore(self, path: Path) -> None:
-        """Continue from a checkpoint."""
-        raise NotImplementedError
+    def _check(self, path: Path) -> None:
+        """Refuse the (whole) checkpoint at ``path`` by a CheckpointError."""
+
+    def _further_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of a subclass's own (every process calls this)."""
+        return {}
+
+    def _restore_further(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`_further_state`; ``state`` is the whole checkpoint."""
 
     def headline(self) -> str:
         """One line on what is trained, on what."""
@@ -124,14 +137,18 @@ class BaseTrainer:
         np.random.seed(int(seed[1]))  # noqa: NPY002 - for code that draws from it
         random.seed(int(seed[1]))
 
-    def _optimizer(self, model: nn.Module, lr: float, start: int = 0) -> tuple[Any, Any]:
-        """Adam, and the schedule of a model that trains from optimizer step ``start`` on."""
+    def _optimizer(
+        self, parameters: Iterable[nn.Parameter] | list[dict], lr: float, start: int = 0
+    ) -> tuple[Any, Any]:
+        """Adam, and the schedule of what trains from optimizer step ``start`` on.
+
+        Args:
+            parameters: or groups of them with learning rates of their own, which the schedule
+                scales as it does ``lr``.
+        """
         optim = self.config.optim
         optimizer = torch.optim.Adam(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=lr,
-            betas=tuple(optim.betas),
-            weight_decay=optim.weight_decay,
+            parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate(start + step, optim)
@@ -153,24 +170,55 @@ class BaseTrainer:
             self._pool = ThreadPoolExecutor(1)
             self._pending = self._pool.submit(self._next_batch)
 
+    def stop_reading(self) -> None:
+        """End the thread that reads ahead, where there is one."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def _take_batch(self) -> Any:
         """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
 
         Neither images nor teacher depend on what is learned or drawn, so nothing else changes.
         """
-        if self._pool is None:
-            return self._next_batch()
-        ready = self._pending.result()
-        self._pending = self._pool.submit(self._next_batch)
-        return ready
+        with record_function("data wait"):
+            if self._pool is None:
+                return self._next_batch()
+            ready = self._pending.result()
+            self._pending = self._pool.submit(self._next_batch)
+            return ready
 
-    def _update(self, model: nn.Module, optimizer: Any, scaler: Any) -> Tensor:
-        scaler.unscale_(optimizer)
-        limit = self.config.optim.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
-        scaler.step(optimizer)
-        scaler.update()
+    def _update(self, parameters: Iterable[nn.Parameter], optimizer: Any, scaler: Any) -> Tensor:
+        with record_function("optimizer"):
+            scaler.unscale_(optimizer)
+            limit = self.config.optim.max_grad_norm
+            norm = parallel.clip_gradients(parameters, limit if limit > 0 else math.inf)
+            scaler.step(optimizer)
+            scaler.update()
         return norm
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Any]:
+        """The model in evaluation, without gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(training)
+            parallel.reshard(self.model)
+
+    @contextmanager
+    def _ready(self) -> Iterator[Any]:
+        """The model in evaluation, with the averaged weights where there are any."""
+        if self.average is not None:
+            self.average.swap()
+        try:
+            with self._evaluating() as model:
+                yield model
+        finally:
+            if self.average is not None:
+                self.average.swap()
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -198,6 +246,57 @@ class BaseTrainer:
             random.setstate((version, tuple(numbers), gauss))
             if self.group.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.group.device)
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, the same for every way of splitting the work (every process calls
+        this; the first one writes)."""
+        first = self.group.first
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "seconds": self.seconds,
+            "first": self.first,
+            "config": to_yaml(self.config),
+            "optimizer": parallel.optimizer_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.group.gather(self._random_states()),
+            **self._further_state(),
+        }
+        if self.average is not None:
+            state["model"] = parallel.model_state(self.model, first)
+        with self._ready():
+            weights = parallel.model_state(self.model, first)
+        if not first:
+            return None
+        folder, keep = self.run / "checkpoints", self.config.output.keep
+        write = partial(self._save_model, weights)
+        return checkpoint.save(folder, self.step, state, write, keep)
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``.
+
+        Raises:
+            CheckpointError: not whole, or of another model.
+        """
+        state = checkpoint.load(path)
+        self._check(path)
+        try:
+            parallel.load_model_state(self.model, load_file(path / WEIGHTS_FILE))
+            if self.average is not None:
+                self.average.swap()
+                parallel.load_model_state(self.model, state["model"])
+            parallel.load_optimizer_state(self.optimizer, state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self._restore_further(state)
+            self.step, self.position = state["step"], state["position"]
+            self.seconds, self.first = state["seconds"], state["first"]
+            self._restore_random(state["random"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit this run's configuration: {error}"
+            ) from error
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -242,8 +341,7 @@ class BaseTrainer:
             self.last = self.evaluate()
         if log is not None:
             log.close()
-        if self._pool is not None:
-            self._pool.shutdown()
+        self.stop_reading()
         self.group.wait()
         return self._summary()
 
@@ -259,13 +357,16 @@ class BaseTrainer:
             )
         extra = self._extra_values()
         numbers |= extra
-        numbers["lr"] = self.optimizer.param_groups[0]["lr"]
+        factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        numbers["lr"] = self.config.optim.lr * factor
+        memory = self.group.peak_memory()
         if log is None:
             return
         shown = {n: numbers[n] for n in self.shown}
         images = speed * self.config.optim.batch
-        log.show(shown | extra | {"img/s": images})
-        log.values(self.step, numbers | {"images_per_second": images}, "train")
+        log.show(shown | extra | {"img/s": images, "GiB": memory})
+        costs = {"images_per_second": images, "peak_memory_gib": memory}
+        log.values(self.step, numbers | costs, "train")
 
     def _report(self, log: RunLog | None) -> None:
         self.last = self.evaluate()

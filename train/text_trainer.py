@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, encode_prompts
-from tokenflow_ext.train import captions, checkpoint, data
-from tokenflow_ext.train.config import TextConfig, to_yaml
+from tokenflow_ext.train import captions, checkpoint, data, parallel
+from tokenflow_ext.train.config import TextConfig
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.language import (
     TEXT_FOLDER,
@@ -33,49 +25,6 @@ from tokenflow_ext.train.language import (
 from tokenflow_ext.train.loop import BaseTrainer
 
 _CAPTIONS = 100_000  # of which a text tokenizer is made, at most
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be split over processes, in one piece (every process calls this)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`whole`; every process has the same ``tensor``."""
-    tensor = tensor.to(like.device)
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class Average:
-    """The moving average of a model's weights, each split over processes as the weight is."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-
-    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        theirs = [_local(p.detach()) for p in self.model.parameters()]
-        return [_local(w) for w in self.weights.values()], theirs
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the model after optimizer step ``step`` (counted from 1); see ``trainer.Ema``."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(*self._pairs(), 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the model's weights and the average."""
-        for mine, theirs in zip(*self._pairs(), strict=True):
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
 
 
 class TextTrainer(BaseTrainer):
@@ -106,10 +55,11 @@ class TextTrainer(BaseTrainer):
         if config.model.checkpointing:
             model.model.activation_checkpointing_enable()
         self.model = self._place(model.float().to(group.device).train())
-        self.optimizer, self.scheduler = self._optimizer(self.model, config.optim.lr)
+        self.optimizer, self.scheduler = self._optimizer(self.model.parameters(), config.optim.lr)
         self.average = None
         if config.optim.ema_decay > 0:
-            self.average = Average(self.model, config.optim.ema_decay)
+            weights = dict(self.model.named_parameters())
+            self.average = parallel.Average(weights, config.optim.ema_decay)
         sets = {"known": self.dataset.source}
         held_out = None
         if config.data.unseen:
@@ -161,19 +111,13 @@ class TextTrainer(BaseTrainer):
         self.sharded = self.config.parallel == "fsdp" and self.group.world > 1
         if not self.sharded:
             return model
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        parallel.split_weights(model, model.model.layers, self.group, self.dtype)
         register_fsdp_forward_method(model, "generate_tokens")
         return model
 
     def prepare(self) -> None:
         """Wrap the model for its processes and start reading."""
-        self.parallel = self.model
-        if self.group.world > 1 and not self.sharded:
-            devices = [self.group.device] if self.group.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=devices)
+        self.parallel = parallel.distribute(self.model, self.group)
         workers = self.config.data.workers
         loader = data.loader(self.dataset, self.shard, self.position, workers, captions.collate)
         self._start_reading(iter(loader))
@@ -207,25 +151,18 @@ class TextTrainer(BaseTrainer):
         total = torch.zeros((), device=self.group.device)
         for micro in range(optim.accumulate):
             ids, valid, tokens = self._take_batch()
-            with self._sync(micro == optim.accumulate - 1):
+            with parallel.exchange(self.parallel, micro == optim.accumulate - 1):
                 with self._autocast():
                     loss = self.parallel(ids, tokens, valid).loss
                 self.scaler.scale(loss / optim.accumulate).backward()
             total += loss.detach() / optim.accumulate
-        norm = self._update(self.model, self.optimizer, self.scaler)
+        norm = self._update(self.model.parameters(), self.optimizer, self.scaler)
         self.scheduler.step()
         self.step += 1
         self.position += optim.batch
         if self.average is not None:
             self.average.update(self.step)
-        return {"loss": total, "grad_norm": whole(norm)}
-
-    def _sync(self, last: bool) -> Any:
-        """Gradients are exchanged once, in the last micro-batch."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)
-            return nullcontext()
-        return nullcontext() if last or self.group.world == 1 else self.parallel.no_sync()
+        return {"loss": total, "grad_norm": norm}
 
     # -- what people and files see ----------------------------------------------------------------
 
@@ -234,22 +171,6 @@ class TextTrainer(BaseTrainer):
         pictures, texts = captions.collate(captions.some(source, self.config.data.evaluated))
         parts = [self._tokens(part).cpu() for part in pictures.split(self.shard.local)]
         return torch.cat(parts), texts
-
-    @contextmanager
-    def _ready(self) -> Iterator[TextToImage]:
-        """The model in evaluation, with the averaged weights where there are any."""
-        if self.average is not None:
-            self.average.swap()
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.model.train()
-            for part in self.model.modules():
-                if isinstance(part, FSDPModule):  # a forward without a backward leaves them whole
-                    part.reshard()
-            if self.average is not None:
-                self.average.swap()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -318,76 +239,14 @@ class TextTrainer(BaseTrainer):
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def _weights(self) -> dict[str, Tensor]:
-        """All weights in one piece, on the first process's CPU (every process calls this)."""
-        weights = {}
-        for name, value in self.model.state_dict().items():
-            value = whole(value)
-            if self.group.first:
-                weights[name] = value.detach().cpu()
-        return weights
+    def _save_model(self, weights: dict[str, Tensor], folder: Path) -> None:
+        with torch.device("meta"):
+            model = TextToImage(self.model.config, self.model.tokenizer)
+        model.load_state_dict(weights, assign=True)
+        model.save_pretrained(folder)
+        self.text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        state = self.optimizer.state_dict()  # its inner mappings are the optimizer's own
-        pieces = {
-            index: {name: whole(value).cpu() for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
-        return {**state, "state": pieces}
-
-    def save(self) -> Path | None:
-        """Write a checkpoint; it is the same for every way of splitting the work."""
-        states = self.group.gather(self._random_states())
-        state = {
-            "step": self.step,
-            "position": self.position,
-            "seconds": self.seconds,
-            "first": self.first,
-            "config": to_yaml(self.config),
-            "optimizer": self._optimizer_state(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": states,
-        }
-        if self.average is not None:
-            # Copies: the weights are about to change places with their average.
-            state["model"] = {k: v.clone() for k, v in self._weights().items()}
-        with self._ready():
-            weights = self._weights()
-            if not self.group.first:
-                return None
-
-            def save_model(folder: Path) -> None:
-                with torch.device("meta"):
-                    model = TextToImage(self.model.config, self.model.tokenizer)
-                model.load_state_dict(weights, assign=True)
-                model.save_pretrained(folder)
-                self.text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
-
-            folder = self.run / "checkpoints"
-            return checkpoint.save(folder, self.step, state, save_model, self.config.output.keep)
-
-    @torch.no_grad()
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        own = self.model.state_dict()
-        if own.keys() != weights.keys():
-            raise ValueError(f"other weights: {sorted(own.keys() ^ weights.keys())[:3]}")
-        for name, value in own.items():
-            if value.shape != weights[name].shape:
-                raise ValueError(
-                    f"{name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}"
-                )
-            value.copy_(split_like(weights[name], value))
-
-    def restore(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``.
-
-        Raises:
-            CheckpointError: not whole, or of another model.
-        """
-        from safetensors.torch import load_file
-
-        state = checkpoint.load(path)
+    def _check(self, path: Path) -> None:
         saved = TokenFlowTokenizer.from_pretrained(path / "tokenizer").state_dict()
         own = self.model.tokenizer.state_dict()
         same = own.keys() == saved.keys()
@@ -396,25 +255,7 @@ class TextTrainer(BaseTrainer):
                 f"{path} was trained on the tokens of another image tokenizer than "
                 f"{self.config.init or self.config.tokenizer}"
             )
-        try:
-            self._load_weights(load_file(path / "model.safetensors"))
-            if self.average is not None:
-                self.average.swap()
-                self._load_weights(state["model"])
-            optimizer = state["optimizer"]
-            for index, parameter in enumerate(self.model.parameters()):
-                values = optimizer["state"].get(index, {})
-                for name, value in values.items():
-                    if value.shape == parameter.shape:  # the moments; not the count of steps
-                        values[name] = split_like(value, parameter)
-            self.optimizer.load_state_dict(optimizer)
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.position = state["step"], state["position"]
-            self.seconds, self.first = state["seconds"], state["first"]
-            self._restore_random(state["random"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit this run's configuration: {error}"
-            ) from error
+
+    def restore(self, path: Path) -> None:
+        super().restore(path)
         self.text_tokenizer = load_text_tokenizer(path)

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.profiler import record_function
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
 from tokenflow_ext.models.discriminators import StyleGanDiscriminator, build_discriminator
 from tokenflow_ext.models.losses import LPIPS, discriminator_loss, tokenizer_loss
 from tokenflow_ext.models.metrics import code_usage, cosine, psnr
 from tokenflow_ext.models.teachers import build_teacher
-from tokenflow_ext.train import checkpoint, data
-from tokenflow_ext.train.config import TrainConfig, to_yaml
+from tokenflow_ext.train import checkpoint, data, parallel
+from tokenflow_ext.train.config import TrainConfig
 from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.images import open_images
 from tokenflow_ext.train.loop import BaseTrainer
-
-
-class Ema:
-    """A copy of a model whose weights follow the model's by an exponential moving average.
-
-    The decay starts low, as (1 + t) / (10 + t), so that the first steps are forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Follow ``model`` after optimizer step ``step`` (counted from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        mine, theirs = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-        for a, b in zip(self.model.buffers(), model.buffers(), strict=True):
-            a.copy_(b)
 
 
 class Trainer(BaseTrainer):
@@ -59,11 +38,12 @@ class Trainer(BaseTrainer):
     def __init__(self, config: TrainConfig, group: Processes) -> None:
         super().__init__(config, group)
         self._seed(0)  # every process builds the same weights
-        self.model = self._build(config).to(group.device)
+        self.model = self._place(self._build(config).to(group.device))
         size = self.model.config.image_size
 
-        train, held_out = data.split(config.data)
-        self.dataset = data.RandomCrops(train, size, config.data, config.seed)
+        joint = config.optim.batch // config.optim.accumulate
+        source, held_out = open_images(config.data, joint, config.seed)
+        self.dataset = data.RandomCrops(source, size, config.data, config.seed)
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
 
         loss = config.loss
@@ -82,13 +62,18 @@ class Trainer(BaseTrainer):
         self.discriminator = None
         if loss.gan > 0:
             self.discriminator = self._build_discriminator(size).to(group.device)
-        self.ema = Ema(self.model, config.optim.ema_decay)
-
         optim = config.optim
-        self.optimizer, self.scheduler = self._optimizer(self.model, optim.lr)
+        codebooks = set(self.model.quantizer.codebooks)  # by moving averages they move untrained
+        moving = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad or p in codebooks
+        }
+        self.average = parallel.Average(moving, optim.ema_decay)
+        self.optimizer, self.scheduler = self._optimizer(self._rates(), optim.lr)
         if self.discriminator is not None:
             self.d_optimizer, self.d_scheduler = self._optimizer(
-                self.discriminator, optim.discriminator_lr, loss.gan_start
+                self.discriminator.parameters(), optim.discriminator_lr, loss.gan_start
             )
         self.d_scaler = self._scaler()
         self._seed(1 + group.rank)  # from here on every process draws its own numbers
@@ -96,10 +81,12 @@ class Trainer(BaseTrainer):
     def _build(self, config: TrainConfig) -> TokenFlowTokenizer:
         """The tokenizer as training starts with it."""
         if config.init is not None:
-            return checkpoint.load_tokenizer(config.init).train()
-        model = TokenFlowTokenizer(config.model)
-        if config.pretrained_tower:
-            model.load_semantic_tower(config.teacher_weights)
+            model = checkpoint.load_tokenizer(config.init)
+        else:
+            model = TokenFlowTokenizer(config.model)
+            if config.pretrained_tower:
+                model.load_semantic_tower(config.teacher_weights)
+        self._freeze(model)
         return model.train()
 
     def _build_teacher(self, config: TrainConfig) -> nn.Module | None:
@@ -121,14 +108,42 @@ class Trainer(BaseTrainer):
             )
         return model
 
-    def _distribute(self, module: nn.Module, complete: bool = True) -> nn.Module:
-        """The module for its processes; ``complete``: every weight gets a gradient."""
-        if self.group.world == 1:
-            return module
-        devices = [self.group.device] if self.group.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=devices, find_unused_parameters=not complete
-        )
+    def _freeze(self, model: TokenFlowTokenizer) -> None:
+        """Parts whose learning rate is 0 take no gradient."""
+        for part, parameters in model.parts().items():
+            if not getattr(self.config.optim.lr_scale, part):
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("optim.lr_scale leaves nothing to train: every part has 0")
+
+    def _place(self, model: TokenFlowTokenizer) -> TokenFlowTokenizer:
+        """The model as this run computes it: recomputed, compiled, split over processes."""
+        if self.config.checkpointing:
+            model.checkpoint_activations()
+        if self.config.compile:
+            model.compile_networks()
+        self._split(model)
+        return model
+
+    def _split(self, model: TokenFlowTokenizer) -> None:
+        if self.config.parallel == "fsdp" and self.group.world > 1:
+            # The codebooks are searched as a whole. Gathered weights stay in float32, under
+            # autocast like those of DDP, so that the numbers are DDP's.
+            codebooks = list(model.quantizer.codebooks)
+            parallel.split_weights(model, model.blocks(), self.group, kept=codebooks)
+            register_fsdp_forward_method(model, "features")
+
+    def _rates(self) -> list[dict[str, Any]]:
+        """The trained parameters, grouped by part, and each group's learning rate."""
+        optim = self.config.optim
+        groups = []
+        for part, parameters in self.model.parts().items():
+            trained = [p for p in parameters if p.requires_grad]
+            if trained:
+                rate = optim.lr * getattr(optim.lr_scale, part)
+                groups.append({"params": trained, "lr": rate, "name": part})
+        return groups
 
     def _distribute_model(self) -> nn.Module:
         # A loss that is switched off leaves the weights behind it without a gradient.
@@ -136,7 +151,7 @@ class Trainer(BaseTrainer):
         weights = {"semantic": loss.semantic, "pixel": loss.pixel + loss.perceptual}
         branches = self.model.config.branches
         complete = min(loss.vq, *(weights[branch] for branch in branches)) > 0
-        return self._distribute(self.model, complete)
+        return parallel.distribute(self.model, self.group, find_unused_parameters=not complete)
 
     def prepare(self) -> None:
         """Set the codebooks by k-means if the run is new, wrap the models, start reading."""
@@ -144,7 +159,7 @@ class Trainer(BaseTrainer):
             self._start_codebooks()
         self.parallel = self._distribute_model()
         if self.discriminator is not None:
-            self.d_parallel = self._distribute(self.discriminator)
+            self.d_parallel = parallel.distribute(self.discriminator, self.group)
         self._start_reading(self._read(self.position, self.config.data.workers))
 
     def _read(self, position: int, workers: int = 0) -> Iterator[Tensor]:
@@ -155,7 +170,7 @@ class Trainer(BaseTrainer):
         images = next(self._batches).to(self.group.device, non_blocking=True)
         if self.teacher is None:
             return images, None
-        with self._autocast():
+        with self._autocast(), record_function("teacher"):
             return images, self.teacher(images)
 
     @torch.no_grad()
@@ -163,23 +178,32 @@ class Trainer(BaseTrainer):
         codebook = self.config.codebook
         batches = self._read(0)
         count = codebook.kmeans_batches * self.config.optim.accumulate
-        self.model.eval()
         images = (next(batches).to(self.group.device) for _ in range(count))
-        h = torch.cat([self.model.features(batch) for batch in images])
-        self.model.train()
+        h = torch.cat([self._features(batch) for batch in images])
         # The residuals of finer scales depend on the codes of coarser ones: with random codes the
         # first round meets none worth the name, the second meets real ones.
         for _ in range(2):
             rows = self.model.quantizer.rows(h)
             self.model.quantizer.init_kmeans(rows, iterations=codebook.kmeans_iterations)
-        self._copy_codebooks()
+        for average, codebook in self._codebooks():
+            average.copy_(codebook)  # a code that was set anew has no past worth averaging with
 
-    @torch.no_grad()
-    def _copy_codebooks(self) -> None:
-        """A code that was set anew has no past worth averaging with."""
-        pairs = zip(self.ema.model.quantizer.codebooks, self.model.quantizer.codebooks, strict=True)
-        for mine, theirs in pairs:
-            mine.copy_(theirs)
+    def _features(self, images: Tensor) -> Tensor:
+        """Features of the model in evaluation."""
+        with self._evaluating() as model:
+            return model.features(images)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[TokenFlowTokenizer]:
+        # Compiling anew for the batches of an evaluation would take longer than it saves.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager, super()._evaluating() as model:
+            yield model
+
+    def _codebooks(self) -> list[tuple[Tensor, nn.Parameter]]:
+        """Each codebook's moving average and the codebook."""
+        weights, codebooks = self.average.weights, self.model.quantizer.codebooks
+        return [(weights[f"quantizer.codebooks.{i}"], c) for i, c in enumerate(codebooks)]
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -194,26 +218,26 @@ class Trainer(BaseTrainer):
         for micro in range(optim.accumulate):
             images, target = self._take_batch()
             last = micro == optim.accumulate - 1
-            with self._no_sync(self.parallel, last):
+            with parallel.exchange(self.parallel, last):
                 made, parts = self._generator(images, target, adversarial)
             if adversarial:
-                with self._no_sync(self.d_parallel, last):
+                with parallel.exchange(self.d_parallel, last), record_function("discriminator"):
                     parts |= self._discriminator(images, made)
             for name, value in parts.items():
                 values[name] = values.get(name, 0.0) + value.detach().float() / optim.accumulate
-        values["grad_norm"] = self._update(self.model, self.optimizer, self.scaler)
+        if parallel.is_split(self.model):
+            parallel.average_gradients(self.model.quantizer.codebooks, self.group)
+        values["grad_norm"] = self._update(self.model.parameters(), self.optimizer, self.scaler)
         self.scheduler.step()
         if adversarial:
-            self._update(self.discriminator, self.d_optimizer, self.d_scaler)
+            self._update(self.discriminator.parameters(), self.d_optimizer, self.d_scaler)
             self.d_scheduler.step()
         self.step += 1
         self.position += optim.batch
-        self.ema.update(self.model, self.step)
+        with record_function("average"):
+            self.average.update(self.step)
         self._restart()
         return values
-
-    def _no_sync(self, module: nn.Module, last: bool) -> Any:
-        return nullcontext() if last or self.group.world == 1 else module.no_sync()
 
     def _generator(
         self, images: Tensor, target: Any, adversarial: bool
@@ -243,7 +267,8 @@ class Trainer(BaseTrainer):
                 adaptive_layer=self.model.last_layer if loss.gan_adaptive else None,
                 **self._other_losses(target),
             )
-        self.scaler.scale(parts.total / self.config.optim.accumulate).backward()
+        with record_function("backward"):
+            self.scaler.scale(parts.total / self.config.optim.accumulate).backward()
         return None if out.images is None else out.images.detach(), parts._asdict()
 
     def _forward(self, images: Tensor, target: Tensor | None) -> TokenizerOutput:
@@ -273,13 +298,10 @@ class Trainer(BaseTrainer):
         if not every or self.step % every or self.step > codebook.restart_until * steps:
             return
         images = next(self._read(self.position)).to(self.group.device)
-        self.model.eval()
-        rows = self.model.quantizer.rows(self.model.features(images))
-        self.model.train()
+        rows = self.model.quantizer.rows(self._features(images))
         before = [c.detach().clone() for c in self.model.quantizer.codebooks]
         self.model.quantizer.restart_dead_codes(rows, threshold=codebook.restart_threshold)
-        mine, theirs = self.ema.model.quantizer.codebooks, self.model.quantizer.codebooks
-        for average, code, old in zip(mine, theirs, before, strict=True):
+        for (average, code), old in zip(self._codebooks(), before, strict=True):
             anew = (code != old).any(dim=1, keepdim=True)
             average.copy_(torch.where(anew, code, average))
 
@@ -287,28 +309,31 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The EMA weights on the held-out crops: PSNR in dB (mean over images) with a pixel branch,
-        cosine of decoded and teacher's tokens with a teacher, share of the codes in use and their
-        perplexity."""
-        model, group = self.ema.model, self.group
-        codes = model.config.quantizer.codebook_size
+        """The averaged weights on the held-out crops: PSNR in dB (mean over images) with a pixel
+        branch, cosine of decoded and teacher's tokens with a teacher, share of the codes in use and
+        their perplexity."""
+        group, local = self.group, self.shard.local
+        codes = self.model.config.quantizer.codebook_size
         hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
-        mine = self.held_out[group.rank :: group.world]
-        for images in mine.split(self.shard.local) if len(mine) else ():
-            images = images.to(group.device)
-            indices = model.encode(images)
-            made, semantic = model.decode(indices)
-            hits += torch.bincount(indices.flatten(), minlength=codes)
-            if made is not None:
-                sums[0] += psnr(made, images, reduction="none").double().sum()
-            if self.teacher is not None:
-                sums[1] += cosine(semantic, self.teacher(images)).double() * len(images)
-            sums[2] += len(images)
+        with self._ready() as model:
+            for start in range(0, len(self.held_out), local * group.world):
+                # A process without a share still takes part: its weights may be needed elsewhere.
+                own = self.held_out[start : start + local * group.world][group.rank :: group.world]
+                images = (own if len(own) else self.held_out[:1]).to(group.device)
+                out = model(images)
+                if len(own):
+                    hits += torch.bincount(out.quantizer.indices.flatten(), minlength=codes)
+                    if out.images is not None:
+                        sums[0] += psnr(out.images, images, reduction="none").double().sum()
+                    if self.teacher is not None:
+                        close = cosine(out.semantic, self.teacher(images)).double()
+                        sums[1] += close * len(images)
+                    sums[2] += len(images)
         group.sum_(hits)
         group.sum_(sums)
         values = {}
-        if model.config.pixel.enabled:
+        if self.model.config.pixel.enabled:
             values["psnr"] = (sums[0] / sums[2]).item()
         if self.teacher is not None:
             values["cosine"] = (sums[1] / sums[2]).item()
@@ -317,80 +342,63 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def pictures(self) -> tuple[Tensor, Tensor] | None:
-        """Held-out crops spread over the set, and what the EMA weights make of them."""
-        if not self.ema.model.config.pixel.enabled:
+        """Held-out crops spread over the set, and what the averaged weights make of them; None
+        without a pixel branch."""
+        if not self.model.config.pixel.enabled:
             return None
         count = min(self.config.output.pictures, len(self.held_out))
         which = torch.linspace(0, len(self.held_out) - 1, count).round().long()
         images = self.held_out[which].to(self.group.device)
-        return images, self.ema.model.decode(self.ema.model.encode(images))[0]
+        with self._ready() as model:
+            return images, model(images).images
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def save(self) -> Path | None:
-        """Write a checkpoint (every process must call this; the first one writes)."""
-        states = self.group.gather(self._random_states())
-        if not self.group.first:
-            return None
-        state = {
-            "step": self.step,
-            "position": self.position,
-            "seconds": self.seconds,
-            "first": self.first,
-            "config": to_yaml(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": states,
-        }
-        if self.discriminator is not None:
-            state["discriminator"] = {
+    def _save_model(self, weights: dict[str, Tensor], folder: Path) -> None:
+        self.model.save_pretrained(folder, weights)
+
+    def _further_state(self) -> dict[str, Any]:
+        if self.discriminator is None:
+            return {}
+        return {
+            "discriminator": {
                 "model": self.discriminator.state_dict(),
                 "optimizer": self.d_optimizer.state_dict(),
                 "scheduler": self.d_scheduler.state_dict(),
                 "scaler": self.d_scaler.state_dict(),
             }
-        folder = self.run / "checkpoints"
-        return checkpoint.save(
-            folder, self.step, state, self.ema.model.save_pretrained, self.config.output.keep
-        )
+        }
 
-    def restore(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``.
-
-        Raises:
-            CheckpointError: not whole, or of another model.
-        """
-        state = checkpoint.load(path)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.ema.model.load_state_dict(load_file(path / "model.safetensors"))
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
-            if self.discriminator is not None and "discriminator" in state:
-                other = state["discriminator"]
-                self.discriminator.load_state_dict(other["model"])
-                self.d_optimizer.load_state_dict(other["optimizer"])
-                self.d_scheduler.load_state_dict(other["scheduler"])
-                self.d_scaler.load_state_dict(other["scaler"])
-            self.step, self.position = state["step"], state["position"]
-            self.seconds, self.first = state["seconds"], state["first"]
-            self._restore_random(state["random"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit this run's configuration: {error}"
-            ) from error
+    def _restore_further(self, state: dict[str, Any]) -> None:
+        if self.discriminator is not None and "discriminator" in state:
+            other = state["discriminator"]
+            self.discriminator.load_state_dict(other["model"])
+            self.d_optimizer.load_state_dict(other["optimizer"])
+            self.d_scheduler.load_state_dict(other["scheduler"])
+            self.d_scaler.load_state_dict(other["scaler"])
 
     # -- what people see --------------------------------------------------------------------------
 
     def headline(self) -> str:
+        rates = [
+            f"  {part:17s}{sum(p.numel() for p in parameters) / 1e6:9.2f} M  {self._rate(part)}"
+            for part, parameters in self.model.parts().items()
+        ]
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (
-            f"{count / 1e6:.2f} M trained parameters, {len(self.dataset.pictures)} images, "
-            f"{len(self.held_out)} held-out crops"
+        return "\n".join(
+            [
+                *rates,
+                f"{count / 1e6:.2f} M trained parameters, {self.dataset.source.describe()}, "
+                f"{len(self.held_out)} held-out crops",
+            ]
         )
+
+    def _rate(self, part: str) -> str:
+        for group in self.optimizer.param_groups:
+            if group["name"] == part:
+                return f"lr {group['initial_lr']:.2g}"
+        moved = part == "codebooks" and self.model.config.quantizer.codebook_update == "ema"
+        return "by moving averages" if moved else "frozen"
 
     def _extra_values(self) -> dict[str, float]:
         """Share of the codes in use by their moving average of hits."""

@@ -138,7 +138,7 @@ def launch(arguments: list[str], processes: int = 0, script: Path = SCRIPT) -> s
 finish = torchrun.finish
 
 
-TIMES = {"images_per_second", "seconds"}
+COSTS = {"images_per_second", "peak_memory_gib", "seconds"}
 
 
 def flatten(value, path=""):
@@ -169,7 +169,7 @@ def assert_same_step(alone, shared):
 
 
 def assert_same_end(one, other):
-    """Both runs' last checkpoints and logs agree in every bit that is not a time."""
+    """Both runs' last checkpoints and logs agree in every bit that is no cost."""
     newest = [checkpoint.available(run / "checkpoints")[-1] for run in (one, other)]
     assert newest[0].name == newest[1].name
     states = [dict(flatten(checkpoint.load(path))) for path in newest]
@@ -187,7 +187,7 @@ def assert_same_end(one, other):
         assert torch.equal(value, averages[1][key]), key
     logs = [
         [
-            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            {k: v for k, v in json.loads(line).items() if k not in COSTS}
             for line in (run / "log.jsonl").read_text().splitlines()
         ]
         for run in (one, other)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tokenflow_ext.train import captions, cli, data, emojis
+from tokenflow_ext.train import shards as tars
 from tokenflow_ext.train.captions import Captioned, Form, Pictures, Shards, Tokens
 from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import DataError
@@ -156,8 +157,8 @@ def test_shards_are_not_chosen_from(shards):
 
 def test_members_of_a_shard(shards):
     first = sorted(shards.glob("*.tar"))[0]
-    assert [m.name for m in captions.read_members(first)] == [f"part/00{i}.png" for i in range(3)]
     reader = Shards(shards, 8, (1, 1), 4, seed=0)
+    assert [m.name for m in reader.members(first)] == [f"part/00{i}.png" for i in range(3)]
     sample = reader.read(sorted(shards.glob("*.tar"))[1], 2)
     assert sample.caption == "5"
     assert sample.picture.mean() == pytest.approx(5 / 127.5 - 1, abs=1e-5)
@@ -178,7 +179,7 @@ def taken(shards: Path, world: int, start: int, steps: int, streams=(2, 2), accu
             for micro in range(accumulate)
         ]
         steps_seen.append(seen)
-        opened.append(set(pairs.source._counts))
+        opened.append(pairs.source.opened)
     batches = [[c for seen in steps_seen for c in seen[i]] for i in range(steps * accumulate)]
     return batches, opened
 
@@ -208,7 +209,7 @@ def test_a_round_of_a_stream_visits_each_sample_once(shards):
     everything = Captioned(
         shards, FORM, CaptionConfig(drop=0.0, truncate=0.0, streams=(1, 1)), 4, 0
     )
-    total = sum(len(captions.read_members(p)) for p in shards.glob("*.tar"))
+    total = sum(len(everything.source.members(p)) for p in shards.glob("*.tar"))
     rounds = [[everything[g].caption for g in range(total * k, total * (k + 1))] for k in (0, 1)]
     assert sorted(map(int, rounds[0])) == sorted(map(int, rounds[1])) == list(range(total))
     assert rounds[0] != rounds[1]
@@ -235,10 +236,10 @@ def test_broken_shards_are_named(tmp_path):
     shard = write_tar(tmp_path / "a.tar", {"x.png": bytes(5000), "x.txt": b"x"})
     shard.write_bytes(shard.read_bytes()[:4000])
     with pytest.raises(DataError, match=r"cannot read the shard .*a\.tar.*unexpected end"):
-        captions.read_members(shard)
+        tars.read_members(shard)
     (tmp_path / "a.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"cannot read the shard .*a\.tar"):
-        captions.read_members(tmp_path / "a.tar")
+        tars.read_members(tmp_path / "a.tar")
     write_tar(tmp_path / "a.tar", {"x.png": b"no picture", "x.txt": b"x", "y.png": encoded(1)})
     pairs = Captioned(tmp_path, FORM, CaptionConfig(), 4, seed=0)
     with pytest.raises(DataError, match=r"a\.tar/x\.png"):

@@ -58,6 +58,9 @@ def test_both_spellings_of_an_override():
         ("loss.generator_loss=vanilla", r"loss\.generator_loss.*non-saturating.*vanilla"),
         ("loss.discriminator_channels=0", r"loss\.discriminator_channels.*0"),
         ("preset=huge", "preset.*huge"),
+        ("parallel=tp", "parallel must be one of ddp, fsdp, got 'tp'"),
+        ("optim.lr_scale.decoder=1", r"optim\.lr_scale\.decoder"),
+        ("optim.lr_scale.codebooks=-1", r"optim\.lr_scale\.codebooks.*-1"),
         ("optim=3", "optim.*3"),
         ("steps", "steps"),
         ("data.path=[", "data.path"),
@@ -66,6 +69,22 @@ def test_both_spellings_of_an_override():
 def test_an_error_names_the_key_and_the_value(argument, named):
     with pytest.raises(ConfigError, match=named):
         load_config(None, [argument])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("parallel=fsdp", "optim.precision=fp16"), r"optim\.precision=fp16"),
+        (
+            ("optim.lr_scale.codebooks=0", "model.quantizer.codebook_update=ema"),
+            r"model\.quantizer\.codebook_update=ema",
+        ),
+        (("optim.lr_scale.codebooks=0", "codebook.restart_every=9"), r"restart_every=9"),
+    ],
+)
+def test_settings_that_contradict_each_other(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, list(arguments))
 
 
 @pytest.mark.parametrize("content", ["- 1\n- 2\n", "optim: [unclosed\n"])
@@ -81,20 +100,23 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["B", "L", "XL"])
-def test_the_published_configurations_load(name):
+@pytest.mark.parametrize(
+    ("name", "steps", "side", "tokens"),
+    [("B", 1_000_000, 224, 561), ("L", 500_000, 256, 817), ("XL", 500_000, 384, 2227)],
+)
+def test_the_published_configurations_are_the_papers(name, steps, side, tokens):
     config = load_config(Path(configs.__file__).parent / "configs" / f"{name}.yaml")
     assert config.model == TokenizerConfig.preset(name)
-    assert (config.optim.batch, config.optim.lr, config.loss.gan) == (256, 1e-4, 0.5)
-    loss = config.loss
-    assert (
-        loss.discriminator,
-        loss.discriminator_loss,
-        loss.generator_loss,
-        loss.gan_adaptive,
-    ) == (
-        "patchgan",
-        "hinge",
-        "hinge",
-        False,
-    )
+    optim, loss, quantizer = config.optim, config.loss, config.model.quantizer
+    assert (optim.steps, optim.batch, optim.lr) == (steps, 256, 1e-4)
+    assert (optim.betas, optim.max_grad_norm) == ((0.9, 0.95), 1.0)
+    assert (loss.semantic, loss.semantic_kind, loss.vq, loss.pixel) == (1, "cosine", 1, 1)
+    assert (loss.perceptual, loss.gan, loss.gan_start) == (1, 0.5, 20000)
+    assert quantizer.codebook_size == 32768
+    assert (quantizer.beta, quantizer.weights, quantizer.scale_drop) == (0.25, None, 0.1)
+    assert config.model.dims == (32, 8)
+    assert config.model.image_size == side
+    assert sum(s * s for s in quantizer.scales) == tokens
+    adversary = (loss.discriminator, loss.discriminator_loss, loss.generator_loss)
+    assert adversary == ("patchgan", "hinge", "hinge")
+    assert not loss.gan_adaptive

@@ -13,11 +13,13 @@ from PIL import Image
 
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig
+from tokenflow_ext.train.images import open_images
 
 
 def dataset(images, seed=0, **config) -> data.RandomCrops:
     train, _ = data.split(DataConfig(path=str(images)))
-    return data.RandomCrops(train, 16, DataConfig(path=str(images), **config), seed)
+    source = data.PictureSet(train, seed)
+    return data.RandomCrops(source, 16, DataConfig(path=str(images), **config), seed)
 
 
 def test_a_sample_depends_on_seed_and_index_alone(images):
@@ -30,10 +32,10 @@ def test_a_sample_depends_on_seed_and_index_alone(images):
 
 
 def test_every_picture_is_visited_once_an_epoch(images):
-    crops = dataset(images)
-    n = len(crops.pictures)
+    source = dataset(images).source
+    n = len(source.pictures)
     for epoch in range(4):
-        assert sorted(crops._which(epoch * n + i) for i in range(n)) == list(range(n))
+        assert sorted(source.which(epoch * n + i) for i in range(n)) == list(range(n))
 
 
 def test_samples_are_in_range_and_shape(images):
@@ -83,7 +85,7 @@ def test_no_held_out_pixel_is_trained_on(tmp_path):
         pixels[(*band, ..., 0) if name == "tall" else (*band, 0)] = 255
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     train, held_out = data.split(DataConfig(path=str(tmp_path)))
-    crops = data.RandomCrops(train, 16, DataConfig(min_crop=0.1), 0)
+    crops = data.RandomCrops(data.PictureSet(train, 0), 16, DataConfig(min_crop=0.1), 0)
     assert all((crops[i] == -1).all() for i in range(60))
     shown = data.held_out_crops(held_out, 16, 50)
     assert (shown[:, 0] == 1).all()
@@ -95,8 +97,9 @@ def test_a_large_folder_holds_out_whole_images(tmp_path):
     train, held_out = data.split(DataConfig(path=str(tmp_path)))
     assert len(train) + len(held_out) == 41
     assert not {p.path for p in train} & {p.path for p in held_out}
-    own = data.split(DataConfig(path=str(tmp_path), held_out=str(tmp_path)))
-    assert (len(own[0]), len(own[1])) == (41, 41)
+    config = DataConfig(path=str(tmp_path), held_out=str(tmp_path))
+    source, own = open_images(config, 4, 0)
+    assert (len(source.pictures), len(own)) == (41, 41)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 1000])
@@ -110,7 +113,7 @@ def test_held_out_crops_keep_to_the_limit(images, limit):
 def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(data.DataError, match=r"broken\.png"):
-        data.RandomCrops([data.Picture(tmp_path / "broken.png")], 16, DataConfig(), 0)
+        data.PictureSet([data.Picture(tmp_path / "broken.png")], 0)
     (tmp_path / "broken.png").unlink()
     with pytest.raises(data.DataError, match="no image"):
         data.list_images(tmp_path)

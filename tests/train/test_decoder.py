@@ -69,11 +69,12 @@ def test_the_decoder_moves_and_nothing_else(make, image_tokenizer, kind):
     before = state(trainer.model)
     for _ in range(2):
         trainer.train_step()
-    for model in (trainer.model, trainer.ema.model):
-        after = model.state_dict()
-        moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
-        assert moved == {k for k in after if k.startswith("decoder.")}
-        assert torch.equal(model.encode(pictures()), start.encode(pictures()))
+    for averaged in (False, True):
+        with trainer._ready() if averaged else trainer._evaluating() as model:
+            after = state(model)
+            moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
+            assert moved == {k for k in after if k.startswith("decoder.")}
+            assert torch.equal(model.encode(pictures()), start.encode(pictures()))
         assert not any(part.training for part in model.modules())
     frozen = [p for k, p in trainer.model.named_parameters() if not k.startswith("decoder.")]
     assert all(p.grad is None for p in frozen)
@@ -227,7 +228,8 @@ def test_two_processes(micro, image_tokenizer, images, tmp_path):
         plan = {
             "program": "decoder",
             "steps": {str(tmp_path / f"step{world}.pt"): one},
-            "runs": runs if world == 2 else [],
+            "halved": runs if world == 2 else [],
+            "runs": [],
         }
         file = tmp_path / f"plan{world}.json"
         file.write_text(json.dumps(plan))

@@ -5,17 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models.metrics import cosine
 from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint, tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.loop import learning_rate
-from tokenflow_ext.train.trainer import Ema, Trainer
+from tokenflow_ext.train.parallel import Average
+from tokenflow_ext.train.trainer import Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -63,17 +69,20 @@ def test_the_schedule():
     assert {learning_rate(step, constant) for step in range(10, 101)} == {1.0}
 
 
-def test_ema_is_the_moving_average():
-    model = torch.nn.Linear(1, 1, bias=False)
-    ema = Ema(model, 0.9)
-    expected = model.weight.item()
+def test_the_average_is_the_moving_average():
+    weight = torch.nn.Parameter(torch.randn(1))
+    average = Average({"weight": weight}, 0.9)
+    expected = weight.item()
     for step in range(1, 200):
         with torch.no_grad():
-            model.weight.fill_(float(step))
-        ema.update(model, step)
+            weight.fill_(step)
+        average.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-5)
+    average.swap()
+    assert weight.item() == pytest.approx(expected, rel=1e-5)
+    assert average.weights["weight"].item() == 199
 
 
 ADVERSARIES = {
@@ -149,6 +158,19 @@ def test_a_group_of_the_discriminator_is_not_split(make):
         make("loss.gan=0.5", "optim.accumulate=2", *ADVERSARIES["stylegan"])
 
 
+def test_teacher_and_tower_read_the_same_pixels_in_half_precision(make):
+    trainer = make("optim.precision=bf16", "optim.accumulate=1", semantic=True)
+    images, target = trainer._take_batch()
+    assert images.dtype == torch.float32
+    assert target.dtype == torch.bfloat16  # computed under autocast
+    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    assert not trainer.teacher.training
+    assert cosine(target.float(), trainer.teacher(images)) > 0.98
+    values = trainer.train_step()
+    assert {value.dtype for value in values.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_full_precision(make, precision):
     full = make("model.quantizer.scale_drop=0")
@@ -179,6 +201,73 @@ def test_gradients_are_clipped(make):
     assert norm.norm() <= 0.001 * (1 + 1e-5)
 
 
+def test_parts_have_learning_rates_of_their_own(make, tmp_path):
+    scales = ("optim.lr_scale.pixel_encoder=0.5", "optim.lr_scale.codebooks=0")
+    trainer = make(*scales, "optim.lr=1e-2", "optim.warmup=2")
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert list(groups) == ["pixel_encoder", "pixel_decoder"]
+    before = weights(trainer.model)
+    for factor in (0.5, 1.0):  # the warm-up, of every group alike
+        assert groups["pixel_encoder"]["lr"] == pytest.approx(0.5e-2 * factor)
+        assert groups["pixel_decoder"]["lr"] == pytest.approx(1e-2 * factor)
+        trainer.train_step()
+    moved = changed(before, trainer.model)
+    assert {name.split(".")[0] for name in moved} >= {"encoder", "decoder"}
+    assert not [name for name in moved if "codebooks" in name]
+    # Adam's first steps are as long as the learning rate, whatever the gradient.
+    step = (trainer.model.encoder.conv_in.weight - before["encoder.conv_in.weight"]).abs()
+    assert step.max() <= 0.5e-2 * 1.5 * (1 + 1e-3)
+    lines = trainer.headline().splitlines()
+    assert [line.split(" M  ")[1] for line in lines[:3]] == ["lr 0.005", "frozen", "lr 0.01"]
+    trainer.save()
+    other = make(*scales, "optim.lr=1e-2", "optim.warmup=2")
+    other.restore(checkpoint.available(tmp_path / "run" / "checkpoints")[-1])
+    for one, two in zip(trainer.optimizer.param_groups, other.optimizer.param_groups, strict=True):
+        assert (one["name"], one["lr"]) == (two["name"], two["lr"])
+
+
+def test_the_decoder_alone_trains(make):
+    """As the enhanced decoder of arXiv 2412.03069, section 3.1: all else frozen."""
+    others = ("pixel_encoder", "codebooks", "semantic_tower", "semantic_head", "semantic_decoder")
+    trainer = make(*(f"optim.lr_scale.{part}=0" for part in others), "codebook.kmeans_batches=0")
+    before = weights(trainer.model)
+    trainer.train_step()
+    moved = {n for n in changed(before, trainer.model) if not n.startswith("quantizer.usage")}
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    assert not any(name.startswith("encoder") for name in trainer.average.weights)
+
+
+def test_recomputed_activations_change_no_step(make):
+    plain, again = make(), make("checkpointing=yes")
+    for _ in range(2):
+        plain.train_step()
+        again.train_step()
+    for (name, a), b in zip(
+        weights(plain.model).items(), again.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+slow = pytest.mark.skipif(
+    "TOKENFLOW_SLOW_TESTS" not in os.environ,
+    reason="minutes of C++: set TOKENFLOW_SLOW_TESTS=1",
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
+def test_a_compiled_model_trains_alike(make, monkeypatch, backend):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend=backend))
+    plain, compiled = make(), make("compile=yes")
+    assert list(plain.model.state_dict()) == list(compiled.model.state_dict())
+    for _ in range(2):
+        a, b = plain.train_step(), compiled.train_step()
+    for key, value in a.items():
+        assert b[key].item() == pytest.approx(value.item(), rel=1e-3), key
+    assert compiled.evaluate()["psnr"] == pytest.approx(plain.evaluate()["psnr"], rel=1e-4)
+
+
 def test_kmeans_starts_codes_on_the_features(make):
     plain, started = make("codebook.kmeans_batches=0"), make()
     images = started.held_out
@@ -187,10 +276,8 @@ def test_kmeans_starts_codes_on_the_features(make):
             t.model.eval().quantizer(t.model.features(images)).vq_loss for t in (plain, started)
         ]
     assert losses[1] < 0.7 * losses[0]
-    for a, b in zip(
-        started.model.quantizer.codebooks, started.ema.model.quantizer.codebooks, strict=True
-    ):
-        assert torch.equal(a, b)
+    for average, codebook in started._codebooks():
+        assert torch.equal(average, codebook)
 
 
 def test_dead_codes_are_restarted_in_model_and_average(make):
@@ -203,7 +290,8 @@ def test_dead_codes_are_restarted_in_model_and_average(make):
     quantizer.usage_ema[5] = 0
     trainer.train_step()
     assert not torch.allclose(quantizer.codebooks[0][5], far, atol=0.1)
-    assert torch.equal(quantizer.codebooks[0][5], trainer.ema.model.quantizer.codebooks[0][5])
+    average, codebook = trainer._codebooks()[0]
+    assert torch.equal(codebook[5], average[5])
     assert quantizer.usage_ema[5] > 0
 
 
@@ -244,6 +332,13 @@ def test_a_run_leaves_what_it_says(micro, images, tmp_path, capsys):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in lines if r["kind"] == "held_out"] == [0, 3, 6]
+    resident = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    memory = [r["peak_memory_gib"] for r in lines if r["kind"] == "train"]
+    assert memory == sorted(memory)
+    assert 0.05 < memory[-1] <= resident / 2**30
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [event.value for event in board.Scalars("train/peak_memory_gib")]
+    assert logged == pytest.approx(memory)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["last"]["psnr"] == lines[-1]["psnr"]
     saved = checkpoint.available(run / "checkpoints")

@@ -3,6 +3,7 @@
     torchrun together.py PLAN.json
 
 PLAN.json: {"program": "tokenizer" or "decoder", "steps": {OUTPUT: [key=value, ...]},
+"halved": [[key=value, ...], [key=value, ...]],
 "runs": [[key=value, ...], ...]}.
 """
 
@@ -21,6 +22,7 @@ from tokenflow_ext.train import checkpoint, decoder, tokenizer
 from tokenflow_ext.train.config import load_config, load_decoder_config
 from tokenflow_ext.train.decoder_trainer import DecoderTrainer
 from tokenflow_ext.train.distributed import Processes, processes
+from tokenflow_ext.train.parallel import whole
 from tokenflow_ext.train.trainer import Trainer
 
 PROGRAMS = {
@@ -34,26 +36,36 @@ def one_step(trainer: Trainer, output: str, group: Processes) -> None:
     trainer.prepare()
     values = trainer.train_step()
     values = {key: group.mean_(value.float().clone()).item() for key, value in values.items()}
-    checksums = group.gather([v.double().sum().item() for v in trainer.model.state_dict().values()])
+    weights = {name: whole(v) for name, v in trainer.model.state_dict().items()}
+    checksums = group.gather([v.double().sum().item() for v in weights.values()])
+    sizes = group.gather(sum(_local_size(p) for p in trainer.model.parameters()))
     held_out = trainer.evaluate()
     models = {"model": trainer.model}
     if trainer.discriminator is not None:
         models["discriminator"] = trainer.discriminator
+    gradients = {
+        f"{kind}.{name}": whole(p.grad)
+        for kind, model in models.items()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    averages = {name: whole(value) for name, value in trainer.average.weights.items()}
     if group.first:
         result = {
-            "gradients": {
-                f"{kind}.{name}": p.grad
-                for kind, model in models.items()
-                for name, p in model.named_parameters()
-                if p.grad is not None
-            },
+            "gradients": gradients,
+            "averages": averages,
             "usage": trainer.model.quantizer.usage_ema,
-            "codebooks": [c.data for c in trainer.model.quantizer.codebooks],
+            "sizes": sizes,
             "values": values,
             "held_out": held_out,
             "checksums": checksums,
         }
         torch.save(result, output)
+
+
+def _local_size(parameter: torch.Tensor) -> int:
+    local = getattr(parameter, "to_local", lambda: parameter)()
+    return local.numel()
 
 
 def whole_and_resumed(whole: Any, halves: Any, train: Callable, group: Processes) -> None:
@@ -71,8 +83,10 @@ def main(plan: dict, group: Processes) -> None:
     load, make, train = PROGRAMS[plan["program"]]
     for output, overrides in plan["steps"].items():
         one_step(make(load(None, overrides), group), output, group)
-    if plan["runs"]:
-        whole_and_resumed(*(load(None, run) for run in plan["runs"]), train, group)
+    if plan["halved"]:
+        whole_and_resumed(*(load(None, run) for run in plan["halved"]), train, group)
+    for overrides in plan["runs"]:
+        train(load(None, overrides), group, resume=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What a tokenizer is trained on and evaluated on: a folder of images, or one of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import DataConfig
+from tokenflow_ext.train.data import DataError, Picture, PictureSet, Source
+from tokenflow_ext.train.shards import Shards, first_pictures, list_shards
+
+
+def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list[Picture]]:
+    """What crops are cut from for training, and the pictures that are held out.
+
+    Of a folder of images see :func:`data.split`; of shards the first one is held out where
+    ``config.held_out`` names nothing.
+
+    Args:
+        joint: samples that all processes take together for one micro-batch.
+
+    Raises:
+        DataError: nothing that can be read, or settings that are for data of another kind.
+    """
+    paths = [] if config.path is None else list_shards(_folder(config.path))
+    if paths:
+        if config.weights is not None:
+            raise DataError(
+                f"data.weights is for folders of images; {config.path} holds shards: name the key "
+                "of the weight in KEY.json with data.weight_key"
+            )
+        held_out = _held_out(config)
+        if config.held_out is None:
+            if len(paths) < 2:
+                raise DataError(
+                    f"{config.path} holds one shard, and one is held out: name others with "
+                    "data.held_out=FOLDER"
+                )
+            held_out, paths = first_pictures(paths[:1], config.held_out_crops), paths[1:]
+        across, along = config.streams
+        source = Shards(paths, (across, along), joint, seed, weight_key=config.weight_key)
+        return source, held_out
+    if config.weight_key:
+        raise DataError(
+            f"data.weight_key is for shards, and data.path={config.path} holds none: name a file "
+            "of weights with data.weights"
+        )
+    train, held_out = data.split(config)
+    weights = None
+    if config.weights is not None:
+        if config.path is None:
+            raise DataError("data.weights is for a folder of images: name it with data.path")
+        weights = data.read_weights(config.weights, config.path)
+        known = {p.path for p in (*train, *held_out)}
+        if strangers := sorted(set(weights) - known):
+            raise DataError(
+                f"{config.weights} names {len(strangers)} images that data.path={config.path} does "
+                f"not have, first {strangers[0]}"
+            )
+    return PictureSet(train, seed, weights), _held_out(config) or held_out
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"no folder at {folder}")
+    return folder
+
+
+def _held_out(config: DataConfig) -> list[Picture]:
+    """The pictures that ``config.held_out`` names, if it names any."""
+    if config.held_out is None:
+        return []
+    paths = list_shards(_folder(config.held_out))
+    if paths:
+        return first_pictures(paths, config.held_out_crops)
+    return [Picture(path) for path in data.list_images(config.held_out)]

@@ -1,0 +1,199 @@
+"""Weights over processes: whole on each (DDP) or split over them (FSDP2), and what does not depend
+on which: the average of the weights, the norm of the gradients, the form of a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenflow_ext.train.distributed import Processes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be split over processes, in one piece (every process calls this)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`whole`; every process has the same ``tensor``."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_weights(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    group: Processes,
+    dtype: torch.dtype | None = None,
+    kept: Iterable[nn.Parameter] = (),
+) -> None:
+    """Splits the model's weights over the processes, in place.
+
+    Args:
+        blocks: modules whose weights are gathered together, one block at a time; the rest of the
+            model's are gathered with the model.
+        dtype: of the gathered weights and of the computation; None leaves both alone.
+        kept: parameters that stay whole on every process. Their gradients are not exchanged: see
+            :func:`average_gradients`.
+    """
+    # No loss writes into what the model returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether :func:`split_weights` was called for the model."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights, which a forward pass without a backward pass leaves."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def distribute(model: nn.Module, group: Processes, **options: Any) -> nn.Module:
+    """What to call in the model's place so that gradients are exchanged.
+
+    Args:
+        options: of DistributedDataParallel.
+    """
+    if group.world == 1 or is_split(model):
+        return model
+    devices = [group.device] if group.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+def exchange(parallel: nn.Module, last: bool) -> AbstractContextManager:
+    """For the forward and backward pass of a micro-batch: gradients are exchanged in the last."""
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(last)
+    elif isinstance(parallel, DistributedDataParallel) and not last:
+        return parallel.no_sync()
+    return nullcontext()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], group: Processes) -> None:
+    """Exchanges the gradients of parameters that :func:`split_weights` kept whole."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            group.mean_(parameter.grad)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scales gradients down to a joint norm of ``limit``; returns the norm before (0-dim)."""
+    given = [p for p in parameters if p.grad is not None]
+    # Operations on many tensors at once take split ones or whole ones, not both.
+    kinds = [[p for p in given if isinstance(p, DTensor) == split] for split in (False, True)]
+    kinds = [kind for kind in kinds if kind]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, limit, norm)
+    return norm
+
+
+class Average:
+    """The moving average of weights, each split over processes as the weight is.
+
+    The decay starts low, as (1 + t) / (10 + t), so that the first steps are forgotten.
+
+    Args:
+        parameters: those that change in training, by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        mine = [_local(w) for w in self.weights.values()]
+        return mine, [_local(p.detach()) for p in self.parameters.values()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the weights after optimizer step ``step`` (counted from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self._pairs(), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the weights and their average."""
+        for mine, theirs in zip(*self._pairs(), strict=True):
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+
+# -- checkpoints: the same for every way of splitting ---------------------------------------------
+
+
+def model_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Copies of all weights in one piece on the CPU, where ``keep`` (every process calls this)."""
+    state = {}
+    for name, value in model.state_dict().items():
+        value = whole(value)
+        if keep:
+            state[name] = value.detach().cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of :func:`model_state`.
+
+    Raises:
+        ValueError: another model's.
+    """
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        raise ValueError(f"other weights: {sorted(own.keys() ^ state.keys())[:3]}")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}")
+        value.copy_(split_like(state[name], value))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict in one piece on the CPU (every process calls this)."""
+    state = optimizer.state_dict()  # its inner mappings are the optimizer's own
+    pieces = {
+        index: {name: whole(value).cpu() for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": pieces}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of :func:`optimizer_state`.
+
+    Raises:
+        ValueError: another optimizer's.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        values = state["state"].get(index, {})
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # the moments; not the count of steps
+                values[name] = split_like(value, parameter)
+    optimizer.load_state_dict(state)
