@@ -335,6 +335,7 @@ def run(
     out: str,
     group: Processes,
     *,
+    resolution: int | None = None,
     asked: Sequence[str] | None = None,
     limit: int | None = None,
     batch: int = 32,
@@ -346,6 +347,7 @@ def run(
 
     Args:
         folder: None takes squares of the built-in photographs.
+        resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
         asked: codebooks, of ``joint``, ``semantic``, ``pixel``; None is all that a tokenizer has.
         limit: so many of the images, evenly spread.
         shown: clusters in a picture.
@@ -363,8 +365,8 @@ def run(
     found: list[tuple[Clusters, Squares]] = []
     tokenizers = []
     for name, source in zip(names_of(sources), sources, strict=True):
-        place = checkpoint.find(source)
-        model = TokenFlowTokenizer.from_pretrained(place).to(group.device)
+        place = checkpoint.find_tokenizer(source)
+        model = checkpoint.load_tokenizer(place, resolution).to(group.device)
         codebooks = codebooks_of(model, asked)
         if not codebooks:
             raise ConfigError(
@@ -382,7 +384,7 @@ def run(
             {
                 "name": name,
                 "checkpoint": str(place),
-                "sha256": checkpoint.digest(place / "model.safetensors"),
+                "sha256": checkpoint.tokenizer_digest(place),
                 "image_size": images.size,
                 "preprocessing": PREPROCESSING.format(size=images.size),
                 "data_sha256": digest,
@@ -424,13 +426,7 @@ def run(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tokenflow analyse``."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        action="append",
-        metavar="PATH",
-        help="a run, one of its checkpoints, or a folder of save_pretrained; several: compared",
-    )
+    checkpoint.add_tokenizer_arguments(parser, several=True, more="; several: compared")
     parser.add_argument(
         "--data", metavar="FOLDER", help="searched in depth [squares of the built-in photographs]"
     )
@@ -472,6 +468,7 @@ def command(known: argparse.Namespace) -> None:
             known.data,
             known.out,
             group,
+            resolution=known.resolution,
             asked=known.by,
             limit=known.limit,
             batch=known.batch_size,

@@ -12,6 +12,7 @@ the folder is renamed. A process killed at any moment leaves the finished checkp
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -180,8 +181,20 @@ def find(path: str | Path) -> Path:
     return given
 
 
-def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlowTokenizer:
+def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer that ``path`` means: what :func:`find` finds, or a released file.
+
+    Raises:
+        CheckpointError: nothing there, or a checkpoint that is not whole.
+    """
+    given = Path(path)
+    # Beside a config.json a file is a part of a folder.
+    alone = given.is_file() and not (given.parent / "config.json").is_file()
+    return given if alone else find(given)
+
+
+def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlowTokenizer:
+    """The tokenizer at what :func:`find_tokenizer` finds.
 
     Args:
         resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
@@ -190,10 +203,33 @@ def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlow
         CheckpointError: nothing there, not whole, or no tokenizer.
         ConfigError: a resolution that the tokenizer was not made for.
     """
-    given = Path(path)
-    # Beside a config.json a file is a part of a folder.
-    alone = given.is_file() and not (given.parent / "config.json").is_file()
     try:
-        return TokenFlowTokenizer.from_pretrained(given if alone else find(given), resolution)
+        return TokenFlowTokenizer.from_pretrained(find_tokenizer(path), resolution)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def tokenizer_digest(place: Path) -> str:
+    """SHA-256 of the weights of what :func:`find_tokenizer` found."""
+    return digest(place if place.is_file() else place / "model.safetensors")
+
+
+def add_tokenizer_arguments(
+    parser: argparse.ArgumentParser, several: bool = False, more: str = ""
+) -> None:
+    """``--checkpoint`` and ``--resolution`` of a command that uses tokenizers.
+
+    Args:
+        several: ``--checkpoint`` may be repeated, and is a list.
+        more: what its help says at the end.
+    """
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        action="append" if several else "store",
+        metavar="PATH",
+        help=f"a run, a checkpoint, a folder of save_pretrained, or a released file{more}",
+    )
+    parser.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help="of a released B: 224 or 256 [224]"
+    )

@@ -31,9 +31,9 @@ from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
 
 
-def _load(path: str, device: str) -> tuple[TokenFlowTokenizer, Path]:
-    folder = checkpoint.find(path)
-    return TokenFlowTokenizer.from_pretrained(folder).to(device), folder
+def _load(path: str, device: str, resolution: int | None) -> tuple[TokenFlowTokenizer, Path]:
+    place = checkpoint.find_tokenizer(path)
+    return checkpoint.load_tokenizer(place, resolution).to(device), place
 
 
 def read_square(path: Path, size: int) -> torch.Tensor:
@@ -62,13 +62,15 @@ def _save_tokens(tokens: torch.Tensor, path: Path, facts: dict[str, object]) -> 
 
 
 @torch.no_grad()
-def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -> list[Path]:
+def reconstruct(
+    images: list[str], source: str, out: str, device: str = "cpu", resolution: int | None = None
+) -> list[Path]:
     """Write for each image NAME.png (original over reconstruction) and NAME.safetensors (tokens).
 
     Returns:
         The pictures' paths.
     """
-    model, folder = _load(source, device)
+    model, folder = _load(source, device, resolution)
     if not model.config.pixel.enabled:
         raise ConfigError(
             f"{folder} decodes no images (its pixel.enabled is false): `tokenflow tokenize` gives "
@@ -91,7 +93,14 @@ def reconstruct(images: list[str], source: str, out: str, device: str = "cpu") -
 
 @torch.no_grad()
 def tokenize(
-    folder: str, source: str, out: str, *, device: str = "cpu", batch: int = 32, shard: int = 4096
+    folder: str,
+    source: str,
+    out: str,
+    *,
+    device: str = "cpu",
+    resolution: int | None = None,
+    batch: int = 32,
+    shard: int = 4096,
 ) -> Path:
     """Write the tokens of every image below ``folder`` as shards; returns the index's path.
 
@@ -100,7 +109,7 @@ def tokenize(
     The index (index.json) is written last: a folder without it is not finished. See
     docs/training.md for the format.
     """
-    model, place = _load(source, device)
+    model, place = _load(source, device, resolution)
     captions = list_captions(folder)
     paths = sorted(captions)
     target = Path(out)
@@ -235,12 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     write.add_argument("--batch", type=int, default=32, help="images encoded at once")
     write.add_argument("--shard", type=int, default=4096, help="images in a file")
     for sub, default in ((use, "reconstructions"), (write, "tokens")):
-        sub.add_argument(
-            "--checkpoint",
-            required=True,
-            metavar="PATH",
-            help="a run, one of its checkpoints, or a folder of save_pretrained",
-        )
+        checkpoint.add_tokenizer_arguments(sub)
         sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
         sub.add_argument("--device", default="cpu", help="[%(default)s]")
     fetch = commands.add_parser("fetch-emoji", help="fetch the named emojis of the demonstration")
@@ -269,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     known = parser.parse_args(arguments)
     try:
         if known.command == "reconstruct":
-            reconstruct(known.images, known.checkpoint, known.out, known.device)
+            reconstruct(known.images, known.checkpoint, known.out, known.device, known.resolution)
         elif known.command == "generate":
             _generate(known)
         elif known.command == "evaluate":
@@ -291,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
                 known.checkpoint,
                 known.out,
                 device=known.device,
+                resolution=known.resolution,
                 batch=known.batch,
                 shard=known.shard,
             )

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import (
     ConfigError,
-    TokenFlowTokenizer,
     TokenizerConfig,
     TowerConfig,
     WeightsError,
@@ -608,6 +607,7 @@ def run(
     out: str,
     group: Processes,
     *,
+    resolution: int | None = None,
     batch: int = 32,
     limit: int | None = None,
     workers: int = 0,
@@ -618,14 +618,17 @@ def run(
 ) -> dict[str, Any] | None:
     """Evaluate the tokenizer at ``source`` on the images below ``folder``, print and write.
 
+    Args:
+        resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
+
     Returns:
         What metrics.json and images.jsonl hold (on the first process).
 
     Raises:
         CheckpointError, DataError, WeightsError: one that is missing or cannot be read.
     """
-    place = checkpoint.find(source)
-    model = TokenFlowTokenizer.from_pretrained(place).to(group.device)
+    place = checkpoint.find_tokenizer(source)
+    model = checkpoint.load_tokenizer(place, resolution).to(group.device)
     found = data.list_images(folder)
     paths = thinned(found, limit)
     size, codes = model.config.image_size, model.quantizer.codebook_size
@@ -681,7 +684,7 @@ def run(
         },
         "tokenizer": {
             "checkpoint": str(place),
-            "sha256": checkpoint.digest(place / "model.safetensors"),
+            "sha256": checkpoint.tokenizer_digest(place),
             "image_size": size,
             "codebook_size": codes,
             "tokens_per_image": model.quantizer.num_tokens,
@@ -700,12 +703,7 @@ def run(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tokenflow evaluate``."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run, one of its checkpoints, or a folder of save_pretrained",
-    )
+    checkpoint.add_tokenizer_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="searched in depth")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="[%(default)s]")
     parser.add_argument(
@@ -737,6 +735,7 @@ def command(known: argparse.Namespace) -> None:
             known.data,
             known.out,
             group,
+            resolution=known.resolution,
             batch=known.batch_size,
             limit=known.limit,
             workers=known.workers,

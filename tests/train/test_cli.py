@@ -38,6 +38,35 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
         assert torch.equal(tokens.long(), model.encode(original))
 
 
+def test_commands_take_released_files(run, images, tmp_path, monkeypatch):
+    """Each command that uses a tokenizer hands file and resolution to the one reader."""
+    file = tmp_path / "released.pt"
+    file.write_bytes(b"the reader below does not look at it")
+    asked = []
+    plain = TokenFlowTokenizer.from_pretrained
+
+    def read(path, resolution=None):
+        asked.append((path, resolution))
+        return plain(checkpoint.find(run))
+
+    monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
+    picture, folder = str(min(images.glob("*.png"))), str(images)
+    source = ["--checkpoint", str(file), "--resolution", "256", "--device", "cpu"]
+    for name, *more in (
+        ("reconstruct", picture),
+        ("tokenize", folder),
+        ("evaluate", "--data", folder),
+        ("analyse", "--data", folder),
+    ):
+        cli.main([name, *more, *source, "--out", str(tmp_path / name)])
+    assert asked == [(file, 256)] * 4
+    expected = checkpoint.digest(file)
+    metrics = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert metrics["tokenizer"]["sha256"] == expected
+    analysis = json.loads((tmp_path / "analyse" / "analysis.json").read_text())
+    assert analysis["tokenizers"][0]["sha256"] == expected
+
+
 def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
     (images / "picture1.txt").write_text("Waves of colour.\nMore.\n")
     (images / "broken.png").write_bytes(b"no image")
