@@ -456,12 +456,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(known: argparse.Namespace) -> None:
     """``tokenflow analyse``; under torchrun, one process of it."""
-    least = {"limit": 1, "batch_size": 1, "workers": 0, "clusters": 1, "members": 1}
-    for name, minimum in least.items():
-        value = getattr(known, name)
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
-            raise data.DataError(f"--{option} must be {minimum} or more, got {value}")
+    data.check_counts(known, limit=1, batch_size=1, workers=0, clusters=1, members=1)
     with processes(known.device) as group:
         run(
             known.checkpoint,

@@ -194,11 +194,7 @@ def _generate(known: argparse.Namespace) -> None:
     each = known.each
     if each is None:
         each = 1 if known.layout == "plain" else 4
-    for name, value in (("each", each), ("batch-size", known.batch_size)):
-        if value < 1:
-            raise data.DataError(f"--{name} must be 1 or more, got {value}")
-    if known.guidance < 0:
-        raise data.DataError(f"--guidance must be 0 or more, got {known.guidance}")
+    data.check_counts(known, each=1, batch_size=1, guidance=0)
     painter = generate.Painter.load(
         known.checkpoint,
         known.device,

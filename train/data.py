@@ -51,6 +51,22 @@ class DataError(RuntimeError):
     """Images that are missing, unreadable or too few."""
 
 
+def check_counts(options: Any, **least: int) -> None:
+    """That numbers of a command line, where they are given, are large enough.
+
+    Args:
+        options: has them as attributes.
+        least: the smallest value of each.
+
+    Raises:
+        DataError: naming the option.
+    """
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise DataError(f"--{name.replace('_', '-')} must be {minimum} or more, got {value}")
+
+
 class BrokenImageError(DataError):
     """Bytes that are there but are no image that can be decoded."""
 

@@ -724,11 +724,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(known: argparse.Namespace) -> None:
     """``tokenflow evaluate``; under torchrun, one process of it."""
-    for name, least in (("batch_size", 1), ("limit", 1), ("workers", 0), ("pictures", 0)):
-        value = getattr(known, name)
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            raise data.DataError(f"--{option} must be {least} or more, got {value}")
+    data.check_counts(known, batch_size=1, limit=1, workers=0, pictures=0)
     with processes(known.device) as group:
         run(
             known.checkpoint,
