@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,18 +15,18 @@ from tokenflow_ext import ops, reference
 
 
 def assert_as_good_as_eager(
-    ours: Tensor, eager: Tensor, exact: Tensor, floor: float, nudged: Tensor | None = None
+    ours: Tensor, eager: Tensor, exact: Tensor, floor: float, nudged: Sequence[Tensor] = ()
 ) -> None:
     """Our error against float64 is at most twice that of eager code in the same dtype.
 
     Args:
-        nudged: `exact` of inputs that differ in their last bit. Where many digits cancel, as in the
-            gradient of a short code that is nearly its row, eager code's error is a matter of luck.
+        nudged: `exact` of inputs whose last two bits are others. Where many digits cancel, as in
+            the gradient of a short code that is nearly its row, eager code's error is a matter of
+            luck (over many problems the median of ours is no larger), and these say what to expect.
     """
     scale = exact.abs().amax().item() if exact.numel() else 0.0
     bound = 2 * (eager.double() - exact).abs().amax().item() + floor * (scale + 1e-30)
-    if nudged is not None:
-        bound += (nudged - exact).abs().amax().item()
+    bound += 2 * max(((near - exact).abs().amax().item() for near in nudged), default=0.0)
     assert (ours.cpu().double() - exact).abs().amax().item() <= bound
 
 
@@ -77,25 +79,34 @@ def test_matches_reference(device: str, problem: Problem, sizes, shape, drop: bo
     eager, eager_grads = quantize_all(
         reference, h, codebook, problem, sizes, dropped, indices=indices
     )
-    nudged = [x.double() * (1 + 2.0**-23 * torch.randn(x.shape).sign()) for x in (h, codebook)]
-    _, nudged_grads = quantize_all(reference, *nudged, problem, sizes, dropped, indices=indices)
+    nudged, near_rows, signs = [], [], torch.Generator().manual_seed(2)
+    arguments = (problem.dims, sizes, problem.l2_norm)
+    for _ in range(3):
+        inputs = [
+            x.double() * (1 + 2.0**-22 * torch.randn(x.shape, generator=signs).sign())
+            for x in (h, codebook)
+        ]
+        nudged.append(quantize_all(reference, *inputs, problem, sizes, dropped, indices=indices))
+        near_rows.append(reference.multiscale_rows(*inputs, indices, *arguments))
 
     assert torch.equal(ours.hits.cpu(), exact.hits)
     assert (ours.hits.sum() == (indices >= 0).sum()).all()
     assert torch.equal(ours.code_error, ours.row_error)
     floor = 3e-6
-    assert_as_good_as_eager(ours.quantized, eager.quantized, exact.quantized, floor)
-    assert_as_good_as_eager(ours.code_error, eager.code_error, exact.code_error, floor)
-    for each in zip(our_grads, eager_grads, exact_grads, nudged_grads, strict=True):
-        mine, plain, true, near = each
+    for name in ("quantized", "code_error"):
+        near = [getattr(result, name) for result, _ in nudged]
+        mine, plain, true = (getattr(result, name) for result in (ours, eager, exact))
+        assert_as_good_as_eager(mine, plain, true, floor, near)
+    near_grads = zip(*(grads for _, grads in nudged), strict=True)
+    for gradients in zip(our_grads, eager_grads, exact_grads, near_grads, strict=True):
+        mine, plain, true, near = gradients
         assert_as_good_as_eager(mine, plain, true, floor, near)
 
     # Each choice, judged in float64 on the rows that the scale searched with.
-    arguments = (problem.dims, sizes, problem.l2_norm)
     rows = ops.multiscale_rows(h.to(device), codebook.to(device), ours.indices, *arguments).cpu()
     true_rows = reference.multiscale_rows(h.double(), codebook.double(), indices, *arguments)
     eager_rows = reference.multiscale_rows(h, codebook, indices, *arguments)
-    assert_as_good_as_eager(rows, eager_rows, true_rows, floor)
+    assert_as_good_as_eager(rows, eager_rows, true_rows, floor, near_rows)
     kept = (indices >= 0).flatten()
     codes = reference.normalize_groups(codebook.double(), problem.dims, problem.l2_norm)
     d = reference.distances(
