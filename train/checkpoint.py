@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
+from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1
@@ -173,10 +174,10 @@ def find(path: str | Path) -> Path:
         given = checkpoints[-1]
     if (given / "manifest.json").exists():
         verify(given)
-    elif not ((given / "config.json").is_file() and (given / "model.safetensors").is_file()):
+    elif not ((given / CONFIG_FILE).is_file() and (given / WEIGHTS_FILE).is_file()):
         raise CheckpointError(
             f"{given} is neither a run with a checkpoint, nor a checkpoint, nor a folder with "
-            "config.json and model.safetensors"
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     return given
 
@@ -189,7 +190,7 @@ def find_tokenizer(path: str | Path) -> Path:
     """
     given = Path(path)
     # Beside a config.json a file is a part of a folder.
-    alone = given.is_file() and not (given.parent / "config.json").is_file()
+    alone = given.is_file() and not (given.parent / CONFIG_FILE).is_file()
     return given if alone else find(given)
 
 
@@ -211,7 +212,7 @@ def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlow
 
 def tokenizer_digest(place: Path) -> str:
     """SHA-256 of the weights of what :func:`find_tokenizer` found."""
-    return digest(place if place.is_file() else place / "model.safetensors")
+    return digest(place if place.is_file() else place / WEIGHTS_FILE)
 
 
 def add_tokenizer_arguments(

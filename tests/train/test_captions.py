@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from archives import write_tar
 from PIL import Image
 
 from tokenflow_ext.train import captions, cli, data, emojis
@@ -27,15 +28,6 @@ def encoded(value: int, mode: str = "RGB") -> bytes:
     content = io.BytesIO()
     Image.new(mode, (12, 8), value if mode == "L" else (value,) * len(mode)).save(content, "PNG")
     return content.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import collections
 import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from archives import write_tar
 from PIL import Image
 
 from tokenflow_ext.train import checkpoint, data, tokenizer
@@ -25,14 +25,6 @@ def encoded(value: int) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (24, 20), (value, value, value)).save(content, "PNG")
     return content.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
 
 
 def weight(number: int) -> float:
