@@ -45,3 +45,9 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> str:
         raise AssertionError(f"still running after {seconds} s:\n{output}") from None
     assert process.returncode == 0, output
     return output
+
+
+def group_threads() -> list[str]:
+    """The threads of this process that serve a process group on the CPU (gloo names them)."""
+    names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+    return [name for name in names if "gloo" in name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -78,10 +80,20 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         if place.index is None:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-    if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
+    if world == 1:
         yield Processes(rank, world, place)
+        return
+    # Its functions have the group as a default argument: the one that is there when it is loaded.
+    # Loaded later (by torch._dynamo, which DDP loads), it would keep the group for ever.
+    importlib.import_module("torch.distributed.nn.functional")
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    group = Processes(rank, world, place)
+    try:
+        yield group
+        # gloo's threads let go of the tensors of a collective after it is done, for which they need
+        # Python's lock; while Python shuts down, asking for it aborts the process. So they finish
+        # here, and then end with the last that refers to the group.
+        group.wait()
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+        gc.collect()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import finish, launch
+from torchrun import finish, group_threads, launch
 
 from tokenflow_ext.compat import (
     HierarchicalVQ,
@@ -15,6 +15,7 @@ from tokenflow_ext.compat import (
     VectorQuantize,
     VectorQuantizer2,
 )
+from tokenflow_ext.train.distributed import processes
 
 DIM = 6
 SEQUENCE, IMAGE = (4, 24, DIM), (4, DIM, 6, 6)
@@ -86,12 +87,12 @@ def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    state = {name: train(case, rank, 2) for name, case in JOINED.items()}
-    state |= {name: train(case, rank, 2, seed=1 + rank) for name, case in DRAWN.items()}
-    torch.save(state, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with processes("cpu") as group:
+        rank = group.rank
+        state = {name: train(case, rank, 2) for name, case in JOINED.items()}
+        state |= {name: train(case, rank, 2, seed=1 + rank) for name, case in DRAWN.items()}
+        torch.save(state, Path(folder) / f"{rank}.pt")
+    assert not group_threads(), group_threads()
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import finish, launch
+from torchrun import finish, group_threads, launch
 
 from tokenflow_ext import MultiScaleQuantizer
+from tokenflow_ext.train.distributed import processes
 
 
 class Model(torch.nn.Module):
@@ -61,12 +62,11 @@ def care(rank: int) -> dict[str, torch.Tensor]:
 
 
 def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    for update in ("gradient", "ema"):
-        torch.save(train(rank, 2, update), Path(folder) / f"{update}-{rank}.pt")
-    torch.save(care(rank), Path(folder) / f"care-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with processes("cpu") as group:
+        for update in ("gradient", "ema"):
+            torch.save(train(group.rank, 2, update), Path(folder) / f"{update}-{group.rank}.pt")
+        torch.save(care(group.rank), Path(folder) / f"care-{group.rank}.pt")
+    assert not group_threads(), group_threads()
 
 
 @pytest.fixture(scope="module")

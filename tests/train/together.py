@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrun import group_threads
 
 from tokenflow_ext.train import checkpoint, decoder, tokenizer
 from tokenflow_ext.train.config import load_config, load_decoder_config
@@ -90,5 +91,8 @@ def main(plan: dict, group: Processes) -> None:
 
 
 if __name__ == "__main__":
+    text = Path(sys.argv[1]).read_text()
     with processes("cpu") as everyone:
-        main(json.loads(Path(sys.argv[1]).read_text()), everyone)
+        main(json.loads(text), everyone)
+    # With FSDP, caches inside torch refer to the group.
+    assert "parallel=fsdp" in text or not group_threads(), group_threads()
