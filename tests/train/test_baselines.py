@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights import needs_lite0
 
-from tokenflow_ext.models import (
-    ConfigError,
-    TokenFlowTokenizer,
-    TokenizerConfig,
-    WeightsError,
-)
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerConfig
 from tokenflow_ext.models.config import to_plain
 from tokenflow_ext.models.metrics import cosine
-from tokenflow_ext.models.teachers import build_teacher, find_efficientnet_lite0
+from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, cli, evaluate, tokenizer
 from tokenflow_ext.train.config import load_config
 
@@ -32,13 +28,7 @@ VAR = (
 )
 ROUNDS = ("model.quantizer.scales=[4,4]",)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _teacher() -> None:
-    try:
-        find_efficientnet_lite0()
-    except WeightsError as error:
-        pytest.skip(str(error))
+pytestmark = needs_lite0
 
 
 @pytest.mark.parametrize(

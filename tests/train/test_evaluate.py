@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 from PIL import Image, ImageFilter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from weights import needs_lite0
 
 from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
@@ -283,6 +284,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@needs_lite0
 def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
@@ -358,6 +360,7 @@ def test_without_any_weights_nothing_is_named_in_their_place(cache, monkeypatch)
     assert missing["fd_efflite0"] == "pip install a package"
 
 
+@needs_lite0
 def test_the_stand_in_grows_with_the_damage(paths):
     features = evaluate.lite0_features(torch.device("cpu"))
     made = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((64, 64)))) for p in paths])

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from weights import LITE0_MISSING
 
-from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import cosine
-from tokenflow_ext.models.teachers import find_efficientnet_lite0
 from tokenflow_ext.train import checkpoint, tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
 from tokenflow_ext.train.distributed import Processes
@@ -26,20 +26,13 @@ from tokenflow_ext.train.trainer import Trainer
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def teacher_or_skip() -> None:
-    try:
-        find_efficientnet_lite0()
-    except WeightsError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture
 def make(micro, images, tmp_path):
     """make("optim.steps=3", ...): a trainer of the micro tokenizer, ready for steps."""
 
     def build(*more: str, semantic: bool = False) -> Trainer:
-        if semantic:
-            teacher_or_skip()
+        if semantic and LITE0_MISSING is not None:
+            pytest.skip(LITE0_MISSING)
         extra = more if semantic else (*micro.PIXEL_ONLY, *more)
         config = load_config(None, micro.overrides(tmp_path / "run", images, *extra))
         trainer = Trainer(config, ALONE)
