@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from tokenflow_ext.models import TokenFlowTokenizer
 
 
 def _load_micro() -> ModuleType:
@@ -43,6 +46,27 @@ def pairs(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image_tokenizer(micro: ModuleType, images: Path, tmp_path_factory) -> Path:
     """A saved image tokenizer."""
     return micro.save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "saved", images)
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch) -> Callable[[Path], tuple[Path, list]]:
+    """released(folder): a file that is read as the tokenizer in the folder is, and a list of every
+    path and resolution that the reader is asked for."""
+
+    def build(folder: Path) -> tuple[Path, list]:
+        file = tmp_path / "released.pt"
+        file.write_bytes(b"the reader below does not look at it")
+        asked = []
+        plain = TokenFlowTokenizer.from_pretrained
+
+        def read(path, resolution=None):
+            asked.append((path, resolution))
+            return plain(folder)
+
+        monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
+        return file, asked
+
+    return build
 
 
 @pytest.fixture(autouse=True, scope="module")

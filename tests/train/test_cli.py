@@ -38,18 +38,9 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
         assert torch.equal(tokens.long(), model.encode(original))
 
 
-def test_commands_take_released_files(run, images, tmp_path, monkeypatch):
+def test_commands_take_released_files(run, images, tmp_path, released):
     """Each command that uses a tokenizer hands file and resolution to the one reader."""
-    file = tmp_path / "released.pt"
-    file.write_bytes(b"the reader below does not look at it")
-    asked = []
-    plain = TokenFlowTokenizer.from_pretrained
-
-    def read(path, resolution=None):
-        asked.append((path, resolution))
-        return plain(checkpoint.find(run))
-
-    monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
+    file, asked = released(checkpoint.find(run))
     picture, folder = str(min(images.glob("*.png"))), str(images)
     source = ["--checkpoint", str(file), "--resolution", "256", "--device", "cpu"]
     for name, *more in (

@@ -359,21 +359,12 @@ def test_starting_from_a_trained_model(arguments, make, tmp_path):
         assert torch.equal(value, trained[key]), key
 
 
-def test_a_released_file_gives_the_tokens(make, image_tokenizer, tmp_path, monkeypatch):
+def test_a_released_file_gives_the_tokens(make, image_tokenizer, released):
     """Read as one: the file's own name, the resolution asked for."""
-    file = tmp_path / "released.pt"
-    file.write_bytes(b"the reader below does not look at it")
-    asked = []
-    plain = TokenFlowTokenizer.from_pretrained
-
-    def read(path, resolution=None):
-        asked.append((path, resolution))
-        return plain(image_tokenizer)
-
-    monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
+    expected = TokenFlowTokenizer.from_pretrained(image_tokenizer).state_dict()
+    file, asked = released(image_tokenizer)
     trainer = make(f"tokenizer={file}", "resolution=256")
     assert asked == [(file, 256)]
-    expected = plain(image_tokenizer).state_dict()
     for key, value in trainer.model.tokenizer.state_dict().items():
         assert torch.equal(value, expected[key]), key
 
