@@ -76,14 +76,23 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: a missing or truncated file.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
+    return read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(file), framework="pt") as reader:
             weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
             return weights, reader.metadata() or {}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenflow_ext.models.config import ConfigError, TowerConfig
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
-from tokenflow_ext.models.vqgan import resize
+from tokenflow_ext.var import resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

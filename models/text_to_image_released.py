@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenflow_ext.models import released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
+from tokenflow_ext.models.saved import read_safetensors
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
@@ -59,13 +60,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         return released.read(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
+    return read_safetensors(path)[0]
 
 
 def _read_indexed(index: Path) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from tokenflow_ext.models.config import CheckpointError, TokenizerConfig
 from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, SavedForm, read_weights
 from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
 from tokenflow_ext.models.teachers import load_tower
-from tokenflow_ext.models.vqgan import AttnBlock, Decoder, Encoder, ResnetBlock, resize
-from tokenflow_ext.var import VarQuantizer
+from tokenflow_ext.models.vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
+from tokenflow_ext.var import VarQuantizer, resize
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
 

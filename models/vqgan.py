@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -208,10 +207,3 @@ class Decoder(nn.Module):
                 h = level.upsample(h)
         images = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(images, self.patch) if self.patch > 1 else images
-
-
-def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bicubic resize without antialiasing (align_corners False); the same tensor at that size."""
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=False)

@@ -94,7 +94,8 @@ def make_phis(
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bicubic, align_corners False; the maps themselves where they have the size."""
+    """Bicubic without antialiasing (align_corners False); the maps themselves where they have the
+    size."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
     return F.interpolate(maps, tuple(size), mode="bicubic", align_corners=False)

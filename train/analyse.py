@@ -31,9 +31,11 @@ from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.evaluate import (
     PREPROCESSING,
     Squares,
+    add_reading_arguments,
     digest_of,
     environment,
     join_squares,
+    reading,
     thinned,
     to_float,
 )
@@ -365,8 +367,8 @@ def run(
     found: list[tuple[Clusters, Squares]] = []
     tokenizers = []
     for name, source in zip(names_of(sources), sources, strict=True):
-        place = checkpoint.find_tokenizer(source)
-        model = checkpoint.load_tokenizer(place, resolution).to(group.device)
+        model, place = checkpoint.load_tokenizer(source, resolution)
+        model.to(group.device)
         codebooks = codebooks_of(model, asked)
         if not codebooks:
             raise ConfigError(
@@ -438,25 +440,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CODEBOOK",
         help=f"{', '.join(CODEBOOKS)} [all that differ]",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="images at once in a process [%(default)s]"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images, each [%(default)s]"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--clusters", type=int, default=8, metavar="N", help="in a picture [%(default)s]"
     )
     parser.add_argument(
         "--members", type=int, default=10, metavar="N", help="shown of a cluster [%(default)s]"
     )
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
 
 
 def command(known: argparse.Namespace) -> None:
     """``tokenflow analyse``; under torchrun, one process of it."""
-    data.check_counts(known, limit=1, batch_size=1, workers=0, clusters=1, members=1)
+    data.check_counts(known, clusters=1, members=1)
+    many = reading(known)
     with processes(known.device) as group:
         run(
             known.checkpoint,
@@ -465,9 +461,7 @@ def command(known: argparse.Namespace) -> None:
             group,
             resolution=known.resolution,
             asked=known.by,
-            limit=known.limit,
-            batch=known.batch_size,
-            workers=known.workers,
             shown=known.clusters,
             columns=known.members,
+            **many,
         )

@@ -194,8 +194,10 @@ def find_tokenizer(path: str | Path) -> Path:
     return given if alone else find(given)
 
 
-def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlowTokenizer:
-    """The tokenizer at what :func:`find_tokenizer` finds.
+def load_tokenizer(
+    path: str | Path, resolution: int | None = None
+) -> tuple[TokenFlowTokenizer, Path]:
+    """The tokenizer at what :func:`find_tokenizer` finds, and what that is.
 
     Args:
         resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
@@ -204,8 +206,9 @@ def load_tokenizer(path: str | Path, resolution: int | None = None) -> TokenFlow
         CheckpointError: nothing there, not whole, or no tokenizer.
         ConfigError: a resolution that the tokenizer was not made for.
     """
+    place = find_tokenizer(path)
     try:
-        return TokenFlowTokenizer.from_pretrained(find_tokenizer(path), resolution)
+        return TokenFlowTokenizer.from_pretrained(place, resolution), place
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -31,11 +31,6 @@ from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
 
 
-def _load(path: str, device: str, resolution: int | None) -> tuple[TokenFlowTokenizer, Path]:
-    place = checkpoint.find_tokenizer(path)
-    return checkpoint.load_tokenizer(place, resolution).to(device), place
-
-
 def read_square(path: Path, size: int) -> torch.Tensor:
     """The image's middle square, resized: [3, size, size] in [-1, 1]."""
     return data.to_square(data.open_image(path), size)
@@ -70,7 +65,8 @@ def reconstruct(
     Returns:
         The pictures' paths.
     """
-    model, folder = _load(source, device, resolution)
+    model, folder = checkpoint.load_tokenizer(source, resolution)
+    model.to(device)
     if not model.config.pixel.enabled:
         raise ConfigError(
             f"{folder} decodes no images (its pixel.enabled is false): `tokenflow tokenize` gives "
@@ -109,7 +105,8 @@ def tokenize(
     The index (index.json) is written last: a folder without it is not finished. See
     docs/training.md for the format.
     """
-    model, place = _load(source, device, resolution)
+    model, place = checkpoint.load_tokenizer(source, resolution)
+    model.to(device)
     captions = list_captions(folder)
     paths = sorted(captions)
     target = Path(out)

@@ -50,7 +50,7 @@ class DecoderTrainer(Trainer):
     shown = ("total", "l2", "lpips", "generator")
 
     def _build(self, config: DecoderConfig) -> TokenFlowTokenizer:
-        model = checkpoint.load_tokenizer(config.init, config.resolution)
+        model, _ = checkpoint.load_tokenizer(config.init, config.resolution)
         if not model.config.pixel.enabled:
             raise ConfigError(f"init={config.init} has no pixel decoder: it decodes no images")
         if config.decoder == "enhanced":

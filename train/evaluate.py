@@ -627,8 +627,8 @@ def run(
     Raises:
         CheckpointError, DataError, WeightsError: one that is missing or cannot be read.
     """
-    place = checkpoint.find_tokenizer(source)
-    model = checkpoint.load_tokenizer(place, resolution).to(group.device)
+    model, place = checkpoint.load_tokenizer(source, resolution)
+    model.to(group.device)
     found = data.list_images(folder)
     paths = thinned(found, limit)
     size, codes = model.config.image_size, model.quantizer.codebook_size
@@ -701,30 +701,46 @@ def run(
     return report
 
 
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--limit``, ``--batch-size``, ``--workers``, ``--device`` of a command over many images."""
+    parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images at once in a process [%(default)s]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images, each [%(default)s]"
+    )
+    parser.add_argument("--device", default="auto", help="[%(default)s]")
+
+
+def reading(known: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_reading_arguments` read, but for the device, as arguments of ``run``.
+
+    Raises:
+        DataError: a number that is too small.
+    """
+    data.check_counts(known, limit=1, batch_size=1, workers=0)
+    return {"limit": known.limit, "batch": known.batch_size, "workers": known.workers}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tokenflow evaluate``."""
     checkpoint.add_tokenizer_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="searched in depth")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="[%(default)s]")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="images at once in a process [%(default)s]"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images, each [%(default)s]"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--pictures", type=int, default=16, metavar="N", help="on the page [%(default)s]"
     )
     parser.add_argument("--weights", metavar="FILE", help=f"for FID: {fid.WEIGHTS}")
     parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS: {VGG16}")
     parser.add_argument("--teacher", metavar="FILE", help="the teacher's weights, for the cosine")
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
 
 
 def command(known: argparse.Namespace) -> None:
     """``tokenflow evaluate``; under torchrun, one process of it."""
-    data.check_counts(known, batch_size=1, limit=1, workers=0, pictures=0)
+    data.check_counts(known, pictures=0)
+    many = reading(known)
     with processes(known.device) as group:
         run(
             known.checkpoint,
@@ -732,11 +748,9 @@ def command(known: argparse.Namespace) -> None:
             known.out,
             group,
             resolution=known.resolution,
-            batch=known.batch_size,
-            limit=known.limit,
-            workers=known.workers,
             pictures=known.pictures,
             inception=known.weights,
             vgg16=known.vgg16,
             teacher=known.teacher,
+            **many,
         )

@@ -81,7 +81,7 @@ class TextTrainer(BaseTrainer):
     def _start(config: TextConfig) -> tuple[TokenFlowTokenizer, Path | None]:
         """The image tokenizer, and the saved model to start from."""
         if config.init is None:
-            return checkpoint.load_tokenizer(config.tokenizer, config.resolution), None
+            return checkpoint.load_tokenizer(config.tokenizer, config.resolution)[0], None
         folder = checkpoint.find(config.init)
         return TokenFlowTokenizer.from_pretrained(folder / "tokenizer"), folder
 

@@ -81,7 +81,7 @@ class Trainer(BaseTrainer):
     def _build(self, config: TrainConfig) -> TokenFlowTokenizer:
         """The tokenizer as training starts with it."""
         if config.init is not None:
-            model = checkpoint.load_tokenizer(config.init)
+            model, _ = checkpoint.load_tokenizer(config.init)
         else:
             model = TokenFlowTokenizer(config.model)
             if config.pretrained_tower:

@@ -6,7 +6,6 @@ import collections
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -288,12 +287,7 @@ def package(tmp_path) -> Path:
         "package/assets/../../1f680.webp": encoded(6),
         "package/assets/1f63a.png": encoded(7),
     }
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
+    return write_tar(path, files)
 
 
 def test_emojis_are_named_by_their_code_points(package, tmp_path):
