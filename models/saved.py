@@ -26,11 +26,13 @@ class SavedForm:
         name: the header's ``format``.
         version: the header's ``version`` that is written, and the only one read.
         foreign: what to call another file: it "is ``foreign``".
+        changed: what this version changed, told to whoever has an earlier one.
     """
 
     name: str
     version: int
     foreign: str
+    changed: str = ""
 
     def write(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
         """Writes the weights, then the header. Each file is complete before it takes its name."""
@@ -62,7 +64,7 @@ class SavedForm:
         if header.get("version") != self.version:
             raise CheckpointError(
                 f"{file} has format version {header.get('version')!r}, this release reads "
-                f"{self.version}"
+                f"{self.version}" + (f": {self.changed}" if self.changed else "")
             )
         try:
             return parse(header.get("config"))

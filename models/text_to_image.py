@@ -6,7 +6,7 @@ released weights.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from tokenflow_ext.models import text_to_image_released as released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, read_weights
+from tokenflow_ext.models.text_to_image_backbone import Backbone, Cache, Rotary, rotary
 from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
     NextScaleSequence,
@@ -28,7 +29,6 @@ from tokenflow_ext.models.text_to_image_sequence import (
     encode_prompts,
 )
 from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,91 +40,14 @@ NEGATIVE_PROMPT = (
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
     "username, blurry."
 )
-_FORM = SavedForm("tokenflow-text-to-image", 1, "no saved text-to-image model's")
+_FORM = SavedForm(
+    "tokenflow-text-to-image",
+    2,
+    "no saved text-to-image model's",
+    "since 2 a layer's norms act on what attention and MLP give, as in the paper, before on what "
+    "they take: a model of version 1 has to be trained anew",
+)
 _TOKENIZER_FOLDER = "tokenizer"
-_QK_NORM_EPS = 1e-6
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)
-
-
-class _QKNorm(nn.RMSNorm):
-    """In the dtype of its input: torch's fused kernel refuses a weight of another one, as under
-    autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class QKNormAttention(nn.Module):
-    """A Llama-family attention whose queries and keys are normalised per head before RoPE.
-
-    It takes over the projections of the library's attention under their names. Qwen3 has such norms
-    already, which stay; the others get ``qknorm``.
-    """
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.layer_idx = attention.layer_idx
-        self.head_dim = attention.head_dim
-        self.num_key_value_groups = attention.num_key_value_groups
-        self.scaling = attention.scaling
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
-        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-        if hasattr(attention, "q_norm"):
-            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-            self.qknorm = None
-        else:
-            norm = {
-                name: _QKNorm(self.head_dim, _QK_NORM_EPS) for name in ("query_norm", "key_norm")
-            }
-            self.qknorm = nn.ModuleDict(norm)
-
-    def _norms(self) -> tuple[nn.Module, nn.Module]:
-        if self.qknorm is None:
-            return self.q_norm, self.k_norm
-        return self.qknorm["query_norm"], self.qknorm["key_norm"]
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | BlockMask | None = None,
-        past_key_values: Any = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """As the library's, [B, n, hidden] -> [B, n, hidden]; the mask is complete, nothing is
-        causal besides it."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query_norm, key_norm = self._norms()
-        query = query_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = key_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        # Under autocast RoPE (and Qwen3's norms) leave float32 beside half-precision values.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if isinstance(attention_mask, BlockMask):
-            attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-            out = attend(
-                query,
-                key,
-                value,
-                block_mask=attention_mask,
-                scale=self.scaling,
-                enable_gqa=self.num_key_value_groups > 1,
-            ).transpose(1, 2)
-        else:
-            out, _ = sdpa_attention_forward(
-                self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False
-            )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
 
 class TextToImageOutput(NamedTuple):
@@ -177,9 +100,6 @@ class TextToImage(nn.Module):
         if attention not in ("sdpa", "flex"):
             raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         _check_tokenizer(config, tokenizer)
-        ensure_torchvision()
-        from transformers import AutoModel
-
         self.config = config
         self.attention = attention
         self.left_aside: dict[str, Tensor] = {}
@@ -189,9 +109,7 @@ class TextToImage(nn.Module):
         self._session: Session | None = None
 
         backbone = config.backbone
-        self.model = AutoModel.from_config(backbone.to_transformers(config.vocab_size))
-        for layer in self.model.layers:
-            layer.self_attn = QKNormAttention(layer.self_attn)
+        self.model = Backbone(backbone, config.vocab_size)
         hidden = backbone.hidden_size
         self.model.mm_projector = nn.Sequential(
             nn.Linear(config.feature_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
@@ -199,20 +117,16 @@ class TextToImage(nn.Module):
         self.model.lvl_embed = nn.Embedding(len(config.scales) + 1, hidden)
         self.model.pos_1LC = nn.Parameter(torch.empty(config.image_tokens, hidden))
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
-        for weight in (self.model.lvl_embed.weight, self.model.pos_1LC, self.lm_head.weight):
-            nn.init.normal_(weight, std=backbone.initializer_range)
+        nn.init.normal_(self.lm_head.weight, std=backbone.initializer_range)
+        for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):  # as the release's started
+            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * hidden)))
 
     # ------------------------------------------------------------------ device and dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> TextToImage:
         """Moves as every module does; the tokenizer goes along to the device."""
         self._session = None  # its buffers and graphs hold the old weights
-        inverse_frequencies = self.model.rotary_emb.inv_freq
         super()._apply(fn, recurse)
-        rotary = self.model.rotary_emb
-        if not inverse_frequencies.is_meta:
-            # Half precision would move the angles of far places by whole turns.
-            rotary.inv_freq = inverse_frequencies.to(rotary.inv_freq.device)
         if not any(weight.is_meta for weight in self.tokenizer.parameters()):
             self.tokenizer.to(self.lm_head.weight.device)
         return self
@@ -258,27 +172,21 @@ class TextToImage(nn.Module):
         positions = self.model.pos_1LC[first : first + features.shape[1]]
         return projected + positions + self.model.lvl_embed(levels)
 
-    def rotary(self, like: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, length, head_dim] of RoPE, counted from 0 with the padding."""
-        place = torch.arange(length, device=like.device).unsqueeze(0)
-        return self.model.rotary_emb(like, position_ids=place)
+    def rotary(self, like: Tensor, length: int) -> Rotary:
+        """RoPE for a sequence of ``length`` places, counted from 0 with the padding."""
+        return rotary(self.config.backbone, length, like)
 
     def run_layers(
         self,
         inputs: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         mask: Tensor | BlockMask | None,
-        cache: Any = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """The transformer without its last norm, [B, n, hidden] -> [B, n, hidden]."""
         hidden = inputs
         for layer in self.model.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=cache,
-            )
+            hidden = layer(hidden, rotary, mask, cache)
         return hidden
 
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -558,7 +466,9 @@ class TextToImage(nn.Module):
 
         Its embeddings and head keep their rows and get random ones for the image tokens and the
         padding; a head tied to the embeddings becomes one of its own. The norms of queries and
-        keys, the projector and the other embeddings start as in the constructor.
+        keys, the projector and the other embeddings start as in the constructor. A layer's norms
+        keep their weights, though they act on other values from now on (the paper starts from
+        Llama-2-7B in the same way): the first steps of training have to mend that.
         """
         backbone = BackboneConfig.from_transformers(model.config)
         rows = model.config.vocab_size
@@ -604,10 +514,6 @@ class TextToImage(nn.Module):
                     f"{tuple(value.shape)}"
                 )
         model.load_state_dict(weights, assign=True)
-        # RoPE's frequencies are no weights: computed anew where the weights are.
-        with model.device:
-            rotary = model.model.rotary_emb
-            model.model.rotary_emb = type(rotary)(config=rotary.config)
         if not any(weight.is_meta for weight in tokenizer.parameters()):
             tokenizer.to(model.device)
         return model.eval()
@@ -622,6 +528,15 @@ class TextToImage(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         _FORM.write(folder, self.config.to_dict(), state)
         return folder
+
+    @staticmethod
+    def read_config(path: str | Path) -> TextToImageConfig:
+        """The configuration in a directory written by :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: missing, foreign, or of another version.
+        """
+        return _FORM.read_config(Path(path), TextToImageConfig.from_dict)
 
     @classmethod
     def from_pretrained(
@@ -638,7 +553,7 @@ class TextToImage(nn.Module):
                 configuration; the message names file and entry.
         """
         folder = Path(path)
-        config = _FORM.read_config(folder, TextToImageConfig.from_dict)
+        config = cls.read_config(folder)
         state, _ = read_weights(folder)
         if tokenizer is None:
             tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)

@@ -6,8 +6,9 @@ Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""The MLP's, by the names of ``hidden_act``."""
 IMAGE_MARK = "<img>"
 """The string between a prompt and its image; plain text to the text tokenizer."""
 
@@ -87,13 +97,23 @@ class BackboneConfig:
                 "backbone.hidden_size must be a multiple of num_attention_heads, got "
                 f"{self.hidden_size} and {heads}"
             )
-        if self.head_dim < 0 or (self.head_dim or self.hidden_size // heads) % 2:
+        if self.head_dim < 0 or self.width_of_head % 2:
             raise ConfigError(f"backbone.head_dim must be even, got {self.head_dim}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"backbone.hidden_act must be one of {', '.join(ACTIVATIONS)}, got "
+                f"{self.hidden_act!r}"
+            )
         if self.family == "qwen2" and self.head_dim not in (0, self.hidden_size // heads):
             raise ConfigError(f"backbone.head_dim is fixed for qwen2, got {self.head_dim}")
         for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
             if getattr(self, name) and self.family not in families:
                 raise ConfigError(f"backbone.{name} is not an option of {self.family}")
+
+    @property
+    def width_of_head(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def to_transformers(self, vocab_size: int) -> PretrainedConfig:
         """The library's configuration for a vocabulary of this size."""
@@ -103,7 +123,7 @@ class BackboneConfig:
         values = to_plain(self)
         family, theta = values.pop("family"), values.pop("rope_theta")
         values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
-        values["head_dim"] = self.head_dim or self.hidden_size // self.num_attention_heads
+        values["head_dim"] = self.width_of_head
         if family == "qwen2":
             del values["head_dim"]
         for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):

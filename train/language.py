@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenflow_ext.models import CheckpointError, WeightsError
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
     Raises:
         WeightsError: saying which file is wanted, or which package.
     """
+    ensure_torchvision()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     given = Path(path)
@@ -57,6 +59,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 def make_text_tokenizer(captions: Iterable[str], size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of ``size`` ids or fewer, made of captions; any text can be
     written with it. The same captions give the same tokenizer."""
+    ensure_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,6 +82,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: none there.
     """
+    ensure_torchvision()
     from transformers import AutoTokenizer
 
     place = folder / TEXT_FOLDER

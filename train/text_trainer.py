@@ -53,7 +53,8 @@ class TextTrainer(BaseTrainer):
         self._seed(0)  # every process builds the same weights
         model, self.text_tokenizer = self._build(config, image_tokenizer, start)
         if config.model.checkpointing:
-            model.model.activation_checkpointing_enable()
+            for layer in model.model.layers:
+                layer.checkpointing = True
         self.model = self._place(model.float().to(group.device).train())
         self.optimizer, self.scheduler = self._optimizer(self.model.parameters(), config.optim.lr)
         self.average = None
@@ -247,6 +248,7 @@ class TextTrainer(BaseTrainer):
         self.text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
 
     def _check(self, path: Path) -> None:
+        TextToImage.read_config(path)  # of this version, or refused
         saved = TokenFlowTokenizer.from_pretrained(path / "tokenizer").state_dict()
         own = self.model.tokenizer.state_dict()
         same = own.keys() == saved.keys()

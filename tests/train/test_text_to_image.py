@@ -16,6 +16,7 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.config import ConfigError
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.models.text_to_image_sequence import encode_prompts
+from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
 from tokenflow_ext.train.captions import list_captions, some
 from tokenflow_ext.train.config import load_text_config
@@ -95,7 +96,7 @@ def test_checkpointing_changes_no_gradient(make):
     plain, again = make(), make("model.checkpointing=yes")
     for trainer in (plain, again):
         trainer.train_step()
-    assert again.model.model.layers[0].gradient_checkpointing
+    assert again.model.model.layers[0].checkpointing
     for (name, a), b in zip(plain.model.named_parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -230,6 +231,22 @@ def test_resuming_another_model_is_refused(arguments, tmp_path):
         text_to_image.main([*given, "--resume", f"tokenizer={tmp_path / 'other'}"])
 
 
+def test_a_run_of_the_old_order_of_norms_is_refused(arguments, tmp_path):
+    """Its checkpoint is whole and fits, key by key."""
+    given = arguments("run", "optim.steps=3")
+    text_to_image.main(given)
+    newest = checkpoint.available(tmp_path / "run" / "checkpoints")[-1]
+    header, manifest = newest / "config.json", newest / "manifest.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"version": 1}))
+    content = json.loads(manifest.read_text())
+    facts = {"bytes": header.stat().st_size, "sha256": checkpoint.digest(header)}
+    content["files"]["config.json"] = facts
+    manifest.write_text(json.dumps(content))
+    for again in ([*given, "--resume"], arguments("other", f"init={tmp_path / 'run'}")):
+        with pytest.raises(SystemExit, match="version 1, this release reads 2: since 2 a layer's"):
+            text_to_image.main(again)
+
+
 # -- processes ----------------------------------------------------------------------------------
 
 STEPS = {
@@ -322,6 +339,7 @@ def test_split_weights_in_half_precision(ends):
 @pytest.fixture
 def backbone(tmp_path) -> Path:
     """A tiny language model as transformers saves it."""
+    ensure_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = language.make_text_tokenizer(["A red disc."] * 3, 280)
