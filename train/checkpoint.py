@@ -27,6 +27,7 @@ import torch
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE
+from tokenflow_ext.train.outputs import write_file
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1
@@ -52,11 +53,9 @@ def digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is seen whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    """Write a text file of the run's own, in the place of an earlier one; see
+    :func:`outputs.write_file`."""
+    write_file(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
 
 
 def available(folder: Path) -> list[Path]:

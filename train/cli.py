@@ -12,9 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
+from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr
-from tokenflow_ext.models.semantic import MissingPackageError
 from tokenflow_ext.train import (
     analyse,
     checkpoint,
@@ -29,6 +28,7 @@ from tokenflow_ext.train import (
 )
 from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
+from tokenflow_ext.train.messages import ending_in_one_line
 
 
 def read_square(path: Path, size: int) -> torch.Tensor:
@@ -264,42 +264,38 @@ def main(argv: list[str] | None = None) -> None:
     if arguments and arguments[0] in trainers:
         return trainers[arguments[0]](arguments[1:])
     known = parser.parse_args(arguments)
-    try:
-        if known.command == "reconstruct":
-            reconstruct(known.images, known.checkpoint, known.out, known.device, known.resolution)
-        elif known.command == "generate":
-            _generate(known)
-        elif known.command == "evaluate":
-            evaluate.command(known)
-        elif known.command == "analyse":
-            analyse.command(known)
-        elif known.command == "fid":
-            value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
-            print(f"FID {value:.4f}")
-        elif known.command == "fetch-emoji":
-            if known.tarball:
-                tarball, folder = Path(known.tarball), Path(known.folder)
-                emojis.from_tarball(tarball, folder, known.skin_tones)
-            else:
-                emojis.fetch(known.folder, known.skin_tones)
+    with ending_in_one_line():
+        _run(known)
+
+
+def _run(known: argparse.Namespace) -> None:
+    if known.command == "reconstruct":
+        reconstruct(known.images, known.checkpoint, known.out, known.device, known.resolution)
+    elif known.command == "generate":
+        _generate(known)
+    elif known.command == "evaluate":
+        evaluate.command(known)
+    elif known.command == "analyse":
+        analyse.command(known)
+    elif known.command == "fid":
+        value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
+        print(f"FID {value:.4f}")
+    elif known.command == "fetch-emoji":
+        if known.tarball:
+            tarball, folder = Path(known.tarball), Path(known.folder)
+            emojis.from_tarball(tarball, folder, known.skin_tones)
         else:
-            tokenize(
-                known.folder,
-                known.checkpoint,
-                known.out,
-                device=known.device,
-                resolution=known.resolution,
-                batch=known.batch,
-                shard=known.shard,
-            )
-    except (
-        CheckpointError,
-        ConfigError,
-        MissingPackageError,
-        WeightsError,
-        data.DataError,
-    ) as error:
-        sys.exit(f"error: {error}")
+            emojis.fetch(known.folder, known.skin_tones)
+    else:
+        tokenize(
+            known.folder,
+            known.checkpoint,
+            known.out,
+            device=known.device,
+            resolution=known.resolution,
+            batch=known.batch,
+            shard=known.shard,
+        )
 
 
 if __name__ == "__main__":

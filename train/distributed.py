@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tokenflow_ext import build_info
+from tokenflow_ext.models import ConfigError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -66,19 +69,47 @@ class Processes:
             dist.barrier()
 
 
+def find_device(asked: str) -> torch.device:
+    """The device that an option or a configuration asks for, once it is known to be there.
+
+    Args:
+        asked: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is a device. Of "cuda" a process
+            of torchrun's takes the device of its own number on its machine.
+
+    Raises:
+        ConfigError: another word, or a device that is not there.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(?::(\d{1,3}))?", asked)
+    if match is None:
+        raise ConfigError(f"device {asked!r} is none of auto, cpu, cuda and cuda:N")
+    if torch.version.cuda is None:
+        raise ConfigError(f"device {asked!r}: this torch ({torch.__version__}) is without CUDA")
+    count = torch.cuda.device_count()
+    number = match[1] if match[1] is not None else os.environ.get("LOCAL_RANK", "0")
+    if int(number) >= count:
+        raise ConfigError(f"device {asked!r}: number {number} of {count} CUDA devices, from 0 on")
+    if build_info()["cuda"] is None:
+        raise ConfigError(
+            f"device {asked!r}: tokenflow_ext was built without CUDA, {build_info()['cuda_reason']}"
+        )
+    return torch.device("cuda", int(number))
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the group that torchrun's environment variables describe (none: a single process).
 
     Args:
-        device: "cpu" (gloo), "cuda" (nccl), or "auto": CUDA where there is a device.
+        device: see :func:`find_device`; gloo joins CPUs, nccl CUDA devices.
+
+    Raises:
+        ConfigError: no such device.
     """
-    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    place = find_device(device)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    place = torch.device(kind)
     if place.type == "cuda":
-        if place.index is None:
-            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
     if world == 1:
         yield Processes(rank, world, place)

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
+from tokenflow_ext.models import CheckpointError
 from tokenflow_ext.models.saved import WEIGHTS_FILE
 from tokenflow_ext.train import checkpoint, data, parallel
 from tokenflow_ext.train.config import OptimConfig, to_yaml
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.logs import RunLog, table
+from tokenflow_ext.train.messages import ending_in_one_line
 
 CONFIG_FILE = "config.yaml"
 
@@ -500,10 +500,8 @@ def read_arguments(
 def run_command(
     read: Callable[[], tuple[Any, bool]], train: Callable[[Any, Processes, bool], Any]
 ) -> None:
-    """The command: errors of configuration, data, weights and checkpoints end with one line."""
-    try:
+    """The command; see :func:`messages.ending_in_one_line`."""
+    with ending_in_one_line():
         config, resume = read()
         with processes(config.device) as group:
             train(config, group, resume)
-    except (ConfigError, CheckpointError, WeightsError, data.DataError) as error:
-        sys.exit(f"error: {error}")

@@ -1,0 +1,88 @@
+"""How a command ends: with one line for what people can mend, a traceback for what they cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
+from tokenflow_ext.models.semantic import MissingPackageError
+from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.outputs import OutputError
+
+#: What options, files and machines are to blame for. Their messages name the option or file.
+EXPECTED = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingPackageError,
+    OutputError,
+    WeightsError,
+)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: files that are being written are removed on the way out."""
+
+
+def one_line(text: object) -> str:
+    """A message as one line that any terminal can show: of what is not printable (parts of file
+    names, as a rule) the escape."""
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        if character.isprintable():
+            return character
+        if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+    return re.sub(r"[^ -~]", escaped, " ".join(str(text).split("\n")).strip())
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """Run a command: an expected error, Ctrl-C and SIGTERM end the process with one line.
+
+    The exit status is 1 for an error, 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a
+    fault of the program and keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a name must not end the work that it is printed for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # One of several processes may wait for the others inside a collective, where Python's handlers
+    # do not run: there SIGTERM does what it always does.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    handled = alone and threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _terminate) if handled else None
+    try:
+        yield
+    except EXPECTED as error:
+        sys.exit(f"error: {one_line(error)}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: out of memory: {one_line(str(error) or 'a smaller batch needs less')}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except _Terminated:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,218 @@
+"""Files that commands write: whole or not at all, and never over something else.
+
+One rule for all commands. What a command is going to write is claimed before its work starts, which
+refuses a folder that cannot be written to and a file that is there already; what is written appears
+under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_PART = ".part"
+#: Bytes that a file's name may have, on every file system in use.
+_NAME_MAX = 255
+
+
+class OutputError(RuntimeError):
+    """A place that cannot be written to, or holds something that must not be written over."""
+
+
+def json_text(value: Any, indent: int | None = None) -> bytes:
+    """``value`` as JSON in UTF-8.
+
+    A file name that is no UTF-8 has a lone surrogate for each such byte (Python's
+    ``surrogateescape``), which becomes an escape such as ``\\udce9``: the JSON is valid, and
+    ``os.fsencode`` gives the bytes back.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _alike(name: str) -> str:
+    """What names have in common that some file systems take for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def distinct_names(names: Sequence[str], suffix: str = "") -> list[str]:
+    """The names, a number after each that is taken by an earlier one: ``a``, ``a~2``, ``a~3``.
+
+    Names that differ in case alone, or in how an accent is written, count as the same: some file
+    systems do not tell them apart. A name too long for a file of this suffix is cut.
+    """
+    taken: set[str] = set()
+    made = []
+    for name in names:
+        number, ending = 1, ""
+        while True:
+            room = _NAME_MAX - len(os.fsencode(ending + suffix))
+            short = name
+            while len(os.fsencode(short)) > room:
+                short = short[:-1]
+            if (key := _alike(short + ending)) not in taken:
+                break
+            number += 1
+            ending = f"~{number}"
+        taken.add(key)
+        made.append(short + ending)
+    return made
+
+
+def check_folder(folder: Path) -> None:
+    """That files can be written into ``folder``, which is made when the first one is.
+
+    Raises:
+        OutputError: naming what stands in the way.
+    """
+    for part in folder.parts:
+        if len(os.fsencode(part)) > _NAME_MAX:
+            raise OutputError(f"cannot write into {folder}: a name of more than {_NAME_MAX} bytes")
+    place = folder
+    try:
+        while not _exists(place) and place != place.parent:
+            place = place.parent
+        if not stat.S_ISDIR(place.stat().st_mode):
+            raise OutputError(f"cannot write into {folder}: {place} is no folder")
+    except OSError as error:  # a broken link, a folder that may not be looked into
+        raise OutputError(f"cannot write into {folder}: {error.strerror}: {place}") from error
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {folder}: no permission to write in {place}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether anything has that name: a link that leads nowhere too."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def write_file(path: Path, content: bytes, overwrite: bool = False) -> None:
+    """Write a file that is seen whole or not at all.
+
+    It is written under a name of its own that nobody else has, flushed to the disk and renamed, so
+    that neither a link nor a left-over of that name is followed.
+
+    Args:
+        overwrite: whether it takes the place of a file of that name.
+
+    Raises:
+        OutputError: the name is taken, or the system does not write it (a full disk).
+    """
+    # A short name of its own: one made of a long name might be too long.
+    part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                if overwrite:
+                    part.replace(path)
+                else:
+                    _take_free_name(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"{path} is there already: nothing is written over it") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _take_free_name(part: Path, path: Path) -> None:
+    """Give a file its name, unless another has it."""
+    try:
+        os.link(part, path)  # unlike a rename, refuses a name that is taken
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # A file system without hard links.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        part.rename(path)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process left of :func:`write_file`."""
+    for path in folder.glob(f".{'[0-9a-f]' * 16}{_PART}"):
+        path.unlink(missing_ok=True)
+
+
+@dataclass
+class Outputs:
+    """What a command writes into a folder.
+
+    Args:
+        overwrite: replace files that are there (never one of the inputs).
+    """
+
+    folder: Path
+    overwrite: bool = False
+    _claimed: dict[str, str] = field(default_factory=dict)
+
+    def claim(self, names: Iterable[str], inputs: Iterable[str | Path] = ()) -> None:
+        """Say, before the work starts, what is going to be written.
+
+        Args:
+            names: of the files, below the folder.
+            inputs: files that are read.
+
+        Raises:
+            OutputError: the folder cannot be written to, a file is there already, or two outputs
+                have one name.
+        """
+        check_folder(self.folder)
+        read = None
+        for name in names:
+            path = self.folder / name
+            if (other := self._claimed.get(_alike(name))) is not None:
+                raise OutputError(f"{path} would be written twice: as {other} and as {name}")
+            self._claimed[_alike(name)] = name
+            check_folder(path.parent)
+            if not os.path.lexists(path):
+                continue
+            if not self.overwrite:
+                raise OutputError(
+                    f"{path} is there already: name another folder with --out, or replace what is "
+                    "there with --overwrite"
+                )
+            if not path.is_symlink() and not path.is_file():
+                raise OutputError(f"{path} is no file that could be replaced")
+            if read is None:
+                read = {key for file in inputs if (key := _identity(Path(file))) is not None}
+            if _identity(path) in read:
+                raise OutputError(f"{path} is one of the inputs: name another folder with --out")
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Write a file of that name, whole or not at all; returns its path.
+
+        Raises:
+            OutputError: see :func:`write_file`.
+        """
+        path = self.folder / name
+        write_file(path, content, self.overwrite)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write ``value`` as JSON."""
+        return self.write(name, json_text(value, indent=2) + b"\n")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to, whatever it is called; None where it leads nowhere."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
