@@ -30,6 +30,7 @@ from tokenflow_ext.train import checkpoint, data, evaluate, tokenizer
 from tokenflow_ext.train.config import TrainConfig, load_config
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.loop import CONFIG_FILE
+from tokenflow_ext.train.pictures import to_pixels
 
 CONFIGS = machine.ROOT / "train" / "configs" / "ablation"
 RESULT = "result.json"
@@ -95,7 +96,7 @@ def write_held_out(config: TrainConfig, folder: Path) -> None:
     _, held_out = data.split(config.data)
     crops = data.held_out_crops(held_out, config.model.image_size, config.data.held_out_crops)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, pixels in enumerate(data.to_pixels(crops)):
+    for number, pixels in enumerate(to_pixels(crops)):
         Image.fromarray(pixels).save(folder / f"{number:04d}.png")
 
 

@@ -29,7 +29,6 @@ from tokenflow_ext.models.semantic import MissingPackageError
 from tokenflow_ext.train import checkpoint, data
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.evaluate import (
-    PREPROCESSING,
     Squares,
     add_reading_arguments,
     digest_of,
@@ -41,6 +40,7 @@ from tokenflow_ext.train.evaluate import (
 )
 from tokenflow_ext.train.generate import tile
 from tokenflow_ext.train.logs import table
+from tokenflow_ext.train.pictures import PREPROCESSING, open_image
 
 FORMAT = "tokenflow-analysis"
 VERSION = 1
@@ -145,7 +145,7 @@ class PhotographSquares(Squares):
     def __init__(self, size: int, limit: int | None = None) -> None:
         crops: list[tuple[Image.Image, tuple[int, int, int, int], Path]] = []
         for path in data.photographs():
-            image = data.open_image(path)
+            image = open_image(path)
             side = min(image.size) // _SQUARES_A_SIDE
             for y in range(0, image.height - side + 1, side // 2):
                 for x in range(0, image.width - side + 1, side // 2):

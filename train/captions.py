@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from tokenflow_ext.train import data, shards
 from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import DataError, counted_rng
+from tokenflow_ext.train.pictures import read_square, to_square, to_tensor
 
 METADATA = "metadata.jsonl"
 TOKENS_FORMAT = "tokenflow-tokens"
@@ -166,7 +167,7 @@ class Pictures:
         path, caption = self.pairs[index]
         picture = None if self._memory is None else self._memory.get(index)
         if picture is None:
-            picture = data.to_square(data.open_image(path), self.size)
+            picture = read_square(path, self.size)
             if self._memory is not None:
                 self._memory[index] = picture
         return Sample(picture, caption)
@@ -266,7 +267,7 @@ class Shards(shards.Shards):
             DataError: naming shard and member.
         """
         image, member = super().read(path, number), self.members(path)[number]
-        return Sample(data.to_square(image, self.size), _caption(path, member))
+        return Sample(to_tensor(to_square(image, self.size)), _caption(path, member))
 
     def captions_up_to(self, count: int) -> list[str]:
         """The captions of the first shards, ``count`` of them at most."""

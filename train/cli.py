@@ -29,11 +29,7 @@ from tokenflow_ext.train import (
 from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
 from tokenflow_ext.train.logs import over_under
 from tokenflow_ext.train.messages import ending_in_one_line
-
-
-def read_square(path: Path, size: int) -> torch.Tensor:
-    """The image's middle square, resized: [3, size, size] in [-1, 1]."""
-    return data.to_square(data.open_image(path), size)
+from tokenflow_ext.train.pictures import read_square
 
 
 def _facts(model: TokenFlowTokenizer, folder: Path) -> dict[str, object]:

@@ -8,7 +8,6 @@ position of a run is one integer and a resumed run sees exactly the images it wo
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import os
@@ -19,11 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.train.config import DataConfig
+from tokenflow_ext.train.pictures import BrokenImageError, open_image, to_tensor
+from tokenflow_ext.train.reading import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -47,10 +47,6 @@ PHOTOGRAPHS = (
 )
 
 
-class DataError(RuntimeError):
-    """Images that are missing, unreadable or too few."""
-
-
 def check_counts(options: Any, **least: int) -> None:
     """That numbers of a command line, where they are given, are large enough.
 
@@ -65,10 +61,6 @@ def check_counts(options: Any, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < minimum:
             raise DataError(f"--{name.replace('_', '-')} must be {minimum} or more, got {value}")
-
-
-class BrokenImageError(DataError):
-    """Bytes that are there but are no image that can be decoded."""
 
 
 def counted_rng(seed: int, stream: int, count: int) -> np.random.Generator:
@@ -147,35 +139,6 @@ def read_span(path: Path, span: tuple[int, int]) -> bytes:
     return content
 
 
-def open_image(path: Path, content: bytes | None = None) -> Image.Image:
-    """The image file as RGB, its orientation tag applied, transparent parts over white.
-
-    Args:
-        content: the file's bytes where they are known already; ``path`` then only names them.
-
-    Raises:
-        BrokenImageError: naming the file, where it is no image that can be read.
-    """
-    try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"cannot read the image {path}: {error}") from error
-
-
-def to_square(image: Image.Image, size: int) -> torch.Tensor:
-    """The image's middle square, resized: [3, size, size] in [-1, 1]."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
 def list_images(folder: str | Path) -> list[Path]:
     """Every image file below ``folder``, sorted by its path.
 
@@ -244,17 +207,6 @@ def split(config: DataConfig) -> tuple[list[Picture], list[Picture]]:
         else:
             train, held_out = _by_band(paths)
     return train, held_out
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image to float32 [3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
-
-
-def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] (127.5 x + 128, clamped, truncated)."""
-    return to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:

@@ -49,6 +49,7 @@ from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data, fid
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.logs import over_under, table
+from tokenflow_ext.train.pictures import PREPROCESSING, open_image, to_square
 
 FORMAT = "tokenflow-evaluation"
 VERSION = 1
@@ -56,13 +57,9 @@ VGG16 = "vgg16-397923af.pth"
 _LITE0_SIZE = 224
 Item = TypeVar("Item")
 
-PREPROCESSING = (
-    "EXIF orientation applied, transparency over white, RGB; while the shorter side is twice "
-    "{size} px or more, both sides are halved (rounded down) with Pillow's box filter; then the "
-    "shorter side becomes {size} px and the longer one in proportion (rounded) with Pillow's "
-    "bicubic filter, a = -0.5, antialiased (its support grows with the reduction); then the middle "
-    "{size} x {size} px, the corner rounded down. Everything is measured on 8 bits: the "
-    "reconstruction x in [-1, 1] becomes 127.5 x + 128, clamped to 0-255 and truncated."
+EIGHT_BITS = (
+    "Everything is measured on 8 bits: the reconstruction x in [-1, 1] becomes 127.5 x + 128, "
+    "clamped to 0-255 and truncated."
 )
 
 # What each figure is: (name in the table, how it is written, definition).
@@ -175,20 +172,6 @@ class Measured:
     shown: list[int] = field(default_factory=list)
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an RGB image at ``size`` pixels: see ``PREPROCESSING``.
-
-    The released code's evaluation does the same (training crops otherwise, see data.py).
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    sides = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(sides, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 class Squares(Dataset):
     """(number, uint8 [3, S, S], whether it was enlarged, SHA-256 of its pixels) of each image."""
 
@@ -200,7 +183,7 @@ class Squares(Dataset):
 
     def open(self, index: int) -> Image.Image:
         """The whole image."""
-        return data.open_image(self.paths[index])
+        return open_image(self.paths[index])
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, bool, str]:
         image = self.open(index)
@@ -672,7 +655,7 @@ def run(
         "missing": missing | measured.missing,
         "notes": _notes(measured, features),
         "definitions": {name: text for name, (_, _, text) in FIGURES.items()},
-        "preprocessing": PREPROCESSING.format(size=size),
+        "preprocessing": f"{PREPROCESSING.format(size=size)} {EIGHT_BITS}",
         "data": {
             "folder": str(root),
             "found": len(found),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from tokenflow_ext.train.data import to_pixels
+from tokenflow_ext.train.pictures import to_pixels
 
 
 class RunLog:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -15,8 +14,8 @@ import torch
 
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.models.semantic import MissingPackageError
-from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.outputs import OutputError
+from tokenflow_ext.train.reading import DataError, printable
 
 #: What options, files and machines are to blame for. Their messages name the option or file.
 EXPECTED = (
@@ -36,16 +35,7 @@ class _Terminated(BaseException):
 def one_line(text: object) -> str:
     """A message as one line that any terminal can show: of what is not printable (parts of file
     names, as a rule) the escape."""
-
-    def escaped(match: re.Match[str]) -> str:
-        character = match[0]
-        if character.isprintable():
-            return character
-        if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
-            return f"\\x{ord(character) - 0xDC00:02x}"
-        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-    return re.sub(r"[^ -~]", escaped, " ".join(str(text).split("\n")).strip())
+    return printable(" ".join(str(text).split("\n")).strip())
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_ext.train import data
-from tokenflow_ext.train.data import BrokenImageError, DataError, Picture, counted_rng
+from tokenflow_ext.train.data import DataError, Picture, counted_rng
+from tokenflow_ext.train.pictures import BrokenImageError, open_image
 
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 
@@ -284,7 +285,7 @@ class Shards:
             DataError: naming shard and member.
         """
         member = self.members(path)[number]
-        return data.open_image(path / member.name, data.read_span(path, member.picture))
+        return open_image(path / member.name, data.read_span(path, member.picture))
 
     def regions(self, index: int) -> list[Image.Image]:
         """What sample ``index`` of the run may be cut from (see :class:`data.RandomCrops`)."""

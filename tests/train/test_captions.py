@@ -19,6 +19,7 @@ from tokenflow_ext.train import shards as tars
 from tokenflow_ext.train.captions import Captioned, Form, Pictures, Shards, Tokens
 from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.pictures import open_image
 
 FORM = Form(image_size=8, scales=[(1, 1), (2, 2)], codebook_size=16)
 
@@ -98,7 +99,7 @@ def test_transparent_parts_are_white(tmp_path):
     image[:, 2:] = [200, 0, 0, 255]
     for name, mode in (("a.png", "RGBA"), ("a.webp", "RGBA"), ("b.png", "P")):
         Image.fromarray(image).convert(mode).save(tmp_path / name, lossless=True)
-        made = np.asarray(data.open_image(tmp_path / name))
+        made = np.asarray(open_image(tmp_path / name))
         assert (made[:, :2] == 255).all()
         assert np.abs(made[:, 2:].astype(int) - [200, 0, 0]).max() < 8  # a palette rounds
 

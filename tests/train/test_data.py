@@ -14,6 +14,7 @@ from PIL import Image
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig
 from tokenflow_ext.train.images import open_images
+from tokenflow_ext.train.pictures import open_image, to_pixels, to_tensor
 
 
 def dataset(images, seed=0, **config) -> data.RandomCrops:
@@ -124,7 +125,7 @@ def test_unreadable_images_are_named(tmp_path):
 def test_pixels_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     image = Image.fromarray(levels[..., None].expand(-1, -1, 3).contiguous().numpy())
-    assert np.array_equal(data.to_pixels(data.to_tensor(image)[None])[0], np.array(image))
+    assert np.array_equal(to_pixels(to_tensor(image)[None])[0], np.array(image))
 
 
 def test_built_in_photographs_open_and_have_licences():
@@ -132,6 +133,6 @@ def test_built_in_photographs_open_and_have_licences():
     pytest.importorskip("sklearn")
     paths = data.photographs()
     assert len(paths) == len(data.PHOTOGRAPHS)
-    assert all(min(data.open_image(path).size) >= 256 for path in paths)
+    assert all(min(open_image(path).size) >= 256 for path in paths)
     lines = data.photograph_licences().splitlines()
     assert all("CC" in line or "public domain" in line for line in lines)

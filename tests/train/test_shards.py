@@ -18,6 +18,7 @@ from tokenflow_ext.train import checkpoint, data, tokenizer
 from tokenflow_ext.train.config import ConfigError, DataConfig, load_config
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.images import open_images
+from tokenflow_ext.train.pictures import to_tensor
 from tokenflow_ext.train.shards import Shards
 
 
@@ -128,7 +129,7 @@ def test_a_weighted_round_has_the_right_counts(length):
 def test_shards_are_sampled_by_weight(folder):
     # (a fraction of what is in a shard counts by chance, so a round has no fixed length)
     own = Shards(sorted(folder.glob("*.tar")), (1, 1), 4, 0, weight_key="faces")
-    numbers = [level(data.to_tensor(own.read(*own.place(g)))) for g in range(600)]
+    numbers = [level(to_tensor(own.read(*own.place(g)))) for g in range(600)]
     counts = collections.Counter(numbers)
     weights = np.array([weight(n) for n in range(36)])
     rounds = 600 / weights.sum()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.train import captions, cli, fid, generate, text_to_image, tokenizer
-from tokenflow_ext.train.data import to_pixels
+from tokenflow_ext.train.pictures import to_pixels
 
 
 @pytest.fixture(scope="module")

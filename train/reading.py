@@ -1,0 +1,218 @@
+"""What people hand in: errors that name it, text as UTF-8, names that can be printed, and a word
+about what is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+# How files of other encodings begin (UTF-32's mark begins as UTF-16's does).
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+
+class DataError(RuntimeError):
+    """Data that are missing, unreadable or too few. The message is one printable line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""``text`` for messages, logs and listings: one line that every terminal and file takes.
+
+    Names of files may be any bytes. Python keeps those that are no UTF-8 as lone surrogates, which
+    cannot be written: they become ``\xe9``. Line ends and other characters that do not print are
+    escaped too.
+    """
+
+    def shown(character: str) -> str:
+        if character.isprintable():
+            return character
+        if "\udc80" <= character <= "\udcff":
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode("ascii")
+
+    return "".join(map(shown, os.fspath(text)))
+
+
+def say(text: str) -> None:
+    """Print a line for people, beside a progress bar; of torchrun's processes the first alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(printable(text), file=sys.stderr)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, a named pipe (which would be waited on) or a
+            device.
+    """
+    check_file(path)
+    return Path(path).read_bytes()
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """That ``path`` is a file, or a link to one.
+
+    Raises:
+        OSError: see :func:`read_file`.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device, no file")
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without the path that an OSError repeats; its type where that is all."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def inside(root: str | os.PathLike[str], name: Any) -> Path:
+    """The path that a listing in ``root`` means by ``name``.
+
+    Raises:
+        ValueError: no name, an absolute path, or one with ``..``: a listing reads nothing outside
+            its folder.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is outside the folder")
+    os.fsencode(name)  # a UnicodeEncodeError, which is a ValueError, where no file can be named so
+    return Path(root) / path
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, see :func:`decode`.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        content = read_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
+    return decode(content, os.fspath(path))
+
+
+def decode(content: bytes, name: str) -> str:
+    """UTF-8 text, without the byte order mark that some editors put before it.
+
+    Raises:
+        DataError: another encoding, naming ``name``, and the line where there is one.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            raise DataError(f"{name} is {encoding} text: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8 but of another "
+            "encoding (Windows-1252, Latin-1, ...): save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{name}, line {line}: NUL, as in UTF-16 text: save it as UTF-8")
+    return text
+
+
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    r"""(number from 1, line without white space around it) of each line that is not blank.
+
+    Lines end at ``\n`` alone: other separators (U+2028, U+0085) may stand inside a JSON string.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line := line.strip():
+            yield number, line
+
+
+def parse_json(text: str) -> Any:
+    """What ``text`` means as JSON.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a file of JSON objects.
+
+    Args:
+        expected: what a line looks like, for the message.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    for number, line in lines(read_text(path)):
+        try:
+            entry = parse_json(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"a {type(entry).__name__}")
+        except ValueError as error:
+            raise DataError(
+                f"{os.fspath(path)}, line {number}: expected {expected}, got {line[:80]} ({error})"
+            ) from error
+        yield number, entry
+
+
+# -- what is left out -----------------------------------------------------------------------------
+
+
+class Tally:
+    """How many things were left out, why, and an example of each.
+
+    Args:
+        where: what they were left out of, for the line that says so.
+    """
+
+    def __init__(self, where: str | os.PathLike[str]) -> None:
+        self.where = os.fspath(where)
+        self.total, self._said = 0, 0
+        self._reasons: dict[str, tuple[int, str]] = {}
+
+    def add(self, why: str, example: str | os.PathLike[str], count: int = 1) -> None:
+        """Count what was left out for the reason ``why``."""
+        before, first = self._reasons.get(why, (0, os.fspath(example)))
+        self._reasons[why] = (before + count, first)
+        self.total += count
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} {why} ({first})" for why, (n, first) in self._reasons.items())
+
+    def say(self, verb: str = "left out") -> None:
+        """One line about all of it, where anything is new."""
+        if self.total > self._said:
+            say(f"{self.where}: {verb}: {self}")
+            self._said = self.total
+
+    def say_doubled(self, verb: str = "left out") -> None:
+        """As :meth:`say`, but not before the number has doubled: what is met while a run goes on
+        is told in a few lines, however much of it there is."""
+        if self.total >= 2 * self._said:
+            self.say(verb)
