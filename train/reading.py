@@ -26,7 +26,7 @@ class DataError(RuntimeError):
     """Data that are missing, unreadable or too few. The message is one printable line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(" ".join(message.split("\n"))))
 
 
 def printable(text: str | os.PathLike[str]) -> str:
