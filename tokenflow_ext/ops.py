@@ -19,6 +19,7 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenflow_ext._build import load_library
@@ -106,7 +107,8 @@ def multiscale_quantize(
     """
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return QuantizeResult(
-        *torch.ops.tokenflow_ext.multiscale_quantize(
+        *_call(
+            _Quantize,
             h,
             codebook,
             dropped,
@@ -129,12 +131,14 @@ def multiscale_rows(
 ) -> Tensor:
     """The rows every scale searched with, [B, L, D], normalised as the search saw them.
 
+    Not differentiable: statistics are made of them.
+
     Args:
         h, codebook, dims, sizes, l2_norm: as for `multiscale_quantize`.
         indices: [B, L] int64, its result.
     """
     return torch.ops.tokenflow_ext.multiscale_rows(
-        h, codebook, indices, list(dims), _flatten(sizes), l2_norm
+        h.detach(), codebook.detach(), indices, list(dims), _flatten(sizes), l2_norm
     )
 
 
@@ -161,7 +165,14 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     Rows are added in order, in float64 where that costs nothing, so the result is the same in
     every run. An index of -1 is skipped.
     """
-    return torch.ops.tokenflow_ext.segment_sum(rows, indices, num_segments)
+    return _call(_SegmentSum, rows, indices, num_segments)
+
+
+def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code stands in indices of any shape, [codebook_size] int64; -1 is no code."""
+    hits = indices.new_zeros(codebook_size + 1)
+    hits.scatter_add_(0, indices.flatten() + 1, torch.ones_like(indices).flatten())
+    return hits[1:]
 
 
 @torch.library.register_fake("tokenflow_ext::nearest_code")
@@ -219,19 +230,20 @@ def _(rows, indices, num_segments):
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_quantize(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm, ctx.atomic_codebook_gradient = inputs
     indices, hits = output[1], output[4]
     ctx.mark_non_differentiable(indices, hits)
     ctx.save_for_backward(h, codebook, indices)
 
 
-def _backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_error, _hits):
+def _quantize_backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_error, _hits):
     h, codebook, indices = ctx.saved_tensors
     wants_codebook = ctx.needs_input_grad[1]
     # As torch's own sums by index do: another algorithm, not an error.
     atomic = ctx.atomic_codebook_gradient and not torch.are_deterministic_algorithms_enabled()
-    grad_h, grad_codebook = torch.ops.tokenflow_ext.multiscale_quantize_backward(
+    grad_h, grad_codebook = _call(
+        _QuantizeGradient,
         h,
         codebook,
         indices,
@@ -246,6 +258,154 @@ def _backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_erro
     return grad_h, grad_codebook if wants_codebook else None, *[None] * 6
 
 
-torch.library.register_autograd(
-    "tokenflow_ext::multiscale_quantize", _backward, setup_context=_setup_context
-)
+def _call(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """The operator, with its gradient. `torch.func` and forward-mode differentiation take no
+    gradient that is registered with an operator (forward mode would be zero without a word), and
+    `torch.compile` takes no function inside a function's gradient."""
+    return function.forward(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+
+
+class _Quantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.tokenflow_ext.multiscale_quantize(*inputs)
+
+    setup_context = staticmethod(_setup_quantize)
+    backward = staticmethod(_quantize_backward)
+
+
+class _QuantizeGradient(torch.autograd.Function):
+    """The gradient of the loop, itself differentiable as often as is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.tokenflow_ext.multiscale_quantize_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        h, codebook, indices, grad_quantized, grad_code_error, grad_row_error, *options = inputs
+        ctx.dims, ctx.sizes, ctx.l2_norm, _ = options
+        ctx.save_for_backward(h, codebook, indices, grad_quantized, grad_code_error, grad_row_error)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad_h, grad_grad_codebook):
+        h, codebook, indices, grad_quantized, grad_code_error, grad_row_error = ctx.saved_tensors
+        wants_codebook = grad_code_error is not None
+        if not wants_codebook:
+            grad_code_error = torch.zeros_like(grad_row_error)
+
+        def loop(h: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return _frozen_loop(h, codebook, indices, ctx.dims, ctx.sizes, ctx.l2_norm)
+
+        def gradient(h: Tensor, codebook: Tensor, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.vjp(loop, h, codebook)[1](grads)
+
+        _, pullback = torch.func.vjp(
+            gradient, h, codebook, grad_quantized, grad_code_error, grad_row_error
+        )
+        grads = pullback((grad_grad_h, grad_grad_codebook))
+        if not wants_codebook:
+            grads = (*grads[:3], None, grads[4])
+        return *grads[:2], None, *grads[2:], *[None] * 4
+
+
+def _frozen_loop(
+    h: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    dims: Sequence[int],
+    flat_sizes: Sequence[int],
+    l2_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantized, code_error and row_error with the tokens given, in plain PyTorch: what the kernels
+    differentiate, for derivatives of their gradient."""
+
+    def normalize(x: Tensor) -> Tensor:
+        if not l2_norm:
+            return x
+        groups = x.split(list(dims), dim=-1)
+        return torch.cat([F.normalize(group, dim=-1) for group in groups], dim=-1)
+
+    sizes = list(zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
+    tokens = indices.split([height * width for height, width in sizes], dim=1)
+    codes = normalize(codebook)
+    residual, quantized, code_error, row_error = h, torch.zeros_like(h), [], []
+    for size, index in zip(sizes, tokens, strict=True):
+        # The tokens of a dropped scale are -1.
+        present = (index >= 0).unsqueeze(-1).to(h.dtype)
+        z = normalize(F.interpolate(residual, size, mode="area").flatten(2).mT)
+        q = F.embedding(index.clamp(min=0), codes)
+        code_error.append((present * (q - z.detach())).square().mean())
+        row_error.append((present * (q.detach() - z)).square().mean())
+        grid = present * (z + (q - z).detach())
+        grid = grid.mT.unflatten(2, size)
+        upsampled = F.interpolate(grid, h.shape[2:], mode="bicubic", align_corners=False)
+        quantized = quantized + upsampled
+        residual = residual - upsampled.detach()
+    return quantized, torch.stack(code_error), torch.stack(row_error)
+
+
+class _SegmentSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, indices, num_segments):
+        return torch.ops.tokenflow_ext.segment_sum(rows, indices, num_segments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums, _counts):
+        (indices,) = ctx.saved_tensors
+        rows = F.embedding(indices.clamp(min=0), grad_sums)
+        return torch.where((indices >= 0).unsqueeze(1), rows, 0), None, None
+
+
+for _name, _function in (
+    ("multiscale_quantize", _Quantize),
+    ("multiscale_quantize_backward", _QuantizeGradient),
+    ("segment_sum", _SegmentSum),
+):
+    torch.library.register_autograd(
+        f"tokenflow_ext::{_name}", _function.backward, setup_context=_function.setup_context
+    )
+
+
+def _register_vmap(name: str) -> None:
+    """One call for each entry of the mapped dimension: every entry has statistics of its own."""
+    operator = getattr(torch.ops.tokenflow_ext, name)
+
+    def rule(info: Any, in_dims: tuple, *args: Any):
+        results = [
+            operator(
+                *(
+                    arg.select(dim, entry) if isinstance(dim, int) else arg
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for entry in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    torch.library.register_vmap(f"tokenflow_ext::{name}", rule)
+
+
+for _name in (
+    "nearest_code",
+    "multiscale_quantize",
+    "multiscale_quantize_backward",
+    "multiscale_rows",
+    "multiscale_decode",
+    "segment_sum",
+):
+    _register_vmap(_name)

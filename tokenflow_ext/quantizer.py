@@ -74,6 +74,10 @@ class MultiScaleQuantizer(nn.Module):
         codebooks: one parameter [K, dims[g]] for each group g.
         usage_ema: running mean of each code's hits in a training step, [K], over all processes.
         window_hits: hits since `usage_window(reset=True)`, [K].
+        skipped_rows: how many rows the statistics have left out since `reset_parameters`, scalar
+            int64 over all processes: those of images whose features hold a NaN or an infinity (an
+            overflow in half precision, say), and rows that are not finite themselves. They move
+            no code and no count.
 
     Raises:
         ValueError, TypeError: an argument out of its range, named in the message.
@@ -81,6 +85,7 @@ class MultiScaleQuantizer(nn.Module):
 
     usage_ema: Tensor
     window_hits: Tensor
+    skipped_rows: Tensor
     codebook_sums: Tensor | None
 
     def __init__(
@@ -134,17 +139,19 @@ class MultiScaleQuantizer(nn.Module):
             nn.Parameter(torch.empty(self.codebook_size, d), requires_grad=learned)
             for d in self.dims
         )
-        self.register_buffer("usage_ema", torch.zeros(self.codebook_size))
-        self.register_buffer(
-            "window_hits", torch.zeros(self.codebook_size, dtype=torch.int64), persistent=False
-        )
-        sums = torch.zeros(self.codebook_size, self.dim) if codebook_update == "ema" else None
+        self.register_buffer("usage_ema", torch.empty(self.codebook_size))
+        for name, shape in (("window_hits", (self.codebook_size,)), ("skipped_rows", ())):
+            self.register_buffer(name, torch.empty(shape, dtype=torch.int64), persistent=False)
+        sums = torch.empty(self.codebook_size, self.dim) if codebook_update == "ema" else None
         self.register_buffer("codebook_sums", sums)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random unit rows with l2_norm, otherwise uniform in [-1/K, 1/K] (as VQGAN)."""
+        """Codes: random unit rows with l2_norm, otherwise uniform in [-1/K, 1/K] (as VQGAN). All
+        statistics: zero. So it also fills what `to_empty` has made of a module on "meta"."""
         with torch.no_grad():
+            for buffer in self.buffers(recurse=False):
+                buffer.zero_()
             for codebook in self.codebooks:
                 if self.l2_norm:
                     codebook.copy_(F.normalize(torch.randn_like(codebook), dim=-1))
@@ -270,19 +277,28 @@ class MultiScaleQuantizer(nn.Module):
         self, features: Tensor, codebook: Tensor, result: ops.QuantizeResult
     ) -> Tensor:
         """Running statistics after a training step; returns the hits over all processes."""
-        hits = all_reduce(result.hits.clone())
-        self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), 1 - self.usage_decay)
-        self.window_hits.add_(hits)
+        searched = result.indices >= 0
+        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
         if self.codebook_update == "ema":
             rows = self._rows(features.detach(), codebook, result.indices)
-            sums, _ = ops.segment_sum(
-                rows.flatten(0, 1), result.indices.flatten(), self.codebook_size
-            )
+            finite = finite & rows.isfinite().all(dim=-1)
+        tokens = torch.where(finite, result.indices, -1)
+        skipped = (searched & (tokens < 0)).sum().unsqueeze(0)
+        counts = all_reduce(torch.cat([ops.count_codes(tokens, self.codebook_size), skipped]))
+        hits = counts[:-1]
+        self.skipped_rows.add_(counts[-1])
+        # A step without a row is no step.
+        stepped = hits.any()
+        weight = (stepped * (1 - self.usage_decay)).to(self.usage_ema.dtype)
+        self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), weight)
+        self.window_hits.add_(hits)
+        if self.codebook_update == "ema":
+            sums, _ = ops.segment_sum(rows.flatten(0, 1), tokens.flatten(), self.codebook_size)
             sums = all_reduce(sums).to(self.codebook_sums.dtype)
-            self.codebook_sums.lerp_(sums, 1 - self.usage_decay)
+            self.codebook_sums.lerp_(sums, weight.to(sums.dtype))
             means = self.codebook_sums / self.usage_ema.clamp(min=1e-12).unsqueeze(1)
             # A code that was never hit, or not for so long that its mean is noise, stays.
-            self._set_codes(means, self.usage_ema > 1e-5)
+            self._set_codes(means, stepped & (self.usage_ema > 1e-5))
         return hits
 
     # ------------------------------------------------------------------ tokens
@@ -438,8 +454,12 @@ class MultiScaleQuantizer(nn.Module):
         loses all its rows moves to a random feature.
 
         Args:
-            features: [N, D], N > 0, such as `rows(h)` returns.
+            features: [N, D], N > 0, such as `rows(h)` returns. Rows with a NaN or an infinity are
+                left out and counted in `skipped_rows`.
             iterations: how many assignments and means.
+
+        Raises:
+            ValueError: a wrong shape, or a process without a finite row (on every process).
         """
         features = self._features(features)
         rows = self._normalize(features)
@@ -463,15 +483,19 @@ class MultiScaleQuantizer(nn.Module):
         restarted code has time to find its rows. Every process calls it.
 
         Args:
-            features: [N, D], N > 0, such as `rows(h)` returns.
+            features: as for `init_kmeans`.
             threshold: a code is dead where its running hits are below this share of the mean.
 
         Returns:
             How many codes were moved (waits for the device).
+
+        Raises:
+            As `init_kmeans`.
         """
+        features = self._features(features)
         mean = self.usage_ema.mean()
         dead = self.usage_ema < threshold * mean
-        self._set_codes(sample_rows(self._features(features), self.codebook_size), dead)
+        self._set_codes(sample_rows(features, self.codebook_size), dead)
         self._reset_statistics(dead, mean)
         return int(dead.sum())
 
@@ -480,7 +504,16 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(
                 f"features must have shape [N, {self.dim}], N > 0, got {tuple(features.shape)}"
             )
-        return features.detach().to(self.codebooks[0].device, torch.float32)
+        features = features.detach().to(self.codebooks[0].device, torch.float32)
+        finite = features.isfinite().all(dim=1)
+        counts = torch.stack([(~finite).sum(), (~finite.any()).long()])
+        skipped, without = all_reduce(counts).tolist()
+        if without:
+            raise ValueError(
+                f"features must hold a finite row on every process, {without} of them had none"
+            )
+        self.skipped_rows.add_(skipped)
+        return features[finite] if skipped else features
 
     def _normalize(self, rows: Tensor) -> Tensor:
         if not self.l2_norm:

@@ -225,15 +225,12 @@ class VarQuantizer(MultiScaleQuantizer):
                 code_error.append(F.mse_loss(f_hat, target) * present)
                 row_error.append(F.mse_loss(f_hat.detach(), features) * present)
         tokens = torch.cat(indices, dim=1)
-        # One place more, for the -1 of a dropped scale.
-        hits = tokens.new_zeros(self.codebook_size + 1)
-        hits.scatter_add_(0, tokens.flatten() + 1, torch.ones_like(tokens).flatten())
         return ops.QuantizeResult(
             features + (f_hat.detach() - target),
             tokens,
             torch.stack(code_error),
             torch.stack(row_error),
-            hits[1:],
+            ops.count_codes(tokens, self.codebook_size),
         )
 
     def _contribution(self, tokens: Tensor, codebook: Tensor, scale: int, size: Size) -> Tensor:

@@ -318,3 +318,167 @@ def test_strided_and_channels_last_inputs() -> None:
         h.transpose(0, 1).contiguous().transpose(0, 1),
     ):
         assert torch.equal(quantizer(variant).quantized, expected.quantized)
+
+
+# ---------------------------------------------------------------- higher derivatives and torch.func
+
+
+def _problem(sizes: list, l2_norm: bool, dropped: int) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    codebook = torch.randn(9, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    seeds = [
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((2, 6, 5, 4), (len(sizes),), (len(sizes),))
+    ]
+
+    def ours(h: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = ops.multiscale_quantize(
+            h, codebook, [4, 2], sizes, [1.0, 0.5], l2_norm, torch.tensor(dropped)
+        )
+        return out.quantized, out.code_error, out.row_error
+
+    def eager(h: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = reference.multiscale_quantize(
+            h, codebook, [4, 2], sizes, [1.0, 0.5], l2_norm, dropped
+        )
+        return out.quantized, out.code_error, out.row_error
+
+    return h, codebook, seeds, ours, eager
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize("dropped", [-1, 1])
+def test_second_and_third_derivatives_are_the_eager_loops(l2_norm: bool, dropped: int) -> None:
+    h, codebook, seeds, ours, eager = _problem(SIZES, l2_norm, dropped)
+
+    def derivatives(run) -> list[torch.Tensor]:
+        inputs, found = [h, codebook, *seeds], []
+        grads = torch.autograd.grad(run(h, codebook), [h, codebook], seeds, create_graph=True)
+        for order in (2, 3):
+            found.extend(grads)
+            total = sum((g * torch.linspace(-1, 2, g.numel()).view_as(g)).sum() for g in grads)
+            # Without l2_norm the loop is of second degree: its third derivatives are no function
+            # of anything.
+            if not total.requires_grad:
+                break
+            grads = torch.autograd.grad(total.square(), inputs, create_graph=order == 2)
+        return [*found, *grads]
+
+    got, expected = derivatives(ours), derivatives(eager)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert any(bool(g.any()) for g in got[2:])
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_gradgradcheck(l2_norm: bool) -> None:
+    """With one scale, and one of the inputs at a time, nothing is held back that the gradient
+    depends on."""
+    h, codebook, seeds, ours, _ = _problem(SIZES[2:], l2_norm, -1)
+    fixed_h, fixed_codebook = h.detach(), codebook.detach()
+    of_h = lambda h: ours(h, fixed_codebook)[::2]  # noqa: E731
+    of_codebook = lambda codebook: ours(fixed_h, codebook)[1]  # noqa: E731
+    assert torch.autograd.gradgradcheck(of_h, (h,), seeds[::2])
+    assert torch.autograd.gradgradcheck(of_codebook, (codebook,), seeds[1:2])
+
+
+def test_gradient_penalty_without_a_codebook_gradient() -> None:
+    h, codebook, _, ours, eager = _problem(SIZES, True, -1)
+    codebook = codebook.detach()
+
+    def penalty(run) -> torch.Tensor:
+        quantized, _, row_error = run(h, codebook)
+        total = quantized.square().sum() + row_error.sum()
+        (g,) = torch.autograd.grad(total, h, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), h)[0]
+
+    torch.testing.assert_close(penalty(ours), penalty(eager))
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_torch_func(l2_norm: bool) -> None:
+    h, codebook, _, ours, eager = _problem(SIZES, l2_norm, -1)
+    h, codebook = h.detach(), codebook.detach()
+
+    def scalar(run):
+        return lambda h, codebook: sum(part.square().sum() for part in run(h, codebook))
+
+    f, g = scalar(ours), scalar(eager)
+    twice = lambda f: torch.func.grad(  # noqa: E731
+        lambda h, c: torch.func.grad(f)(h, c).square().sum()
+    )
+    for got, expected in (
+        (torch.func.grad(f, (0, 1)), torch.func.grad(g, (0, 1))),
+        (twice(f), twice(g)),
+    ):
+        torch.testing.assert_close(got(h, codebook), expected(h, codebook))
+
+    def flat(run):
+        return lambda h: torch.cat([part.flatten() for part in run(h, codebook)])
+
+    torch.testing.assert_close(
+        torch.func.jacrev(flat(ours))(h[:1]), torch.autograd.functional.jacobian(flat(eager), h[:1])
+    )
+    # Each sample, and each codebook of a set, by itself.
+    of_sample = lambda f: lambda x: f(x.unsqueeze(0), codebook)  # noqa: E731
+    codebooks = torch.stack([codebook, codebook.flip(0) * 1.5])
+    of_codebook = lambda f: lambda c: f(h, c)  # noqa: E731
+    for mapped, alone, inputs in (
+        (of_sample(f), of_sample(g), h),
+        (torch.func.grad(of_sample(f)), torch.func.grad(of_sample(g)), h),
+        (torch.func.grad(of_codebook(f)), torch.func.grad(of_codebook(g)), codebooks),
+    ):
+        torch.testing.assert_close(
+            torch.func.vmap(mapped)(inputs), torch.stack([alone(x) for x in inputs])
+        )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_vmap_of_the_operators_without_gradient(number: int) -> None:
+    codebook, indices = torch.randn(9, 6), torch.randint(0, 9, (3, 2, 27))
+    rows, h = torch.randn(5, 3, 6), torch.randn(3, 2, 6, 5, 4)
+    function, in_dims, inputs = (
+        (lambda r: ops.nearest_code(r, codebook, [4, 2]), (1,), (rows,)),
+        (lambda i: ops.multiscale_decode(i, codebook, [4, 2], SIZES, (5, 4)), (0,), (indices,)),
+        (lambda h, i: ops.multiscale_rows(h, codebook, i, [4, 2], SIZES), (0, 0), (h, indices)),
+        (lambda r, i: ops.segment_sum(r, i, 9)[0], (1, 0), (rows, indices[:, 0, :5])),
+    )[number]
+    mapped = torch.func.vmap(function, in_dims)(*inputs)
+    for entry in range(3):
+        alone = (x.select(dim, entry) for x, dim in zip(inputs, in_dims, strict=True))
+        assert torch.equal(mapped[entry], function(*alone))
+
+
+def test_forward_mode_is_refused_never_zero() -> None:
+    h, codebook, *_ = _problem(SIZES, True, -1)
+
+    def run(h: torch.Tensor) -> torch.Tensor:
+        return ops.multiscale_quantize(h, codebook.detach(), [4, 2], SIZES).quantized
+
+    def sums(rows: torch.Tensor) -> torch.Tensor:
+        return ops.segment_sum(rows, torch.tensor([0, 1, 0]), 2)[0]
+
+    for function, x in ((run, h.detach()), (sums, torch.randn(3, 2))):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+            function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_gradient_of_segment_sum() -> None:
+    rows = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([0, 2, -1, 2, 3, 0, -1])
+    assert torch.autograd.gradcheck(lambda r: ops.segment_sum(r, indices, 5)[0], rows)
+    assert torch.autograd.gradgradcheck(lambda r: ops.segment_sum(r, indices, 5)[0], rows)
+
+
+def test_what_is_not_differentiable_has_no_gradient_at_all() -> None:
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    codebook = torch.randn(9, 6, requires_grad=True)
+    indices = torch.randint(0, 9, (2, 27))
+    rows = ops.multiscale_rows(h, codebook, indices, [4, 2], SIZES)
+    decoded = ops.multiscale_decode(indices, codebook, [4, 2], SIZES, (5, 4))
+    assert not rows.requires_grad
+    assert not decoded.requires_grad

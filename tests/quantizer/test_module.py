@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quantizer.strategies import DEVICES, pyramids
 
 from tokenflow_ext import CodebookUsage, MultiScaleQuantizer, reference
+from tokenflow_ext.var import VarQuantizer
 
 
 def make(size: int = 50, **options) -> MultiScaleQuantizer:
@@ -362,3 +363,72 @@ def test_usage_of_nothing() -> None:
     usage = CodebookUsage.from_hits(torch.zeros(5, dtype=torch.int64))
     assert usage.share == 0
     assert usage.perplexity == 1
+
+
+def _state(quantizer: MultiScaleQuantizer) -> dict[str, torch.Tensor]:
+    kept = {**quantizer.state_dict(), "window_hits": quantizer.window_hits}
+    return {name: value.clone() for name, value in kept.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [{}, {"l2_norm": False}])
+@pytest.mark.parametrize("kind", ["gradient", "ema", "var"])
+def test_features_that_are_not_finite_leave_no_trace(device, kind, options, bad) -> None:
+    """The state after a batch with bad images is that after the batch without them."""
+
+    def build() -> MultiScaleQuantizer:
+        torch.manual_seed(0)
+        if kind == "var":
+            return VarQuantizer(50, 6, (1, 2, 4), phi_shared=3, **options).to(device)
+        return make(codebook_update=kind, **options).to(device)
+
+    h = torch.randn(5, 6, 4, 4, device=device)
+    spoiled = h.clone()
+    spoiled[1, 2, 3, 0] = bad
+    spoiled[4] = bad
+    ours, expected = build(), build()
+    for batch, clean in ((h, h), (spoiled, h[[0, 2, 3]])):
+        hits = ours(batch).usage.hits
+        assert torch.equal(hits, expected(clean).usage.hits)
+    for name, value in _state(expected).items():
+        torch.testing.assert_close(_state(ours)[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    assert int(ours.skipped_rows) == 2 * ours.num_tokens
+    assert int(expected.skipped_rows) == 0
+
+    before = _state(ours)
+    ours(torch.full_like(h, bad))
+    assert all(torch.equal(value, before[name]) for name, value in _state(ours).items())
+    assert int(ours.skipped_rows) == 7 * ours.num_tokens
+    ours(h, check=True)
+
+
+def test_the_care_of_a_codebook_leaves_out_rows_that_are_not_finite() -> None:
+    torch.manual_seed(0)
+    quantizer = make()
+    features = torch.randn(200, 6)
+    features[::3, 1] = float("nan")
+    features[1::3, 5] = float("inf")
+    quantizer.init_kmeans(features, iterations=2)
+    assert quantizer.joint_codebook().isfinite().all()
+    assert int(quantizer.skipped_rows) == 134
+    quantizer(torch.randn(2, 6, 4, 4))
+    assert quantizer.restart_dead_codes(features) > 0
+    assert quantizer.joint_codebook().isfinite().all()
+    before = _state(quantizer)
+    for care in (quantizer.init_kmeans, quantizer.restart_dead_codes):
+        with pytest.raises(ValueError, match="finite row"):
+            care(torch.full((3, 6), float("nan")))
+    assert all(torch.equal(value, before[name]) for name, value in _state(quantizer).items())
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_reset_parameters_fills_everything(update) -> None:
+    with torch.device("meta"):
+        quantizer = make(codebook_update=update)
+    quantizer.to_empty(device="cpu")
+    for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else 7)
+    quantizer.reset_parameters()
+    assert all(bool(codes.isfinite().all()) for codes in quantizer.codebooks)
+    assert not any(bool(buffer.any()) for buffer in quantizer.buffers())
