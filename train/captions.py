@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenflow_ext.train import data, shards
+from tokenflow_ext.train import data, shards, tokens
 from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import DataError, counted_rng
 from tokenflow_ext.train.pictures import read_square, to_square, to_tensor
 
 METADATA = "metadata.jsonl"
-TOKENS_FORMAT = "tokenflow-tokens"
 _MEMORY = 256 << 20  # bytes of decoded pictures that are kept
 _SENTENCE = re.compile(r"[.!?]+[\"')\]]*(?=\s)|[\u3002\uff01\uff1f]")
 
@@ -182,6 +180,7 @@ class Tokens:
 
     Args:
         scales: (rows, columns) of each scale that the tokenizer at hand has.
+        tokenizer: gives its :func:`tokens.fingerprint`; None trusts that the tokens are its own.
 
     Raises:
         DataError: unfinished, unreadable, or tokens of another tokenizer.
@@ -193,42 +192,15 @@ class Tokens:
         scales: list[tuple[int, int]],
         codebook_size: int,
         choice: Choice = _ALL,
+        tokenizer: Callable[[], str] | None = None,
     ) -> None:
-        index = _read_index(folder)
-        if [tuple(s) for s in index["scales"]] != [tuple(s) for s in scales]:
-            raise DataError(
-                f"{folder} holds tokens of the scales {index['scales']}, the tokenizer has "
-                f"{[list(s) for s in scales]}"
-            )
-        if index["codebook_size"] != codebook_size:
-            raise DataError(
-                f"{folder} holds tokens of {index['codebook_size']} codes, the tokenizer has "
-                f"{codebook_size}"
-            )
-        rows, captions = [], []
-        for shard in index["shards"]:
-            try:
-                listing = json.loads((folder / shard["rows"]).read_text(encoding="utf-8"))
-                with safe_open(str(folder / shard["tokens"]), framework="pt") as file:
-                    tokens = file.get_tensor("tokens")
-            except (OSError, ValueError, SafetensorError) as error:
-                raise DataError(f"cannot read the tokens in {folder}: {error}") from error
-            if len(listing) != len(tokens):
-                raise DataError(
-                    f"{folder / shard['tokens']}: {len(tokens)} rows for {len(listing)}"
-                )
-            kept = [i for i, entry in enumerate(listing) if entry["caption"]]
-            rows.append(tokens[kept])
-            captions += [listing[i]["caption"] for i in kept]
-        if not captions:
+        read, captions = tokens.read(folder, scales, codebook_size, tokenizer)
+        described = [i for i, caption in enumerate(captions) if caption]
+        if not described:
             raise DataError(f"no row of the tokens in {folder} has a caption")
-        chosen = choice(captions)
-        self.tokens, self.captions = torch.cat(rows)[chosen], [captions[i] for i in chosen]
-        least, most = int(self.tokens.min()), int(self.tokens.max())
-        if least < 0 or most >= codebook_size:
-            raise DataError(
-                f"{folder} holds tokens from {least} to {most}, the tokenizer has {codebook_size}"
-            )
+        chosen = [described[i] for i in choice([captions[i] for i in described])]
+        self.tokens, self.captions = torch.cat(read)[chosen], [captions[i] for i in chosen]
+        self.left_out = len(captions) - len(described)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -239,16 +211,6 @@ class Tokens:
     def captions_up_to(self, count: int) -> list[str]:
         """The captions, ``count`` of them at most."""
         return self.captions[:count]
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {folder / 'index.json'}: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != TOKENS_FORMAT:
-        raise DataError(f"{folder / 'index.json'} is not what `tokenflow tokenize` writes")
-    return index
 
 
 class Shards(shards.Shards):
@@ -311,11 +273,13 @@ def _evenly(total: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Form:
-    """What the tokenizer wants of pictures and tokens."""
+    """What the tokenizer wants of pictures and tokens; ``tokenizer`` gives its fingerprint, with
+    which tokens of another one are refused (:func:`tokens.fingerprint`)."""
 
     image_size: int
     scales: list[tuple[int, int]]
     codebook_size: int
+    tokenizer: Callable[[], str] | None = None
 
 
 class Captioned(Dataset):
@@ -385,8 +349,8 @@ def open_source(
         choice = Choice(config.match, config.unseen, config.limit)
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}")
-    if (folder / "index.json").is_file():
-        return Tokens(folder, form.scales, form.codebook_size, choice)
+    if tokens.is_tokens(folder):
+        return Tokens(folder, form.scales, form.codebook_size, choice, form.tokenizer)
     if shards.list_shards(folder):
         if choice != _ALL:
             raise DataError(

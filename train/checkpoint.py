@@ -156,6 +156,18 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path / 'training.pt'} cannot be loaded: {error}") from error
 
 
+def check_there(path: str | Path) -> Path:
+    """That there is anything at all at ``path``.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise CheckpointError(f"nothing at {given}")
+    return given
+
+
 def find(path: str | Path) -> Path:
     """The folder with config.json and model.safetensors that ``path`` means.
 
@@ -164,9 +176,7 @@ def find(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there, or a checkpoint that is not whole.
     """
-    given = Path(path)
-    if not given.exists():
-        raise CheckpointError(f"nothing at {given}")
+    given = check_there(path)
     if given.is_file():
         given = given.parent
     if checkpoints := available(given / "checkpoints") or available(given):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
@@ -23,62 +20,61 @@ from tokenflow_ext.train import (
     evaluate,
     fid,
     generate,
+    outputs,
+    reading,
     text_to_image,
     tokenizer,
+    tokens,
 )
-from tokenflow_ext.train.captions import TOKENS_FORMAT, list_captions
+from tokenflow_ext.train.captions import list_captions
+from tokenflow_ext.train.distributed import find_device
 from tokenflow_ext.train.logs import over_under
 from tokenflow_ext.train.messages import ending_in_one_line
 from tokenflow_ext.train.pictures import read_square
 
 
-def _facts(model: TokenFlowTokenizer, folder: Path) -> dict[str, object]:
-    quantizer = model.quantizer
-    return {
-        "format": TOKENS_FORMAT,
-        "version": 1,
-        "tokenizer": str(folder),
-        "image_size": model.config.image_size,
-        "codebook_size": quantizer.codebook_size,
-        "scales": [list(size) for size in quantizer.scales],
-        "tokens_per_image": quantizer.num_tokens,
-    }
-
-
-def _save_tokens(tokens: torch.Tensor, path: Path, facts: dict[str, object]) -> None:
-    metadata = {key: json.dumps(value) for key, value in facts.items()}
-    part = path.with_name(path.name + ".part")
-    save_file({"tokens": tokens.to(torch.int32).contiguous()}, str(part), metadata=metadata)
-    part.replace(path)
-
-
 @torch.no_grad()
 def reconstruct(
-    images: list[str], source: str, out: str, device: str = "cpu", resolution: int | None = None
+    images: list[str],
+    source: str,
+    out: str,
+    device: str = "cpu",
+    resolution: int | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write for each image NAME.png (original over reconstruction) and NAME.safetensors (tokens).
 
+    Images of one name are told apart by a number (NAME~2).
+
     Returns:
         The pictures' paths.
+
+    Raises:
+        OutputError: a file of such a name is there, and ``overwrite`` is false or it is an input.
     """
+    place_of_work = find_device(device)
+    checkpoint.check_there(source)
+    for name in images:
+        reading.require_file(name)
+    stems = outputs.distinct_names([Path(name).stem for name in images], ".safetensors")
+    target = outputs.Outputs(Path(out), overwrite)
+    target.claim([stem + suffix for stem in stems for suffix in (".png", ".safetensors")], images)
     model, folder = checkpoint.load_tokenizer(source, resolution)
-    model.to(device)
+    model.to(place_of_work)
     if not model.config.pixel.enabled:
         raise ConfigError(
             f"{folder} decodes no images (its pixel.enabled is false): `tokenflow tokenize` gives "
             "its tokens"
         )
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    facts, written = _facts(model, folder), []
-    for name in images:
-        original = read_square(Path(name), model.config.image_size)[None].to(device)
-        tokens = model.encode(original)
-        made = model.decode(tokens)[0]
-        picture = target / f"{Path(name).stem}.png"
-        Image.fromarray(over_under(original, made, least=256)).save(picture)
-        _save_tokens(tokens.cpu(), picture.with_suffix(".safetensors"), facts)
-        print(f"{name}: {tokens.shape[1]} tokens, {psnr(made, original).item():.2f} dB, {picture}")
+    facts, written = tokens.facts(model, folder), []
+    for name, stem in zip(images, stems, strict=True):
+        original = read_square(Path(name), model.config.image_size)[None].to(place_of_work)
+        codes = model.encode(original)
+        made = model.decode(codes)[0]
+        sheet = outputs.png(over_under(original, made, least=256))
+        picture = target.write(f"{stem}.png", sheet)
+        target.write(f"{stem}.safetensors", tokens.encoded(codes.cpu(), facts | {"image": name}))
+        print(f"{name}: {codes.shape[1]} tokens, {psnr(made, original).item():.2f} dB, {picture}")
         written.append(picture)
     return written
 
@@ -98,50 +94,73 @@ def tokenize(
 
     Files that cannot be read are left out, and named in the index.
 
-    The index (index.json) is written last: a folder without it is not finished. See
-    docs/training.md for the format.
+    The index (index.json) is written last: a folder without it is not finished, and is gone on
+    with by the same call. See docs/training.md for the format.
+
+    Raises:
+        OutputError: ``out`` holds other things, or tokens of something else.
     """
+    place_of_work, target = find_device(device), Path(out)
+    tokens.check_target(target)
     model, place = checkpoint.load_tokenizer(source, resolution)
-    model.to(device)
+    about = tokens.facts(model, place) | {"tokenizer_sha256": tokens.fingerprint(model)}
     captions = list_captions(folder)
     paths = sorted(captions)
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    facts = _facts(model, place)
-    shards, skipped = [], []
-    bar = tqdm(total=len(paths), unit="image")
-    for number, start in enumerate(range(0, len(paths), shard)):
-        tokens, rows = [], []
-        for at in range(start, min(start + shard, len(paths)), batch):
-            squares = []
-            for path in paths[at : min(at + batch, start + shard)]:
-                bar.update()
-                name = str(path.relative_to(folder))
-                try:
-                    squares.append(read_square(path, model.config.image_size))
-                except data.DataError as error:  # one of a million must not end the others
-                    bar.write(f"left out: {error}")
-                    skipped.append(name)
-                    continue
-                rows.append({"image": name, "caption": captions[path]})
-            if squares:
-                tokens.append(model.encode(torch.stack(squares).to(device)).cpu())
-        if not rows:
-            continue
-        names = {"tokens": f"tokens-{number:05d}.safetensors", "rows": f"tokens-{number:05d}.json"}
-        _save_tokens(torch.cat(tokens), target / names["tokens"], facts)
-        listing = json.dumps(rows, indent=0, ensure_ascii=False)
-        checkpoint.write_text(target / names["rows"], listing)
-        shards.append({**names, "count": len(rows)})
-    bar.close()
-    index = target / "index.json"
-    images = sum(entry["count"] for entry in shards)
-    if not images:
-        raise data.DataError(f"no image below {folder} can be read")
-    facts |= {"images": images, "skipped": skipped, "shards": shards}
-    checkpoint.write_text(index, json.dumps(facts, indent=2) + "\n")
-    print(f"{images} images, {facts['tokens_per_image']} tokens each, {index}")
+    about |= {"data_sha256": tokens.data_digest(Path(folder), captions), "shard_size": shard}
+    model.to(place_of_work)
+    with tokens.writing(target, about) as finished:
+        index = target / tokens.INDEX
+        if finished:
+            print(f"the same tokens are there already: {index}")
+            return index
+        names = {path: str(path.relative_to(folder)) for path in paths}
+        shards, skipped, found = [], [], 0
+        with tqdm(total=len(paths), unit="image") as bar:
+            for number, start in enumerate(range(0, len(paths), shard)):
+                part, chosen = tokens.Shard(target, number), paths[start : start + shard]
+                rows = part.written()
+                if rows is not None:
+                    found += 1
+                    bar.update(len(chosen))
+                else:
+                    codes, kept = _encode(model, chosen, batch, place_of_work, bar)
+                    rows = [{"image": names[path], "caption": captions[path]} for path in kept]
+                    if rows:
+                        part.write(torch.cat(codes), rows, about)
+                read = {row["image"] for row in rows}
+                skipped += [names[path] for path in chosen if names[path] not in read]
+                if rows:
+                    shards.append({**part.names, "count": len(rows)})
+        images = sum(entry["count"] for entry in shards)
+        if not images:
+            raise data.DataError(f"no image below {folder} can be read")
+        tokens.finish(target, about | {"images": images, "skipped": skipped, "shards": shards})
+    if found:
+        print(f"{found} shards were there already, of a run that was broken off")
+    if skipped:
+        print(f"{len(skipped)} images cannot be read and were left out; {index} names them")
+    print(f"{images} images, {about['tokens_per_image']} tokens each, {index}")
     return index
+
+
+def _encode(
+    model: TokenFlowTokenizer, paths: list[Path], batch: int, device: torch.device, bar: tqdm
+) -> tuple[list[torch.Tensor], list[Path]]:
+    """Tokens of images by batches, and the images that could be read; the bar names the others."""
+    codes, kept = [], []
+    for at in range(0, len(paths), batch):
+        squares = []
+        for path in paths[at : at + batch]:
+            bar.update()
+            try:
+                squares.append(read_square(path, model.config.image_size))
+            except data.DataError as error:  # one of a million must not end the others
+                bar.write(f"left out: {error}")
+                continue
+            kept.append(path)
+        if squares:
+            codes.append(model.encode(torch.stack(squares).to(device)).cpu())
+    return codes, kept
 
 
 def _add_generate(draw: argparse.ArgumentParser) -> None:
@@ -159,6 +178,7 @@ def _add_generate(draw: argparse.ArgumentParser) -> None:
         help="a run of train/text_to_image.py, one of its checkpoints, or a saved model",
     )
     draw.add_argument("--out", default="outputs", metavar="DIR", help="[%(default)s]")
+    outputs.add_overwrite(draw)
     draw.add_argument(
         "--layout",
         choices=generate.LAYOUTS,
@@ -236,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.add_tokenizer_arguments(sub)
         sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
         sub.add_argument("--device", default="cpu", help="[%(default)s]")
+    outputs.add_overwrite(use)
     fetch = commands.add_parser("fetch-emoji", help="fetch the named emojis of the demonstration")
     fetch.add_argument("folder", metavar="DIR")
     fetch.add_argument("--skin-tones", action="store_true", help="with variants by skin tone")
@@ -266,7 +287,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(known: argparse.Namespace) -> None:
     if known.command == "reconstruct":
-        reconstruct(known.images, known.checkpoint, known.out, known.device, known.resolution)
+        reconstruct(
+            known.images,
+            known.checkpoint,
+            known.out,
+            known.device,
+            known.resolution,
+            known.overwrite,
+        )
     elif known.command == "generate":
         _generate(known)
     elif known.command == "evaluate":
@@ -283,6 +311,7 @@ def _run(known: argparse.Namespace) -> None:
         else:
             emojis.fetch(known.folder, known.skin_tones)
     else:
+        data.check_counts(known, batch=1, shard=1)
         tokenize(
             known.folder,
             known.checkpoint,

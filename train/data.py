@@ -59,7 +59,7 @@ def check_counts(options: Any, **least: int) -> None:
     """
     for name, minimum in least.items():
         value = getattr(options, name)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:  # a NaN is not, either
             raise DataError(f"--{name.replace('_', '-')} must be {minimum} or more, got {value}")
 
 

@@ -7,7 +7,9 @@ under its name when it is complete.
 
 from __future__ import annotations
 
+import argparse
 import errno
+import io
 import json
 import os
 import secrets
@@ -17,6 +19,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 _PART = ".part"
 #: Bytes that a file's name may have, on every file system in use.
@@ -41,6 +47,16 @@ def json_text(value: Any, indent: int | None = None) -> bytes:
 def _alike(name: str) -> str:
     """What names have in common that some file systems take for the same."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def png(image: np.ndarray, texts: dict[str, str] | None = None) -> bytes:
+    """An image [H, W, 3] as a PNG file, with texts in it by their key."""
+    info = PngInfo()
+    for key, value in (texts or {}).items():
+        info.add_itxt(key, value)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def distinct_names(names: Sequence[str], suffix: str = "") -> list[str]:
@@ -216,3 +232,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """``--overwrite`` of a command that writes into a folder."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that are there, but no input"
+    )

@@ -78,6 +78,20 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise OSError("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device, no file")
 
 
+def require_file(path: str | os.PathLike[str]) -> None:
+    """That there is a file at ``path`` which may be read, before any work that needs it.
+
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        check_file(path)
+        if not os.access(path, os.R_OK):
+            raise OSError("no permission to read it")
+    except OSError as error:
+        raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
+
+
 def reason(error: BaseException) -> str:
     """What an error says, without the path that an OSError repeats; its type where that is all."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -158,6 +172,19 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a UTF-8 file means as JSON.
+
+    Raises:
+        DataError: naming the file.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 def json_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, encode_prompts
-from tokenflow_ext.train import captions, checkpoint, data, parallel
+from tokenflow_ext.train import captions, checkpoint, data, parallel, tokens
 from tokenflow_ext.train.config import TextConfig
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.language import (
@@ -48,6 +49,7 @@ class TextTrainer(BaseTrainer):
             image_tokenizer.config.image_size,
             [(side, side) for side in quantizer.scales],
             quantizer.codebook_size,
+            partial(tokens.fingerprint, image_tokenizer),
         )
         self.dataset = captions.Captioned(config.data.path, form, config.data, joint, config.seed)
         self._seed(0)  # every process builds the same weights
