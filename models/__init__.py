@@ -1,8 +1,8 @@
 """Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses, teachers and metrics, and text
 to image.
 
-Importing this package imports torch alone; open_clip, timm, transformers, lpips and safetensors are
-imported where they are used.
+Importing this package imports torch alone; timm, transformers, lpips and safetensors are imported
+where they are used.
 """
 
 from tokenflow_ext.models.config import (
@@ -22,6 +22,9 @@ from tokenflow_ext.models.text_to_image_sequence import (
     encode_prompts,
 )
 from tokenflow_ext.models.tokenizer import CheckpointError, TokenFlowTokenizer, TokenizerOutput
+from tokenflow_ext.models.torchvision_shim import register
+
+register()  # before any import of torchvision, on whichever way
 
 __all__ = [
     "BackboneConfig",

@@ -7,6 +7,7 @@ weights; ``tiny`` is small enough to train on two CPU cores.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,19 @@ class TowerConfig:
         if self.kind == "siglip":
             _need(self.depth >= 2, f"tower.depth must be 2 or more for siglip, got {self.depth}")
         if self.kind == "vitamin":
-            _need(bool(self.variant), "tower.variant must name the timm model for kind 'vitamin'")
+            # A plain name: timm would fetch "hf-hub:..." from the network and read "local-dir:...",
+            # and a checkpoint's configuration must lead to neither.
+            _need(
+                re.fullmatch(r"vitamin_\w+", self.variant, re.ASCII) is not None,
+                "tower.variant must be the name of one of timm's ViTamin models, such as "
+                f"vitamin_xlarge_256, for kind 'vitamin', got {self.variant!r}",
+            )
+        else:
+            _need(
+                self.variant == "",
+                f"tower.variant is for kind 'vitamin' alone, got {self.variant!r} with "
+                f"{self.kind!r}",
+            )
         _need(
             self.projection == 0 or self.kind == "clip",
             f"tower.projection is for kind 'clip' alone, got {self.projection} with {self.kind!r}",

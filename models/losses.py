@@ -5,6 +5,7 @@ total = L_sem + L_VQ + L_pix, with L_pix = l2 + LPIPS + lambda_G * L_G.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tokenflow_ext.models.teachers import WeightsError, read_state
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 
 def semantic_loss(pred: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:
@@ -142,25 +142,33 @@ class LPIPS(nn.Module):
         if not Path(vgg16).is_file():
             raise WeightsError(f"LPIPS: no file at {vgg16}: put there {wanted}")
         state = read_state(vgg16)
-        ensure_torchvision()
         try:
             import lpips
         except ImportError as error:
-            raise ImportError("the LPIPS loss needs lpips: pip install lpips") from error
+            raise ImportError(
+                f"the LPIPS loss needs lpips: pip install 'tokenflow_ext[models]' ({error})"
+            ) from error
         with warnings.catch_warnings():  # lpips builds VGG16 by an old spelling of torchvision's
             warnings.simplefilter("ignore", UserWarning)
             model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        with torch.no_grad():
-            for slice_name, part in model.net.named_children():
-                for number, module in part.named_children():
-                    for kind, parameter in module.named_parameters():
-                        key = f"features.{number}.{kind}"
-                        if key not in state or state[key].shape != parameter.shape:
-                            raise WeightsError(
-                                f"{vgg16} is not {wanted}: {key} of shape "
-                                f"{tuple(parameter.shape)} is not in it ({slice_name})"
-                            )
-                        parameter.copy_(state[key])
+        own = model.state_dict()
+        # "net.slice2.5.weight" is torchvision's "features.5.weight".
+        names = {
+            name: re.sub(r"net\.slice\d+\.", "features.", name)
+            for name in own
+            if name.startswith("net.slice")
+        }
+        if len(names) != 2 * 13:
+            raise ImportError(
+                f"the LPIPS loss knows VGG16 as 13 convolutions in lpips' state dict, and finds "
+                f"{len(names)} weights of it instead of 26: pip install lpips==0.1.4"
+            )
+        for name, key in names.items():
+            if key not in state or state[key].shape != own[name].shape:
+                raise WeightsError(
+                    f"{vgg16} is not {wanted}: {key} of shape {tuple(own[name].shape)} is not in it"
+                )
+        model.load_state_dict({**own, **{name: state[key] for name, key in names.items()}})
         self.model = model
         self.requires_grad_(False)
         self.train(False)

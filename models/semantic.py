@@ -1,16 +1,25 @@
 """The semantic branch: vision towers and the semantic decoder (arXiv 2412.03069, section 3.1).
 
-open_clip, timm and transformers are imported where a tower of theirs is built, never before.
+timm is imported where a tower of its is built, never before; the other towers are plain PyTorch.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext.models.config import ConfigError, TowerConfig
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+from tokenflow_ext.models.vision import (
+    ClipTransformer,
+    NormRelu6,
+    SameConv2d,
+    SiglipEmbeddings,
+    SiglipEncoder,
+    efficientnet_lite0_blocks,
+)
 from tokenflow_ext.var import resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -101,31 +110,16 @@ class ClipTower(Tower):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
-        ensure_torchvision()
-        try:
-            from open_clip.transformer import QuickGELU, VisionTransformer
-        except ImportError as error:
-            raise MissingPackageError(
-                "the CLIP tower needs open_clip: pip install open_clip_torch"
-            ) from error
-        model = VisionTransformer(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_width / config.width,
-            output_dim=config.projection or config.width,
-            act_layer=QuickGELU,
-        )
-        self.class_embedding = model.class_embedding
-        self.positional_embedding = model.positional_embedding
-        self.conv1 = model.conv1
-        self.ln_pre = model.ln_pre
-        self.transformer = model.transformer
-        self.ln_post = model.ln_post
+        width, scale = config.width, config.width**-0.5
+        count = 1 + (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(count, width))
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = ClipTransformer(width, config.depth, config.heads, config.mlp_width)
+        self.ln_post = nn.LayerNorm(width)
         if config.projection:
-            self.proj = model.proj
+            self.proj = nn.Parameter(scale * torch.randn(width, config.projection))
 
     def layers(self) -> list[nn.Module]:
         return list(self.transformer.resblocks)
@@ -147,17 +141,18 @@ class VitaminTower(Tower):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
         self.pixels = PixelNorm(CLIP_MEAN, CLIP_STD)
-        self.trunk = _timm_model(config.variant, img_size=config.image_size, num_classes=0)
-        self.trunk.fc_norm = nn.Identity()  # after the pooling that forward_features leaves out
-        if self.trunk.embed_dim != config.width:
+        self.trunk = _vitamin(config.variant, config.image_size)
+        if self.trunk.num_features != config.width:
             raise ConfigError(
                 f"tower.width is {config.width}, but {config.variant} is "
-                f"{self.trunk.embed_dim} wide"
+                f"{self.trunk.num_features} wide"
             )
 
     def layers(self) -> list[nn.Module]:
-        stages = self.trunk.patch_embed.backbone.stages  # convolutions before the transformer
-        return [block for stage in (*stages, self.trunk.blocks) for block in stage]
+        # By the names that their weights are published under: two stages of convolutions, then the
+        # transformer.
+        name = re.compile(r"(patch_embed\.backbone\.stages\.\d+|blocks)\.\d+")
+        return [module for path, module in self.trunk.named_modules() if name.fullmatch(path)]
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
@@ -173,39 +168,16 @@ class SiglipTower(Tower):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
-        ensure_torchvision()
-        try:
-            from transformers import SiglipVisionConfig, SiglipVisionModel
-        except ImportError as error:
-            raise MissingPackageError(
-                "the SigLIP tower needs transformers: pip install transformers"
-            ) from error
-        settings = SiglipVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.depth - 1,
-            num_attention_heads=config.heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_act="gelu_pytorch_tanh",
-            layer_norm_eps=1e-6,
-            vision_use_head=False,
-        )
-        model = SiglipVisionModel(settings)
-        model = getattr(model, "vision_model", model)  # transformers 4 has one level more
         self.pixels = PixelNorm(SIGLIP_MEAN, SIGLIP_STD)
-        self.embeddings = model.embeddings
-        self.encoder = model.encoder
+        self.embeddings = SiglipEmbeddings(config.image_size, config.patch_size, config.width)
+        self.encoder = SiglipEncoder(config.width, config.depth - 1, config.heads, config.mlp_width)
 
     def layers(self) -> list[nn.Module]:
         return list(self.encoder.layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, width]."""
-        pixels = self.pixels(self.scaled(images))
-        other = tuple(pixels.shape[-2:]) != (self.config.image_size,) * 2
-        x = self.embeddings(pixels, interpolate_pos_encoding=other)
-        return self.encoder(inputs_embeds=x).last_hidden_state
+        return self.encoder(self.embeddings(self.pixels(self.scaled(images))))
 
 
 class EfficientNetLite0Tower(Tower):
@@ -222,11 +194,10 @@ class EfficientNetLite0Tower(Tower):
                 "EfficientNet-Lite0 gives 112 channels at stride 16: tower.width and "
                 f"tower.patch_size must say so, got {config.width} and {config.patch_size}"
             )
-        model = _timm_model("tf_efficientnet_lite0", num_classes=0)
         self.pixels = PixelNorm(IMAGENET_MEAN, IMAGENET_STD)
-        self.conv_stem = model.conv_stem
-        self.bn1 = model.bn1
-        self.blocks = model.blocks[:5]
+        self.conv_stem = SameConv2d(3, 32, 3, stride=2)
+        self.bn1 = NormRelu6(32)
+        self.blocks = efficientnet_lite0_blocks()
 
     def train(self, mode: bool = True) -> EfficientNetLite0Tower:
         """Sets the mode; BatchNorm stays in evaluation."""
@@ -247,13 +218,20 @@ class EfficientNetLite0Tower(Tower):
         return self.blocks(x).flatten(2).transpose(1, 2)
 
 
-def _timm_model(name: str, **options: object) -> nn.Module:
-    ensure_torchvision()
+def _vitamin(variant: str, image_size: int) -> nn.Module:
+    """timm's ViTamin up to its last block, with random weights."""
     try:
         import timm
     except ImportError as error:
-        raise MissingPackageError(f"the tower {name} needs timm: pip install timm") from error
-    return timm.create_model(name, pretrained=False, **options)
+        raise MissingPackageError(
+            f"the tower {variant} needs timm: pip install 'tokenflow_ext[models]' ({error})"
+        ) from error
+    if not timm.is_model(variant):
+        raise ConfigError(f"tower.variant {variant!r} is not a model of timm {timm.__version__}")
+    # Published weights have no norm after the pooling, which forward_features leaves out.
+    return timm.create_model(
+        variant, pretrained=False, img_size=image_size, num_classes=0, final_norm=False
+    )
 
 
 _TOWERS = {

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from tokenflow_ext.models import WeightsError
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.train.data import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -49,15 +48,13 @@ def find_weights(given: str | Path | None = None) -> Path:
 
 
 def _ready(weights: str | Path | None) -> Path:
-    """Makes torch-fidelity importable; the checked weights' path."""
+    """The checked weights' path, where torch-fidelity is installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise WeightsError(
             "FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'; and its Inception "
             f"weights, {WEIGHTS}, at {_cached()} or as --weights FILE"
         )
-    path = find_weights(weights)
-    ensure_torchvision()
-    return path
+    return find_weights(weights)
 
 
 def inception(weights: str | Path | None = None) -> torch.nn.Module:

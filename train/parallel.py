@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tokenflow_ext.train.distributed import Processes
 
@@ -134,7 +135,7 @@ class Average:
     def update(self, step: int) -> None:
         """Follow the weights after optimizer step ``step`` (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(*self._pairs(), 1 - decay)
+        get_ema_multi_avg_fn(decay)(*self._pairs(), None)
 
     @torch.no_grad()
     def swap(self) -> None:

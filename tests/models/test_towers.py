@@ -346,3 +346,95 @@ def test_no_tower_to_build():
         build_teacher(TowerConfig())
     with pytest.raises(ConfigError, match="112 channels at stride 16"):
         build_tower(dataclasses.replace(LITE0, width=80))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (67, 50), (33, 96), (1, 17)])
+def test_efficientnet_blocks_are_timms_at_any_size(shape):
+    """Both parities of both sides: "SAME" padding puts the odd zeros right and below."""
+    timm = pytest.importorskip("timm")
+
+    torch.manual_seed(3)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    theirs = model.state_dict()
+    tower = build_tower(LITE0).eval()
+    own = tower.state_dict()
+    assert [name for name in theirs if name in own] == list(own)  # names, and their order
+    tower.load_state_dict({name: theirs[name] for name in own})
+    images = torch.randn(2, 3, *shape)
+    with torch.no_grad():
+        expected = model.blocks[:5](model.bn1(model.conv_stem(images)))
+        got = tower.blocks(tower.bn1(tower.conv_stem(images)))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (56, 98), (28, 42)])
+def test_siglip_positions_at_other_sizes_are_transformers(shape):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(4)
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+    )
+    model = SiglipVisionModel(config).eval()
+    tower = build_tower(SIGLIP).eval()
+    state = {k.removeprefix("vision_model."): v for k, v in model.state_dict().items()}
+    own = tower.state_dict()
+    assert [name for name in state if name in own] == list(own)  # names, and their order
+    tower.load_state_dict({name: state[name] for name in own})
+    images = torch.rand(2, 3, *shape) * 2 - 1
+    with torch.no_grad():
+        expected = model(images, output_hidden_states=True, interpolate_pos_encoding=True)
+        got = tower(images)
+    torch.testing.assert_close(got, expected.hidden_states[-2], rtol=1e-4, atol=1e-5)
+
+
+def test_clip_names_and_their_order_are_open_clips():
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    theirs = VisionTransformer(64, 16, 32, 2, 4, 2.0, output_dim=24, act_layer=QuickGELU)
+    ours = build_tower(dataclasses.replace(CLIP, projection=24))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_vitamin_blocks_are_found_by_their_published_names():
+    tower = build_tower(TowerConfig("vitamin", 64, 16, width=384, variant="vitamin_small_224"))
+    assert len(tower.layers()) == 2 + 4 + 14  # two stages of convolutions, then the transformer
+    inside = [m for layer in tower.layers() for m in layer.modules()]
+    assert len(inside) == len(set(map(id, inside)))  # none is a part of another
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "",
+        "hf-hub:somebody/model",
+        "hf_hub:somebody/model",
+        "local-dir:/tmp/model",
+        "https://example.org/model",
+        "vitamin_small_224.datacomp1b_clip@hf-hub:somebody/model",
+        "timm/vitamin_small_224",
+        "../vitamin_small_224",
+        "resnet50",
+        "vitamin_small_224\n",
+        "vitamin_smäll",
+    ],
+)
+def test_a_variant_is_a_plain_name_of_timms(variant):
+    with pytest.raises(ConfigError, match=r"tower\.variant must be the name of one of timm's"):
+        TowerConfig("vitamin", 224, 16, width=384, variant=variant)
+    with pytest.raises(ConfigError, match=r"tower\.variant is for kind 'vitamin' alone"):
+        TowerConfig("clip", 64, 16, width=32, depth=2, heads=4, mlp_width=64, variant="x")
+
+
+def test_a_variant_that_timm_does_not_have():
+    with pytest.raises(ConfigError, match=r"'vitamin_giant_9' is not a model of timm \d"):
+        build_tower(TowerConfig("vitamin", 64, 16, width=384, variant="vitamin_giant_9"))
