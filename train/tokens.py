@@ -110,8 +110,8 @@ def check_target(folder: Path) -> None:
     check_folder(folder)
     if not folder.is_dir() or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
         return
-    for path in sorted(folder.iterdir()):
-        raise OutputError(f"{folder} holds other things, such as {path.name}: name another --out")
+    if other := next(folder.iterdir(), None):
+        raise OutputError(f"{folder} holds other things, such as {other.name}: name another --out")
 
 
 @dataclass
