@@ -145,7 +145,7 @@ class TextToImage(nn.Module):
             ValueError: no place, or more than the backbone's positions hold with the image's.
         """
         sequence = NextScaleSequence(self.config.scales, text)
-        limit = self.config.backbone.max_position_embeddings
+        limit = self.config.backbone.longest
         if text < 1 or sequence.length > limit:
             raise ValueError(
                 f"input_ids must have 1 to {limit - self.config.image_tokens + 1} places, what "

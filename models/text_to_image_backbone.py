@@ -24,7 +24,7 @@ from tokenflow_ext.models.text_to_image_sequence import ACTIVATIONS, BackboneCon
 QK_NORM_EPS = 1e-6
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin of RoPE's angles, each [1, n, head_dim]."""
+"""cos and sin of RoPE's angles, each [1, n, channels of a head that turn]."""
 
 
 class Cache(Protocol):
@@ -47,22 +47,30 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(config: BackboneConfig, length: int, like: Tensor) -> Rotary:
-    """RoPE's cos and sin for places 0 to ``length`` - 1, with the device and dtype of ``like``.
-
-    Angles are computed in float64: in float32 those of far places are off by some 1e-4.
-    """
-    width = config.width_of_head
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=like.device) / width
+    """RoPE's cos and sin for places 0 to ``length`` - 1, with the device and dtype of ``like``."""
+    frequencies, factor = config.rope.frequencies(
+        config.rope_theta,
+        config.width_of_head,
+        config.max_position_embeddings,
+        length,
+        like.device,
+    )
     place = torch.arange(length, dtype=torch.float64, device=like.device)
-    angle = torch.outer(place, config.rope_theta**-exponent).repeat(1, 2).unsqueeze(0)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    angle = torch.outer(place, frequencies).repeat(1, 2).unsqueeze(0)
+    return (factor * angle.cos()).to(like.dtype), (factor * angle.sin()).to(like.dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE of [B, heads, n, head_dim]; a channel turns together with the one half a head away."""
+    """RoPE of [B, heads, n, head_dim]: of the channels that turn, one of the first half turns
+    together with its like of the second; the others stay."""
     cos, sin = (part.unsqueeze(1) for part in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = cos.shape[-1]
+    own = x[..., :turned]
+    first, second = own.chunk(2, dim=-1)
+    out = own * cos + torch.cat([-second, first], dim=-1) * sin
+    if turned == x.shape[-1]:
+        return out
+    return torch.cat([out, x[..., turned:].to(out.dtype)], dim=-1)
 
 
 class Attention(nn.Module):

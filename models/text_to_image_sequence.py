@@ -6,6 +6,7 @@ Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
@@ -33,6 +35,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 """The MLP's, by the names of ``hidden_act``."""
+# Fields of BackboneConfig that a transformers configuration has under the same name; the biases are
+# options of some families alone.
+_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+_SAME = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SAME += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+_SAME += ("hidden_act", "initializer_range", *_BIASES)
+_LIMIT = 2**31  # of sizes: the product of two is an int64
 IMAGE_MARK = "<img>"
 """The string between a prompt and its image; plain text to the text tokenizer."""
 
@@ -53,6 +62,7 @@ class BackboneConfig:
         family: ``llama``, ``qwen2`` or ``qwen3``.
         head_dim: 0 is ``hidden_size // num_attention_heads``.
         num_key_value_heads: 0 is ``num_attention_heads``.
+        rope: how RoPE is scaled.
     """
 
     family: str = "llama"
@@ -69,6 +79,7 @@ class BackboneConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -84,29 +95,34 @@ class BackboneConfig:
             "rms_norm_eps",
             "rope_theta",
         ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"backbone.{name} must be positive, got {getattr(self, name)!r}")
+            if not 0 < getattr(self, name) < _LIMIT:
+                raise ConfigError(
+                    f"backbone.{name} must be positive and below 2**31, got {getattr(self, name)!r}"
+                )
+        if not 0 <= self.initializer_range < math.inf:
+            raise ConfigError(
+                f"backbone.initializer_range must be 0 or more, got {self.initializer_range}"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups < 0 or heads % (groups or heads):
             raise ConfigError(
                 "backbone.num_key_value_heads must divide num_attention_heads, got "
                 f"{groups} and {heads}"
             )
-        if self.hidden_size % heads:
+        if not self.head_dim and self.hidden_size % heads:
             raise ConfigError(
                 "backbone.hidden_size must be a multiple of num_attention_heads, got "
                 f"{self.hidden_size} and {heads}"
             )
-        if self.head_dim < 0 or self.width_of_head % 2:
-            raise ConfigError(f"backbone.head_dim must be even, got {self.head_dim}")
+        if not 0 <= self.head_dim < _LIMIT or self.width_of_head % 2:
+            raise ConfigError(f"backbone.head_dim must be even, got {self.width_of_head}")
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"backbone.hidden_act must be one of {', '.join(ACTIVATIONS)}, got "
                 f"{self.hidden_act!r}"
             )
-        if self.family == "qwen2" and self.head_dim not in (0, self.hidden_size // heads):
-            raise ConfigError(f"backbone.head_dim is fixed for qwen2, got {self.head_dim}")
-        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+        self.rope.check(self.width_of_head)
+        for name, families in _BIASES.items():
             if getattr(self, name) and self.family not in families:
                 raise ConfigError(f"backbone.{name} is not an option of {self.family}")
 
@@ -115,54 +131,65 @@ class BackboneConfig:
         """Channels of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def longest(self) -> int:
+        """Places of the longest sequence."""
+        return self.rope.reach(self.max_position_embeddings)
+
     def to_transformers(self, vocab_size: int) -> PretrainedConfig:
         """The library's configuration for a vocabulary of this size."""
         ensure_torchvision()
         from transformers import AutoConfig
 
         values = to_plain(self)
+        del values["rope"]
         family, theta = values.pop("family"), values.pop("rope_theta")
         values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
         values["head_dim"] = self.width_of_head
-        if family == "qwen2":
-            del values["head_dim"]
-        for name, families in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
+        for name, families in _BIASES.items():
             if family not in families:
                 del values[name]
         return AutoConfig.for_model(
             family,
             vocab_size=vocab_size,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            rope_parameters={**self.rope.to_transformers(), "rope_theta": theta},
             **values,
         )
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> BackboneConfig:
-        """The shape of a transformers configuration.
+        """The shape of a transformers configuration, of version 5 or 4 (``rope_scaling``).
 
         Raises:
-            ConfigError: another family, or something that would change the computation and is not
-                served (scaled RoPE, sliding windows): the message names it.
+            ConfigError: another family, something that would change the computation and is not
+                served (sliding windows, attention dropout), or a value of the wrong type: the
+                message names it.
         """
         family = getattr(config, "model_type", None)
         if family not in FAMILIES:
-            raise ConfigError(f"config.model_type must be one of {FAMILIES}, got {family!r}")
-        rope = dict(config.rope_parameters or {})
-        theta = float(rope.pop("rope_theta", 10000.0))
-        if rope.pop("rope_type", "default") != "default" or rope:
-            raise ConfigError(f"scaled RoPE is not served, got {config.rope_parameters}")
-        if getattr(config, "sliding_window", None) is not None:
-            raise ConfigError(f"sliding windows are not served, got {config.sliding_window}")
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
-        return cls(
-            family=family,
-            rope_theta=theta,
-            head_dim=getattr(config, "head_dim", None) or 0,
-            attention_bias=getattr(config, "attention_bias", False),
-            mlp_bias=getattr(config, "mlp_bias", False),
-            initializer_range=float(config.initializer_range),
-            **{name: getattr(config, name) for name in names},
+            raise ConfigError(
+                f"config.model_type must be one of {', '.join(FAMILIES)}, got {family!r}"
+            )
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        if set(kinds) != {"full_attention"} if kinds else window is not None:
+            raise ConfigError(
+                f"sliding windows are not served, got sliding_window {window} and layer_types "
+                f"{sorted(set(kinds or ()))}"
+            )
+        if getattr(config, "attention_dropout", 0.0):
+            raise ConfigError(f"attention_dropout is not served, got {config.attention_dropout}")
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if not isinstance(rope or {}, dict):
+            raise ConfigError(f"rope_parameters must be a mapping, got {rope!r}")
+        rope = dict(rope or {})
+        theta = rope.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
+        rope.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+        values = {name: getattr(config, name, None) for name in _SAME}
+        values = {name: value for name, value in values.items() if value is not None}
+        scaled = to_plain(RopeConfig.from_transformers(rope))
+        return from_plain(
+            cls, {**values, "family": family, "rope_theta": theta, "rope": scaled}, "backbone"
         )
 
 
@@ -191,13 +218,17 @@ class TextToImageConfig:
 
     def __post_init__(self) -> None:
         for name in ("text_vocab_size", "codebook_size", "feature_dim", "prompt_length"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+            if not 0 < getattr(self, name) < _LIMIT:
+                raise ConfigError(
+                    f"{name} must be positive and below 2**31, got {getattr(self, name)!r}"
+                )
         if not self.scales or self.scales[0] != 1 or min(self.scales) < 1:
             raise ConfigError(
                 f"scales must be positive and begin with 1 (the last text token predicts the first "
                 f"scale), got {self.scales}"
             )
+        if self.image_tokens >= _LIMIT:
+            raise ConfigError(f"scales must have fewer than 2**31 tokens, got {self.image_tokens}")
 
     @classmethod
     def for_tokenizer(

@@ -4,7 +4,6 @@ The oracle below is written from the method's text alone: one picture at a time,
 anew in every run, padding left out instead of masked, dense masks, no cache.
 """
 
-import copy
 import dataclasses
 import json
 import math
@@ -113,24 +112,58 @@ def rms_norm(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-class Oracle:
-    """Logits of one picture's sequence, from the state dict."""
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_pytorch_tanh": lambda x: (
+        x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "relu": lambda x: x.clamp(min=0),
+}
 
-    def __init__(self, model):
-        self.state = model.state_dict()
-        self.config = model.config
-        rows = [F.normalize(group, dim=-1) for group in model.tokenizer.quantizer.codebooks]
+
+class Oracle:
+    """Logits of one picture's sequence, from a state dict, codebooks, and plain numbers.
+
+    ``rope`` holds one angle for a pair of channels, from a place to the next, and may be shorter
+    than half a head.
+    """
+
+    def __init__(self, state, codebooks, scales, words, heads, groups, eps, rope, act="silu"):
+        self.state, self.scales, self.words, self.rope = state, scales, words, rope
+        self.heads, self.groups, self.eps, self.act = heads, groups, eps, ACTIVATIONS[act]
+        # f-hat is of the image tokenizer's precision, float32.
+        rows = [F.normalize(group, dim=-1) for group in codebooks]
         self.codes = torch.cat(rows, dim=1)
+        self.pad = words + len(self.codes)
+
+    @classmethod
+    def of(cls, model):
+        """Of a model whose RoPE is not scaled."""
+        shape = model.config.backbone
+        heads = shape.num_attention_heads
+        width = len(model.state_dict()["model.layers.0.self_attn.q_proj.weight"]) // heads
+        return cls(
+            model.state_dict(),
+            model.tokenizer.quantizer.codebooks,
+            model.config.scales,
+            model.config.text_vocab_size,
+            heads,
+            shape.num_key_value_heads or heads,
+            shape.rms_norm_eps,
+            [shape.rope_theta ** (-2 * pair / width) for pair in range(width // 2)],
+            shape.hidden_act,
+        )
 
     def features(self, tokens, scale):
         """[C, s, s] of a scale's tokens [s * s]."""
-        side = self.config.scales[scale]
+        side = self.scales[scale]
         return self.codes[tokens].T.reshape(1, -1, side, side)
 
     def next_f_hat(self, f_hat, tokens, scale):
         total = self.features(tokens, scale)
         total = total if f_hat is None else f_hat + total
-        side = self.config.scales[scale + 1]
+        side = self.scales[scale + 1]
         return F.interpolate(total, (side, side), mode="bicubic", align_corners=False)
 
     def inputs(self, ids, f_hats):
@@ -139,7 +172,7 @@ class Oracle:
         hidden, place, kind = [], [], []
         last = len(ids) - 1
         for number, word in enumerate(ids):
-            if int(word) == self.config.pad_id:
+            if int(word) == self.pad:
                 continue
             x = state["model.embed_tokens.weight"][word] + state["model.lvl_embed.weight"][0]
             if number == last:
@@ -161,40 +194,40 @@ class Oracle:
                 count += 1
         return torch.stack(hidden), place, kind
 
+    def linear(self, x, name):
+        weight = self.state[name + ".weight"]
+        return torch.einsum("ni,oi->no", x, weight) + self.state.get(name + ".bias", 0.0)
+
     def attention(self, x, layer, place, sees):
-        shape = self.config.backbone
-        heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-        width = self.state[f"model.layers.{layer}.self_attn.q_proj.weight"].shape[0] // heads
-
-        def project(name, count):
-            key = f"model.layers.{layer}.self_attn.{name}_proj."
-            bias = self.state.get(key + "bias", 0.0)
-            return (x @ self.state[key + "weight"].T + bias).view(len(x), count, width)
-
-        query, key, value = project("q", heads), project("k", groups), project("v", groups)
         prefix = f"model.layers.{layer}.self_attn."
-        if shape.family == "qwen3":
-            query = rms_norm(query, self.state[prefix + "q_norm.weight"], shape.rms_norm_eps)
-            key = rms_norm(key, self.state[prefix + "k_norm.weight"], shape.rms_norm_eps)
-        else:
-            query = rms_norm(query, self.state[prefix + "qknorm.query_norm.weight"], 1e-6)
-            key = rms_norm(key, self.state[prefix + "qknorm.key_norm.weight"], 1e-6)
-        half = torch.arange(0, width, 2, dtype=torch.float64) / width
-        angle = torch.tensor(place, dtype=torch.float64).unsqueeze(1) / shape.rope_theta**half
-        cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+        projected = {name: self.linear(x, f"{prefix}{name}_proj") for name in "qkv"}
+        width = projected["q"].shape[1] // self.heads
 
-        def rotate(x):
-            first, second = x[..., : width // 2], x[..., width // 2 :]
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        def turned(name, head):
+            """Queries or keys of a head, normalised, then turned."""
+            own = projected[name][:, head * width : (head + 1) * width]
+            if prefix + "q_norm.weight" in self.state:  # Qwen3's own
+                own = rms_norm(own, self.state[f"{prefix}{name}_norm.weight"], self.eps)
+            else:
+                long = {"q": "query", "k": "key"}[name]
+                own = rms_norm(own, self.state[f"{prefix}qknorm.{long}_norm.weight"], 1e-6)
+            out, half = own.clone(), len(self.rope)
+            for pair, angle in enumerate(self.rope):
+                angles = angle * torch.tensor(place, dtype=torch.float64)
+                first, second = own[:, pair], own[:, half + pair]
+                out[:, pair] = first * angles.cos() - second * angles.sin()
+                out[:, half + pair] = second * angles.cos() + first * angles.sin()
+            return out
 
-        query, key = rotate(query), rotate(key)
-        out = torch.empty_like(query)
-        for head in range(heads):
-            group = head * groups // heads
-            scores = query[:, head] @ key[:, group].T / math.sqrt(width)
-            scores = scores.masked_fill(~sees, -math.inf)
-            out[:, head] = scores.softmax(-1) @ value[:, group]
-        return out.flatten(1) @ self.state[prefix + "o_proj.weight"].T
+        given = []
+        for head in range(self.heads):
+            group = head // (self.heads // self.groups)
+            scores = torch.einsum("qc,kc->qk", turned("q", head), turned("k", group))
+            scores = (scores / math.sqrt(width)).masked_fill(~sees, -math.inf).exp()
+            share = scores / scores.sum(1, keepdim=True)
+            value = projected["v"][:, group * width : (group + 1) * width]
+            given.append(torch.einsum("qk,kc->qc", share, value))
+        return self.linear(torch.cat(given, dim=1), prefix + "o_proj")
 
     def hidden(self, ids, f_hats):
         x, place, kind = self.inputs(ids, f_hats)
@@ -203,25 +236,37 @@ class Oracle:
             for j in range(len(place)):
                 image = kind[i] >= 0 and kind[j] >= 0
                 sees[i, j] = kind[j] <= kind[i] if image else place[j] <= place[i]
-        eps = self.config.backbone.rms_norm_eps
-        for layer in range(self.config.backbone.num_hidden_layers):
+        layer = 0
+        while f"model.layers.{layer}.input_layernorm.weight" in self.state:
             prefix = f"model.layers.{layer}."
-
-            def weight(name, prefix=prefix):
-                return self.state[f"{prefix}{name}.weight"]
-
             given = self.attention(x, layer, place, sees)
-            x = x + rms_norm(given, weight("input_layernorm"), eps)
-            gate = F.silu(x @ weight("mlp.gate_proj").T)
-            given = (gate * (x @ weight("mlp.up_proj").T)) @ weight("mlp.down_proj").T
-            x = x + rms_norm(given, weight("post_attention_layernorm"), eps)
-        return rms_norm(x, self.state["model.norm.weight"], eps)
+            x = x + rms_norm(given, self.state[prefix + "input_layernorm.weight"], self.eps)
+            gate = self.act(self.linear(x, prefix + "mlp.gate_proj"))
+            given = gate * self.linear(x, prefix + "mlp.up_proj")
+            given = self.linear(given, prefix + "mlp.down_proj")
+            norm = self.state[prefix + "post_attention_layernorm.weight"]
+            x = x + rms_norm(given, norm, self.eps)
+            layer += 1
+        return rms_norm(x, self.state["model.norm.weight"], self.eps)
 
     def logits(self, ids, f_hats):
         """Of the last scale that has inputs, [s * s, K] (with no f-hat, of the first scale)."""
-        count = self.config.scales[len(f_hats)] ** 2
-        full = self.hidden(ids, f_hats)[-count:] @ self.state["lm_head.weight"].T
-        return full[:, WORDS : WORDS + self.config.codebook_size]
+        return self.all_logits(ids, f_hats)[-(self.scales[len(f_hats)] ** 2) :]
+
+    def all_logits(self, ids, f_hats):
+        """Of every scale up to that, [L, K]."""
+        count = sum(side * side for side in self.scales[: len(f_hats) + 1])
+        full = torch.einsum("nc,vc->nv", self.hidden(ids, f_hats), self.state["lm_head.weight"])
+        return full[-count:, self.words : self.words + len(self.codes)]
+
+    def training_logits(self, ids, indices):
+        """Of one picture [L] in one run, [L, K]."""
+        f_hats, first = [], 0
+        for scale, side in enumerate(self.scales[:-1]):
+            tokens = indices[first : first + side * side]
+            f_hats.append(self.next_f_hat(f_hats[-1] if f_hats else None, tokens, scale))
+            first += side * side
+        return self.all_logits(ids, f_hats)
 
     def generate(self, ids, negative, guidance, top_k, top_p, seed):
         """Tokens [L]: every run computes the sequence up to its scale anew.
@@ -229,9 +274,9 @@ class Oracle:
         In refinement only the current scale's input includes its own tokens; earlier scales' are
         f-hat of what came before them, as in training.
         """
-        last = len(self.config.scales) - 1
+        last = len(self.scales) - 1
         f_hats, drawn = [], []
-        for scale, side in enumerate(self.config.scales):
+        for scale, side in enumerate(self.scales):
             count = side * side
             if scale:
                 earlier = f_hats[-1] if f_hats else None
@@ -241,7 +286,8 @@ class Oracle:
                 if step:
                     own[-1] = own[-1] + self.features(tokens, scale)  # noqa: F821
                 t = guidance * scale / last
-                first = step * self.config.image_tokens + sum(s * s for s in SCALES[:scale])
+                sides = [s * s for s in self.scales]
+                first = step * sum(sides) + sum(sides[:scale])
                 tokens = sample_top_k_top_p(
                     self.logits(ids, own).float(),
                     top_k=top_k[step],
@@ -268,7 +314,7 @@ def test_cached_generation_is_the_cacheless_one(family):
         options = {"guidance": 2.5, "top_k": (20, 7, 3), "top_p": (0.9, 0.8, 0.0)}
         seeds = [11, 5, 2**40]
         tokens = model.generate_tokens(ids, negative, seed=seeds, **options)
-        oracle = Oracle(model)
+        oracle = Oracle.of(model)
         for row, seed in enumerate(seeds):
             against = negative[row % len(negative)]
             expected = oracle.generate(ids[row], against, seed=seed, **options)
@@ -290,7 +336,7 @@ def test_generation_of_any_prompts(data):
     ids = prompts(model, lengths, seed=data.draw(st.integers(0, 99)))
     negative = prompts(model, [data.draw(st.integers(1, TEXT))], seed=6)
     tokens = model.generate_tokens(ids, negative, seed=7, **options)
-    oracle = Oracle(model)
+    oracle = Oracle.of(model)
     for row in range(count):
         expected = oracle.generate(ids[row], negative[0], seed=7 + row, **options)
         assert torch.equal(tokens[row], expected)
@@ -321,20 +367,51 @@ def test_training_and_generation_agree(monkeypatch, lengths):
     torch.testing.assert_close(output.loss, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_logits_are_the_definition(family):
-    model = build(family)
+VARIANTS = {
+    "llama": {},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+    "all heads": {"num_key_value_heads": 0},
+    "one group": {"num_key_value_heads": 1},
+    "wide heads": {"family": "qwen3", "head_dim": 20, "attention_bias": True},
+    "wide heads of qwen2": {"family": "qwen2", "head_dim": 6, "num_attention_heads": 8},
+    "biases": {"attention_bias": True, "mlp_bias": True, "rope_theta": 77.0},
+    "gelu": {"hidden_act": "gelu", "rms_norm_eps": 0.3},
+    "tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"family": "qwen2", "hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_logits_are_the_definition(variant):
+    """The whole sequence in float64; every place of it by itself in the oracle."""
+    model = build(**VARIANTS[variant])
     ids, indices = prompts(model, [9, 5]), pictures(model, 2)
     logits = model(ids, indices).logits
-    oracle = Oracle(model)
+    oracle = Oracle.of(model)
     for row in range(2):
-        f_hats, expected = [], [oracle.logits(ids[row], [])]
-        parts = indices[row].split([s * s for s in SCALES])
-        for scale in range(1, len(SCALES)):
-            earlier = f_hats[-1] if f_hats else None
-            f_hats.append(oracle.next_f_hat(earlier, parts[scale - 1], scale - 1))
-            expected.append(oracle.logits(ids[row], f_hats))
-        torch.testing.assert_close(logits[row], torch.cat(expected), rtol=0, atol=1e-10)
+        expected = oracle.training_logits(ids[row], indices[row])
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-10)
+
+
+def test_a_released_state_dict_draws_the_definition():
+    """From the release's names and a Llama's configuration alone; tokens too, with guidance."""
+    state, config = tiny_released()
+    tokenizer = image_tokenizer()
+    state = {key: value.double() for key, value in state.items()}
+    model = TextToImage.from_released(state, config, tokenizer)
+    rope = [10000.0 ** (-2 * pair / 8) for pair in range(4)]
+    oracle = Oracle(state, tokenizer.quantizer.codebooks, SCALES, WORDS, 4, 4, 1e-5, rope)
+    ids, negative, indices = prompts(model, [4, 9]), prompts(model, [6], seed=4), pictures(model, 2)
+    logits = model(ids, indices).logits
+    options = {"guidance": 7.5, "top_k": (20, 7, 1), "top_p": (0.9, 0.8, 0.0)}
+    tokens = model.generate_tokens(ids, negative, seed=[11, 5], **options)
+    for row, seed in enumerate((11, 5)):
+        expected = oracle.training_logits(ids[row], indices[row])
+        torch.testing.assert_close(logits[row], expected, rtol=1e-10, atol=1e-10)
+        assert torch.equal(
+            tokens[row], oracle.generate(ids[row], negative[0], seed=seed, **options)
+        )
 
 
 def test_flex_attention_agrees():
@@ -534,7 +611,7 @@ def test_qk_norm_is_the_formula():
         attention = model.model.layers[0].self_attn
         attention.q_proj.weight.mul_(1e-3)
         attention.k_proj.weight.mul_(1e-3)
-    oracle = Oracle(model)
+    oracle = Oracle.of(model)
     x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sees = torch.ones(5, 5, dtype=torch.bool)
     rotary = model.rotary(x, 5)
@@ -950,10 +1027,6 @@ def test_released_weights_that_do_not_fit():
     with pytest.raises(CheckpointError, match="image_token_start is 49"):
         load({"image_token_start": torch.tensor(WORDS - 1)})
     load({"model.image_token_end": torch.tensor(WORDS + CODES - 1)})
-    scaled = copy.deepcopy(config)
-    scaled.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ConfigError, match="scaled RoPE"):
-        TextToImage.from_released(state, scaled, tokenizer)
     config.vocab_size = CODES
     with pytest.raises(ConfigError, match="vocab_size must hold text"):
         TextToImage.from_released(state, config, tokenizer)
