@@ -32,8 +32,6 @@ Any other name, shape or type is an error that names it.
 from __future__ import annotations
 
 import argparse
-import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -41,6 +39,7 @@ import torch
 from torch import Tensor
 
 from tokenflow_ext.models.config import CheckpointError, ConfigError, TokenizerConfig
+from tokenflow_ext.models.saved import read_torch, write_torch
 from tokenflow_ext.models.semantic import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 
 CONTAINERS = ("ema", "model", "state_dict")  # the first that a file has is read
@@ -79,18 +78,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: no such file, or one that holds no state dict under a known name.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint file at {path}")
-    try:
-        # Training scripts store their argparse.Namespace beside the weights: a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # the reader raises many kinds; each means the same to the user
-        raise CheckpointError(
-            f"{path} cannot be read as a torch file of tensors ({type(error).__name__}: {error})"
-        ) from error
+    # Training scripts store their argparse.Namespace beside the weights: a plain record.
+    content = read_torch(path, mmap=True, records=[argparse.Namespace])
     names = list(content) if isinstance(content, dict) else []
     found = next((name for name in CONTAINERS if name in names), None)
     if found is not None:
@@ -98,7 +87,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if (
         not isinstance(content, dict)
         or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise CheckpointError(
             f"{path} holds no state dict of tensors, by itself or under {', '.join(CONTAINERS)}; "
@@ -334,10 +323,8 @@ def write(path: str | Path, state: Mapping[str, Tensor]) -> Path:
     """Saves ``state`` under ``model``; the file is complete before it takes its name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     content = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    torch.save({"model": content}, partial)
-    os.replace(partial, path)
+    write_torch(path, {"model": content})
     return path
 
 

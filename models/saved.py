@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+import math
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from tokenflow_ext.models.config import CheckpointError, ConfigError
+from tokenflow_ext.models.files import (
+    brief,
+    cannot_write,
+    check_regular,
+    read_json,
+    replacing,
+    shown,
+    write_file,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -36,15 +48,10 @@ class SavedForm:
 
     def write(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
         """Writes the weights, then the header. Each file is complete before it takes its name."""
-        from safetensors.torch import save_file
-
-        partial = folder / (WEIGHTS_FILE + ".partial")
-        save_file(state, str(partial), metadata={"format": self.name})
-        os.replace(partial, folder / WEIGHTS_FILE)
+        write_safetensors(folder / WEIGHTS_FILE, state, {"format": self.name})
         header = {"format": self.name, "version": self.version, "config": config}
-        partial = folder / (CONFIG_FILE + ".partial")
-        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_FILE)
+        text = json.dumps(header, indent=2) + "\n"
+        write_file(folder / CONFIG_FILE, text.encode(), overwrite=True)
 
     def read_config(self, folder: Path, parse: Callable[[Any], Config]) -> Config:
         """What ``parse`` makes of the header's ``config``.
@@ -53,17 +60,12 @@ class SavedForm:
             CheckpointError: a missing or foreign header, or one that ``parse`` refuses.
         """
         file = folder / CONFIG_FILE
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        try:
-            header = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON: {error}") from error
+        header = read_json(file, CheckpointError, limit=1 << 20)
         if not isinstance(header, dict) or header.get("format") != self.name:
             raise CheckpointError(f'{file} is {self.foreign}: no "format": "{self.name}"')
         if header.get("version") != self.version:
             raise CheckpointError(
-                f"{file} has format version {header.get('version')!r}, this release reads "
+                f"{file} has format version {shown(header.get('version'))}, this release reads "
                 f"{self.version}" + (f": {self.changed}" if self.changed else "")
             )
         try:
@@ -72,29 +74,127 @@ class SavedForm:
             raise CheckpointError(f"{file}: {error}") from error
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(
+    folder: Path, check: Callable[[dict[str, tuple[int, ...]]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights, and the metadata of their file.
 
+    Args:
+        check: see :func:`read_safetensors`.
+
     Raises:
-        CheckpointError: a missing or truncated file.
+        CheckpointError: a missing or truncated file, or weights that are not finite.
     """
     file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    return read_safetensors(file)
+    weights, metadata = read_safetensors(file, check)
+    if bad := not_finite(weights):
+        raise CheckpointError(f"{file} holds numbers that are not finite, first in {bad[0]}")
+    return weights, metadata
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def not_finite(values: Any, name: str = "") -> list[str]:
+    """Names of the tensors and numbers in nested containers that hold a NaN or an infinity."""
+    if isinstance(values, dict):
+        entries = values.items()
+    elif isinstance(values, (list, tuple)):
+        entries = enumerate(values)
+    elif isinstance(values, Tensor):
+        # The largest magnitude: one pass, and no tensor of the same size.
+        given = values.is_floating_point() and values.numel() > 0
+        return [name] if given and not torch.linalg.vector_norm(values, math.inf).isfinite() else []
+    else:
+        return [name] if isinstance(values, float) and not math.isfinite(values) else []
+    return [n for key, value in entries for n in not_finite(value, f"{name}.{key}".lstrip("."))]
+
+
+# -- files of tensors -----------------------------------------------------------------------------
+
+
+def read_safetensors(
+    file: Path, check: Callable[[dict[str, tuple[int, ...]]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata.
+
+    Args:
+        check: is given the shapes, by name, before anything is read, and may refuse them.
 
     Raises:
         CheckpointError: a file that cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    check_regular(file, CheckpointError)
     try:
         with safe_open(str(file), framework="pt") as reader:
-            weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-            return weights, reader.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
+            keys = list(reader.keys())
+            if check is not None:
+                check({key: tuple(reader.get_slice(key).get_shape()) for key in keys})
+            return {key: reader.get_tensor(key) for key in keys}, reader.metadata() or {}
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # the reader raises many kinds; each means the same to the user
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file: {brief(error)}"
+        ) from error
+
+
+def write_safetensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes the tensors by :func:`~tokenflow_ext.models.files.replacing`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(file) as temporary:
+        try:
+            save_file(tensors, str(temporary), metadata=metadata)
+        except SafetensorError as error:
+            raise cannot_write(file, error) from error
+
+
+def read_torch(
+    file: Path,
+    error: Callable[[str], Exception] = CheckpointError,
+    *,
+    device: str | torch.device = "cpu",
+    mmap: bool = False,
+    records: Iterable[type] = (),
+) -> Any:
+    """The content of a torch file: tensors and plain containers of them. Nothing in it is run.
+
+    Args:
+        mmap: tensors of files in torch's present format are mapped, not read.
+        records: further classes that may be in the file.
+
+    Raises:
+        error: no regular file, one that is damaged, or one that holds other objects.
+    """
+    check_regular(file, error)
+    try:
+        with torch.serialization.safe_globals(list(records)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a strange protocol: the error says enough
+            return torch.load(
+                file,
+                map_location=device,
+                weights_only=True,
+                mmap=mmap and zipfile.is_zipfile(file),
+            )
+    except Exception as fault:  # the reader raises many kinds; each means the same to the user
+        raise error(f"{file} cannot be read as a torch file of tensors: {brief(fault)}") from fault
+
+
+def write_torch(file: Path, content: Any) -> None:
+    """Writes ``content`` as a torch file by :func:`~tokenflow_ext.models.files.replacing`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # around the system's error, where a write has failed
+            raise cannot_write(file, error) from error

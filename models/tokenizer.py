@@ -396,24 +396,34 @@ class TokenFlowTokenizer(nn.Module):
 
     @classmethod
     def _from_folder(cls, folder: Path) -> TokenFlowTokenizer:
-        config = _read_config(folder)
-        state = _read_weights(folder)
-        model = cls(config)
-        own = model.state_dict()
-        missing = [k for k in own if k not in state]
-        unexpected = [k for k in state if k not in own]
-        if missing or unexpected:
-            raise CheckpointError(
-                f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {len(missing)} weights "
-                f"missing{_first(missing)}, {len(unexpected)} unknown{_first(unexpected)}"
-            )
-        for key, value in own.items():
-            if state[key].shape != value.shape or state[key].dtype != value.dtype:
+        config, file = _read_config(folder), folder / WEIGHTS_FILE
+        with torch.device("meta"):  # no memory is taken for sizes that the file does not have
+            own = cls(config).state_dict()
+
+        def check(shapes: dict[str, tuple[int, ...]]) -> None:
+            missing = [k for k in own if k not in shapes]
+            unexpected = [k for k in shapes if k not in own]
+            if missing or unexpected:
                 raise CheckpointError(
-                    f"{folder / WEIGHTS_FILE}: {key} is {tuple(state[key].shape)} "
-                    f"{state[key].dtype}, its {CONFIG_FILE} asks for {tuple(value.shape)} "
-                    f"{value.dtype}"
+                    f"{file} does not fit its {CONFIG_FILE}: {len(missing)} weights "
+                    f"missing{_first(missing)}, {len(unexpected)} unknown{_first(unexpected)}"
                 )
+            for key, value in own.items():
+                if shapes[key] != tuple(value.shape):
+                    raise CheckpointError(
+                        f"{file}: {key} is {shapes[key]}, its {CONFIG_FILE} asks for "
+                        f"{tuple(value.shape)}"
+                    )
+
+        state, metadata = read_weights(folder, check)
+        if metadata.get("format") != _FORM.name:
+            raise CheckpointError(f"{file} was not written by save_pretrained")
+        for key, value in own.items():
+            if state[key].dtype != value.dtype:
+                raise CheckpointError(
+                    f"{file}: {key} is {state[key].dtype}, its {CONFIG_FILE} asks for {value.dtype}"
+                )
+        model = cls(config)
         model.load_state_dict(state)
         return model
 
@@ -461,10 +471,3 @@ def _read_config(folder: Path) -> TokenizerConfig:
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, a released one a torch file"
         )
     return _FORM.read_config(folder, TokenizerConfig.from_dict)
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    weights, metadata = read_weights(folder)
-    if metadata.get("format") != _FORM.name:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} was not written by save_pretrained")
-    return weights

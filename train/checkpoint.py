@@ -8,6 +8,7 @@
 
 A checkpoint is written to a folder with a temporary name, every file is flushed to the disk, and
 the folder is renamed. A process killed at any moment leaves the finished checkpoints as they were.
+What else lies in the folder is left alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import pickle
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +25,19 @@ from typing import Any
 
 import torch
 
+import tokenflow_ext.models.files as on_disk
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
-from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE
-from tokenflow_ext.train.outputs import write_file
+from tokenflow_ext.models.files import OutputError, brief, inside, read_json, shown, write_file
+from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, read_torch, write_torch
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1
+STATE_FILE = "training.pt"
+MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8,})")
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to write a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# Being written; on its way out; to be put back where its replacement did not come.
+_LEFT_OVER = re.compile(r"\.(writing|old|replaced)_(\d{8,})_[0-9a-f]{8}")
+_TEXT_LIMIT = 1 << 20
 
 
 def digest(path: Path) -> str:
@@ -54,16 +51,55 @@ def digest(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file of the run's own, in the place of an earlier one; see
-    :func:`outputs.write_file`."""
+    :func:`files.write_file`."""
     write_file(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
 
 
 def available(folder: Path) -> list[Path]:
-    """The finished checkpoints in ``folder``, oldest first."""
+    """The finished checkpoints in ``folder``, oldest first.
+
+    Raises:
+        OutputError: a folder that cannot be looked into.
+    """
     if not folder.is_dir():
         return []
-    named = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(named)]
+    try:
+        named = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read: {brief(error)}") from error
+    return [path for _, path in sorted(named) if path.is_dir()]
+
+
+def _beside(final: Path, kind: str) -> Path:
+    """A new name for a folder beside the checkpoint ``final``."""
+    return final.with_name(f".{kind}_{final.name.removeprefix('step_')}_{secrets.token_hex(4)}")
+
+
+def _remove(path: Path) -> None:
+    """Take a folder of ours out; of a link, the link."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:  # what is new has been written all the same
+        print(f"left {path}, which cannot be removed: {brief(error)}", flush=True)
+
+
+def tidy(folder: Path) -> None:
+    """Take out what a killed process left in ``folder``, and nothing else; put back a checkpoint
+    whose replacement did not come. For the process that writes there alone."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        found = _LEFT_OVER.fullmatch(path.name)
+        if found is None or not path.is_dir():
+            continue
+        final = folder / f"step_{found[2]}"
+        if found[1] == "replaced" and not final.exists():
+            path.rename(final)
+        else:
+            _remove(path)
 
 
 def save(
@@ -77,33 +113,51 @@ def save(
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        OutputError: a full disk, no permission. The checkpoints that were there still are.
     """
     final = folder / f"step_{step:08d}"
-    temporary = folder / f".writing_{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".writing_*"):  # of a process that was killed
-        shutil.rmtree(left_over)
-    temporary.mkdir()
-    save_model(temporary)
-    torch.save(state, temporary / "training.pt")
-    files = {}
-    for path in sorted(temporary.rglob("*")):
-        _flush(path)
-        if path.is_file():
-            name = path.relative_to(temporary).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-    write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
-    _flush(temporary)
-    if final.exists():  # a run continued from an earlier checkpoint comes by again
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(folder)
+    temporary = _beside(final, "writing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder)
+        temporary.mkdir()
+        save_model(temporary)
+        write_torch(temporary / STATE_FILE, state)
+        files = {}
+        for path in sorted(temporary.rglob("*")):
+            on_disk.flush(path)
+            if path.is_file():
+                name = path.relative_to(temporary).as_posix()
+                files[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        write_text(temporary / MANIFEST_FILE, json.dumps(manifest, indent=2))
+        on_disk.flush(temporary)
+        replaced = None
+        if final.is_symlink() or final.exists():  # a run from an earlier checkpoint comes by again
+            replaced = _beside(final, "replaced")
+            final.rename(replaced)
+        temporary.rename(final)
+        on_disk.flush(folder)
+    except BaseException as error:
+        if temporary.is_dir():
+            _remove(temporary)
+        if isinstance(error, OSError):
+            reason = str(on_disk.cannot_write(final, error)) if error.strerror else str(error)
+            raise OutputError(reason.replace(temporary.name, final.name)) from error
+        raise
+    if replaced is not None:
+        _remove(replaced)
     for old in available(folder)[:-keep]:
         # Renamed first, so that a kill half-way through leaves no half of a checkpoint in sight.
-        doomed = old.with_name(f".writing_{old.name}")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        doomed = _beside(old, "old")
+        try:
+            old.rename(doomed)
+        except OSError as error:
+            print(f"left {old}, which cannot be removed: {brief(error)}", flush=True)
+        else:
+            _remove(doomed)
     return final
 
 
@@ -113,33 +167,43 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: saying what is wrong with which file.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is no training checkpoint: it has no manifest.json"
-        ) from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}/manifest.json cannot be read: {error}") from error
+    file = path / MANIFEST_FILE
+    if not file.exists():
+        raise CheckpointError(f"{path} is no training checkpoint: it has no {MANIFEST_FILE}")
+    manifest = read_json(file, CheckpointError, limit=_TEXT_LIMIT)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no training checkpoint of this project")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {manifest.get('version')}; this release reads version {VERSION}"
+            f"{path} has version {shown(manifest.get('version'))}; this release reads version "
+            f"{VERSION}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or "training.pt" not in files:
-        raise CheckpointError(f"{path}/manifest.json names no files of a checkpoint")
+    if not isinstance(files, dict) or STATE_FILE not in files:
+        raise CheckpointError(f"{file} names no files of a checkpoint")
     for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is incomplete: {name} is missing")
-        if (size := file.stat().st_size) != facts["bytes"]:
+        part = inside(path, name, file, CheckpointError)
+        if not isinstance(facts, dict):
             raise CheckpointError(
-                f"{file} is truncated or altered: {size} bytes, expected {facts['bytes']}"
+                f"{file} must give {name} a size and a SHA-256, got {shown(facts)}"
             )
-        if digest(file) != facts["sha256"]:
-            raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in manifest.json")
+        if not part.is_file():
+            raise CheckpointError(f"{path} is incomplete: {name} is missing")
+        try:
+            size, sha = part.stat().st_size, None
+            if size == facts.get("bytes"):
+                sha = digest(part)
+        except OSError as error:
+            raise CheckpointError(f"{part} cannot be read: {brief(error)}") from error
+        if sha is None:
+            raise CheckpointError(
+                f"{part} is truncated or altered: {size} bytes, expected "
+                f"{shown(facts.get('bytes'))}"
+            )
+        if sha != facts.get("sha256"):
+            raise CheckpointError(
+                f"{part} is altered: its SHA-256 is not the one in {MANIFEST_FILE}"
+            )
     return manifest
 
 
@@ -150,10 +214,11 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         CheckpointError: see ``verify``; also for content other than tensors and plain containers.
     """
     verify(path)
-    try:
-        return torch.load(path / "training.pt", map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path / 'training.pt'} cannot be loaded: {error}") from error
+    file = path / STATE_FILE
+    state = read_torch(file, CheckpointError, device=device)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} must hold a mapping, got {type(state).__name__}")
+    return state
 
 
 def check_there(path: str | Path) -> Path:
@@ -163,8 +228,10 @@ def check_there(path: str | Path) -> Path:
         CheckpointError: there is not.
     """
     given = Path(path)
-    if not given.exists():
-        raise CheckpointError(f"nothing at {given}")
+    try:
+        given.stat()
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise CheckpointError(f"nothing at {given} ({brief(error)})") from error
     return given
 
 
@@ -181,7 +248,7 @@ def find(path: str | Path) -> Path:
         given = given.parent
     if checkpoints := available(given / "checkpoints") or available(given):
         given = checkpoints[-1]
-    if (given / "manifest.json").exists():
+    if (given / MANIFEST_FILE).exists():
         verify(given)
     elif not ((given / CONFIG_FILE).is_file() and (given / WEIGHTS_FILE).is_file()):
         raise CheckpointError(

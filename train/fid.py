@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 from pathlib import Path
 
 import torch
 
 from tokenflow_ext.models import WeightsError
+from tokenflow_ext.models.saved import read_torch
 from tokenflow_ext.train.data import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -40,10 +40,7 @@ def find_weights(given: str | Path | None = None) -> Path:
         raise WeightsError(
             f"{path} is not {WEIGHTS}: its SHA-256 begins with {digest[:8]}, not {_DIGEST}"
         )
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # the library reads any pickle
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path} cannot be loaded: {error}") from error
+    read_torch(path, WeightsError)  # torch-fidelity would read any pickle
     return path
 
 

@@ -8,11 +8,9 @@ under its name when it is complete.
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import json
 import os
-import secrets
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -24,13 +22,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-_PART = ".part"
+from tokenflow_ext.models.files import OutputError, write_file
+
 #: Bytes that a file's name may have, on every file system in use.
 _NAME_MAX = 255
-
-
-class OutputError(RuntimeError):
-    """A place that cannot be written to, or holds something that must not be written over."""
 
 
 def json_text(value: Any, indent: int | None = None) -> bytes:
@@ -111,58 +106,6 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def write_file(path: Path, content: bytes, overwrite: bool = False) -> None:
-    """Write a file that is seen whole or not at all.
-
-    It is written under a name of its own that nobody else has, flushed to the disk and renamed, so
-    that neither a link nor a left-over of that name is followed.
-
-    Args:
-        overwrite: whether it takes the place of a file of that name.
-
-    Raises:
-        OutputError: the name is taken, or the system does not write it (a full disk).
-    """
-    # A short name of its own: one made of a long name might be too long.
-    part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                if overwrite:
-                    part.replace(path)
-                else:
-                    _take_free_name(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise OutputError(f"{path} is there already: nothing is written over it") from error
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _take_free_name(part: Path, path: Path) -> None:
-    """Give a file its name, unless another has it."""
-    try:
-        os.link(part, path)  # unlike a rename, refuses a name that is taken
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # A file system without hard links.
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-        part.rename(path)
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what a killed process left of :func:`write_file`."""
-    for path in folder.glob(f".{'[0-9a-f]' * 16}{_PART}"):
-        path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -27,14 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train.outputs import (
-    OutputError,
-    Outputs,
-    check_folder,
-    json_text,
-    remove_parts,
-    write_file,
-)
+from tokenflow_ext.models.files import OutputError, remove_parts, write_file
+from tokenflow_ext.train.outputs import Outputs, check_folder, json_text
 from tokenflow_ext.train.reading import DataError, inside, read_json, require_file
 
 FORMAT, VERSION = "tokenflow-tokens", 1

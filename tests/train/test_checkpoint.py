@@ -62,7 +62,7 @@ def test_truncated_altered_and_missing_files_are_named(tmp_path, file):
     ("manifest", "message"),
     [
         (None, r"no manifest\.json"),
-        ("{", "cannot be read"),
+        ("{", "is not JSON"),
         ("[]", "no training checkpoint"),
         ('{"format": "something else"}', "no training checkpoint"),
         ('{"format": "tokenflow-training-checkpoint", "version": 99}', "version 99"),
@@ -101,7 +101,7 @@ def test_nothing_is_executed_on_loading(tmp_path, writer):
         "sha256": checkpoint.digest(file),
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"training\.pt cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"training\.pt cannot be read"):
         checkpoint.load(path)
     assert not mark.exists()
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenflow_ext.models import ConfigError
+from tokenflow_ext.models import ConfigError, files
 from tokenflow_ext.train import checkpoint, distributed, messages, outputs
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.outputs import OutputError, Outputs
@@ -51,19 +51,19 @@ def test_json_of_any_name_is_valid_and_gives_its_bytes_back(raw):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "below" / "file"
-    outputs.write_file(file, b"one")
+    files.write_file(file, b"one")
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~_umask()
     with pytest.raises(OutputError, match="is there already"):
-        outputs.write_file(file, b"two")
+        files.write_file(file, b"two")
     assert file.read_bytes() == b"one"
-    outputs.write_file(file, b"two", overwrite=True)
+    files.write_file(file, b"two", overwrite=True)
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"cannot write .*/file: No space left on device"):
-        outputs.write_file(file, b"three", overwrite=True)
+        files.write_file(file, b"three", overwrite=True)
     assert file.read_bytes() == b"two"
     assert os.listdir(file.parent) == ["file"]
 
@@ -73,9 +73,9 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
-    outputs.write_file(tmp_path / "a", b"one")
+    files.write_file(tmp_path / "a", b"one")
     with pytest.raises(OutputError, match="is there already"):
-        outputs.write_file(tmp_path / "a", b"two")
+        files.write_file(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["a"]
 
@@ -92,13 +92,13 @@ def test_no_link_is_followed_and_left_overs_go(tmp_path):
     for name in ("out", "out.part", ".out.part"):
         (tmp_path / name).symlink_to("mine")
     with pytest.raises(OutputError, match="is there already"):
-        outputs.write_file(tmp_path / "out", b"new")
+        files.write_file(tmp_path / "out", b"new")
     checkpoint.write_text(tmp_path / "out", "new")
     assert (tmp_path / "mine").read_bytes() == b"mine"
     assert not (tmp_path / "out").is_symlink()
     (tmp_path / ".0123456789abcdef.part").touch()
     (tmp_path / "notes.part").touch()
-    outputs.remove_parts(tmp_path)
+    files.remove_parts(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".out.part", "mine", "notes.part", "out", "out.part"]
 
@@ -176,10 +176,11 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 def test_sigterm_removes_what_is_half_written(tmp_path):
     code = f"""
 import os, pathlib, signal
-from tokenflow_ext.train import messages, outputs
+from tokenflow_ext.models import files
+from tokenflow_ext.train import messages
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGTERM)
 with messages.ending_in_one_line():
-    outputs.write_file(pathlib.Path({str(tmp_path)!r}) / "file", b"content")
+    files.write_file(pathlib.Path({str(tmp_path)!r}) / "file", b"content")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "stopped by SIGTERM\n")

@@ -71,13 +71,13 @@ def test_resuming_a_run_without_a_checkpoint_starts_it(micro, images, tmp_path):
 # Training whose files reach the disk slowly, so that a kill lands inside a write.
 SLOW = """
 import os, sys, time
-import tokenflow_ext.train.checkpoint as checkpoint
-flush = checkpoint._flush
+import tokenflow_ext.models.files as files
+flush = files.flush
 def slow(path):
     print("writing", path, flush=True)
     time.sleep(0.2)
     flush(path)
-checkpoint._flush = slow
+files.flush = slow
 from tokenflow_ext.train.tokenizer import main
 main(sys.argv[1:])
 """
@@ -94,14 +94,15 @@ def test_killed_while_writing(micro, images, tmp_path):
     arguments = [*micro.overrides(killed, images, *settings), "--resume"]
 
     finished = []
-    for victim in ("training.pt", "manifest.json.part", None):
+    for victim in ("training.pt", ".part", None):  # .part: the first file of a checkpoint
         process = micro.launch(arguments, script=script)
-        seen = 0
+        seen = set()
         for line in process.stdout:
-            if victim and "/.writing_" in line and line.strip().endswith(victim):
+            folder, _, file = line.partition("/.writing_")[2].strip().partition("/")
+            if victim and folder and file.endswith(victim):
                 # The second write of this process: one interval was saved, one is under way.
-                seen += 1
-                if seen == 2:
+                seen.add(folder)
+                if len(seen) == 2:
                     time.sleep(0.05)
                     process.send_signal(signal.SIGKILL)
         process.wait()

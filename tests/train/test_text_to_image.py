@@ -158,13 +158,13 @@ def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
 # Training whose files reach the disk slowly, so that a kill lands inside a write.
 SLOW = """
 import sys, time
-import tokenflow_ext.train.checkpoint as checkpoint
-flush = checkpoint._flush
+import tokenflow_ext.models.files as files
+flush = files.flush
 def slow(path):
     print("writing", path, flush=True)
     time.sleep(0.1)
     flush(path)
-checkpoint._flush = slow
+files.flush = slow
 from tokenflow_ext.train.text_to_image import main
 main(sys.argv[1:])
 """
@@ -179,7 +179,7 @@ def test_killed_while_writing(micro, arguments, tmp_path):
     resumed = [*arguments("killed", *settings), "--resume"]
     process = micro.launch(resumed, script=script)
     for line in process.stdout:
-        if "/.writing_00000004/" in line and "training.pt" in line:
+        if "/.writing_00000004" in line and "training.pt" in line:
             process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
