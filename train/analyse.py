@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tokenflow_ext import nearest_code
@@ -182,7 +181,9 @@ def assign(
         ([len(codebooks), N] int64 on the CPU, SHA-256 of the images' pixels), on every process.
     """
     mine = range(group.rank, len(images), group.world)
-    loader = DataLoader(images, batch, sampler=mine, num_workers=workers, collate_fn=join_squares)
+    loader = data.read_batches(
+        images, join_squares, batch_size=batch, sampler=mine, num_workers=workers
+    )
     bar = tqdm(total=len(mine), unit="image", disable=not group.first)
     found = []
     for indices, pixels, _, digests in loader:

@@ -43,6 +43,7 @@ class DataConfig:
     weight_key: str = ""
     streams: tuple[int, ...] = (1, 1)  # as in CaptionConfig
     workers: int = 0  # processes that decode images; none: in the training process itself
+    cache: int = 256  # MiB of decoded images that a process keeps, the first that fit
 
 
 @dataclass
@@ -66,6 +67,9 @@ class CaptionConfig:
     # own. It decides the order of the samples, so a run keeps it on any number of processes.
     streams: tuple[int, ...] = (1, 1)
     workers: int = 0  # processes that decode pictures; none: in the training process itself
+    cache: int = 256  # MiB of decoded pictures that a process keeps, the first that fit
+    # Keys of a caption in metadata.jsonl and NAME.json; the first that holds a text counts.
+    caption_keys: tuple[str, ...] = ("caption", "text")
 
 
 @dataclass
@@ -249,7 +253,9 @@ class TextConfig:
         if self.data.unseen and self.data.held_out is not None:
             raise ConfigError("data.unseen and data.held_out are two held-out sets: give one")
         _at_least("data", self.data, 1, "evaluated")
-        _at_least("data", self.data, 0, "limit", "workers")
+        _at_least("data", self.data, 0, "limit")
+        if not all(self.data.caption_keys):
+            raise ConfigError("data.caption_keys must name keys, got an empty one")
         _at_least("model", self.model, 1, "prompt_length")
         _at_least("model", self.model, 257, "vocabulary")  # every byte, and bos
         _at_least("sample", self.sample, 0, "guidance")
@@ -363,6 +369,7 @@ def _check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas must be two numbers, got {config.optim.betas}")
     _at_least("", config, 0, "seed", "threads")
+    _at_least("data", config.data, 0, "workers", "cache")
     _at_least("optim", config.optim, 1, "steps", "batch", "accumulate")
     every = ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep")
     _at_least("output", config.output, 1, *every)

@@ -7,6 +7,7 @@ position of a run is one integer and a resumed run sees exactly the images it wo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -22,14 +23,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tokenflow_ext.train.config import DataConfig
-from tokenflow_ext.train.pictures import BrokenImageError, open_image, to_tensor
-from tokenflow_ext.train.reading import DataError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+from tokenflow_ext.train.pictures import BrokenImageError, list_images, open_image, to_tensor
+from tokenflow_ext.train.reading import DataError, Tally, inside, json_lines, reason
 
 # Where a large image set is not at hand, this vertical band of every photograph is held out: off
 # the middle, where most photographs keep their subject, so that the held-out part shows some of it.
 HELD_OUT_BAND = (0.60, 0.85)
+_LONGEST_ROUND = 1 << 31  # of images by weight: their order is in memory
 
 # (name, package, file below the package, licence)
 PHOTOGRAPHS = (
@@ -105,21 +105,42 @@ class Picture:
 
     def regions(self) -> list[Image.Image]:
         """The boxes as images of their own: a resize reads some pixels beyond the box it is given,
-        and must not find those that this picture may not use.
+        and must not find those that this picture may not use. Boxes of a picture so small that no
+        pixel is in them are left out.
 
         Raises:
             DataError: naming the file, where it is no image that can be read.
         """
         content = None if self.span is None else read_span(self.path, self.span)
-        image = open_image(self.path / self.member, content)
+        image = open_image(f"{self.path}/{self.member}" if self.member else self.path, content)
         regions = []
         for left, top, right, bottom in self.boxes:
             if image.height > image.width:  # bands of a portrait lie across its long side too
                 left, top, right, bottom = top, left, bottom, right
             shares, sides = (left, top, right, bottom), image.size * 2
             box = tuple(round(a * b) for a, b in zip(shares, sides, strict=True))
-            regions.append(image.crop(box))
+            if box[0] < box[2] and box[1] < box[3]:
+                regions.append(image.crop(box))
         return regions
+
+
+class Kept:
+    """Decoded pictures in memory: the first that come, as long as they fit in ``mib`` MiB."""
+
+    def __init__(self, mib: int) -> None:
+        self._left = mib << 20
+        self._pictures: dict[int, Any] = {}
+
+    def add(self, number: int, picture: Any, size: int) -> bool:
+        """Whether the picture of ``size`` bytes is kept: once one is not, no other is."""
+        self._left -= size
+        if self._left >= 0:
+            self._pictures[number] = picture
+        return self._left >= 0
+
+    def get(self, number: int) -> Any:
+        """The picture, None where it is not kept."""
+        return self._pictures.get(number)
 
 
 def read_span(path: Path, span: tuple[int, int]) -> bytes:
@@ -131,27 +152,15 @@ def read_span(path: Path, span: tuple[int, int]) -> bytes:
     offset, size = span
     try:
         with path.open("rb") as file:
-            content = os.pread(file.fileno(), size, offset)
+            # Before anything is allocated: a header may claim any size.
+            ends = os.fstat(file.fileno()).st_size
+            whole = min(offset, size) >= 0 and offset + size <= ends
+            content = os.pread(file.fileno(), size, offset) if whole else b""
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if len(content) < size:
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
+    if not whole or len(content) < size:
         raise DataError(f"cannot read {path}: it ends before {offset + size} bytes")
     return content
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """Every image file below ``folder``, sorted by its path.
-
-    Raises:
-        DataError: no such folder, or no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"no folder at {root}")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise DataError(f"no image ({', '.join(SUFFIXES)}) below {root}")
-    return found
 
 
 def photographs() -> list[Path]:
@@ -216,20 +225,14 @@ def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:
         DataError: naming file and line.
     """
     found = {}
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read data.weights={file}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    expected = '{"file_name": ..., "weight": number >= 0}'
+    for number, entry in json_lines(file, expected):
         try:
-            entry = json.loads(line)
-            found[Path(root) / entry["file_name"]] = checked_weight(entry["weight"])
-        except (ValueError, KeyError, TypeError) as error:
+            found[inside(root, entry["file_name"])] = checked_weight(entry["weight"])
+        except (ValueError, KeyError) as error:
+            got = json.dumps(entry)[:80]
             raise DataError(
-                f'{file}, line {number}: expected {{"file_name": ..., "weight": number >= 0}}, '
-                f"got {line.strip()[:80]}"
+                f"{file}, line {number}: expected {expected}, got {got} ({error})"
             ) from error
     return found
 
@@ -261,17 +264,22 @@ class PictureSet:
     """Pictures in rounds, each in an order of its own. A round visits every picture once, or as
     often as its weight w says: w times on average, w rounded down or up in any one round.
 
-    Few pictures (up to 64) are kept decoded in memory.
+    The first pictures are decoded at once and kept in memory.
 
     Args:
         weights: of pictures by their path, 1 for those that are not named; None is 1 for all.
+        cache: MiB of decoded pictures that are kept.
 
     Raises:
-        DataError: no picture, or weights of others.
+        DataError: no picture, weights of others, or one of the first pictures cannot be read.
     """
 
     def __init__(
-        self, pictures: list[Picture], seed: int, weights: dict[Path, float] | None = None
+        self,
+        pictures: list[Picture],
+        seed: int,
+        weights: dict[Path, float] | None = None,
+        cache: int = DataConfig.cache,
     ) -> None:
         if not pictures:
             raise DataError("no image to train on")
@@ -279,10 +287,21 @@ class PictureSet:
         self.weights, self.round = None, len(pictures)
         if weights is not None:
             self.weights = np.array([weights.get(p.path, 1.0) for p in pictures])
-            self.round = round(self.weights.sum())
+            total = self.weights.sum()
+            if total > _LONGEST_ROUND:
+                raise DataError(
+                    f"data.weights sum to {total:g}, and a round has as many images: make them "
+                    f"smaller, they may sum to {_LONGEST_ROUND}"
+                )
+            self.round = round(total)
             if not self.round:
                 raise DataError("data.weights leaves no image to train on: they sum to 0")
-        self._memory = [p.regions() for p in pictures] if len(pictures) <= 64 else None
+        self._kept = Kept(cache)
+        for number, picture in enumerate(pictures):
+            regions = picture.regions()
+            size = sum(4 * r.width * r.height for r in regions)  # as Pillow holds them
+            if not self._kept.add(number, regions, size):
+                break
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def which(self, index: int) -> int:
@@ -296,7 +315,7 @@ class PictureSet:
 
     def regions(self, index: int) -> list[Image.Image]:
         which = self.which(index)
-        return self.pictures[which].regions() if self._memory is None else self._memory[which]
+        return self._kept.get(which) or self.pictures[which].regions()
 
     def describe(self) -> str:
         weighted = "" if self.weights is None else f" ({self.round} a round by weight)"
@@ -381,23 +400,58 @@ def loader(
     position: int,
     workers: int = 0,
     collate: Callable[[list], Any] | None = None,
-) -> DataLoader:
+) -> Iterator[Any]:
     """Micro-batches of a process, from the data position on.
 
     Args:
         dataset: has a sample for every number from 0 on, and a ``seed``.
         collate: makes a batch of a list of samples; None stacks them.
     """
-    return DataLoader(
+    return read_batches(
         dataset,
+        collate or torch.stack,
         batch_sampler=_Positions(shard, position),
         num_workers=workers,
-        collate_fn=collate,
         # The loader draws a seed for its workers, by default from the global generator, whose
         # state a resumed run must find as it was.
         generator=torch.Generator().manual_seed(dataset.seed),
         persistent_workers=workers > 0,
     )
+
+
+class _OrError(Dataset):
+    """The samples of ``dataset``, or the DataError that came in the place of one."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((s for s in samples if isinstance(s, DataError)), None) or collate(samples)
+
+
+def read_batches(dataset: Dataset, collate: Callable[[list], Any], **options: Any) -> Iterator[Any]:
+    """What a DataLoader of ``dataset`` gives, with a DataError as it was raised: a worker's would
+    come with its traceback as the message.
+
+    Args:
+        collate: makes a batch of a list of samples.
+        options: the DataLoader's.
+    """
+    joined = functools.partial(_collate, collate)
+    for batch in DataLoader(_OrError(dataset), collate_fn=joined, **options):
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tensor:
@@ -412,14 +466,17 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
     if not pictures:
         raise DataError("no held-out image")
     step = -(-len(pictures) // limit)
-    crops = []
+    crops, left = [], Tally(pictures[0].path.parent)
     for picture in pictures[::step]:
         try:
             regions = picture.regions()
-        except BrokenImageError:
+        except BrokenImageError as error:
             if picture.span is None:
                 raise
-            continue  # as in training, see train/shards.py
+            left.add("images that cannot be read", str(error))  # as in training, train/shards.py
+            continue
+        if not regions:
+            left.add("images too small to hold a band of them out", picture.path)
         for region in regions:
             for side in (min(region.size), min(region.size) * 2 / 3):
                 for y in _starts(region.height, side):
@@ -427,7 +484,8 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
                         (region, (x, y, x + side, y + side)) for x in _starts(region.width, side)
                     ]
     if not crops:
-        raise DataError(f"no held-out image of {pictures[0].path} can be read")
+        raise DataError(f"no held-out image can be used: {left}")
+    left.say("left out of the held-out crops")
     chosen = np.unique(np.linspace(0, len(crops) - 1, min(limit, len(crops))).round().astype(int))
     return torch.stack(
         [

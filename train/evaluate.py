@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tokenflow_ext.models import (
@@ -261,8 +261,8 @@ def evaluate(
     rows, kept = [], []
     mine = range(group.rank, len(paths), group.world)
     # A sampler, not a distributed one: that repeats images until every process has as many.
-    loader = DataLoader(
-        Squares(paths, size), batch, sampler=mine, num_workers=workers, collate_fn=join_squares
+    loader = data.read_batches(
+        Squares(paths, size), join_squares, batch_size=batch, sampler=mine, num_workers=workers
     )
     bar = tqdm(total=len(mine), unit="image", disable=not group.first)
     for indices, pixels, enlarged, digests in loader:

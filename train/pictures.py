@@ -1,28 +1,43 @@
-"""Picture files: reading them as RGB, and the square of one that a tokenizer takes."""
+"""Picture files: which there are, reading them as RGB, and the square that a tokenizer takes."""
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.train.reading import DataError, Tally, check_file, reason
+
+# What turns a picture upright, by its orientation tag.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# TIFF's tags BitsPerSample, PhotometricInterpretation, SampleFormat.
+_BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339
 
 # A longer picture is cut to its middle first: enlarging a line of pixels would fill the memory.
 _LONGEST = 16
 
 #: What :func:`open_image` and :func:`to_square` do, with the size to be filled in.
 PREPROCESSING = (
-    "EXIF orientation applied, transparency over white, RGB; of a picture more than "
-    f"{_LONGEST} times as long as wide the middle {_LONGEST} : 1; while the shorter side is twice "
-    "{size} px or more, both sides are halved (rounded down) with Pillow's box filter; then the "
-    "shorter side becomes {size} px and the longer one in proportion (rounded) with Pillow's "
-    "bicubic filter, a = -0.5, antialiased (its support grows with the reduction); then the middle "
-    "{size} x {size} px, the corner rounded down."
+    "EXIF orientation applied, more than 8 bits scaled to 8, transparency over white, RGB; of a "
+    f"picture over {_LONGEST} times as long as wide the middle {_LONGEST} : 1; while the shorter "
+    "side is twice {size} px or more, both sides are halved (rounded down) with Pillow's box "
+    "filter; then the shorter side becomes {size} px and the longer one in proportion (rounded) "
+    "with Pillow's bicubic filter, a = -0.5, antialiased (its support grows with the reduction); "
+    "then the middle {size} x {size} px, the corner rounded down."
 )
 
 
@@ -30,8 +45,96 @@ class BrokenImageError(DataError):
     """Bytes that are there but are no image that can be decoded."""
 
 
-def open_image(path: Path, content: bytes | None = None) -> Image.Image:
-    """The image file as RGB, its orientation tag applied, transparent parts over white.
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that are read: all of Pillow's but those it only knows the head of, and EPS, for
+    which it would run another program on the file."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}))
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of the formats that are read, in lower case, with their dot."""
+    known = set(formats())
+    return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
+
+
+# -- which there are ------------------------------------------------------------------------------
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Every image file below ``folder``, sorted by its path; a line says what else is there.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    found, left = find_images(folder)
+    if not found:
+        raise DataError(f"no image below {folder}" + (f"; left out: {left}" if left.total else ""))
+    left.say(f"{len(found)} images; left out")
+    return found
+
+
+def find_images(folder: str | os.PathLike[str]) -> tuple[list[Path], Tally]:
+    """Every image file below ``folder``, sorted by its path, and what was left out.
+
+    Links are followed. A folder that is met twice counts once, under its own name if it has one
+    here; a link to a folder around this one is left out. Hidden files and folders are left out.
+    Texts and JSON files are no images, but are not counted: captions lie in such.
+
+    Raises:
+        DataError: no such folder, or one that cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"no folder at {root}")
+    around, seen, found, left = set(root.resolve().parents), set(), [], Tally(root)
+    folders, links = [root], []
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        try:
+            if place.resolve() in around:
+                left.add("links to a folder around it", place)
+                continue
+            state = place.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                left.add("further links to a folder", place)
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except (OSError, RuntimeError) as error:
+            if place == root:
+                raise DataError(f"cannot read {root}: {reason(error)}") from error
+            left.add(f"folders that cannot be read, {reason(error)}", place)
+            continue
+        for entry in entries:
+            path, suffix = place / entry.name, Path(entry.name).suffix.lower()
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if entry.name.startswith("."):
+                left.add("hidden", path)
+            elif is_folder:
+                (links if entry.is_symlink() else folders).append(path)
+            elif suffix in suffixes():
+                if is_file:
+                    found.append(path)
+                else:
+                    left.add("links to nothing, pipes or devices", path)
+            elif suffix not in (".txt", ".json", ".jsonl"):
+                left.add(f"{suffix or 'other'} files", path)
+    return sorted(found), left
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> Image.Image:
+    """The image file as RGB: its orientation applied, transparent parts over white, of several
+    frames the first, deep pixels scaled to 8 bits (see :func:`_eight_bits`). Colour profiles are
+    not applied.
 
     Args:
         content: the file's bytes where they are known already; ``path`` then only names them.
@@ -39,16 +142,83 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
     Raises:
         BrokenImageError: naming the file, where it is no image that can be read.
     """
+    name = os.fspath(path)
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
+        if content is None:
+            check_file(path)
+        empty = not (os.stat(path).st_size if content is None else content)
+        if empty:
+            raise ValueError("it is empty")
+        with Image.open(path if content is None else io.BytesIO(content), "r", formats()) as file:
+            file.load()
+            image = file
+            if file.mode.startswith(("I", "F")):
+                image = _eight_bits(file)
+            if (turn := _TURNS.get(_orientation(file))) is not None:
+                image = image.transpose(turn)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"cannot read the image {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(f"cannot read the image {name}: of no known format") from error
+    except Exception as error:  # whatever a decoder meets in bytes that anybody can write
+        raise BrokenImageError(f"cannot read the image {name}: {reason(error)}") from error
+
+
+def _orientation(file: Image.Image) -> object:
+    """The orientation tag; 1, upright, where it cannot be read. Other tags are not looked at: they
+    may hold anything, and no pixel depends on them."""
+    try:
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's errors about metadata are of many types
+        return 1
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    """A grey picture of more than 8 bits as L, or LA where a level is transparent.
+
+    Whole numbers of b bits become v / (2^b - 1), those of PGM v / maxval, and floating point within
+    [0, 1] is taken as it is, all times 255, rounded. (Of 16-bit colours Pillow itself keeps the
+    upper 8 bits, less than a level apart.)
+
+    Raises:
+        ValueError: numbers of which nobody knows what is white: signed, of 32 bits, floating point
+            outside [0, 1].
+    """
+    values, tags = np.asarray(file), getattr(file, "tag_v2", {})
+    if file.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"floating point from {values.min():g} to {values.max():g}: only values within "
+                "[0, 1] have a known white"
+            )
+        most = 1.0
+    else:
+        if file.format == "TIFF":
+            bits, signed = np.ravel(tags.get(_BITS, 1))[0], np.ravel(tags.get(_FORMAT, 1))[0] != 1
+        elif file.format in ("JPEG2000", "PNG", "PPM"):  # Pillow gives all of 16 bits
+            bits, signed = 16, False
+        else:
+            raise ValueError(f"grey of more than 8 bits in {file.format} has no known white")
+        if signed or bits > 16:
+            raise ValueError(
+                f"{'signed ' * bool(signed)}whole numbers of {bits} bits have no known white: "
+                "save it with 8 or 16 bits, unsigned"
+            )
+        most = float(2 ** int(bits) - 1)
+    scaled = values / most
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0
+        scaled = 1 - scaled
+    image = Image.fromarray((scaled * 255).round().astype(np.uint8))
+    clear = file.info.get("transparency")
+    if isinstance(clear, int):
+        image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return image
+
+
+# -- the square of a tokenizer --------------------------------------------------------------------
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:

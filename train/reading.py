@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+_REASONS = 8  # that a line tells
+
 # How files of other encodings begin (UTF-32's mark begins as UTF-16's does).
 _MARKS = (
     (b"\xff\xfe\0\0", "UTF-32"),
@@ -230,7 +232,11 @@ class Tally:
         self.total += count
 
     def __str__(self) -> str:
-        return "; ".join(f"{n} {why} ({first})" for why, (n, first) in self._reasons.items())
+        told = sorted(self._reasons.items(), key=lambda entry: -entry[1][0])
+        parts = [f"{count} {why} ({example})" for why, (count, example) in told[:_REASONS]]
+        if rest := sum(count for _, (count, _) in told[_REASONS:]):
+            parts.append(f"{rest} for other reasons")
+        return "; ".join(parts)
 
     def say(self, verb: str = "left out") -> None:
         """One line about all of it, where anything is new."""

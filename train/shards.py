@@ -20,7 +20,7 @@ from PIL import Image
 
 from tokenflow_ext.train import data
 from tokenflow_ext.train.data import DataError, Picture, counted_rng
-from tokenflow_ext.train.pictures import BrokenImageError, open_image
+from tokenflow_ext.train.pictures import BrokenImageError, open_image, suffixes
 
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 
@@ -62,7 +62,7 @@ def read_members(path: Path) -> list[Member]:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 suffix = suffix.lower()
-                kind = "picture" if f".{suffix}" in data.SUFFIXES else suffix
+                kind = "picture" if f".{suffix}" in suffixes() else suffix
                 key = f"{folder}/{stem}"
                 groups.setdefault(key, {})[kind] = (member.offset_data, member.size)
                 if kind == "picture":

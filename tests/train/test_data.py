@@ -122,6 +122,61 @@ def test_unreadable_images_are_named(tmp_path):
         data.list_images(tmp_path / "nowhere")
 
 
+def test_tiny_pictures_are_trained_on_or_counted(tmp_path, capsys):
+    sides = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 500), (40, 30)]
+    for i, size in enumerate(sides):
+        Image.new("RGB", size, (i, i, i)).save(tmp_path / f"{i}.png")
+    config = DataConfig(path=str(tmp_path))
+    source, held_out = open_images(config, 4, 0)
+    crops = data.RandomCrops(source, 8, config, 0)
+    seen = {round((crops[g].mean().item() + 1) * 127.5) for g in range(len(sides))}
+    assert seen == set(range(len(sides)))
+    shown = data.held_out_crops(held_out, 8, 1000)
+    levels = {round((crop.mean().item() + 1) * 127.5) for crop in shown}
+    assert {1, 2, 4, 5} <= levels
+    assert "1 images too small to hold a band of them out" in capsys.readouterr().err
+    for i in range(1, len(sides)):
+        (tmp_path / f"{i}.png").unlink()
+    _, held_out = open_images(config, 4, 0)
+    with pytest.raises(data.DataError, match=r"no held-out image.*too small.*0\.png"):
+        data.held_out_crops(held_out, 8, 10)
+
+
+def test_decoded_pictures_are_bounded_in_bytes(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (256, 256), (i, i, i)).save(tmp_path / f"{i}.png")  # a quarter of a MiB
+    every = [data.Picture(path) for path in data.list_images(tmp_path)]
+    for mib, kept in ((0, 0), (1, 4), (2, 5)):
+        source = data.PictureSet(every, 0, cache=mib)
+        held = [source.regions(g)[0] for g in range(5)]
+        again = [source.regions(g)[0] for g in range(5)]
+        assert sum(a is b for a, b in zip(held, again, strict=True)) == kept
+        assert sorted(image.getpixel((0, 0))[0] for image in again) == list(range(5))
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(data.DataError, match=r"0\.png"):
+        data.PictureSet(every, 0, cache=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_workers_error_is_one_line(tmp_path, workers):
+    for i in range(4):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    crops = dataset(tmp_path, cache=0)
+    crops.source._kept = data.Kept(0)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(data.DataError) as error:
+        list(itertools.islice(data.loader(crops, data.Shard(4), 0, workers), 1))
+    assert str(error.value) == f"cannot read the image {tmp_path}/2.png: of no known format"
+
+
+def test_a_span_is_compared_with_its_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert data.read_span(tmp_path / "a", (2, 3)) == b"234"
+    for span in ((0, 2**40), (2**62, 1), (5, 6), (-1, 2), (3, -1)):
+        with pytest.raises(data.DataError, match=r"cannot read .*/a: it ends before"):
+            data.read_span(tmp_path / "a", span)
+
+
 def test_pixels_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     image = Image.fromarray(levels[..., None].expand(-1, -1, 3).contiguous().numpy())

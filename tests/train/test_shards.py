@@ -164,6 +164,11 @@ def test_a_folder_is_sampled_by_weight(images, tmp_path):
         ('{"file_name": "picture0.png", "weight": true}', r"line 2.*true"),
         ('{"file_name": "nowhere.png", "weight": 1}', r"does not have, first .*nowhere\.png"),
         ("no JSON", r"line 2.*no JSON"),
+        ('{"file_name": "../picture0.png", "weight": 1}', r"line 2.*outside the folder"),
+        ('{"file_name": "/picture0.png", "weight": 1}', r"line 2.*outside the folder"),
+        ('{"file_name": 3, "weight": 1}', r"line 2.*3"),
+        ('{"file_name": "picture0.png", "weight": 1e300}', r"sum to 1e\+300"),
+        ("[" * 9999, "line 2.*nested too deeply"),
     ],
 )
 def test_weights_that_cannot_be_used_are_named(images, tmp_path, line, message):
