@@ -387,7 +387,7 @@ def run(
             {
                 "name": name,
                 "checkpoint": str(place),
-                "sha256": checkpoint.tokenizer_digest(place),
+                "sha256": checkpoint.weights_digest(place),
                 "image_size": images.size,
                 "preprocessing": PREPROCESSING.format(size=images.size),
                 "data_sha256": digest,

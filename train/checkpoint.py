@@ -289,8 +289,8 @@ def load_tokenizer(
         raise ConfigError(str(error)) from error
 
 
-def tokenizer_digest(place: Path) -> str:
-    """SHA-256 of the weights of what :func:`find_tokenizer` found."""
+def weights_digest(place: Path) -> str:
+    """SHA-256 of the weights of what :func:`find` or :func:`find_tokenizer` found."""
     return digest(place if place.is_file() else place / WEIGHTS_FILE)
 
 

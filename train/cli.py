@@ -198,16 +198,26 @@ def _add_generate(draw: argparse.ArgumentParser) -> None:
 
 
 def _generate(known: argparse.Namespace) -> None:
+    each = known.each
+    if each is None:
+        each = 1 if known.layout == "plain" else 4
+    data.check_counts(known, each=1, batch_size=1, guidance=0)
+    if not -(2**63) <= known.seed < 2**64:
+        raise data.DataError(f"--seed must be a whole number of 64 bits, got {known.seed}")
+    generate.check_text(known.negative, "--negative")
+    find_device(known.device)
+    checkpoint.check_there(known.checkpoint)
     if known.prompts is not None:
         prompts = generate.read_prompts(known.prompts, known.layout)
     elif known.layout == "plain":
         prompts = generate.plain_prompts(known.prompt)
     else:
         raise data.DataError(f"--layout {known.layout} needs the benchmark's file: --prompts FILE")
-    each = known.each
-    if each is None:
-        each = 1 if known.layout == "plain" else 4
-    data.check_counts(known, each=1, batch_size=1, guidance=0)
+    # Before the model is read: everything but whether what is there is another model's.
+    drawn = generate.facts(known.steps, known.guidance, known.negative)
+    wanted = generate.pictures(prompts, known.layout, each, known.seed, drawn)
+    target = outputs.Outputs(Path(known.out), known.overwrite)
+    generate.claim(target, prompts, wanted, known.layout, grid=False)
     painter = generate.Painter.load(
         known.checkpoint,
         known.device,
@@ -224,6 +234,7 @@ def _generate(known: argparse.Namespace) -> None:
         each=each,
         seed=known.seed,
         grid=known.grid,
+        overwrite=known.overwrite,
     )
     print(f"{len(written)} pictures in {known.out}")
 

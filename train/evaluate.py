@@ -667,7 +667,7 @@ def run(
         },
         "tokenizer": {
             "checkpoint": str(place),
-            "sha256": checkpoint.tokenizer_digest(place),
+            "sha256": checkpoint.weights_digest(place),
             "image_size": size,
             "codebook_size": codes,
             "tokens_per_image": model.quantizer.num_tokens,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,23 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.train import checkpoint
-from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.distributed import find_device
 from tokenflow_ext.train.language import load_text_tokenizer
+from tokenflow_ext.train.outputs import Outputs, json_text, png
+from tokenflow_ext.train.reading import (
+    DataError,
+    check_file,
+    json_lines,
+    lines,
+    read_text,
+    reason,
+    say,
+)
 
 #: Filters (top_k, top_p) of each draw of a scale (arXiv 2412.03069, section 4.1).
 STEPS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
@@ -46,6 +56,7 @@ class Painter:
     Attributes:
         negative: the text that guidance leads away from; training drops captions to "".
         batch: images drawn at once. An image does not depend on it.
+        weights: SHA-256 of the model's, which pictures are marked with.
     """
 
     model: TextToImage
@@ -54,6 +65,7 @@ class Painter:
     guidance: float = 7.5
     negative: str = ""
     batch: int = 16
+    weights: str = ""
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> Painter:
@@ -61,10 +73,20 @@ class Painter:
 
         Raises:
             CheckpointError: nothing there, or not whole.
+            ConfigError: no such device.
         """
+        place = find_device(device)
         folder = checkpoint.find(path)
         text = load_text_tokenizer(folder)
-        return cls(TextToImage.from_pretrained(folder).to(device), text, **options)
+        model = TextToImage.from_pretrained(folder).to(place)
+        parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
+        weights = hashlib.sha256("".join(parts).encode()).hexdigest()
+        return cls(model, text, weights=weights, **options)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a picture depends on besides its prompt and seed."""
+        return {**facts(self.steps, self.guidance, self.negative), "weights": self.weights}
 
     @property
     def runs(self) -> int:
@@ -72,7 +94,12 @@ class Painter:
         return 1 + (len(self.model.config.scales) - 1) * len(STEPS[self.steps][0])
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
-        """Images [3, H, W] uint8, one for each prompt; a bar counts the transformer's runs."""
+        """Images [3, H, W] uint8, one for each prompt; a bar counts the transformer's runs.
+
+        Args:
+            seeds: any whole numbers, of which 64 bits count.
+        """
+        seeds = [(operator.index(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
         top_k, top_p = STEPS[self.steps]
         batches = -(-len(prompts) // self.batch)
         with tqdm(total=batches * self.runs, unit="run", dynamic_ncols=True) as bar:
@@ -87,14 +114,42 @@ class Painter:
                         guidance=self.guidance,
                         top_k=top_k,
                         top_p=top_p,
-                        seed=list(seeds[start : start + self.batch]),
+                        seed=seeds[start : start + self.batch],
                     ).cpu()
             finally:
                 hook.remove()
 
 
+def facts(steps: str, guidance: float, negative: str) -> dict[str, str]:
+    """How pictures are drawn, as their files say it."""
+    return {"steps": steps, "guidance": repr(float(guidance)), "negative": negative}
+
+
+def check_text(text: Any, where: str) -> str:
+    """``text``, where it is one that a text tokenizer takes.
+
+    Raises:
+        DataError: it is not; naming ``where``.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{where}: a prompt must be text, got {text!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {text!r} is no Unicode text (not UTF-8?)") from error
+    if "\0" in text:
+        raise DataError(f"{where}: {text!r} has a NUL in it")
+    return text
+
+
 def plain_prompts(texts: Sequence[str]) -> list[Prompt]:
-    """Prompts named by number and first words."""
+    """Prompts named by number and first words.
+
+    Raises:
+        DataError: one is no text.
+    """
+    for number, text in enumerate(texts, start=1):
+        check_text(text, f"prompt {number}")
     words = [re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40] for text in texts]
     return [
         Prompt(text, f"{i:05d}_{word}".rstrip("_"))
@@ -112,27 +167,106 @@ def read_prompts(path: str | Path, layout: str) -> list[Prompt]:
         DataError: a file that is missing or not of that form.
     """
     source = Path(path)
-    try:
-        if layout == "dpg":
-            if not source.is_dir():
-                raise DataError(f"layout dpg reads a folder of ITEM.txt, {source} is none")
-            files = sorted(source.glob("*.txt"))
-            prompts = [Prompt(f.read_text(encoding="utf-8").strip(), f.stem) for f in files]
+    if layout == "dpg":
+        if not source.is_dir():
+            raise DataError(f"layout dpg reads a folder of ITEM.txt, {source} is none")
+        prompts = [_read_item(file) for file in sorted(source.glob("*.txt"))]
+    else:
+        try:
+            check_file(source)
+        except OSError as error:
+            raise DataError(f"cannot read the prompts {source}: {reason(error)}") from error
+        if layout == "plain" and source.suffix != ".jsonl":
+            prompts = plain_prompts([line for _, line in lines(read_text(source))])
         else:
-            lines = [x for x in source.read_text(encoding="utf-8").splitlines() if x.strip()]
-            if layout == "plain" and source.suffix != ".jsonl":
-                return plain_prompts([line.strip() for line in lines])
-            entries = [json.loads(line) for line in lines]
-            if layout == "plain":
-                return plain_prompts([entry["prompt"] for entry in entries])
-            prompts = [Prompt(e["prompt"], f"{i:05d}", e) for i, e in enumerate(entries)]
-    except OSError as error:
-        raise DataError(f"cannot read the prompts {source}: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{source}: expected {{"prompt": ...}} a line: {error!r}') from error
+            entries = []
+            for number, entry in json_lines(source, '{"prompt": text}'):
+                where = f"{source}, line {number}"
+                if "prompt" not in entry:
+                    raise DataError(f'{where}: no "prompt", but {", ".join(entry) or "nothing"}')
+                if not check_text(entry["prompt"], where).strip():
+                    raise DataError(f"{where}: the prompt is empty")
+                entries.append(entry)
+            prompts = plain_prompts([entry["prompt"] for entry in entries])
+            if layout == "geneval":
+                prompts = [Prompt(e["prompt"], f"{i:05d}", e) for i, e in enumerate(entries)]
     if not prompts:
         raise DataError(f"no prompt in {source}")
     return prompts
+
+
+def _read_item(file: Path) -> Prompt:
+    text = read_text(file).strip()
+    if not text:
+        raise DataError(f"{file}: the prompt is empty")
+    return Prompt(check_text(text, str(file)), file.stem)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file that is to be drawn: its name in the folder, the number of its prompt, the prompt and
+    seeds (several for one that shows several images), and what is written into it."""
+
+    name: str
+    number: int
+    text: str
+    seeds: tuple[int, ...]
+    facts: dict[str, str]
+
+    def is_there(self, folder: Path) -> bool:
+        """Whether the file is there, drawn from the same; :attr:`facts` that it says."""
+        path = folder / self.name
+        try:
+            check_file(path)
+            with Image.open(path) as image:
+                said = image.info
+        except (OSError, ValueError, SyntaxError):
+            return False
+        return all(said.get(key) == value for key, value in self.facts.items())
+
+
+def pictures(
+    prompts: Sequence[Prompt], layout: str, each: int, seed: int, drawn: dict[str, str]
+) -> list[Picture]:
+    """The files of prompts, ``each`` images a prompt.
+
+    Image m of prompt n has the seed ``seed + n * each + m``.
+
+    Args:
+        drawn: :attr:`Painter.facts`.
+    """
+    made = []
+    for n, prompt in enumerate(prompts):
+        seeds = range(operator.index(seed) + n * each, operator.index(seed) + (n + 1) * each)
+        if layout == "dpg":
+            files = [(f"{prompt.name}.png", tuple(seeds))]
+        else:
+            names = _names(prompt.name, layout, each)
+            files = [(name, (one,)) for name, one in zip(names, seeds, strict=True)]
+        for name, some in files:
+            about = {"prompt": prompt.text, "seed": str(some[0])} | drawn
+            if len(some) > 1:
+                about["images"] = str(len(some))
+            made.append(Picture(name, n, prompt.text, some, about))
+    return made
+
+
+def claim(
+    target: Outputs, prompts: Sequence[Prompt], wanted: Sequence[Picture], layout: str, grid: bool
+) -> list[Picture]:
+    """The pictures that are still to be drawn; the others are there, drawn from the same.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    missing = [p for p in wanted if target.overwrite or not p.is_there(target.folder)]
+    names = [picture.name for picture in missing]
+    if layout == "geneval":
+        names += [name for name, line in _lines(prompts) if not _holds(target.folder / name, line)]
+    if grid and (target.overwrite or not grid_of(wanted).is_there(target.folder)):
+        names.append("grid.png")
+    target.claim(names)
+    return missing
 
 
 def write(
@@ -144,68 +278,79 @@ def write(
     each: int = 1,
     seed: int = 0,
     grid: bool = False,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Draw ``each`` pictures a prompt and write them into the folder ``out``.
 
     plain: NAME.png (NAME_1.png, ... for further ones). geneval: NAME/metadata.jsonl and
     NAME/samples/00000.png, ... dpg: NAME.png, all of a prompt's pictures in rows without gaps.
 
-    Picture m of prompt n has the seed ``seed + n * each + m``. In the benchmarks' layouts prompts
-    that are there already are passed over, so that a broken-off run can be continued.
+    Picture m of prompt n has the seed ``seed + n * each + m``. Pictures that are there already,
+    drawn from the same prompt and seed in the same way by the same model, are passed over, so that
+    a broken-off run can be continued.
 
     Returns:
-        The pictures' paths; the grid's last.
+        The paths of the pictures that were drawn; the grid's last.
+
+    Raises:
+        OutputError: something else is there, and ``overwrite`` is false.
     """
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    places = [_places(target, prompt.name, layout, each) for prompt in prompts]
-    wanted = [
-        n
-        for n, files in enumerate(places)
-        if layout == "plain" or not all(file.exists() for file in files)
-    ]
-    texts = [prompts[n].text for n in wanted for _ in range(each)]
-    seeds = [seed + n * each + m for n in wanted for m in range(each)]
-    images = painter.draw(texts, seeds)
-    shown: list[np.ndarray] = []
-    for n in wanted:
-        facts = {"prompt": prompts[n].text, "seed": str(seed + n * each)}
-        drawn = [next(images).permute(1, 2, 0).numpy() for _ in range(each)]
-        if layout == "dpg":
-            drawn = [tile(drawn, math.ceil(each**0.5))]
-        for file, image in zip(places[n], drawn, strict=True):
-            _save(image, file, facts)
-        if layout == "geneval":
-            line = json.dumps(prompts[n].line, ensure_ascii=False)
-            (target / prompts[n].name / "metadata.jsonl").write_text(line, encoding="utf-8")
-        shown += drawn if grid else []
+    target = Outputs(Path(out), overwrite)
+    wanted = pictures(prompts, layout, each, seed, painter.facts)
+    missing = claim(target, prompts, wanted, layout, grid)
+    if len(missing) < len(wanted):
+        say(f"{len(wanted) - len(missing)} pictures are in {out} already, drawn from the same")
+    if layout == "geneval":
+        for name, line in _lines(prompts):
+            if not _holds(target.folder / name, line):
+                target.write(name, line)
+    # Of a prompt all are drawn: in a batch of other company an image may differ in its last bits.
+    numbers = {picture.number for picture in missing}
+    redrawn = [picture for picture in wanted if picture.number in numbers]
+    texts = [picture.text for picture in redrawn for _ in picture.seeds]
+    images = painter.draw(texts, [seed for picture in redrawn for seed in picture.seeds])
+    written, names = [], {picture.name for picture in missing}
+    for picture in redrawn:
+        drawn = [next(images).permute(1, 2, 0).numpy() for _ in picture.seeds]
+        image = drawn[0] if layout != "dpg" else tile(drawn, math.ceil(each**0.5))
+        if picture.name in names:
+            written.append(target.write(picture.name, png(image, picture.facts)))
     for _ in images:  # the bar reaches its end
         pass
-    written = [file for n in wanted for file in places[n]]
-    if grid and shown:
-        labels = [prompts[n].text for n in wanted for _ in range(len(places[n]))]
-        _save(labelled(shown, labels), target / "grid.png", {})
-        written.append(target / "grid.png")
+    sheet = grid_of(wanted)
+    if grid and (overwrite or not sheet.is_there(target.folder)):
+        shown = []
+        for picture in wanted:
+            with Image.open(target.folder / picture.name) as file:
+                shown.append(np.asarray(file))
+        made = labelled(shown, [picture.text for picture in wanted])
+        written.append(target.write(sheet.name, png(made, sheet.facts)))
     return written
 
 
-def _places(target: Path, name: str, layout: str, each: int) -> list[Path]:
+def grid_of(pictures: Sequence[Picture]) -> Picture:
+    """The sheet of all pictures."""
+    every = json_text([picture.facts for picture in pictures])
+    return Picture("grid.png", 0, "", (), {"pictures": hashlib.sha256(every).hexdigest()})
+
+
+def _names(name: str, layout: str, each: int) -> list[str]:
     if layout == "geneval":
-        return [target / name / "samples" / f"{m:05d}.png" for m in range(each)]
-    if layout == "dpg":
-        return [target / f"{name}.png"]
-    return [target / (f"{name}_{m}.png" if m else f"{name}.png") for m in range(each)]
+        return [f"{name}/samples/{m:05d}.png" for m in range(each)]
+    return [f"{name}_{m}.png" if m else f"{name}.png" for m in range(each)]
 
 
-def _save(image: np.ndarray, path: Path, facts: dict[str, str]) -> None:
-    """Written so that a picture is there whole or not at all."""
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(image).save(part, "PNG", pnginfo=info)
-    part.replace(path)
+def _lines(prompts: Sequence[Prompt]) -> list[tuple[str, bytes]]:
+    """Name and content of GenEval's file beside each prompt's pictures."""
+    return [(f"{prompt.name}/metadata.jsonl", json_text(prompt.line)) for prompt in prompts]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        check_file(path)
+        return path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -15,7 +17,9 @@ from PIL import Image
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.train import captions, cli, fid, generate, text_to_image, tokenizer
+from tokenflow_ext.train.outputs import OutputError
 from tokenflow_ext.train.pictures import to_pixels
+from tokenflow_ext.train.reading import DataError
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +153,147 @@ def test_the_layout_of_dpg(learned, tmp_path):
         (["a prompt", "--layout", "dpg"], "needs the benchmark's file"),
         (["a prompt", "--each", "0"], "--each must be 1"),
         (["a prompt", "--guidance", "-1"], "--guidance must be 0"),
+        (["a prompt", "--guidance", "nan"], "--guidance must be 0 or more, got nan"),
+        (["a prompt", "--guidance", "inf"], "--guidance must be 0 or more, got inf"),
+        (["a prompt", "--batch-size", "0"], "--batch-size must be 1"),
+        (["a prompt", "--seed", str(2**64)], "--seed must be a whole number of 64 bits"),
+        (["a prompt", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["a prompt", "--device", "nonsense"], "device 'nonsense'"),
+        (["caf\udce9"], r"prompt 1: 'caf\\udce9' is no Unicode text"),
+        (["a", "--negative", "\udce9"], "--negative"),
+        (["a", "--out", "PLAIN"], r"cannot write into .*plain\.txt"),
+        (["a", "--checkpoint", "nowhere"], "nothing at nowhere"),
     ],
 )
-def test_generate_says_what_is_wrong(learned, tmp_path, arguments, message):
+def test_generate_says_what_is_wrong(learned, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "plain.txt").write_text("A red disc.\n")
     given = [str(tmp_path / "plain.txt") if a == "PLAIN" else a for a in arguments]
+    monkeypatch.setattr(generate.Painter, "load", lambda *_, **__: pytest.fail("a model was read"))
     with pytest.raises(SystemExit, match=message):
-        cli.main(["generate", *given, "--checkpoint", str(learned), "--out", str(tmp_path / "o")])
+        cli.main(["generate", "--checkpoint", str(learned), "--out", str(tmp_path / "o"), *given])
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_is_there_is_drawn_once_and_never_written_over(learned, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(learned), "--out", str(out), "--guidance", "0", "--grid"]
+    command += ["--steps", "one"]
+    cli.main(["generate", "peach", "peach", *command])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == ["00000_peach.png", "00001_peach.png", "grid.png"]
+    assert before["00000_peach.png"] != before["00001_peach.png"]  # seeds of their own
+    cli.main(["generate", "peach", "peach", *command])
+    said = capsys.readouterr()
+    assert "2 pictures are in" in said.err
+    assert "0 pictures in" in said.out
+
+    # Whatever else decides a picture: another seed, guidance, negative, filter or case.
+    for more in (
+        ["peach", "peach", "--seed", "1"],
+        ["peach", "peach", "--guidance", "1"],
+        ["peach", "peach", "--negative", "x"],
+        ["peach", "peach", "--steps", "two"],
+        ["Peach"],
+    ):
+        with pytest.raises(SystemExit, match=r"00000_peach\.png is there already"):
+            cli.main(["generate", *command, *more])
+    with pytest.raises(SystemExit, match=r"grid\.png is there already"):
+        cli.main(["generate", "peach", *command])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    cli.main(["generate", "peach", "peach", *command, "--seed", "1", "--overwrite"])
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(after) == sorted(before)
+    assert all(after[name] != before[name] for name in after)
+
+
+def test_another_model_and_other_files_are_refused(learned, painter, tmp_path):
+    prompts = generate.plain_prompts(["a"])
+    options = {"model": painter.model, "text_tokenizer": painter.text_tokenizer, "steps": "one"}
+    generate.write(generate.Painter(**options, weights="one"), prompts, tmp_path)
+    with pytest.raises(OutputError, match=r"00000_a\.png is there already"):
+        generate.write(generate.Painter(**options, weights="other"), prompts, tmp_path)
+    for make in (
+        Path.mkdir,
+        os.mkfifo,
+        lambda p: p.write_bytes(b"mine"),
+        lambda p: p.symlink_to("x"),
+    ):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        make(tmp_path / "00000_a.png")
+        with pytest.raises(OutputError, match=r"00000_a\.png is there already"):
+            generate.write(generate.Painter(**options), prompts, tmp_path)
+    # An item of a benchmark that is called like the sheet.
+    with pytest.raises(OutputError, match="written twice"):
+        generate.write(
+            painter, [generate.Prompt("a", "grid")], tmp_path / "new", layout="dpg", grid=True
+        )
+
+
+def test_the_seed_is_any_whole_number_of_64_bits(painter, tmp_path):
+    """numpy's too; and the same bits are the same seed."""
+    prompts = generate.plain_prompts(["a"])
+    made = {}
+    for name, seed in (
+        ("python", 5),
+        ("numpy", np.int64(5)),
+        ("unsigned", np.uint64(2**64 - 1)),
+        ("negative", -1),
+        ("last", 2**63 - 1),
+    ):
+        files = generate.write(painter, prompts, tmp_path / name, each=2, seed=seed)
+        made[name] = [np.array(Image.open(file)) for file in files]
+    for one, other in (("python", "numpy"), ("unsigned", "negative")):
+        assert np.array_equal(made[one], made[other]), (one, other)
+    with pytest.raises(TypeError):
+        generate.write(painter, prompts, tmp_path / "float", seed=1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no prompt in"),
+        (b"\n \n", "no prompt in"),
+        (b'{"prompt": null}\n', "line 1: a prompt must be text, got None"),
+        (b'{"prompt": "a"}\n\n{"prompt": 5}\n', "line 3: a prompt must be text, got 5"),
+        (b'{"prompt": ["a"]}', "a prompt must be text"),
+        (b'{"prompt": " "}', "the prompt is empty"),
+        (b'{"text": "a"}', 'no "prompt", but text'),
+        (b"[1]", "line 1: expected"),
+        (b'"a"', "line 1: expected"),
+        (b"{", "line 1: expected"),
+        (b'{"prompt": "\\udce9"}', "no Unicode text"),
+        (b'{"prompt": "a\\u0000b"}', "NUL"),
+        (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
+        (b'{"prompt": "caf\xe9"}', "0xe9 is not UTF-8"),
+    ],
+)
+def test_a_prompts_file_that_is_wrong_is_named(tmp_path, content, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    for layout in ("plain", "geneval"):
+        with pytest.raises(DataError, match=message) as raised:
+            generate.read_prompts(file, layout)
+        assert str(file) in str(raised.value)
+
+
+def test_prompts_of_every_encoding_that_is_utf8(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa cat\xe2\x80\xa8on a mat\r\n\n caf\xc3\xa9 \n")
+    texts = [prompt.text for prompt in generate.read_prompts(file, "plain")]
+    assert texts == ["a cat\u2028on a mat", "café"]
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(DataError, match="cannot read the prompts"):
+            generate.read_prompts(tmp_path / name, "plain")
+    items = tmp_path / "items"
+    items.mkdir()
+    with pytest.raises(DataError, match="no prompt in"):
+        generate.read_prompts(items, "dpg")
+    (items / "a.txt").write_bytes(b" \n")
+    with pytest.raises(DataError, match=r"a\.txt: the prompt is empty"):
+        generate.read_prompts(items, "dpg")
 
 
 def test_a_tokenizer_is_no_model_that_draws(image_tokenizer, tmp_path):
