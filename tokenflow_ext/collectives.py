@@ -25,17 +25,24 @@ def all_reduce(tensor: Tensor) -> Tensor:
 def sample_rows(rows: Tensor, count: int) -> Tensor:
     """`count` random rows of [N, D] drawn over every process, the same on each: [count, D].
 
-    Rows of a process serve twice only where it has fewer than its share.
+    Rows that hold a NaN or an infinity are left out. Rows serve twice only where a process has
+    fewer than its share. Where no process has one, the result is NaN.
     """
     world = world_size()
     share = -(-count // world)
-    order = torch.randperm(len(rows), device=rows.device)[:share]
-    if share > len(rows):
-        extra = torch.randint(len(rows), (share - len(rows),), device=rows.device)
-        order = torch.cat([order, extra])
+    if len(rows) == 0:
+        rows = rows.new_full((1, rows.shape[1]), float("nan"))
+    order = _first(rows.isfinite().all(dim=1), torch.randperm(len(rows), device=rows.device), share)
     mine = rows[order]
-    if world == 1:
-        return mine
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone, dim=1).flatten(0, 1)[:count]
+    if world > 1:
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine)
+        mine = torch.stack(everyone, dim=1).flatten(0, 1)
+        mine = mine[_first(mine.isfinite().all(dim=1), torch.arange(len(mine)).to(order), count)]
+    return torch.where(mine.isfinite().all(dim=1, keepdim=True), mine, float("nan"))
+
+
+def _first(wanted: Tensor, order: Tensor, count: int) -> Tensor:
+    """The first `count` of the places `order` [N] that are wanted, again and again if too few."""
+    order = order[(~wanted.gather(0, order)).to(torch.uint8).argsort(stable=True)]
+    return order[torch.arange(count, device=order.device) % wanted.sum().clamp(min=1)]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 def close(ours: Tensor, theirs: Tensor) -> None:
     """Equal within float32 rounding, dtype and shape included."""
-    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5, equal_nan=True)
 
 
 def same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
@@ -58,7 +58,8 @@ def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: Tensor, **argumen
         torch.testing.assert_close(
             *torch.broadcast_tensors(*pair),
             rtol=2e-4,
-            atol=2e-5 + 1e-4 * pair[1].abs().max().item(),
+            atol=2e-5 + 1e-4 * max([0.0, *pair[1].abs().flatten().tolist()]),
+            equal_nan=True,
             msg=lambda message, name=name: f"gradient of {name}: {message}",
         )
     same_state(ours, theirs)

@@ -119,14 +119,91 @@ def test_no_matrix_of_distances() -> None:
     assert 2 * 400 * DIM <= largest.numel < 2 * 400 * 900 / 10
 
 
-def test_unserved_options_say_so() -> None:
-    for name, value in (("stochastic_sample_codes", True), ("sync_codebook", False)):
-        with pytest.raises(NotImplementedError, match=f"{name}={value}"):
-            HierarchicalVQ(dim=DIM, codebook_size=4, scales=(1, 2), **{name: value})
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["sequence", "sequence, channels last", "image", "volume"])
+def test_masks(name: str, training: bool) -> None:
+    options, shape = CASES[name]
+    theirs, ours = pair(**options)
+    theirs.train(training), ours.train(training)
+    space = shape[2:] if ours.channel_first else shape[1:-1]
+    mask = torch.rand(shape[0], *space, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask[-1] = False
+    mask[-1].view(-1)[0] = True
+    for step in range(3):
+        _, indices, *_ = compare(theirs, ours, batch(step, shape), mask=mask)
+    close(
+        ours.get_output_from_indices(indices, space),
+        theirs.get_output_from_indices(indices, space),
+    )
+    assert any((level == -1).any() for level in indices)
+
+
+def test_lengths() -> None:
+    options, shape = CASES["sequence"]
+    theirs, ours = pair(**options)
+    x, lens = batch(0, shape), torch.tensor([16, 3, 9])
+    compare(theirs, ours, x, lens=lens)
+    x[2, :, 9:] = float("nan")  # what padding holds is nobody's concern
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    quantized, *_ = ours.eval()(x, lens=lens)
+    assert quantized.isfinite().all()
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_leave_the_state_alone(value: float) -> None:
+    for options in ({}, {"kmeans_init": True, "threshold_ema_dead_code": 2, "codebook_size": 5}):
+        _, ours = pair(scales=(1, 2, 6), accept_image_fmap=True, **options)
+        x = batch(0, IMAGE)
+        x[0, 1, 2, 3] = value
+        for _ in range(2):
+            ours(x)
+        assert all(entry.isfinite().all() for entry in ours.state_dict().values())
+        assert int(ours.vq.skipped_rows) > 0
+        if not options:  # the other image's rows alone are counted at the first level
+            assert ours.vq._codebook.cluster_size.sum() < 24 * 0.99**6 + 2 * 41
+        ours(batch(1, IMAGE))
+
+
+def test_orthogonal_loss_goes_back_through_levels_that_move_codes() -> None:
+    _, ours = pair(scales=(1, 4, 16), orthogonal_reg_weight=2.0, commitment_weight=0.0)
+    used, step = [], ours.vq._codebook.update_ema
+
+    def update_ema() -> None:
+        step()
+        used.append(ours.vq.codebook.detach().double().requires_grad_())
+
+    ours.vq._codebook.update_ema = update_ema
+    ours(batch(0, SEQUENCE))[2].backward()
+    for codes in used:
+        unit = torch.nn.functional.normalize(codes, dim=-1)
+        (2 * (unit @ unit.T).square().mean() / 3).backward()
+    close(ours.vq._codebook.embed.grad[0], sum(codes.grad for codes in used).float())
+
+
+def test_harmless_values_are_taken() -> None:
+    theirs, ours = pair(scales=(1, 4, 16), sync_codebook=False, kmeans_iters=0)
+    compare(theirs, ours, batch(0, SEQUENCE), sample_codebook_temp=0.5)
+
+
+def test_unserved_arguments_say_so() -> None:
     ours = HierarchicalVQ(dim=DIM, codebook_size=4, scales=(1, 2))
-    for name in ("indices", "mask", "lens", "sample_codebook_temp"):
-        with pytest.raises(NotImplementedError, match=f"{name}="):
-            ours(torch.zeros(SEQUENCE), **{name: torch.ones(3)})
+    with pytest.raises(NotImplementedError, match=r"serve indices=<tensor of shape \(3,\)>"):
+        ours(torch.zeros(SEQUENCE), indices=torch.ones(3))
+
+
+def test_bad_masks() -> None:
+    ours = HierarchicalVQ(dim=DIM, codebook_size=4, scales=(1, 2))
+    x, mask = torch.zeros(SEQUENCE), torch.ones(3, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="exclude each other"):
+        ours(x, mask=mask, lens=torch.ones(3))
+    with pytest.raises(ValueError, match=r"bool of shape \(3, 16\), got torch.bool \(2, 16\)"):
+        ours(x, mask=mask[:2])
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        ours(x, mask=mask.float())
+    images = HierarchicalVQ(dim=DIM, codebook_size=4, scales=(1, 2), accept_image_fmap=True)
+    with pytest.raises(ValueError, match="lens is for sequences, got 2"):
+        images(torch.zeros(IMAGE), lens=torch.ones(2))
 
 
 def test_every_option_is_known() -> None:

@@ -32,6 +32,12 @@ OPTIONS = {
         "quantize_dropout_cutoff_index": 1,
         "quantize_dropout_multiple_of": 2,
     },
+    "optimizer in place": {
+        "learnable_codebook": True,
+        "ema_update": False,
+        "in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=20.0),
+    },
+    "optimistic": {"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.5},
     "shared": {"shared_codebook": True},
     "shared, straight-through": {"shared_codebook": True, "rotation_trick": False},
     "shared, cosine": {"shared_codebook": True, "use_cosine_sim": True},
@@ -110,6 +116,53 @@ def test_masks(training: bool, shared: bool, zeros: bool) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"shared_codebook": True}])
+def test_what_is_masked_decodes_to_zeros(options: dict) -> None:
+    ours = pair(**options)[1].eval()
+    mask = torch.arange(20) < torch.tensor([[20], [3], [11]])
+    quantized, indices, _ = ours(batch(0), mask=mask)
+    close(ours.get_output_from_indices(indices), quantized)
+    assert torch.equal(quantized[~mask], torch.zeros_like(quantized[~mask]))
+    with pytest.raises(IndexError):
+        ours.get_codes_from_indices(torch.full_like(indices, -2))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_orthogonal_loss_goes_back_through_layers_that_move_codes(shared: bool) -> None:
+    """As many gradients as uses, each that of the codes of its use (in float64)."""
+    _, ours = pair(shared_codebook=shared, orthogonal_reg_weight=2.0, commitment_weight=0.0)
+    before = [codes.detach().double().requires_grad_() for codes in ours.codebooks]
+    losses = ours(batch(0))[2]
+    losses.sum().backward()
+    # Codes move by EMA before the loss is computed in a layer, and after all layers if shared.
+    used = before if shared else [c.detach().double().requires_grad_() for c in ours.codebooks]
+    for codes in used:
+        unit = torch.nn.functional.normalize(codes, dim=-1)
+        (2 * (unit @ unit.T).square().mean()).backward()
+    for layer, codes in zip(ours.layers, used, strict=True):
+        close(layer._codebook.embed.grad[0], (LAYERS if shared else 1) * codes.grad.float())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_leave_the_state_alone(shared: bool, value: float) -> None:
+    for options in ({}, {"threshold_ema_dead_code": 2, "kmeans_init": True, "codebook_size": 9}):
+        _, ours = pair(shared_codebook=shared, **options)
+        _, twin = pair(shared_codebook=shared, **options)
+        x = batch(0)
+        x[1, 2:4, 3] = value
+        mask = x.isfinite().all(dim=-1)
+        for _ in range(2):
+            ours(x)
+            twin(x, mask=mask)
+        assert all(entry.isfinite().all() for entry in ours.state_dict().values())
+        if not options:
+            same_state(ours, twin)
+        books = {layer._codebook for layer in ours.layers}
+        assert sum(int(book.skipped_rows) for book in books) == 2 * 2 * LAYERS
+        ours(batch(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"shared_codebook": True}])
 @pytest.mark.parametrize("training", [True, False])
 def test_images_are_sequences(options: dict, training: bool) -> None:
     torch.manual_seed(0)
@@ -126,6 +179,8 @@ def test_images_are_sequences(options: dict, training: bool) -> None:
     close(losses, flat_losses)
     if not training:
         close(images.get_output_from_indices(indices).movedim(-1, 1), quantized)
+    if not options:  # a layer by hand takes images too
+        assert images.layers[0](x)[1].shape == (2, 5, 6)
 
 
 def test_one_token_each() -> None:
@@ -140,9 +195,9 @@ def test_one_call_gives_what_the_layers_give(cosine: bool) -> None:
     _, ours = pair(shared_codebook=True, use_cosine_sim=cosine)
     ours.eval()
     x = batch(0)
-    assert ours._fusable(None)
+    assert ours._fusable()
     quantized, indices, _ = ours._pyramid(x)
-    by_layer, layer_indices, _ = ours._layers(x, None, False, LAYERS - 1)
+    by_layer, layer_indices, _ = ours._layers(x, LAYERS - 1, {"freeze_codebook": None})
     assert torch.equal(indices, layer_indices)
     close(quantized, by_layer)
 
@@ -175,14 +230,12 @@ UNSERVED = {
     "diveq": True,
     "heads": 2,
     "implicit_neural_codebook": True,
-    "mlp_kwargs": {"depth": 2},
     "beam_size": 4,
     "eval_beam_size": 4,
-    "beam_score_quantizer_weights": [1.0, 0.5],
     "channel_last": False,
     "accept_3d_fmap": True,
     "affine_param": True,
-    "stochastic_sample_codes": True,
+    "directional_reparam": True,
 }
 
 
@@ -195,11 +248,26 @@ def test_unserved_options_say_so(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("indices", [torch.zeros(1)]), ("beam_size", 2), ("sample_codebook_temp", 0.5)],
+    [("indices", [torch.zeros(1)]), ("indices", torch.zeros(3, 20, 4)), ("beam_size", 2)],
 )
 def test_unserved_arguments_say_so(name: str, value: object) -> None:
-    with pytest.raises(NotImplementedError, match=f"{name}="):
+    with pytest.raises(NotImplementedError, match=rf"serve {name}=[^\n]*$") as error:
         pair()[1](batch(0), **{name: value})
+    assert "tensor(" not in str(error.value)
+
+
+def test_harmless_values_are_taken() -> None:
+    theirs, ours = pair(
+        mlp_kwargs={"depth": 2},
+        beam_size=1,
+        eval_beam_size=1,
+        beam_score_quantizer_weights=[1.0, 0.5, 1.0, 2.0],
+        sync_codebook=False,
+        kmeans_iters=0,
+        heads=1,
+        stochastic_sample_codes=False,
+    )
+    compare(theirs, ours, batch(0), beam_size=1, sample_codebook_temp=0.5)
 
 
 def test_every_option_is_known() -> None:
@@ -217,6 +285,7 @@ def test_every_option_is_known() -> None:
         ({}, "num_quantizers must be at least 1"),
         ({"codebook_size": (4, 4), "num_quantizers": 3}, r"codebook_size=\(4, 4\)"),
         ({"codebook_size": (4, 5), "shared_codebook": True}, "shared_codebook needs one"),
+        ({"num_quantizers": 2, "kmeans_init": True, "kmeans_iters": 0}, "kmeans_iters"),
         (
             {"num_quantizers": 3, "quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
             "quantize_dropout_cutoff_index must be 0 to 2, got 3",
@@ -226,6 +295,24 @@ def test_every_option_is_known() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResidualVQ(**{"dim": DIM, "codebook_size": 4, **options})
+
+
+def test_a_shared_codebook_has_no_optimizer_in_place() -> None:
+    with pytest.raises(NotImplementedError, match="in_place_codebook_optimizer=<SGD>"):
+        pair(
+            shared_codebook=True,
+            learnable_codebook=True,
+            ema_update=False,
+            in_place_codebook_optimizer=torch.optim.SGD,
+        )
+
+
+def test_no_rows() -> None:
+    for shared in (True, False):
+        theirs, ours = pair(shared_codebook=shared)
+        for training in (True, False):
+            theirs.train(training), ours.train(training)
+            compare(theirs, ours, torch.randn(0, 20, DIM))
 
 
 def test_bad_shapes() -> None:

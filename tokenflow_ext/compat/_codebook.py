@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from tokenflow_ext import ops
 from tokenflow_ext.collectives import all_reduce, sample_rows
 
 EPS = 1e-6
+Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -36,108 +39,252 @@ def shared_seed(device: torch.device) -> int:
 
 
 class Codebook(nn.Module):
-    """Codes, the running statistics that move them, and the search.
+    """H codebooks of K codes, the running statistics that move them, and the search.
+
+    Rows are [H, N, D], indices [H, N]. Rows with a NaN or an infinity are left out of the
+    statistics, and so are those whose index is -1.
 
     Attributes:
-        embed: codes [1, K, D], a parameter where something learns them by gradient.
-        embed_avg: running sums of the rows of each code, [1, K, D].
-        cluster_size: running counts of them, [1, K].
+        embed: codes [H, K, D], a parameter where something learns them by gradient.
+        embed_avg: running sums of the rows of each code, [H, K, D].
+        cluster_size: running counts of them, [H, K].
         initted: whether k-means has run, where it is asked for.
+        skipped_rows: how many rows were left out so far because they were not finite, over all
+            processes; int64.
     """
 
     embed: Tensor
     embed_avg: Tensor
     cluster_size: Tensor
     initted: Tensor
+    skipped_rows: Tensor
 
     def __init__(
         self,
         dim: int,
         codebook_size: int,
         *,
+        num_codebooks: int,
         kmeans_init: bool,
         kmeans_iters: int,
         decay: float,
         eps: float,
         threshold_ema_dead_code: float,
         ema_update: bool,
+        manual_ema_update: bool,
         learnable: bool,
         use_cosine_sim: bool,
     ) -> None:
         super().__init__()
+        self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
         self.kmeans_init = kmeans_init
         self.kmeans_iters = kmeans_iters
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.ema_update = ema_update
+        self.manual_ema_update = manual_ema_update
         self.use_cosine_sim = use_cosine_sim
-        embed = torch.zeros(1, codebook_size, dim)
+        embed = torch.zeros(num_codebooks, codebook_size, dim)
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
             if use_cosine_sim:
                 embed = unit(embed)
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(1, codebook_size))
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
+        self.register_buffer("skipped_rows", torch.tensor(0), persistent=False)
         if learnable:
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
+        self._pending: tuple[Tensor, Tensor] | None = None  # sums and counts not yet averaged in
+
+    def forward(self, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "Codebook.forward is not served: its third result is the distance of every row to "
+            "every code, which is never formed here; call the VectorQuantize around it"
+        )
 
     @property
     def codes(self) -> Tensor:
-        """[K, D] float32."""
-        return self.embed[0].float()
+        """[H, K, D] float32."""
+        return self.embed.float()
 
     def search(self, rows: Tensor) -> Tensor:
-        """Nearest codes [N] of rows [N, D] float32."""
-        return ops.nearest_code(rows.detach(), self.codes.detach(), l2_norm=self.use_cosine_sim)
+        """Nearest codes [H, N] of rows [H, N, D] float32."""
+        return _by_book(self._nearest, rows.detach(), self.codes.detach())
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes [H, ..., D] float32 of indices [H, ...]."""
+        return _by_book(F.embedding, indices, self.codes)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes [H, ..., D] of indices [H, ...]; zeros where an index is -1."""
+        padding = indices == -1
+        codes = self.lookup(indices.masked_fill(padding, 0)).to(self.embed.dtype)
+        return codes.masked_fill(padding.unsqueeze(-1), 0.0)
+
+    def _nearest(self, rows: Tensor, codes: Tensor) -> Tensor:
+        if len(rows) == 0:
+            return rows.new_empty(0, dtype=torch.int64)
+        return ops.nearest_code(rows, codes, l2_norm=self.use_cosine_sim)
 
     @torch.no_grad()
-    def init_once(self, rows: Tensor) -> None:
-        """k-means on the first rows [N, D] that come, of all processes, where it was asked for."""
+    def init_embed_(self, data: Tensor, mask: Tensor | None = None) -> bool:
+        """k-means on the first rows that come, of all processes, where it was asked for.
+
+        Args:
+            data: rows [H, N, D].
+            mask: [H, N], False for rows to leave out, as many in each codebook.
+
+        Returns:
+            Whether it ran now. It waits for another step where no row is finite.
+        """
         if not self.kmeans_init or self.initted:
-            return
-        means = sample_rows(rows, self.embed.shape[1])
-        for _ in range(self.kmeans_iters):
-            index = ops.nearest_code(rows, means, l2_norm=self.use_cosine_sim)
-            sums, counts = map(all_reduce, ops.segment_sum(rows, index, len(means)))
-            new = sums / counts.clamp(min=1).unsqueeze(1)
-            if self.use_cosine_sim:
-                new = unit(new)
-            means = torch.where(counts.unsqueeze(1) > 0, new, means)
-        self.cluster_size.copy_(counts)
-        self.embed_avg.copy_(means * counts.unsqueeze(1))
-        self.average()
+            return False
+        if mask is not None:
+            data = data[mask].unflatten(0, (self.num_codebooks, -1))
+        samples = [sample_rows(rows, self.codebook_size) for rows in data]
+        if bool(torch.stack(samples).isnan().any()):
+            return False
+        for number, (rows, means) in enumerate(zip(data, samples, strict=True)):
+            finite = rows.isfinite().all(dim=-1)
+            self.skipped_rows.add_(all_reduce((~finite).sum()))
+            for _ in range(self.kmeans_iters):
+                index = torch.where(finite, self._nearest(rows, means), -1)
+                sums, counts = map(all_reduce, _segment_sum(rows, index, len(means)))
+                new = sums / counts.clamp(min=1).unsqueeze(1)
+                if self.use_cosine_sim:
+                    new = unit(new)
+                means = torch.where(counts.unsqueeze(1) > 0, new, means)
+            self.cluster_size[number].copy_(counts)
+            self.embed_avg[number].copy_(means * counts.unsqueeze(1))
+        self.update_ema()
         self.initted.fill_(True)
+        return True
 
     @torch.no_grad()
-    def track(self, rows: Tensor, indices: Tensor) -> None:
-        """Adds rows [N, D] to the running statistics of their codes; an index of -1 is skipped."""
-        sums, counts = map(all_reduce, ops.segment_sum(rows, indices, self.embed.shape[1]))
-        self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
-        self.embed_avg.lerp_(sums.to(self.embed_avg), 1 - self.decay)
+    def update(
+        self,
+        rows: Tensor,
+        indices: Tensor,
+        *,
+        ema_update: bool | None = None,
+        weight: Weight | None = None,
+        accumulate: bool = False,
+        padded: bool = False,
+        deferred: bool = False,
+        counted: bool = False,
+    ) -> None:
+        """One step of the statistics, the codes and the dead codes.
+
+        Args:
+            rows: [H, N, D] float32.
+            indices: their codes [H, N], -1 for rows to leave out.
+            ema_update: whether codes are averaged in this step; as constructed by default.
+            weight: factor of each code's step, [K] or [H, K], or a function of sums and counts.
+            accumulate: keep the step's sums for the next one.
+            padded: whether an index may be -1.
+            deferred: leave codes for a later `update_ema` and `expire_codes_`.
+            counted: rows that are not finite have been counted.
+        """
+        ema_update = self.ema_update if ema_update is None else ema_update
+        if not ema_update and self.threshold_ema_dead_code <= 0:
+            return
+        self._track(rows, indices, weight, accumulate, counted)
+        if accumulate or deferred:
+            return
+        if ema_update and not self.manual_ema_update:
+            self.update_ema()
+        self.expire_codes_(rows, indices >= 0 if padded else None)
+
+    def _track(
+        self,
+        rows: Tensor,
+        indices: Tensor,
+        weight: Weight | None,
+        accumulate: bool,
+        counted: bool,
+    ) -> None:
+        """Adds rows to the running statistics of their codes."""
+        finite = rows.isfinite().all(dim=-1)
+        first = self.codebook_size * torch.arange(self.num_codebooks, device=rows.device)
+        flat = torch.where(finite & (indices >= 0), indices + first.unsqueeze(1), -1).flatten()
+        sums, counts = _segment_sum(rows.flatten(0, 1), flat, self.cluster_size.numel())
+        skipped = (~finite & (indices >= 0)).sum().unsqueeze(0)
+        counts, skipped = all_reduce(torch.cat([counts, skipped])).split([len(counts), 1])
+        if not counted:
+            self.skipped_rows.add_(skipped[0])
+        sums = all_reduce(sums).view(self.embed_avg.shape)
+        counts = counts.view(self.cluster_size.shape).to(sums)
+        if callable(weight):
+            weight = weight(sums, counts)
+        if self._pending is not None:
+            sums, counts = sums + self._pending[0].to(sums), counts + self._pending[1].to(sums)
+        self._pending = (sums, counts) if accumulate else None
+        if accumulate:
+            return
+        rate = of_sums = 1 - self.decay
+        if weight is not None:
+            size = self.cluster_size
+            if weight.shape not in (size.shape, size.shape[1:]):
+                raise ValueError(
+                    f"ema_update_weight must have shape {tuple(size.shape)} or "
+                    f"{tuple(size.shape[1:])}, got {tuple(weight.shape)}"
+                )
+            rate = (weight * rate).to(size).expand_as(size)
+            of_sums = rate.unsqueeze(-1)
+        self.cluster_size.lerp_(counts.to(self.cluster_size), rate)
+        self.embed_avg.lerp_(sums.to(self.embed_avg), of_sums)
 
     @torch.no_grad()
-    def average(self) -> None:
+    def update_ema(self) -> None:
         """Codes from the running statistics, the counts smoothed after Laplace."""
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + self.eps) / (total + self.cluster_size.numel() * self.eps)
+        total = self.cluster_size.sum(dim=-1, keepdim=True)
+        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps)
         codes = self.embed_avg / (smoothed * total).unsqueeze(-1)
         self.embed.copy_(unit(codes) if self.use_cosine_sim else codes)
 
     @torch.no_grad()
-    def expire(self, rows: Tensor, kept: Tensor | None = None) -> None:
-        """Moves codes that are hardly hit to random rows [N, D], where `kept` [N]; all ranks alike.
+    def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:
+        """Moves codes that are hardly hit to random rows; all processes alike.
 
         Rows are drawn whether or not a code is dead: every process enters the same collectives.
+
+        Args:
+            batch_samples: [H, ..., D].
+            seq_mask: [H, N], False for rows not to draw.
         """
-        if kept is not None and bool(kept.any()):
-            rows = rows[kept]
-        dead = self.cluster_size[0] < self.threshold_ema_dead_code
-        samples = sample_rows(rows, len(dead))[(dead.cumsum(0) - 1).clamp(min=0)]
-        self.embed.copy_(torch.where(dead.unsqueeze(1), samples, self.embed))
-        samples = samples * self.threshold_ema_dead_code
-        self.embed_avg.copy_(torch.where(dead.unsqueeze(1), samples, self.embed_avg))
-        self.cluster_size.masked_fill_(dead, self.threshold_ema_dead_code)
+        if self.threshold_ema_dead_code <= 0 or not self.training:
+            return
+        dead = self.cluster_size < self.threshold_ema_dead_code
+        drawn = []
+        for number, rows in enumerate(batch_samples.flatten(1, -2)):
+            rows = sample_rows(
+                rows if seq_mask is None else rows[seq_mask[number]], self.codebook_size
+            )
+            drawn.append(rows[(dead[number].cumsum(0) - 1).clamp(min=0)])
+        samples = torch.stack(drawn)
+        if self.use_cosine_sim:
+            samples = unit(samples)
+        dead = dead & samples.isfinite().all(dim=-1)
+        to = self.threshold_ema_dead_code
+        self.cluster_size.masked_fill_(dead, to)
+        dead = dead.unsqueeze(-1)
+        self.embed.copy_(torch.where(dead, samples, self.embed))
+        self.embed_avg.copy_(torch.where(dead, samples * to, self.embed_avg))
+
+
+def _by_book(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function of each codebook's part of tensors [H, ...], joined: [H, ...]."""
+    parts = [function(*each) for each in zip(*tensors, strict=True)]
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def _segment_sum(rows: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`ops.segment_sum`, also of no rows."""
+    if len(rows) == 0:
+        return rows.new_zeros(count, rows.shape[1]), indices.new_zeros(count)
+    return ops.segment_sum(rows, indices, count)

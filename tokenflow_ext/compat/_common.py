@@ -13,14 +13,31 @@ OTHER_RULE = (
 )
 
 
+def shown(value: Any) -> str:
+    """A value in a message: numbers, words and short lists of them as they are, all else by
+    kind."""
+    if isinstance(value, Tensor):
+        return f"<tensor of shape {tuple(value.shape)}>"
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
+        return repr(value) if len(value) <= 16 else f"<{len(value)} numbers>"
+    return f"<{getattr(value, '__qualname__', type(value).__name__)}>"
+
+
 def refuse(owner: str, reason: str, **options: Any) -> None:
     """Raises NotImplementedError for the first option that is neither None, False, 0 nor empty."""
     for name, value in options.items():
         unset = value is None or (isinstance(value, (bool, int, float, dict)) and not value)
         if not unset:
-            raise NotImplementedError(f"{owner} does not serve {name}={value!r}: {reason}")
+            raise NotImplementedError(f"{owner} does not serve {name}={shown(value)}: {reason}")
 
 
 def computable(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that the kernels compute in: float64 as it is, all else float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def lens_to_mask(lens: Tensor, length: int, device: torch.device) -> Tensor:
+    """[B, length] bool, True for the first `lens` [B] places of each sequence."""
+    return torch.arange(length, device=device) < torch.as_tensor(lens).to(device).unsqueeze(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext.compat._codebook import shared_seed
-from tokenflow_ext.compat._common import refuse
+from tokenflow_ext.compat._common import lens_to_mask, refuse, shown
 from tokenflow_ext.compat.vector_quantize import VectorQuantize
 
 
@@ -32,7 +32,7 @@ class HierarchicalVQ(nn.Module):
 
     A residual pyramid as VAR's, of sequences, images or volumes, that pools by adaptive averages
     and upsamples linearly; each level's convolution is between them, so levels are searched one by
-    one. Masks are not served.
+    one.
 
     Raises:
         NotImplementedError: an option that is not served, named with its value.
@@ -82,7 +82,9 @@ class HierarchicalVQ(nn.Module):
             a <= b for low, high in zip(*flat, strict=True) for a, b in zip(low, high, strict=True)
         )
         if not self.level_shapes or min(map(min, self.level_shapes)) < 1 or not growing:
-            raise ValueError(f"scales must be positive sides that do not shrink, got {scales}")
+            raise ValueError(
+                f"scales must be positive sides that do not shrink, got {shown(scales)}"
+            )
         self.dim = dim
         self.num_levels = len(self.level_shapes)
         one_size = isinstance(codebook_size, int)
@@ -94,7 +96,7 @@ class HierarchicalVQ(nn.Module):
         ):
             raise ValueError(
                 f"codebook_size must be one number, or {self.num_levels} with "
-                f"shared_codebook=False, got {codebook_size}"
+                f"shared_codebook=False, got {shown(codebook_size)}"
             )
         self.channel_first = channel_first
         self.nested_dropout = nested_dropout
@@ -146,36 +148,35 @@ class HierarchicalVQ(nn.Module):
         Args:
             x: [B, dim, ...], or [B, ..., dim] with channel_first=False; one dimension
                 of space, two with accept_image_fmap or three with accept_3d_fmap.
+            mask: [B, *space] bool, False for padding, which counts in no mean; or
+            lens: [B], how many tokens of each sequence are not padding.
+            sample_codebook_temp: temperature of this step's draws, with stochastic_sample_codes.
             return_cutoff: also return the last level kept by nested dropout, None for all.
 
         Returns:
-            quantized, like x; a tuple of indices [B, *level's shape]; loss, a scalar.
+            quantized, like x, 0 for padding; a tuple of indices [B, *level's shape], -1 where a
+            cell holds padding alone; loss, a scalar.
 
         Raises:
-            NotImplementedError: one of the other arguments is given.
+            NotImplementedError: `indices` are given.
             ValueError: a shape that does not fit.
         """
-        refuse(
-            "HierarchicalVQ.forward",
-            "padding is not carried through the pyramid, nor are codes given",
-            indices=indices,
-            mask=mask,
-            lens=lens,
-            sample_codebook_temp=sample_codebook_temp,
-        )
+        refuse("HierarchicalVQ", "codes are chosen here", indices=indices)
         channel = 1 if self.channel_first else -1
-        if x.dim() != self.spatial_dims + 2 or x.shape[channel] != self.dim or x.numel() == 0:
+        if x.dim() != self.spatial_dims + 2 or x.shape[channel] != self.dim:
             raise ValueError(
-                f"x must have {self.spatial_dims + 2} dimensions, none of size 0, and {self.dim} "
-                f"channels in dimension {channel}, got {tuple(x.shape)}"
+                f"x must have {self.spatial_dims + 2} dimensions and {self.dim} channels in "
+                f"dimension {channel}, got {tuple(x.shape)}"
             )
         x = x.movedim(channel, 1)
-        pool = getattr(F, f"adaptive_avg_pool{self.spatial_dims}d")
+        mask = self._mask(x, mask, lens)
         residual, total = x, torch.zeros_like(x)
         totals, indices, losses = [], [], []
         for level, shape in enumerate(self.level_shapes):
-            rows = pool(residual, shape).flatten(2).mT
-            quantized, index, loss = self._quantizer(level)(rows)
+            pooled, kept = self._pool(residual, shape, mask)
+            quantized, index, loss = self._quantizer(level)(
+                pooled.flatten(2).mT, mask=kept, sample_codebook_temp=sample_codebook_temp
+            )
             upsampled = self._upsample(quantized.mT.unflatten(2, shape), x.shape[2:], level)
             total = total + upsampled
             residual = residual - upsampled
@@ -184,7 +185,8 @@ class HierarchicalVQ(nn.Module):
             losses.append(loss)
         cutoff = self._cutoff(x.device)
         kept = self.num_levels if cutoff is None else cutoff + 1
-        out = (totals[kept - 1].movedim(1, channel), tuple(indices))
+        total = totals[kept - 1] if mask is None else totals[kept - 1].where(mask, 0.0)
+        out = (total.movedim(1, channel), tuple(indices))
         loss = torch.stack(losses[:kept]).mean()
         return (*out, loss, cutoff) if return_cutoff else (*out, loss)
 
@@ -201,16 +203,46 @@ class HierarchicalVQ(nn.Module):
         size = self.level_shapes[-1] if full_shape is None else self._shape(full_shape)
         total: Tensor | float = 0.0
         for level, index in enumerate(indices):
-            codes = F.embedding(index.clamp(min=0), self._quantizer(level).codebook)
-            codes = (codes * (index >= 0).unsqueeze(-1)).movedim(-1, 1)
-            total = total + self._upsample(codes, size, level)
+            codes = self._quantizer(level).get_codes_from_indices(index)
+            total = total + self._upsample(codes.movedim(-1, 1), size, level)
         return total if self.channel_first else total.movedim(1, -1)
 
     def _shape(self, scale: int | Sequence[int]) -> tuple[int, ...]:
         shape = (scale,) * self.spatial_dims if isinstance(scale, int) else tuple(scale)
         if len(shape) != self.spatial_dims:
-            raise ValueError(f"a size must be {self.spatial_dims} numbers or one, got {scale}")
+            raise ValueError(
+                f"a size must be {self.spatial_dims} numbers or one, got {shown(scale)}"
+            )
         return shape
+
+    def _mask(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+        """What is no padding of x [B, dim, *space], bool [B, 1, *space]."""
+        if mask is not None and lens is not None:
+            raise ValueError("mask and lens exclude each other, got both")
+        if lens is not None:
+            if self.spatial_dims != 1:
+                raise ValueError(
+                    f"lens is for sequences, got {self.spatial_dims} dimensions of space"
+                )
+            mask = lens_to_mask(lens, x.shape[2], x.device)
+        if mask is None:
+            return None
+        space = (len(x), *x.shape[2:])
+        if mask.shape != space or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(space)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        return mask.unsqueeze(1).to(x.device)
+
+    def _pool(
+        self, x: Tensor, shape: tuple[int, ...], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Means of x over a level's cells, without padding, and which cells [B, N] hold any."""
+        pool = getattr(F, f"adaptive_avg_pool{self.spatial_dims}d")
+        if mask is None:
+            return pool(x, shape), None
+        share = pool(mask.to(x.dtype), shape)
+        return pool(x.where(mask, 0.0), shape) / share.clamp(min=1e-6), share.flatten(1) > 0
 
     def _quantizer(self, level: int) -> VectorQuantize:
         return self.vqs[level] if self.vq is None else self.vq

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._codebook import shared_seed, unit
-from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, refuse
+from tokenflow_ext.compat._codebook import shared_seed
+from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, refuse, shown
 from tokenflow_ext.compat.vector_quantize import VectorQuantize
 
 MOST_SCALES = 64  # kMaxScales of csrc/common/geometry.h
@@ -57,10 +57,8 @@ class ResidualVQ(nn.Module):
             "ResidualVQ",
             NEEDS_DISTANCES,
             implicit_neural_codebook=implicit_neural_codebook,
-            mlp_kwargs=mlp_kwargs,
-            beam_size=beam_size,
-            eval_beam_size=eval_beam_size,
-            beam_score_quantizer_weights=beam_score_quantizer_weights,
+            beam_size=_beams(beam_size),
+            eval_beam_size=_beams(eval_beam_size),
         )
         refuse("ResidualVQ", "one head", heads=heads if heads != 1 else None)
         for name, served in (("channel_last", True), ("accept_3d_fmap", False)):
@@ -69,6 +67,12 @@ class ResidualVQ(nn.Module):
                     f"ResidualVQ does not serve {name}={not served}: it takes [B, N, C], or images "
                     "with accept_image_fmap"
                 )
+        if shared_codebook:
+            refuse(
+                "ResidualVQ",
+                "with shared_codebook=True nothing would step it",
+                in_place_codebook_optimizer=vq_kwargs.get("in_place_codebook_optimizer"),
+            )
         sizes = (
             tuple(codebook_size)
             if isinstance(codebook_size, (tuple, list))
@@ -77,10 +81,10 @@ class ResidualVQ(nn.Module):
         if not sizes or len(sizes) != (num_quantizers or len(sizes)):
             raise ValueError(
                 "num_quantizers must be at least 1 and agree with codebook_size, "
-                f"got num_quantizers={num_quantizers}, codebook_size={codebook_size}"
+                f"got num_quantizers={num_quantizers}, codebook_size={shown(codebook_size)}"
             )
         if shared_codebook and len(set(sizes)) > 1:
-            raise ValueError(f"shared_codebook needs one codebook_size, got {codebook_size}")
+            raise ValueError(f"shared_codebook needs one codebook_size, got {shown(codebook_size)}")
         if not 0 <= quantize_dropout_cutoff_index < len(sizes) and quantize_dropout:
             raise ValueError(
                 f"quantize_dropout_cutoff_index must be 0 to {len(sizes) - 1}, "
@@ -104,12 +108,19 @@ class ResidualVQ(nn.Module):
             self.project_in = nn.Linear(dim, self.codebook_dim)
             self.project_out = nn.Linear(self.codebook_dim, dim)
         self.layers = nn.ModuleList(
-            VectorQuantize(self.codebook_dim, size, **vq_kwargs) for size in sizes
+            VectorQuantize(
+                self.codebook_dim,
+                size,
+                accept_image_fmap=accept_image_fmap,
+                return_zeros_for_masked_padding=return_zeros_for_masked_padding,
+                **vq_kwargs,
+            )
+            for size in sizes
         )
         if shared_codebook:
             for layer in self.layers:
                 layer._codebook = self.layers[0]._codebook
-                layer.defers_average = True
+                layer.deferred = True
 
     @property
     def codebook_size(self) -> int:
@@ -118,7 +129,7 @@ class ResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """Codes of each layer: [Q, K, D], or Q of them where sizes differ."""
-        codebooks = tuple(layer.codebook for layer in self.layers)
+        codebooks = tuple(layer._codebook.embed[0] for layer in self.layers)
         return torch.stack(codebooks) if len(set(self.codebook_sizes)) == 1 else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -136,14 +147,16 @@ class ResidualVQ(nn.Module):
             )
         indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
         codes = [
-            F.embedding(index.clamp(min=0), layer.codebook) * (index >= 0).unsqueeze(-1)
+            layer._codebook.decode(index.unsqueeze(0))[0]
             for layer, index in zip(self.layers, indices.unbind(-1), strict=True)
         ]
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The quantized output [..., dim] of indices [..., Q], channels last for images too."""
-        return self.project_out(self.get_codes_from_indices(indices).sum(dim=0))
+        """The quantized output [..., dim] of indices [..., Q], channels last for images too; zeros
+        where all indices are -1."""
+        output = self.project_out(self.get_codes_from_indices(indices).sum(dim=0))
+        return output.masked_fill((indices == -1).all(dim=-1, keepdim=True), 0.0)
 
     def forward(
         self,
@@ -169,34 +182,32 @@ class ResidualVQ(nn.Module):
             quantized, like x; indices [B, N, Q] or [B, H, W, Q], -1 for dropped layers and padding;
             losses [Q].
         """
-        refuse(
-            "ResidualVQ.forward",
-            NEEDS_DISTANCES,
-            indices=indices,
-            sample_codebook_temp=sample_codebook_temp,
-            beam_size=beam_size,
-        )
+        refuse("ResidualVQ", NEEDS_DISTANCES, indices=indices, beam_size=_beams(beam_size))
         channel = 1 if self.accept_image_fmap else -1
         dims = (4,) if self.accept_image_fmap else (2, 3)
-        if x.dim() not in dims or x.shape[channel] != self.dim or x.numel() == 0:
+        if x.dim() not in dims or x.shape[channel] != self.dim:
             raise ValueError(
-                f"x must have {' or '.join(map(str, dims))} dimensions, none of size 0, and "
-                f"{self.dim} channels in dimension {channel}, got {tuple(x.shape)}"
+                f"x must have {' or '.join(map(str, dims))} dimensions and {self.dim} channels in "
+                f"dimension {channel}, got {tuple(x.shape)}"
             )
         inputs = x.movedim(channel, -1)
-        space, inputs = inputs.shape[:-1], inputs.flatten(1, -2) if x.dim() > 2 else inputs
         x = self.project_in(inputs)
-        if self._fusable(mask):
+        if mask is None and len(x) > 0 and self._fusable():
             quantized, index, losses = self._pyramid(x)
         else:
             last = self._last_layer(x.device, rand_quantize_dropout_fixed_seed)
-            quantized, index, losses = self._layers(x, mask, freeze_codebook, last)
+            options = {
+                "mask": mask,
+                "freeze_codebook": freeze_codebook or None,
+                "sample_codebook_temp": sample_codebook_temp,
+            }
+            quantized, index, losses = self._layers(x.movedim(-1, channel), last, options)
+            quantized = quantized.movedim(channel, -1)
         quantized = self.project_out(quantized)
         if mask is not None:
             padding = 0.0 if self.return_zeros_for_masked_padding else inputs
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding)
-        index = index.view(*space, self.num_quantizers)
-        out = (quantized.view(*space, -1).movedim(-1, channel), index, losses)
+        out = (quantized.movedim(-1, channel), index, losses)
         return (*out, self.get_codes_from_indices(index)) if return_all_codes else out
 
     def _last_layer(self, device: torch.device, seed: int | None) -> int:
@@ -209,8 +220,9 @@ class ResidualVQ(nn.Module):
         return -(-(last + 1) // multiple) * multiple - 1
 
     def _layers(
-        self, x: Tensor, mask: Tensor | None, freeze: bool, last: int
+        self, x: Tensor, last: int, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Layers 0 to `last`, one after the other, on x as they take it."""
         residual, quantized = x, torch.zeros_like(x)
         indices, losses, rows = [], [], []
         for number, layer in enumerate(self.layers):
@@ -219,27 +231,31 @@ class ResidualVQ(nn.Module):
                 losses.append(torch.zeros_like(losses[0]))
                 continue
             rows.append(residual.detach())
-            codes, index, loss = layer(residual, mask=mask, freeze_codebook=freeze or None)
+            codes, index, loss = layer(residual, **options)
             quantized = quantized + codes
             indices.append(index)
             losses.append(loss)
             passed = self.quant_grad_frac
             residual = residual - (passed * codes + (1 - passed) * codes.detach())
-        book = self.layers[0]._codebook
-        frozen = freeze or self.layers[0].freeze_codebook
-        if self.training and self.shared_codebook and not frozen:
-            if book.ema_update:
-                book.average()
-            if book.threshold_ema_dead_code > 0:
-                every = torch.stack(rows, dim=-2).float()
-                kept = None if mask is None else mask.unsqueeze(-1).expand(every.shape[:-1])
-                every = unit(every) if book.use_cosine_sim else every
-                book.expire(every.flatten(0, -2), None if kept is None else kept.flatten())
+        first = self.layers[0]
+        if (
+            self.training
+            and first.deferred
+            and not (options["freeze_codebook"] or first.freeze_codebook)
+        ):
+            if first.ema_update:
+                first._codebook.update_ema()
+            mask, channel = options["mask"], 1 if self.accept_image_fmap else -1
+            every = torch.stack([part.movedim(channel, -1) for part in rows], dim=-2)
+            kept = None if mask is None else mask.unsqueeze(-1).expand(every.shape[:-1])
+            first._codebook.expire_codes_(
+                every.float().unsqueeze(0), None if kept is None else kept.reshape(1, -1)
+            )
         return quantized, torch.stack(indices, dim=-1), torch.stack(losses)
 
-    def _fusable(self, mask: Tensor | None) -> bool:
+    def _fusable(self) -> bool:
         book = self.layers[0]._codebook
-        if self.training or not self.shared_codebook or mask is not None:
+        if self.training or not self.shared_codebook:
             return False
         learns = torch.is_grad_enabled() and book.embed.requires_grad
         started = not book.kmeans_init or bool(book.initted)
@@ -253,7 +269,7 @@ class ResidualVQ(nn.Module):
         h = rows.view(-1, 1, 1, rows.shape[-1]).permute(0, 3, 1, 2)
         out = ops.multiscale_quantize(
             h,
-            book.codes,
+            book.codes[0],
             [rows.shape[-1]],
             [(1, 1)] * self.num_quantizers,
             l2_norm=book.use_cosine_sim,
@@ -261,3 +277,8 @@ class ResidualVQ(nn.Module):
         index = out.indices.view(*x.shape[:-1], self.num_quantizers)
         losses = torch.zeros(self.num_quantizers, device=x.device)
         return out.quantized.view(x.shape).to(x.dtype), index, losses
+
+
+def _beams(size: int | None) -> int | None:
+    """Of a number of beams what makes a difference: one beam is none."""
+    return None if size is None or size <= 1 else size
