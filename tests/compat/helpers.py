@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -64,6 +64,23 @@ def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: Tensor, **argumen
         )
     same_state(ours, theirs)
     return mine
+
+
+def entropy(distances: Tensor) -> Tensor:
+    """LlamaGen's entropy loss of squared distances [N, K]."""
+    logits = -distances / 0.01
+    share = logits.softmax(dim=1).mean(dim=0)
+    mean = -(logits.softmax(dim=1) * (logits + 1e-5).log_softmax(dim=1)).sum(dim=1).mean()
+    return mean + (share * (share + 1e-5).log()).sum()
+
+
+def second_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of the squared norm of the gradient of a scalar function; not zero."""
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.abs().sum() > 0
+    return second
 
 
 def nearest_within(indices: Tensor, rows: Tensor, codes: Tensor, tolerance: float = 1e-5) -> None:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compat.helpers import largest_tensor
+from compat.helpers import entropy, largest_tensor, second_derivative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -108,6 +108,59 @@ def test_one_map(l2_norm: bool) -> None:
         gradients(module, z, quantized, losses), gradients(module, z, true, parts), strict=True
     ):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_entropy_loss_of_one_map(l2_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenflow_ext.compat._lookup.CHUNK", 7 * CODES)
+    module = build(l2_norm=l2_norm, entropy_loss_ratio=0.3)
+    z = (0.1 * features(2, DIM, 4, 7)).requires_grad_()
+    _, losses, _ = module(z)
+    rows = list(z.permute(0, 2, 3, 1).reshape(-1, DIM).split(SPLIT, dim=1))
+    groups = [module.embedding_vqkd.weight, module.embedding_vqgan.weight]
+    if l2_norm:
+        rows, groups = ([F.normalize(t, dim=1) for t in part] for part in (rows, groups))
+    pairs = zip(rows, groups, strict=True)
+    distances = sum((r.unsqueeze(1) - g).square().sum(dim=2) for r, g in pairs)
+    true = 0.3 * entropy(distances)
+    torch.testing.assert_close(losses[2], true)
+    inputs = [z, module.embedding_vqkd.weight, module.embedding_vqgan.weight]
+    for mine, other in zip(
+        torch.autograd.grad(losses[2], inputs), torch.autograd.grad(true, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_rows_that_are_not_finite_are_no_use_of_a_code() -> None:
+    module = build(torch.float32)
+    h = features(2, DIM, 6, 6).float()
+    h[1, 2, 3, 4] = float("nan")
+    scales = (1, 2, 3, 6)
+    _, _, indices = module.encode_scales(h, scales)
+    seen = []
+    for part, scale in zip(indices.split([1, 4, 9, 36], dim=1), scales, strict=True):
+        finite = F.interpolate(h, (scale, scale), mode="area").isfinite().all(dim=1)
+        seen += part[finite.flatten(1)].tolist()
+    assert int(module.skipped_rows) == 4
+    assert len(seen) == 2 * 50 - 4
+    assert module.codebook_used[-len(seen) :].tolist() == seen
+    assert not module.codebook_used[: -len(seen)].any()
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_second_derivatives(l2_norm: bool) -> None:
+    module = build(l2_norm=l2_norm)
+    z = features(1, DIM, 3, 3)
+
+    def ours(z: Tensor) -> Tensor:
+        quantized, losses, _ = module(z)
+        return quantized.pow(3).sum() + losses[0] + losses[1]
+
+    def true(z: Tensor) -> Tensor:
+        quantized, losses, _ = step(module, z)
+        return quantized.pow(3).sum() + losses[0] + losses[1]
+
+    torch.testing.assert_close(second_derivative(ours, z), second_derivative(true, z))
 
 
 def test_evaluation_has_no_losses() -> None:
@@ -290,8 +343,8 @@ def test_no_matrix_of_distances() -> None:
 
 
 def test_unserved_options_say_so() -> None:
-    with pytest.raises(NotImplementedError, match=r"entropy_loss_ratio=0\.1"):
-        build(entropy_loss_ratio=0.1)
+    with pytest.raises(NotImplementedError, match=r"entropy_loss_ratio=0\.1: .* call forward"):
+        build(entropy_loss_ratio=0.1).encode_scales(features(1, DIM, 6, 6), SCALES)
     with pytest.raises(NotImplementedError, match="kmeans=True"):
         build(kmeans=True)
 

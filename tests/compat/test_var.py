@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compat.helpers import largest_tensor
+from compat.helpers import largest_tensor, second_derivative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -74,6 +74,37 @@ def loop(module: VectorQuantizer2, f: Tensor, scales=SCALES) -> tuple[list, list
         indices.append(index.flatten(1))
         f_hats.append(f_hat)
     return indices, f_hats, loss / len(scales)
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_resi": 0.0}, {"using_znorm": True}])
+def test_second_derivatives(options: dict) -> None:
+    module = build(**options)
+
+    def ours(f: Tensor) -> Tensor:
+        f_hat, _, loss = module(f)
+        return f_hat.pow(3).sum() + loss
+
+    def true(f: Tensor) -> Tensor:
+        _, f_hats, loss = loop(module, f)
+        return (f + (f_hats[-1] - f).detach()).pow(3).sum() + loss
+
+    f = features()
+    torch.testing.assert_close(second_derivative(ours, f), second_derivative(true, f))
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_resi": 0.0}])
+def test_images_that_are_not_finite_are_no_hits(options: dict) -> None:
+    module, twin = build(**options), build(**options)
+    f = features(3)
+    bad = f.clone()
+    bad[1, 2, 3, 4] = float("inf")
+    for _ in range(2):
+        module(bad)
+        twin(f[[0, 2]])
+    assert torch.equal(module.ema_vocab_hit_SV, twin.ema_vocab_hit_SV)
+    assert int(module.skipped_rows) == 2 * sum(side**2 for side in SCALES)
+    assert module.state_dict().keys() == twin.state_dict().keys()
+    assert "skipped_rows" not in module.state_dict()
 
 
 PHIS = [

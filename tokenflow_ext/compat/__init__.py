@@ -3,6 +3,7 @@
 | class | stands in for |
 |---|---|
 | `VectorQuantizer` | TokenFlow's released quantizer (tokenflow/tokenizer/vq_model.py) |
+| `llamagen.VectorQuantizer` | LlamaGen's (tokenizer/tokenizer_image/vq_model.py) |
 | `VectorQuantizer2` | VAR's (models/quant.py), with its phi convolutions |
 | `VectorQuantize`, `ResidualVQ`, `HierarchicalVQ` | those of vector-quantize-pytorch 1.32 |
 
@@ -13,6 +14,7 @@ statistics are summed over all processes, by collectives that every process ente
 docs/migration.md shows each swap and lists what differs.
 """
 
+from tokenflow_ext.compat import llamagen
 from tokenflow_ext.compat.hierarchical_vq import HierarchicalVQ
 from tokenflow_ext.compat.residual_vq import ResidualVQ
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
@@ -25,4 +27,5 @@ __all__ = [
     "VectorQuantize",
     "VectorQuantizer",
     "VectorQuantizer2",
+    "llamagen",
 ]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._common import NEEDS_DISTANCES, computable, refuse
+from tokenflow_ext.compat._common import computable, refuse, shown
+from tokenflow_ext.compat._lookup import LookupQuantizer
 from tokenflow_ext.ops import Size
 
 USAGE_WINDOW = 131072  # length of the release's `codebook_used` buffer
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(LookupQuantizer):
     """TokenFlow's quantizer (arXiv 2412.03069, section 3.1) as released, on the fused kernels.
 
     `forward` quantizes one map, as the release does inside its loop over scales. `encode_scales` is
@@ -25,7 +25,8 @@ class VectorQuantizer(nn.Module):
         n_e: codes K.
         e_dim: channels of both codebooks together.
         beta: factor of the commitment loss.
-        entropy_loss_ratio: 0; anything else is refused.
+        entropy_loss_ratio: factor of the entropy loss, which `forward` computes a few rows at a
+            time and `encode_scales` refuses.
         l2_norm: scale features and codes to unit length in each codebook.
         show_usage: keep the last 131,072 indices of training and report the share of codes in them.
         split: channels of the semantic and of the pixel codebook.
@@ -35,8 +36,6 @@ class VectorQuantizer(nn.Module):
         NotImplementedError: an option that is not served.
         ValueError: `split` does not hold two widths that sum to `e_dim`.
     """
-
-    codebook_used: Tensor
 
     def __init__(
         self,
@@ -49,34 +48,18 @@ class VectorQuantizer(nn.Module):
         split: Sequence[int],
         kmeans: bool = False,
     ) -> None:
-        super().__init__()
-        refuse("VectorQuantizer", NEEDS_DISTANCES, entropy_loss_ratio=entropy_loss_ratio)
         refuse(
             "VectorQuantizer",
             "use MultiScaleQuantizer with codebook_update='ema' and init_kmeans",
             kmeans=kmeans,
         )
         if len(split) != 2 or sum(split) != e_dim or min(split) < 1:
-            raise ValueError(f"split must hold two widths that sum to e_dim={e_dim}, got {split}")
-        if n_e < 1:
-            raise ValueError(f"n_e must be at least 1, got {n_e}")
-        self.n_e = n_e
-        self.e_dim = e_dim
-        self.beta = beta
-        self.entropy_loss_ratio = entropy_loss_ratio
-        self.l2_norm = l2_norm
-        self.show_usage = show_usage
-        self.split = list(split)
+            raise ValueError(
+                f"split must hold two widths that sum to e_dim={e_dim}, got {shown(split)}"
+            )
+        widths = {"embedding_vqkd": split[0], "embedding_vqgan": split[1]}
+        super().__init__(n_e, beta, entropy_loss_ratio, l2_norm, show_usage, USAGE_WINDOW, widths)
         self.kmeans_init = kmeans
-        self.embedding_vqkd = nn.Embedding(n_e, split[0])
-        self.embedding_vqgan = nn.Embedding(n_e, split[1])
-        with torch.no_grad():
-            for embedding in (self.embedding_vqkd, self.embedding_vqgan):
-                embedding.weight.uniform_(-1 / n_e, 1 / n_e)
-                if l2_norm:
-                    embedding.weight.copy_(F.normalize(embedding.weight, dim=-1))
-        if show_usage:
-            self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
 
     def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple]:
         """Quantizes one map.
@@ -106,35 +89,21 @@ class VectorQuantizer(nn.Module):
         Returns:
             What `TokenFlow.encode` returns: (f^ [B, e_dim, H, W], the means over scales of
             `forward`'s losses, indices [B, L] scale after scale).
+
+        Raises:
+            NotImplementedError: in training, an `entropy_loss_ratio` and scales of other sizes
+                than that of h.
         """
-        if h.dim() != 4 or h.shape[1] != self.e_dim or h.numel() == 0:
-            raise ValueError(
-                f"h must have shape [B, {self.e_dim}, H, W] with no side of 0, got {tuple(h.shape)}"
-            )
         sizes = ops.as_sizes(scales)
-        features, codebook = computable(h), self._codebook().to(computable(h).dtype)
-        out = ops.multiscale_quantize(features, codebook, self.split, sizes, l2_norm=self.l2_norm)
-        vq_loss = commit_loss = entropy_loss = None
-        usage: Tensor | float = 0
+        quantized, losses, indices, rows = self._encode(h, sizes, with_rows=True)
         tokens = [height * width for height, width in sizes]
-        if self.training:
-            vq_loss = out.code_error.mean()
-            commit_loss = self.beta * out.row_error.mean()
-            entropy_loss = torch.zeros_like(vq_loss)
-            if self.show_usage:
-                shares = [self._record(part) for part in out.indices.split(tokens, dim=1)]
-                usage = torch.stack(shares).mean()
         with torch.no_grad():
-            rows = ops.multiscale_rows(
-                features, codebook, out.indices, self.split, sizes, self.l2_norm
-            )
-            groups = zip(rows.split(self.split, -1), codebook.split(self.split, -1), strict=True)
+            codes = self._groups(self._codebook().to(rows.dtype))
             norms = [
-                _mean_of_scales(_distance_norms(part, self._normalize(codes)), tokens)
-                for part, codes in groups
+                _mean_of_scales(_distance_norms(*group), tokens)
+                for group in zip(rows.split(self.split, dim=-1), codes, strict=True)
             ]
-        losses = [vq_loss, commit_loss, entropy_loss, usage, *norms]
-        return out.quantized.to(h.dtype), losses, out.indices
+        return quantized, [*losses, *norms], indices
 
     @torch.no_grad()
     def decode_scales(
@@ -147,22 +116,6 @@ class VectorQuantizer(nn.Module):
             indices, codebook, self.split, sizes, size or sizes[-1], self.l2_norm
         )
 
-    def get_codebook_entry(
-        self,
-        indices: Tensor,
-        shape: Sequence[int] | None = None,
-        channel_first: bool = True,
-    ) -> Tensor:
-        """Codes [..., e_dim] of indices [...], or in `shape`.
-
-        Args:
-            indices: int32 or int64.
-            shape: (B, C, H, W) of the result, or with channel_first=False (B, H, W, C).
-            channel_first: which of the two `shape` is.
-        """
-        embeddings = (self.embedding_vqkd, self.embedding_vqgan)
-        return self.get_codebook_entry_outside(indices, embeddings, shape, channel_first)
-
     def get_codebook_entry_outside(
         self,
         indices: Tensor,
@@ -171,27 +124,7 @@ class VectorQuantizer(nn.Module):
         channel_first: bool = True,
     ) -> Tensor:
         """As `get_codebook_entry`, from a (semantic, pixel) pair of other embeddings."""
-        z_q = torch.cat([self._normalize(part(indices)) for part in outside_embedding], dim=-1)
-        if shape is None:
-            return z_q
-        if channel_first:
-            batch, channels, height, width = shape
-            return z_q.reshape(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()
-        return z_q.reshape(*shape)
-
-    def _codebook(self) -> Tensor:
-        return torch.cat([self.embedding_vqkd.weight, self.embedding_vqgan.weight], dim=1)
-
-    def _normalize(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=-1) if self.l2_norm else rows
-
-    @torch.no_grad()
-    def _record(self, indices: Tensor) -> Tensor:
-        """Pushes indices into the window; the share of codes in it."""
-        window = torch.cat([self.codebook_used, indices.flatten().to(self.codebook_used)])
-        self.codebook_used.copy_(window[-USAGE_WINDOW:])
-        used = torch.zeros(self.n_e, device=indices.device)
-        return used.index_fill_(0, self.codebook_used.long(), 1).mean()
+        return self._entry(indices, outside_embedding, shape, channel_first)
 
 
 def _mean_of_scales(values: Tensor, tokens: list[int]) -> Tensor:

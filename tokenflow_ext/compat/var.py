@@ -37,11 +37,16 @@ class VectorQuantizer2(nn.Module):
         quant_resi: share of the convolution, 0 for none.
         share_quant_resi: 0: a convolution for each scale, 1: one, n: n of them shared by scales.
 
+    Attributes:
+        skipped_rows: how many rows the running hits have left out so far because their image's
+            features were not finite, over all processes; int64.
+
     Raises:
         ValueError: an argument out of its range.
     """
 
     ema_vocab_hit_SV: Tensor
+    skipped_rows: Tensor
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class VectorQuantizer2(nn.Module):
             Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums)
         )
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.register_buffer("skipped_rows", torch.tensor(0), persistent=False)
         self.record_hit = 0
         self.embedding = nn.Embedding(vocab_size, Cvae)
         self.prog_si = -1  # last scale to encode; -1 for all of them
@@ -119,18 +125,24 @@ class VectorQuantizer2(nn.Module):
                 loss = loss + self.beta * F.mse_loss(f_hat.detach(), f)
                 loss = loss + F.mse_loss(f_hat, target)
             if self.training:
-                self._record_hits(indices)
+                self._record_hits(target, indices)
             straight_through = f + (f_hat.detach() - target)
         usages = self._usages(f) if ret_usages else None
         return straight_through, usages, loss / len(sizes)
 
     @torch.no_grad()
-    def _record_hits(self, indices: list[Tensor]) -> None:
-        """Running hits of each scale, over all processes: one reduction a step."""
-        hits = torch.zeros_like(self.ema_vocab_hit_SV)
-        for row, index in zip(hits, indices, strict=True):
-            row.scatter_add_(0, index.flatten(), torch.ones_like(row[:1]).expand(index.numel()))
-        hits = all_reduce(hits)
+    def _record_hits(self, f: Tensor, indices: list[Tensor]) -> None:
+        """Running hits of each scale, over all processes: one reduction a step.
+
+        Images whose features hold a NaN or an infinity are left out, and counted.
+        """
+        finite = f.isfinite().flatten(1).all(dim=1, keepdim=True)
+        tokens = [torch.where(finite, index, -1) for index in indices]
+        hits = [ops.count_codes(index, self.vocab_size) for index in tokens]
+        skipped = sum((index < 0).sum() for index in tokens)
+        counts = all_reduce(torch.cat([*hits, skipped.unsqueeze(0)]))
+        self.skipped_rows.add_(counts[-1])
+        hits = counts[:-1].view(self.ema_vocab_hit_SV.shape).to(self.ema_vocab_hit_SV)
         momentum = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
         self.ema_vocab_hit_SV.lerp_(hits, 1 - momentum)
         self.record_hit += 1
