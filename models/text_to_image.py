@@ -21,6 +21,7 @@ from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, read_weights
 from tokenflow_ext.models.text_to_image_backbone import Backbone, Cache, Rotary, rotary
+from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
     NextScaleSequence,
@@ -409,6 +410,8 @@ class TextToImage(nn.Module):
             raise ConfigError("llama_config must be given for a state dict, got None")
         backbone = BackboneConfig.from_transformers(llama_config)
         codes = tokenizer.config.quantizer.codebook_size
+        if type(llama_config.vocab_size) is not int:
+            raise ConfigError(f"vocab_size must be int, got {llama_config.vocab_size!r}")
         text_vocab_size = llama_config.vocab_size - codes - 1
         if text_vocab_size < 1:
             raise ConfigError(
@@ -417,6 +420,12 @@ class TextToImage(nn.Module):
             )
         config = TextToImageConfig.for_tokenizer(backbone, tokenizer, text_vocab_size)
         weights, aside = released.split_aside(state, config)
+        embeddings = weights.get("model.embed_tokens.weight")
+        if llama_config.tie_word_embeddings and embeddings is not None:
+            # Two weights from now on: training reaches rows of one that it does not reach of the
+            # other.
+            weights.setdefault("lm_head.weight", embeddings.clone())
+            header = None if header is None else header | {"tie_word_embeddings": False}
         model = cls._from_weights(config, tokenizer, weights, name, options)
         model.left_aside, model.released_header = aside, header
         return model
@@ -451,7 +460,10 @@ class TextToImage(nn.Module):
         if header is None:
             backbone = self.config.backbone
             header = backbone.to_transformers(self.config.vocab_size).to_diff_dict()
-            header["rope_theta"] = backbone.rope_theta  # where transformers 4 looks for it
+            header["rope_theta"] = backbone.rope_theta  # where transformers 4 looks for both
+            if backbone.rope != RopeConfig():
+                scaling = backbone.rope.to_transformers()
+                header["rope_scaling"] = {**scaling, "type": backbone.rope.rope_type}
         return released.write(path, state, header, max_shard_size)
 
     @classmethod
@@ -497,6 +509,12 @@ class TextToImage(nn.Module):
         options: dict[str, Any],
     ) -> TextToImage:
         """Built on the meta device, so that no weight exists twice."""
+        layers = {key.split(".")[2] for key in weights if key.startswith("model.layers.")}
+        if len(layers) != config.backbone.num_hidden_layers:  # before a million are built
+            raise CheckpointError(
+                f"{source} has {len(layers)} layers, the configuration asks for "
+                f"{config.backbone.num_hidden_layers}"
+            )
         with torch.device("meta"):
             model = cls(config, tokenizer, **options)
         own = model.state_dict()
@@ -513,6 +531,10 @@ class TextToImage(nn.Module):
                     f"{source}: {key} is {tuple(weights[key].shape)}, the configuration asks for "
                     f"{tuple(value.shape)}"
                 )
+        kinds = {weights[key].dtype: key for key in own}
+        if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
+            of = ", ".join(f"{key} is {kind}" for kind, key in kinds.items())
+            raise CheckpointError(f"{source}: weights must be of one floating-point type, {of}")
         model.load_state_dict(weights, assign=True)
         if not any(weight.is_meta for weight in tokenizer.parameters()):
             tokenizer.to(model.device)

@@ -24,7 +24,6 @@ from tokenflow_ext.models import released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.saved import read_safetensors
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,16 +104,34 @@ def parse_header(header: Mapping[str, Any]) -> PretrainedConfig:
     """The backbone's configuration in a released ``config.json``.
 
     Raises:
-        ConfigError: of another model than a Llama.
+        ConfigError: of another model than a Llama, or not one that transformers can make.
     """
-    ensure_torchvision()
     from transformers import LlamaConfig
 
     values = dict(header)
     family = values.pop("model_type", None)
     if family not in _MODEL_TYPES:
         raise ConfigError(f"model_type must be one of {', '.join(_MODEL_TYPES)}, got {family!r}")
-    return LlamaConfig(**values)
+    try:
+        return LlamaConfig(**values)
+    except Exception as error:  # of many types, by the version of transformers
+        raise ConfigError(f"no configuration of a Llama: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of transformers or torch says at first, in 300 characters.
+
+    What follows is advice to run the code of the files, or to go to the network.
+    """
+    if "trust_remote_code" in str(error):
+        return "it asks for code of its own, which is not run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        first = f"it has no {first}"
+    if first.endswith(":"):
+        first = " ".join(lines[:2])
+    return first.partition(". This file can still be loaded")[0][:300]
 
 
 def split_aside(

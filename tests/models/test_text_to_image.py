@@ -32,6 +32,7 @@ from tokenflow_ext.models import (
     encode_prompts,
 )
 from tokenflow_ext.models import text_to_image_generation as generation
+from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
 
 SCALES = (1, 2, 3, 4)
@@ -806,18 +807,20 @@ def test_released_keys_of_llama_2_7b():
     assert model.config.backbone.num_key_value_heads == 32
 
 
+TINY = {
+    "vocab_size": WORDS + CODES + 1,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
 def tiny_released():
     shapes = released_shapes(WORDS + CODES + 1, 32, 40, 2, 4, sum(DIMS), SCALES)
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    shape = {
-        "vocab_size": WORDS + CODES + 1,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return state, llama_config(**shape)
+    return state, llama_config(**TINY)
 
 
 def test_released_weights_keep_their_values():
@@ -964,6 +967,51 @@ def test_a_model_trained_here_is_released(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_released_model_with_one_weight_for_embeddings_and_head(tmp_path):
+    """It becomes two, which training does not confuse; what is written says so."""
+    state, _ = tiny_released()
+    embeddings = state["model.embed_tokens.weight"]
+    del state["lm_head.weight"]
+    folder = released_folder(tmp_path / "released", state, 1)
+    with pytest.raises(CheckpointError, match=r"1 keys missing.*lm_head\.weight"):
+        TextToImage.from_released(folder, None, image_tokenizer())
+    (folder / "config.json").write_text(json.dumps(HEADER | {"tie_word_embeddings": True}))
+    model = TextToImage.from_released(folder, None, image_tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1
+    assert torch.equal(model.model.embed_tokens.weight, embeddings)
+    written = model.save_released(tmp_path / "again")
+    again = TextToImage.from_released(written, None, image_tokenizer())
+    equal(again.state_dict(), model.state_dict())
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_scaled_rope_is_saved_and_released(tmp_path):
+    scaled = RopeConfig(
+        "longrope",
+        short_factor=(1.0, 1.5, 2.0, 2.5),
+        long_factor=(2.0, 3.0, 4.0, 5.0),
+        original_max_position_embeddings=20,
+    )
+    model = build(dtype=torch.float32, rope=scaled, rope_theta=500.0)
+    ids, indices = prompts(model, [9, 5]), pictures(model, 2)
+    logits = model(ids, indices).logits
+    for name, read in (
+        ("saved", TextToImage.from_pretrained),
+        ("released", lambda folder: TextToImage.from_released(folder, None, model.tokenizer)),
+    ):
+        (model.save_pretrained if name == "saved" else model.save_released)(tmp_path / name)
+        again = read(tmp_path / name)
+        assert again.config.backbone.rope == scaled
+        assert torch.equal(again(ids, indices).logits, logits)
+    # Where transformers 4 looks for it.
+    header = json.loads((tmp_path / "released" / "config.json").read_text())
+    assert header["rope_theta"] == 500.0
+    assert header["rope_scaling"]["type"] == "longrope"
+    plain = build(dtype=torch.float32, rope_theta=500.0)
+    assert not torch.allclose(plain(ids, indices).logits, logits, atol=1e-3)
+
+
 def test_damaged_released_folders(tmp_path):
     state, config = tiny_released()
     tokenizer = image_tokenizer()
@@ -985,6 +1033,11 @@ def test_damaged_released_folders(tmp_path):
     index.write_text("{}")
     refused("is no index: it must have a weight_map")
     index.write_text(json.dumps(whole))
+    (folder / "config.json").write_text(json.dumps(HEADER | {"hidden_size": "32"}))
+    refused("hidden_size", ConfigError)
+    (folder / "config.json").write_text(json.dumps(HEADER | {"vocab_size": None}))
+    refused("vocab_size", ConfigError)
+    (folder / "config.json").write_text(json.dumps(HEADER))
     first = folder / "model-00001-of-00002.safetensors"
     content = first.read_bytes()
     first.write_bytes(content[:-10])
@@ -1027,6 +1080,13 @@ def test_released_weights_that_do_not_fit():
     with pytest.raises(CheckpointError, match="image_token_start is 49"):
         load({"image_token_start": torch.tensor(WORDS - 1)})
     load({"model.image_token_end": torch.tensor(WORDS + CODES - 1)})
+    with pytest.raises(CheckpointError, match="has 2 layers, the configuration asks for 9"):
+        TextToImage.from_released(state, llama_config(**TINY | {"num_hidden_layers": 9}), tokenizer)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is torch\.(bfloat16|float32)"):
+        load({"lm_head.weight": state["lm_head.weight"].bfloat16()})
+    whole = {key: value.to(torch.int8) for key, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"one floating-point type, .* is torch\.int8"):
+        TextToImage.from_released(whole, config, tokenizer)
     config.vocab_size = CODES
     with pytest.raises(ConfigError, match="vocab_size must hold text"):
         TextToImage.from_released(state, config, tokenizer)
@@ -1054,6 +1114,42 @@ def test_a_model_of_the_old_order_is_refused(tmp_path):
     file.write_text(json.dumps(header | {"version": 1}))
     with pytest.raises(CheckpointError, match="version 1, this release reads 2: since 2 a"):
         TextToImage.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": [1, 2.0]}, r"scales\[1\] must be int, got 2\.0"),
+        ({"scales": [1, 2**40]}, "scales must have fewer than"),
+        ({"codebook_size": "48"}, "codebook_size must be int, got '48'"),
+        ({"codebook_size": 10**12}, r"codebook_size must be positive and below 2\*\*31"),
+        ({"codebook_size": 10**9}, "codebook_size is 1000000000 in the configuration, the token"),
+        ({"text_vocab_size": 10**9}, r"embed_tokens\.weight is \(99, 32\), the configuration asks"),
+        ({"backbone": None}, "backbone must be a mapping, got None"),
+        ({"backbone": {"rms_norm_eps": math.nan}}, r"backbone\.rms_norm_eps must be positive"),
+        ({"backbone": {"num_hidden_layers": 10**9}}, "has 2 layers, the configuration asks for"),
+        ({"backbone": {"rope": {"rope_type": "yarn"}}}, "original_max_position_embeddings must be"),
+        ({"surprise": 1}, "unknown field surprise"),
+    ],
+)
+def test_damaged_configurations(saved, change, message):
+    """In one line, before anything of their size is made."""
+    folder, header = saved
+    config = dict(header["config"])
+    for name, value in change.items():
+        nested = isinstance(value, dict)
+        config[name] = config[name] | value if nested else value
+    (folder / "config.json").write_text(json.dumps(header | {"config": config}))
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        TextToImage.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model's folder, and what its config.json holds."""
+    folder = build().save_pretrained(tmp_path_factory.mktemp("saved"))
+    return folder, json.loads((folder / "config.json").read_text())
 
 
 def test_damaged_directories(tmp_path):

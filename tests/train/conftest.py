@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.train import language
 
 
 def _load_micro() -> ModuleType:
@@ -67,6 +68,27 @@ def released(tmp_path, monkeypatch) -> Callable[[Path], tuple[Path, list]]:
         return file, asked
 
     return build
+
+
+@pytest.fixture
+def backbone(tmp_path) -> Path:
+    """A tiny language model as transformers saves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = language.make_text_tokenizer(["A red disc."] * 3, 280)
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=len(text),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path / "language"
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,7 +16,6 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.config import ConfigError
 from tokenflow_ext.models.text_to_image import TextToImage
 from tokenflow_ext.models.text_to_image_sequence import encode_prompts
-from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
 from tokenflow_ext.train.captions import list_captions, some
 from tokenflow_ext.train.config import load_text_config
@@ -336,28 +335,6 @@ def test_split_weights_in_half_precision(ends):
 # -- starts -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def backbone(tmp_path) -> Path:
-    """A tiny language model as transformers saves it."""
-    ensure_torchvision()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    text = language.make_text_tokenizer(["A red disc."] * 3, 280)
-    torch.manual_seed(3)
-    shape = LlamaConfig(
-        vocab_size=len(text),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path / "language"
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    text.save_pretrained(folder)
-    return folder
-
-
 def test_starting_from_a_language_model(make, backbone):
     trainer = make(f"backbone={backbone}")
     start = load_file(backbone / "model.safetensors")
@@ -432,15 +409,3 @@ def test_errors_end_with_one_line(arguments, given, message):
     with pytest.raises(SystemExit, match=message) as caught:
         text_to_image.main(arguments("run", given))
     assert str(caught.value).startswith("error: ")
-
-
-def test_a_gguf_file_says_what_it_needs(arguments, tmp_path, monkeypatch):
-    find = language.importlib.util.find_spec
-    monkeypatch.setattr(
-        language.importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n)
-    )
-    with pytest.raises(SystemExit, match=r"needs gguf.*pip install 'tokenflow_ext\[gguf\]'"):
-        text_to_image.main(arguments("run", f"backbone={tmp_path / 'a.gguf'}"))
-    monkeypatch.setattr(language.importlib.util, "find_spec", lambda n: True)
-    with pytest.raises(SystemExit, match=r"a\.gguf is missing"):
-        text_to_image.main(arguments("other", f"backbone={tmp_path / 'a.gguf'}"))
