@@ -10,8 +10,9 @@ NAME.png), a folder of WebDataset shards (``*.tar``), a folder that ``tokenflow 
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,21 @@ from torch.utils.data import Dataset
 
 from tokenflow_ext.train import data, shards, tokens
 from tokenflow_ext.train.config import CaptionConfig
-from tokenflow_ext.train.data import DataError, counted_rng
-from tokenflow_ext.train.pictures import read_square, to_square, to_tensor
+from tokenflow_ext.train.data import Kept, counted_rng
+from tokenflow_ext.train.pictures import find_images, read_square, to_square, to_tensor
+from tokenflow_ext.train.reading import (
+    DataError,
+    Tally,
+    decode,
+    inside,
+    json_lines,
+    parse_json,
+    read_json,
+    read_text,
+    say,
+)
 
 METADATA = "metadata.jsonl"
-_MEMORY = 256 << 20  # bytes of decoded pictures that are kept
 _SENTENCE = re.compile(r"[.!?]+[\"')\]]*(?=\s)|[\u3002\uff01\uff1f]")
 
 
@@ -57,57 +68,112 @@ def vary(caption: str, config: CaptionConfig, seed: int, index: int) -> str:
     return first_sentence(caption) if cut < config.truncate else caption
 
 
-def read_caption(path: Path) -> str | None:
-    """The first line of NAME.txt beside the image, where there is one."""
-    text = path.with_suffix(".txt")
-    if not text.is_file():
-        return None
-    return _first_line(text.read_text(encoding="utf-8", errors="replace"))
+def _text(caption: str) -> str:
+    """A caption without white space around it; "" where nothing of it can be seen."""
+    caption = caption.strip().strip("\ufeff").strip()
+    return caption if any(c.isprintable() and c != " " for c in caption) else ""
 
 
-def _first_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
+def find_caption(txt: str | None, entry: Any, keys: Sequence[str]) -> tuple[str, str]:
+    """The caption of a picture, and why there is none.
 
+    Args:
+        txt: what NAME.txt holds: its first line is the caption, unless it is empty.
+        entry: what NAME.json or a line of ``metadata.jsonl`` holds: the first of ``keys`` with a
+            text is the caption. None where there is neither.
+        keys: in the order in which they count.
 
-def _caption_of(entry: Any) -> str | None:
-    """The caption in a JSON object: its "caption" or "text"."""
+    Returns:
+        (caption, ""), or ("", what is there instead).
+    """
+    if txt is not None and (caption := _text(_text(txt).split("\n")[0])):
+        return caption, ""
+    if entry is None:
+        return "", "without a caption" if txt is None else "with an empty caption"
     if not isinstance(entry, dict):
-        return None
-    for key in ("caption", "text"):
-        if isinstance(entry.get(key), str) and entry[key].strip():
-            return entry[key].strip()
-    return None
+        return "", f"whose JSON is no object but {_kind(entry)}"
+    found = [key for key in keys if key in entry]
+    for key in found:
+        if isinstance(entry[key], str) and (caption := _text(entry[key])):
+            if any("\ud800" <= c <= "\udfff" for c in caption):
+                return "", "with half a surrogate pair in the caption"
+            return caption, ""
+    for key in found:
+        if entry[key] is not None and not isinstance(entry[key], str):
+            return "", f"whose {key} is no text but {_kind(entry[key])}"
+    return "", "with an empty caption" if found else f"without the key {' or '.join(keys)}"
 
 
-def list_captions(folder: str | Path) -> dict[Path, str | None]:
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", bool: "true or false", str: "a text"}
+    return kinds.get(type(value), "a number")
+
+
+def _keys_found(counts: Counter[str]) -> str:
+    """The keys that descriptions have, for a message."""
+    names = ", ".join(key for key, _ in counts.most_common(12))
+    return f"; their JSON has the keys {names}: say which with data.caption_keys=[KEY]" * bool(
+        names
+    )
+
+
+def _beside(path: Path, keys: Sequence[str], seen: Counter[str]) -> tuple[str, str]:
+    """:func:`find_caption` of NAME.txt and, where that gives none, NAME.json beside a picture."""
+    text, listing = path.with_suffix(".txt"), path.with_suffix(".json")
+    txt = read_text(text) if text.is_file() else None
+    if (txt is not None and _text(txt)) or not listing.is_file():
+        return find_caption(txt, None, keys)
+    entry = read_json(listing)
+    seen.update(list(entry) if isinstance(entry, dict) else [])
+    return find_caption(txt, entry, keys)
+
+
+def _described(root: Path, keys: Sequence[str], seen: Counter[str]) -> dict[Path, tuple[str, str]]:
+    """Every picture below ``root`` with :func:`find_caption` of it.
+
+    Args:
+        seen: counts the keys of JSON objects.
+    """
+    file = root / METADATA
+    if not os.path.lexists(file):
+        return {path: _beside(path, keys, seen) for path in data.list_images(root)}
+    found: dict[Path, tuple[str, str]] = {}
+    left, expected = Tally(file), '{"file_name": ..., "text": ...}'
+    for number, entry in json_lines(file, expected):
+        try:
+            path = inside(root, entry["file_name"])
+        except (ValueError, KeyError) as error:
+            what = "there is no file_name" if isinstance(error, KeyError) else error
+            raise DataError(f"{file}, line {number}: expected {expected}: {what}") from error
+        if path in found:
+            left.add("lines replaced by a later one of the same picture", path)
+        seen.update(key for key in entry if key != "file_name")
+        found[path] = find_caption(None, entry, keys)
+    if not found:
+        raise DataError(f"{file} names no picture")
+    images, _ = find_images(root)
+    if others := [path for path in images if path not in found]:
+        left.add("images that it does not name", others[0], len(others))
+    left.say(f"{len(found)} pictures; left out")
+    return found
+
+
+def list_captions(
+    folder: str | Path, keys: Sequence[str] = CaptionConfig.caption_keys
+) -> dict[Path, str | None]:
     """Every picture below ``folder``, by its path, with its caption where it has one.
 
     A ``metadata.jsonl`` ({"file_name": ..., "text": ...} a line) names pictures beside or below it;
     where it is in ``folder`` itself, it alone decides which pictures there are.
 
+    Args:
+        keys: of a caption in JSON; the first that holds a text counts.
+
     Raises:
-        DataError: no folder, no picture, or a line that cannot be read.
+        DataError: no folder, no picture, or a description that cannot be read.
     """
-    root = Path(folder)
-    file = root / METADATA
-    if not file.is_file():
-        return {path: read_caption(path) for path in data.list_images(root)}
-    found: dict[Path, str | None] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            path = root / entry["file_name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}'
-            ) from error
-        found[path] = _caption_of(entry)
-    if not found:
-        raise DataError(f"{file} names no picture")
-    return found
+    described = _described(Path(folder), keys, Counter())
+    return {path: caption or None for path, (caption, _) in described.items()}
 
 
 @dataclass(frozen=True)
@@ -144,30 +210,51 @@ _ALL = Choice()
 
 
 class Pictures:
-    """A folder of pictures; those without a caption are left out. Few pictures stay decoded."""
+    """A folder of pictures; those without a caption are left out. The first stay decoded.
 
-    def __init__(self, folder: Path, size: int, choice: Choice = _ALL) -> None:
+    Args:
+        keys: of a caption in JSON.
+        cache: MiB of decoded pictures that are kept.
+
+    Raises:
+        DataError: no picture with a caption, or a description that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        choice: Choice = _ALL,
+        keys: Sequence[str] = CaptionConfig.caption_keys,
+        cache: int = CaptionConfig.cache,
+    ) -> None:
         self.folder, self.size = folder, size
-        pairs = [(p, c) for p, c in sorted(list_captions(folder).items()) if c]
+        pairs, left, seen = [], Tally(folder), Counter()
+        for path, (caption, why) in sorted(_described(folder, keys, seen).items()):
+            if not caption:
+                left.add(f"pictures {why}", path)
+            elif not path.exists():
+                left.add("pictures that are named but not there", path)
+            else:
+                pairs.append((path, caption))
         if not pairs:
             raise DataError(
-                f"no picture below {folder} has a caption: NAME.txt beside NAME.png, or "
-                f'{METADATA} with {{"file_name": ..., "text": ...}} a line'
+                f"no picture below {folder} has a caption ({left}): NAME.txt beside NAME.png, or "
+                f'{METADATA} with {{"file_name": ..., "text": ...}} a line{_keys_found(seen)}'
             )
+        left.say(f"{len(pairs)} pictures with captions; left out")
         self.pairs = [pairs[i] for i in choice([caption for _, caption in pairs])]
-        keep = len(self.pairs) * 3 * size * size * 4 <= _MEMORY
-        self._memory: dict[int, Tensor] | None = {} if keep else None
+        self._kept = Kept(cache)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
         path, caption = self.pairs[index]
-        picture = None if self._memory is None else self._memory.get(index)
+        picture = self._kept.get(index)
         if picture is None:
             picture = read_square(path, self.size)
-            if self._memory is not None:
-                self._memory[index] = picture
+            self._kept.add(index, picture, picture.nbytes)
         return Sample(picture, caption)
 
     def captions_up_to(self, count: int) -> list[str]:
@@ -195,12 +282,14 @@ class Tokens:
         tokenizer: Callable[[], str] | None = None,
     ) -> None:
         read, captions = tokens.read(folder, scales, codebook_size, tokenizer)
+        captions = [_text(caption or "") for caption in captions]
         described = [i for i, caption in enumerate(captions) if caption]
         if not described:
             raise DataError(f"no row of the tokens in {folder} has a caption")
+        if without := len(captions) - len(described):
+            say(f"{folder}: {len(described)} rows with captions; left out: {without} without")
         chosen = [described[i] for i in choice([captions[i] for i in described])]
         self.tokens, self.captions = torch.cat(read)[chosen], [captions[i] for i in chosen]
-        self.left_out = len(captions) - len(described)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -214,13 +303,59 @@ class Tokens:
 
 
 class Shards(shards.Shards):
-    """The pairs in a folder of WebDataset shards: pictures with ``.txt`` or ``.json``."""
+    """The pairs in a folder of WebDataset shards: pictures with a caption in ``.txt`` or ``.json``.
+
+    Others are left out, those whose description cannot be read too.
+
+    Args:
+        keys: of a caption in JSON.
+    """
+
+    wanted = "with a caption"
 
     def __init__(
-        self, folder: Path, size: int, streams: tuple[int, int], joint: int, seed: int
+        self,
+        folder: Path,
+        size: int,
+        streams: tuple[int, int],
+        joint: int,
+        seed: int,
+        keys: Sequence[str] = CaptionConfig.caption_keys,
     ) -> None:
-        super().__init__(shards.list_shards(folder), streams, joint, seed, described=True)
-        self.size = size
+        super().__init__(shards.list_shards(folder), streams, joint, seed)
+        self.size, self.keys = size, keys
+        self._seen: Counter[str] = Counter()  # keys of descriptions without a caption
+
+    def hint(self) -> str:
+        return _keys_found(self._seen)
+
+    def select(self, path: Path, members: list[shards.Member], left: Tally) -> list[shards.Member]:
+        """The samples with a caption, which they are given."""
+        found = []
+        for member in members:
+            caption, why = self._caption(path, member)
+            if caption:
+                found.append(member._replace(caption=caption))
+            else:
+                left.add(f"pictures {why}", f"{path}/{member.name}")
+        return found
+
+    def _caption(self, path: Path, member: shards.Member) -> tuple[str, str]:
+        txt = None if member.txt is None else data.read_span(path, member.txt)
+        listing = None if member.json is None else data.read_span(path, member.json)
+        entry = None
+        try:
+            txt = None if txt is None else decode(txt, "its text")
+            if listing is not None and not (txt and _text(txt)):
+                entry = parse_json(decode(listing, "its JSON"))
+        except DataError:
+            return "", "whose description is not UTF-8"
+        except ValueError:
+            return "", "whose description is not JSON"
+        found = find_caption(txt, entry, self.keys)
+        if not found[0] and isinstance(entry, dict):
+            self._seen.update(list(entry))
+        return found
 
     def read(self, path: Path, number: int) -> Sample:
         """The pair of that number in a shard.
@@ -229,13 +364,13 @@ class Shards(shards.Shards):
             DataError: naming shard and member.
         """
         image, member = super().read(path, number), self.members(path)[number]
-        return Sample(to_tensor(to_square(image, self.size)), _caption(path, member))
+        return Sample(to_tensor(to_square(image, self.size)), member.caption)
 
     def captions_up_to(self, count: int) -> list[str]:
         """The captions of the first shards, ``count`` of them at most."""
         found: list[str] = []
         for path in self.paths:
-            found += [_caption(path, m) for m in self.members(path)[: count - len(found)]]
+            found += [member.caption for member in self.members(path)[: count - len(found)]]
             if len(found) == count:
                 break
         return found
@@ -247,22 +382,7 @@ class Shards(shards.Shards):
             chosen += [(path, i) for i in range(len(self.members(path)))]
             if len(chosen) >= count:
                 break
-        return [self.read(*chosen[i]) for i in _evenly(len(chosen), count)]
-
-
-def _caption(path: Path, member: shards.Member) -> str:
-    """The caption in a member's ``.txt``, else in its ``.json``.
-
-    Raises:
-        DataError: naming shard and member.
-    """
-    if member.txt is not None:
-        text = data.read_span(path, member.txt).decode("utf-8", errors="replace")
-        return _first_line(text) or ""
-    try:
-        return _caption_of(json.loads(data.read_span(path, member.json))) or ""
-    except ValueError as error:
-        raise DataError(f"the caption of {path / member.name} is not JSON: {error}") from error
+        return [self.read_or_another(*chosen[i], i) for i in _evenly(len(chosen), count)]
 
 
 def _evenly(total: int, count: int) -> list[int]:
@@ -357,8 +477,10 @@ def open_source(
                 f"data.match, unseen and limit are not for shards, which {folder} holds"
             )
         across, along = config.streams
-        return Shards(folder, form.image_size, (across, along), joint, seed)
-    return Pictures(folder, form.image_size, choice)
+        source = Shards(folder, form.image_size, (across, along), joint, seed, config.caption_keys)
+        source.beside = shards.beside(folder)
+        return source
+    return Pictures(folder, form.image_size, choice, config.caption_keys, config.cache)
 
 
 def some(source: Pictures | Tokens | Shards, count: int) -> list[Sample]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig
 from tokenflow_ext.train.data import DataError, Picture, PictureSet, Source
-from tokenflow_ext.train.shards import Shards, first_pictures, list_shards
+from tokenflow_ext.train.shards import Shards, beside, first_pictures, list_shards
 
 
 def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list[Picture]]:
@@ -39,6 +39,7 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
             held_out, paths = first_pictures(paths[:1], config.held_out_crops), paths[1:]
         across, along = config.streams
         source = Shards(paths, (across, along), joint, seed, weight_key=config.weight_key)
+        source.beside = beside(Path(config.path))
         return source, held_out
     if config.weight_key:
         raise DataError(
@@ -57,7 +58,8 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
                 f"{config.weights} names {len(strangers)} images that data.path={config.path} does "
                 f"not have, first {strangers[0]}"
             )
-    return PictureSet(train, seed, weights), _held_out(config) or held_out
+    source = PictureSet(train, seed, weights, config.cache)
+    return source, _held_out(config) or held_out
 
 
 def _folder(path: str) -> Path:
@@ -73,5 +75,6 @@ def _held_out(config: DataConfig) -> list[Picture]:
         return []
     paths = list_shards(_folder(config.held_out))
     if paths:
+        beside(Path(config.held_out))
         return first_pictures(paths, config.held_out_crops)
     return [Picture(path) for path in data.list_images(config.held_out)]

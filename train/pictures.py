@@ -76,12 +76,15 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def find_images(folder: str | os.PathLike[str]) -> tuple[list[Path], Tally]:
+def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[list[Path], Tally]:
     """Every image file below ``folder``, sorted by its path, and what was left out.
 
     Links are followed. A folder that is met twice counts once, under its own name if it has one
     here; a link to a folder around this one is left out. Hidden files and folders are left out.
     Texts and JSON files are no images, but are not counted: captions lie in such.
+
+    Args:
+        shards: whether the ``.tar`` files right in the folder are not counted either.
 
     Raises:
         DataError: no such folder, or one that cannot be read.
@@ -123,7 +126,9 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[list[Path], Tally]:
                     found.append(path)
                 else:
                     left.add("links to nothing, pipes or devices", path)
-            elif suffix not in (".txt", ".json", ".jsonl"):
+            elif suffix not in (".txt", ".json", ".jsonl") and not (
+                shards and place == root and entry.name.endswith(".tar")
+            ):
                 left.add(f"{suffix or 'other'} files", path)
     return sorted(found), left
 

@@ -7,8 +7,10 @@ shards is one integer, for any number of processes and workers.
 from __future__ import annotations
 
 import bisect
-import json
+import io
 import math
+import os
+import posixpath
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -19,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_ext.train import data
-from tokenflow_ext.train.data import DataError, Picture, counted_rng
-from tokenflow_ext.train.pictures import BrokenImageError, open_image, suffixes
+from tokenflow_ext.train.data import Picture, counted_rng
+from tokenflow_ext.train.pictures import BrokenImageError, find_images, open_image, suffixes
+from tokenflow_ext.train.reading import DataError, Tally, check_file, decode, parse_json, reason
 
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 
@@ -32,6 +35,7 @@ class Member(NamedTuple):
     picture: tuple[int, int]
     txt: tuple[int, int] | None
     json: tuple[int, int] | None
+    caption: str = ""  # where those who want one have looked for it
 
 
 @dataclass
@@ -44,48 +48,175 @@ class _Round:
     ends: list[int] = field(default_factory=list)
 
 
-def read_members(path: Path) -> list[Member]:
-    """The samples of a WebDataset shard: members of one name up to the first dot of the file.
+class _Archive(io.BufferedReader):
+    """A file that never reads, nor allocates, more than it holds: a header may claim any size."""
 
-    Only headers are read. A name without a picture is left out.
+    def __init__(self, path: Path) -> None:
+        check_file(path)
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _listing(path: Path, left: Tally) -> dict[str, tuple[int, int] | str]:
+    """Where each file of an archive lies, (offset, size), or the name of the file it links to.
+
+    Archives that were joined end to end are read as one.
 
     Raises:
         DataError: not an uncompressed tar file, or a truncated one.
     """
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    names: dict[str, str] = {}
+    found: dict[str, tuple[int, int] | str] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with (
+            _Archive(path) as file,
+            # Past zeros, where another archive may begin, and past what is no header.
+            tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive,
+        ):
+            end: int | None = 0  # of the member before, where that is known
             for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                suffix = suffix.lower()
-                kind = "picture" if f".{suffix}" in suffixes() else suffix
-                key = f"{folder}/{stem}"
-                groups.setdefault(key, {})[kind] = (member.offset_data, member.size)
-                if kind == "picture":
-                    names[key] = member.name
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"cannot read the shard {path}: {error}") from error
-    return [
-        Member(names[key], parts["picture"], parts.get("txt"), parts.get("json"))
-        for key, parts in groups.items()
-        if "picture" in parts
-    ]
+                if member.size < 0 or member.offset < (end or 0):
+                    raise ValueError(f"no sound header at byte {member.offset}")
+                _check_gap(file, end, member.offset, path, left)
+                name, end = posixpath.normpath(member.name), member.offset_data
+                if member.issparse():
+                    left.add("sparse files", f"{path}/{name}")
+                    end = None
+                elif member.isreg():
+                    end += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    if name in found:
+                        left.add("files replaced by a later one of their name", f"{path}/{name}")
+                    found[name] = (member.offset_data, member.size)
+                elif member.islnk():
+                    found[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    target = posixpath.join(posixpath.dirname(name), member.linkname)
+                    found[name] = posixpath.normpath(target)
+                elif not (member.isdir() or member.isdev()):
+                    end = None
+            _check_gap(file, end, file.size, path, left)
+    except DataError:
+        raise
+    except Exception as error:  # tarfile lets many types through
+        raise DataError(f"cannot read the shard {path}: {reason(error)}") from error
+    return found
+
+
+def _check_gap(file: _Archive, start: int | None, stop: int, path: Path, left: Tally) -> None:
+    """Count what lies between two members and is neither zeros nor a header for all members.
+
+    Raises:
+        DataError: the file begins with it.
+    """
+    at = stop if start is None else start
+    while at < stop:
+        file.seek(at)
+        block = file.read(min(1 << 20, stop - at))
+        rest = block.lstrip(b"\0")
+        at += (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        if not rest:
+            at = at if len(block) == 1 << 20 else stop
+            continue
+        file.seek(at)
+        try:
+            header = tarfile.TarInfo.frombuf(
+                file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape"
+            )
+        except tarfile.HeaderError:
+            header = None
+        if header is None or header.type != b"g" or header.size < 0:
+            if at == 0:
+                raise DataError(
+                    f"cannot read the shard {path}: no tar archive, or a compressed one"
+                )
+            left.add("stretches that are no tar", f"{path}, byte {at}")
+            return
+        at += (1 - (-header.size // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE
+
+
+def read_members(path: Path, left: Tally | None = None) -> list[Member]:
+    """The samples of a WebDataset shard: members of one name up to the last dot of the file.
+
+    Only headers are read. A link is the member it leads to. ``photo.v2.png`` is a sample of its
+    own, but where there are ``photo.png`` and neither ``photo.v2.txt`` nor ``photo.v2.json`` (a
+    mask, say): by WebDataset's rule, a name up to its first dot, it is a further part of that
+    sample, and left out. With no ``photo.png``, ``photo.txt`` describes it too.
+
+    Args:
+        left: counts what is left out; None says it in a line.
+
+    Raises:
+        DataError: not an uncompressed tar file, or a truncated one.
+    """
+    told = Tally(path) if left is None else left
+    files = _listing(path, told)
+    pictures: dict[str, tuple[str, tuple[int, int]]] = {}
+    described: dict[str, dict[str, tuple[int, int]]] = {}
+    for name in files:
+        key, suffix = posixpath.splitext(name)
+        suffix = suffix.lower()
+        if suffix not in suffixes() and suffix not in (".txt", ".json"):
+            continue
+        if posixpath.basename(name).startswith("."):  # macOS writes ._NAME beside each NAME
+            told.add("hidden files", f"{path}/{name}")
+            continue
+        span, seen = files[name], {name}
+        while isinstance(span, str):
+            span = None if span in seen or seen.add(span) else files.get(span)
+        if span is None:
+            told.add("links to what the shard does not hold", f"{path}/{name}")
+        elif suffix in (".txt", ".json"):
+            described.setdefault(key, {})[suffix] = span
+        else:
+            if key in pictures:
+                told.add("pictures beside another of their name", f"{path}/{pictures[key][0]}")
+            pictures[key] = (name, span)
+    members = []
+    for key, (name, span) in pictures.items():
+        folder, file = posixpath.split(key)
+        first = posixpath.join(folder, file.partition(".")[0])
+        if key not in described and first != key and first in pictures:
+            told.add("further pictures of a sample", f"{path}/{name}")
+            continue
+        parts = described.get(key if key in described else first, {})
+        members.append(Member(name, span, parts.get(".txt"), parts.get(".json")))
+    if left is None:
+        told.say(f"{len(members)} pictures; left out")
+    return members
 
 
 def list_shards(folder: Path) -> list[Path]:
     """The shards in a folder by name; none where it holds something else.
 
     Raises:
-        DataError: compressed shards.
+        DataError: compressed shards, or a folder that cannot be read.
     """
-    found = sorted(folder.glob("*.tar"))
-    if not found and (any(folder.glob("*.tar.*")) or any(folder.glob("*.tgz"))):
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {reason(error)}") from error
+    found = [folder / name for name in names if name.endswith(".tar")]
+    found = [path for path in found if path.is_file()]
+    if not found and any(".tar." in name or name.endswith(".tgz") for name in names):
         raise DataError(f"{folder} holds compressed shards: decompress them, pictures are anyway")
     return found
+
+
+def beside(folder: Path) -> int:
+    """How many images a folder of shards holds that are not read, the shards being; a line says
+    so, and what else there is.
+
+    Raises:
+        DataError: see :func:`pictures.find_images`.
+    """
+    images, other = find_images(folder, shards=True)
+    if images:
+        other.add("images beside the shards, which alone are read", images[0], len(images))
+    other.say()
+    return len(images)
 
 
 class Shards:
@@ -102,17 +233,19 @@ class Shards:
 
     A picture that cannot be decoded is replaced by another of its shard, picked by (seed, number of
     the sample): a crawl of the web has some, and a run must not end there. A shard that cannot be
-    read is an error.
+    read is an error. ``left`` counts what was left out or replaced, and says so now and then.
 
     Args:
         joint: samples that all processes take together for one micro-batch.
-        described: whether samples without a ``.txt`` or ``.json`` are left out.
         weight_key: the key of a sample's weight in its ``.json`` (1 where it has none); "" is 1 for
             all. It is read when the shard is opened.
 
     Raises:
         DataError: streams that do not fit the batch or the number of shards.
     """
+
+    #: What a picture must be to be read, for messages.
+    wanted = "to train on"
 
     def __init__(
         self,
@@ -121,7 +254,6 @@ class Shards:
         joint: int,
         seed: int,
         *,
-        described: bool = False,
         weight_key: str = "",
     ) -> None:
         across, along = streams
@@ -136,7 +268,9 @@ class Shards:
                 f"{list(streams)}"
             )
         self.paths, self.streams, self.joint, self.seed = paths, (across, along), joint, seed
-        self.described, self.weight_key = described, weight_key
+        self.weight_key = weight_key
+        self.left = Tally(paths[0].parent)
+        self.beside = 0  # images in the folder that are in no shard
         self._parts = [paths[i :: across * along] for i in range(across * along)]  # of each stream
         self._sizes: dict[Path, float] = {}  # samples, or the sum of their weights
         self._unread = [set(part) for part in self._parts]
@@ -151,7 +285,8 @@ class Shards:
 
     def describe(self) -> str:
         """How much there is, for people."""
-        return f"{len(self.paths)} shards{' by weight' * bool(self.weight_key)}"
+        more = f" ({self.beside} images beside them are not read)" if self.beside else ""
+        return f"{len(self.paths)} shards{' by weight' * bool(self.weight_key)}{more}"
 
     # -- what is in a shard -----------------------------------------------------------------------
 
@@ -164,33 +299,45 @@ class Shards:
         if path in self._opened:
             self._opened.move_to_end(path)
             return self._opened[path]
-        members = read_members(path)
-        if self.described:
-            members = [m for m in members if m.txt is not None or m.json is not None]
+        # What is left out counts once, however often the shard is opened.
+        left = Tally(path) if path in self._sizes else self.left
+        members = self.select(path, read_members(path, left), left)
         weights = None
         if self.weight_key:
             weights = np.array([self._weight(path, m) for m in members])
         self._sizes[path] = len(members) if weights is None else float(weights.sum())
         for part, unread in zip(self._parts, self._unread, strict=True):
             if unread == {path} and sum(self._sizes[p] for p in part) < 1:
-                what = "with a caption" if self.described else "to train on"
-                raise DataError(f"no picture {what} in {', '.join(map(str, part))}")
+                more = f" (left out: {self.left})" if self.left.total else ""
+                raise DataError(f"no picture {self.wanted} in {_named(part)}{more}{self.hint()}")
             unread.discard(path)
+        self.left.say_doubled("left out so far")
         self._opened[path] = (members, weights)
         while len(self._opened) > 2 * len(self._parts):
             self._opened.popitem(last=False)
         return members, weights
 
+    def select(self, path: Path, members: list[Member], left: Tally) -> list[Member]:
+        """The samples of a shard that are meant: all of them.
+
+        Args:
+            left: counts the others.
+        """
+        return members
+
+    def hint(self) -> str:
+        """What a message adds where no sample is meant."""
+        return ""
+
     def _weight(self, path: Path, member: Member) -> float:
         if member.json is None:
             return 1.0
+        name = f"{path}/{member.name}"
+        entry = decode(data.read_span(path, member.json), f"the JSON of {name}")
         try:
-            entry = json.loads(data.read_span(path, member.json))
-            return data.checked_weight(entry.get(self.weight_key, 1.0))
+            return data.checked_weight(parse_json(entry).get(self.weight_key, 1.0))
         except (ValueError, AttributeError) as error:
-            raise DataError(
-                f"data.weight_key={self.weight_key} of {path / member.name}: {error}"
-            ) from error
+            raise DataError(f"data.weight_key={self.weight_key} of {name}: {error}") from error
 
     # -- which sample is which --------------------------------------------------------------------
 
@@ -265,16 +412,22 @@ class Shards:
         Raises:
             DataError: naming the shard's member where those that were tried cannot be read either.
         """
-        path, number = self.place(index)
+        return self.read_or_another(*self.place(index), index)
+
+    def read_or_another(self, path: Path, number: int, luck: int) -> Any:
+        """As :meth:`read`; of a broken sample one that the number ``luck`` picks of its shard."""
         try:
             return self.read(path, number)
         except BrokenImageError as error:
-            rng, count = counted_rng(self.seed, 2, index), len(self.members(path))
+            rng, count = counted_rng(self.seed, 2, luck), len(self.members(path))
             for spare in rng.permutation(count)[:_SPARES].tolist():
                 try:
-                    return self.read(path, spare)
+                    found = self.read(path, spare)
                 except BrokenImageError:
                     continue
+                self.left.add("times another picture was taken for a broken one", str(error))
+                self.left.say_doubled("left out so far")
+                return found
             tried = min(count, _SPARES)
             raise DataError(f"{error}; nor can {tried} others of its shard be read") from error
 
@@ -285,11 +438,17 @@ class Shards:
             DataError: naming shard and member.
         """
         member = self.members(path)[number]
-        return open_image(path / member.name, data.read_span(path, member.picture))
+        return open_image(f"{path}/{member.name}", data.read_span(path, member.picture))
 
     def regions(self, index: int) -> list[Image.Image]:
         """What sample ``index`` of the run may be cut from (see :class:`data.RandomCrops`)."""
         return [self.at(index)]
+
+
+def _named(paths: list[Path]) -> str:
+    """A few of the paths."""
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return ", ".join(map(str, paths[:4])) + more
 
 
 def first_pictures(paths: list[Path], count: int) -> list[Picture]:

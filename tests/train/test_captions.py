@@ -6,6 +6,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from tokenflow_ext.train import captions, cli, data, emojis
 from tokenflow_ext.train import shards as tars
 from tokenflow_ext.train.captions import Captioned, Form, Pictures, Shards, Tokens
-from tokenflow_ext.train.config import CaptionConfig
+from tokenflow_ext.train.config import CaptionConfig, ConfigError, load_text_config
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.pictures import open_image
 
@@ -242,6 +243,180 @@ def test_broken_shards_are_named(tmp_path):
     (tmp_path / "a.tar").rename(tmp_path / "a.tar.gz")
     with pytest.raises(DataError, match="compressed"):
         Captioned(tmp_path, FORM, CaptionConfig(), 4, seed=0)
+
+
+# -- what is a caption ----------------------------------------------------------------------------
+
+
+def folder_of(root: Path, described: dict[str, bytes], count: int = 2) -> Path:
+    root.mkdir()
+    for i in range(count):
+        (root / f"{i}.png").write_bytes(encoded(i))
+    for name, content in described.items():
+        (root / name).write_bytes(content)
+    return root
+
+
+def entry(**keys) -> bytes:
+    return json.dumps(keys, ensure_ascii=False).encode()
+
+
+NONE = [
+    ({}, "without a caption"),
+    ({"txt": b""}, "with an empty caption"),
+    ({"txt": b" \r\n\t\n"}, "with an empty caption"),
+    ({"txt": b"\xef\xbb\xbf"}, "with an empty caption"),
+    ({"txt": "\ufeff\ufeff\u200b".encode()}, "with an empty caption"),
+    ({"txt": b"", "json": entry(caption=None)}, "with an empty caption"),
+    ({"json": entry(caption="  \u2028", text="")}, "with an empty caption"),
+    ({"json": entry(caption=["a", "b"])}, "whose caption is no text but a list"),
+    ({"json": entry(caption={"en": "a"})}, "whose caption is no text but an object"),
+    ({"json": entry(text=3.5)}, "whose text is no text but a number"),
+    ({"json": entry(caption=False)}, "whose caption is no text but true or false"),
+    ({"json": b"[1]"}, "whose JSON is no object but a list"),
+    ({"json": b'{"caption": "a \\ud83c"}'}, "with half a surrogate pair in the caption"),
+    ({"json": entry(TEXT="a cat")}, "without the key caption or text"),
+]
+
+
+@pytest.mark.parametrize(("described", "why"), NONE)
+def test_no_caption_is_left_out_and_counted(tmp_path, capsys, described, why):
+    """The same in folders and shards."""
+    beside = {f"0.{suffix}": content for suffix, content in described.items()}
+    folder = folder_of(tmp_path / "folder", {**beside, "1.txt": b"a dog"})
+    pictures = Pictures(folder, 8)
+    assert [caption for _, caption in pictures.pairs] == ["a dog"]
+    assert f"1 pictures with captions; left out: 1 pictures {why} (" in capsys.readouterr().err
+    listed = captions.list_captions(folder)
+    assert list(listed.values()) == [None, "a dog"]
+    (tmp_path / "shards").mkdir()
+    members = {"0.png": encoded(0), **beside, "1.png": encoded(1), "1.json": entry(text="a dog")}
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    pairs = Captioned(tmp_path / "shards", FORM, CaptionConfig(drop=0.0, truncate=0.0), 2, 0)
+    assert {pairs[g].caption for g in range(6)} == {"a dog"}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"left out so far: 1 pictures {why} (" in said
+    # Where all are so, an error that says why.
+    write_tar(tmp_path / "shards" / "0.tar", dict(list(members.items())[: 1 + len(beside)]))
+    with pytest.raises(DataError, match=f"no picture with a caption in .*1 pictures {why}"):
+        Captioned(tmp_path / "shards", FORM, CaptionConfig(), 2, 0)[0]
+    (folder / "1.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"has a caption .*\d pictures {why}"):
+        Pictures(folder, 8)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ({"txt": b"\xef\xbb\xbfa cat\r\nmore"}, "a cat"),
+        ({"txt": "\n\na cat\u2028on a mat\n".encode()}, "a cat\u2028on a mat"),
+        ({"txt": b"a cat", "json": entry(caption="no")}, "a cat"),
+        ({"txt": b"\xef\xbb\xbf\n", "json": entry(caption=" a cat ")}, "a cat"),
+        ({"json": entry(caption=None, text="a cat")}, "a cat"),
+        ({"json": entry(caption=["no"], text="a cat")}, "a cat"),
+        ({"json": b"\xef\xbb\xbf" + entry(text="a cat\x85.")}, "a cat\x85."),
+        ({"json": entry(text="\u4e00\u53ea\u732b")}, "\u4e00\u53ea\u732b"),
+        ({"txt": "\U0001f351".encode()}, "\U0001f351"),
+    ],
+)
+def test_captions_of_folders_and_shards(tmp_path, described, expected):
+    beside = {f"0.{suffix}": content for suffix, content in described.items()}
+    folder = folder_of(tmp_path / "folder", beside, 1)
+    assert Pictures(folder, 8)[0].caption == expected
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", {**beside, "0.png": encoded(0)})
+    pairs = Captioned(tmp_path / "shards", FORM, CaptionConfig(drop=0.0, truncate=0.0), 2, 0)
+    assert pairs[0].caption == expected
+
+
+def test_the_keys_of_a_caption_can_be_named(tmp_path):
+    rows = [{"file_name": f"{i}.png", "TEXT": f"cat {i}", "url": "u"} for i in range(2)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    folder = folder_of(tmp_path / "folder", {"metadata.jsonl": lines})
+    shard = tmp_path / "shards"
+    shard.mkdir()
+    write_tar(shard / "0.tar", {"0.png": encoded(0), "0.json": entry(TEXT="cat 0", url="u")})
+    for place in (folder, shard):
+        with pytest.raises(DataError, match=r"keys TEXT, url: .*data\.caption_keys=\[KEY\]"):
+            Captioned(place, FORM, CaptionConfig(), 2, 0)[0]
+        config = load_text_config(None, ["data.caption_keys=[prompt, TEXT]", "data.drop=0"]).data
+        assert Captioned(place, FORM, config, 2, 0)[0].caption.startswith("cat")
+    with pytest.raises(ConfigError, match=r"data\.caption_keys must name keys"):
+        load_text_config(None, ["data.caption_keys=['']"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("0.txt", "a cat".encode("utf-16"), r"0\.txt is UTF-16"),
+        ("0.txt", b"one\ncaf\xe9", r"0\.txt, line 2: byte 0xe9"),
+        ("0.json", b"{", r"0\.json is not JSON"),
+        ("0.json", b"[" * 99999, r"0\.json is not JSON: nested too deeply"),
+        (
+            "metadata.jsonl",
+            entry(file_name="0.png", text="\u2019").decode().encode("cp1252"),
+            "0x92",
+        ),
+        ("metadata.jsonl", b'{"file_name": "0.png"}\n\n{"file_name": 3}', "line 3: .*3"),
+        ("metadata.jsonl", entry(text="a"), "line 1: .*no file_name"),
+        ("metadata.jsonl", entry(file_name="../0.png", text="a"), "line 1: .*outside the folder"),
+        ("metadata.jsonl", entry(file_name="a/../../0.png", text="a"), "line 1: .*outside"),
+        ("metadata.jsonl", entry(file_name="/etc/0.png", text="a"), "line 1: .*/etc/0.png"),
+        ("metadata.jsonl", b"", "names no picture"),
+        ("metadata.jsonl", b"\xef\xbb\xbf\n\n", "names no picture"),
+    ],
+)
+def test_descriptions_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    folder = folder_of(tmp_path / "folder", {"1.txt": b"a dog", name: content})
+    with pytest.raises(DataError, match=message) as error:
+        Pictures(folder, 8)
+    assert len(str(error.value)) < 400 + len(str(folder))
+
+
+def test_descriptions_in_shards_that_cannot_be_read_are_counted(tmp_path, capsys):
+    members = {f"{i}.png": encoded(i) for i in range(5)}
+    members |= {"0.txt": "a cat".encode("utf-16"), "1.txt": b"caf\xe9", "2.json": b"{"}
+    members |= {"3.json": b"[" * 99999, "4.txt": b"a dog"}
+    write_tar(tmp_path / "0.tar", members)
+    pairs = Captioned(tmp_path, FORM, CaptionConfig(drop=0.0), 2, 0)
+    assert {pairs[g].caption for g in range(4)} == {"a dog"}
+    said = capsys.readouterr().err
+    assert "2 pictures whose description is not UTF-8" in said
+    assert "2 pictures whose description is not JSON" in said
+
+
+def test_a_listing_counts_what_it_does_not_name(tmp_path, capsys):
+    rows = [("0.png", "old"), ("0.png", "new"), ("gone.png", "gone"), ("link/x.png", "linked")]
+    lines = "\r\n".join(json.dumps({"file_name": f, "text": t}) for f, t in rows).encode()
+    folder = folder_of(tmp_path / "folder", {"metadata.jsonl": lines}, 3)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").write_bytes(encoded(1))
+    (folder / "link").symlink_to(tmp_path / "elsewhere")  # its owner's wish
+    assert [caption for _, caption in Pictures(folder, 8).pairs] == ["new", "linked"]
+    said = capsys.readouterr().err
+    assert "2 images that it does not name" in said
+    assert "1 lines replaced by a later one" in said
+    assert "1 pictures that are named but not there" in said
+
+
+def test_pipes_beside_pictures_are_not_waited_on(tmp_path):
+    folder = folder_of(tmp_path / "folder", {"1.txt": b"a dog"})
+    os.mkfifo(folder / "0.txt")
+    os.mkfifo(folder / "0.json")
+    assert [caption for _, caption in Pictures(folder, 8).pairs] == ["a dog"]
+    os.mkfifo(folder / "metadata.jsonl")
+    with pytest.raises(DataError, match=r"cannot read .*metadata\.jsonl: a pipe"):
+        Pictures(folder, 8)
+
+
+def test_decoded_pairs_are_bounded_in_bytes(tmp_path):
+    folder = folder_of(tmp_path / "folder", {f"{i}.txt": b"a" for i in range(4)}, 4)
+    for mib, kept in ((0, 0), (1, 1), (2, 2), (9, 4)):  # each takes 3/4 MiB
+        pictures = Pictures(folder, 256, cache=mib)
+        first = [pictures[i].picture for i in range(4)]
+        assert sum(pictures[i].picture is first[i] for i in range(4)) == kept
+        assert all(torch.equal(pictures[i].picture, first[i]) for i in range(4))
 
 
 @pytest.fixture

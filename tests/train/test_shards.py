@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import gzip
 import io
 import json
+import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,8 @@ from tokenflow_ext.train import checkpoint, data, tokenizer
 from tokenflow_ext.train.config import ConfigError, DataConfig, load_config
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.images import open_images
-from tokenflow_ext.train.pictures import to_tensor
-from tokenflow_ext.train.shards import Shards
+from tokenflow_ext.train.pictures import open_image, to_tensor
+from tokenflow_ext.train.shards import Shards, read_members
 
 
 def encoded(value: int) -> bytes:
@@ -208,10 +211,170 @@ def test_a_weight_that_is_no_number_is_named(tmp_path):
         own.place(0)
 
 
+# -- what is in a shard -------------------------------------------------------------------------
+
+
+def names(path: Path) -> list[str]:
+    return [member.name for member in read_members(path)]
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path, capsys):
+    members = {"2024.01.05.png": 1, "2024.01.05.txt": 0, "2024.01.06.png": 2, "2024.01.06.json": 0}
+    members |= {"a/x.png": 3, "a/x.txt": 0, "a/x.mask.png": 4, "a.b/x.png": 5, "y.left.png": 6}
+    members |= {"y.right.PNG": 7, "y.txt": 0, "z.png": 8, "z.v2.png": 9, "z.v2.txt": 0}
+    members |= {"lonely.txt": 0, "._z.png": 0, ".hidden.png": 0, "w.jpg": 10, "w.png": 11}
+    content = {name: encoded(n) if "txt" not in name else b"cap" for name, n in members.items()}
+    path = write_tar(tmp_path / "a.tar", content)
+    found = {member.name: member for member in read_members(path)}
+    kept = ["2024.01.05.png", "2024.01.06.png", "a/x.png", "a.b/x.png", "y.left.png"]
+    assert list(found) == [*kept, "y.right.PNG", "z.png", "z.v2.png", "w.png"]
+    for name, member in found.items():
+        image = open_image(path, data.read_span(path, member.picture))
+        assert image.getpixel((0, 0))[0] == members[name]
+    assert found["2024.01.06.png"].json is not None
+    assert found["a.b/x.png"].txt is None
+    assert found["y.left.png"].txt == found["y.right.PNG"].txt is not None
+    assert found["z.v2.png"].txt is not None
+    assert found["z.png"].txt is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for words in (
+        "9 pictures;",
+        "2 hidden files",
+        "1 further pictures of a sample",
+        "a/x.mask.png",
+    ):
+        assert words in said
+    assert "1 pictures beside another of their name" in said
+    read_members(write_tar(tmp_path / "b.tar", {"x.png": b"", "x.txt": b"", "y.cls": b"1"}))
+    assert capsys.readouterr().err == ""
+
+
+def linked(archive: tarfile.TarFile, name: str, target: str, kind: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    archive.addfile(info)
+
+
+def put(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def test_links_are_what_they_lead_to(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        linked(archive, "d/early.png", "../x.png", tarfile.SYMTYPE)
+        put(archive, "./x.png", encoded(7))
+        linked(archive, "hard.png", "./x.png", tarfile.LNKTYPE)
+        linked(archive, "twice.png", "hard.png", tarfile.SYMTYPE)
+        put(archive, "x.txt", b"seven")
+        linked(archive, "hard.txt", "x.txt", tarfile.LNKTYPE)
+        linked(archive, "gone.png", "nowhere.png", tarfile.SYMTYPE)
+        linked(archive, "out.png", "/etc/hostname", tarfile.SYMTYPE)
+        linked(archive, "loop.png", "pool.png", tarfile.SYMTYPE)
+        linked(archive, "pool.png", "loop.png", tarfile.SYMTYPE)
+    found = {m.name: m for m in read_members(tmp_path / "a.tar")}
+    assert list(found) == ["d/early.png", "x.png", "hard.png", "twice.png"]
+    assert len({m.picture for m in found.values()}) == 1
+    assert found["hard.png"].txt == found["x.png"].txt is not None
+    assert "4 links to what the shard does not hold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_archives_joined_end_to_end_are_one(tmp_path, form, capsys):
+    parts, long = [], "a" * 90 + "/" + "b" * 90
+    for number in range(3):
+        file = io.BytesIO()
+        more = {"pax_headers": {"comment": "for all"}} if form == tarfile.PAX_FORMAT else {}
+        with tarfile.open(fileobj=file, mode="w", format=form, **more) as archive:
+            put(archive, f"{long}{number}.png", encoded(number))
+            put(archive, f"\u00e9{number}.png", encoded(10 + number))
+        parts.append(file.getvalue())
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    expected = [name for n in range(3) for name in (f"{long}{n}.png", f"\u00e9{n}.png")]
+    assert names(tmp_path / "a.tar") == expected
+    assert capsys.readouterr().err == ""
+    for n, member in enumerate(read_members(tmp_path / "a.tar")):
+        image = open_image("x", data.read_span(tmp_path / "a.tar", member.picture))
+        assert image.getpixel((0, 0))[0] == n // 2 + 10 * (n % 2)
+    (tmp_path / "bare.tar").write_bytes(parts[0][: len(parts[0].rstrip(b"\0")) // 512 * 512 + 512])
+    assert names(tmp_path / "bare.tar") == expected[:2]  # no zeros at the end
+
+
+def test_stretches_that_are_no_tar_are_counted(tmp_path, capsys):
+    path = write_tar(tmp_path / "a.tar", {f"{n}.png": encoded(n) for n in range(3)})
+    content = bytearray(path.read_bytes())
+    second = content.index(b"1.png")
+    content[second + 150] ^= 1  # its checksum
+    path.write_bytes(content)
+    assert names(path) == ["0.png", "2.png"]
+    assert f"1 stretches that are no tar ({path}, byte {second})" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes() + b"a footer")
+    assert names(path) == ["0.png", "2.png"]
+    assert "2 stretches that are no tar" in capsys.readouterr().err
+
+
+def test_sparse_files_are_counted(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", {"x.png": encoded(1)})
+    info = tarfile.TarInfo("sparse.png")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:410] = b"%011o\0%011o\0" % (1 << 20, 512)  # where its data lie
+    block[483:495] = b"%011o\0" % ((1 << 20) + 512)  # its size
+    block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:512]))
+    joined = bytes(block) + b"x" * 512 + (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(joined)
+    assert names(tmp_path / "a.tar") == ["x.png"]
+    assert "1 sparse files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62, -512, -(1 << 40)])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, b"g"])
+def test_a_header_may_claim_any_size(tmp_path, size, kind):
+    """Nothing of that size is allocated, nor is anything read for ever."""
+    block = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.GNU_FORMAT))
+    block[156:157] = kind
+    block[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    block[124] = 0x80 if size > 0 else 0xFF
+    block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:512]))
+    (tmp_path / "a.tar").write_bytes(bytes(block) + encoded(1).ljust(1024, b"\0") + bytes(1024))
+    with pytest.raises(DataError, match=r"(cannot read the shard|no picture to train on) .*a\.tar"):
+        Shards([tmp_path / "a.tar"], (1, 1), 1, 0).at(0)
+
+
+def test_what_is_no_tar_is_named(tmp_path):
+    good = write_tar(tmp_path / "a.tar", {"x.png": encoded(1)}).read_bytes()
+    os.mkfifo(tmp_path / "pipe.tar")
+    cases = {"gz.tar": gzip.compress(good), "empty.tar": b"", "text.tar": b"no tar" * 999}
+    cases |= {"cut.tar": good[:600], "head.tar": good[:300]}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*cases, "pipe.tar", "nowhere.tar"):
+        with pytest.raises(DataError, match=rf"cannot read the shard .*{name}"):
+            read_members(tmp_path / name)
+
+
+def test_images_beside_shards_are_counted(tmp_path, capsys):
+    for name in ("0.tar", "1.tar", ".hidden.tar"):
+        write_tar(tmp_path / name, {"x.png": encoded(1)})
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "class").mkdir()
+    for n in range(3):
+        (tmp_path / "class" / f"{n}.png").write_bytes(encoded(n))
+    (tmp_path / "2.tar.gz").write_bytes(b"")
+    source, _ = open_images(DataConfig(path=str(tmp_path)), 4, 0)
+    assert source.describe() == "1 shards (3 images beside them are not read)"
+    said = capsys.readouterr().err
+    assert "3 images beside the shards, which alone are read" in said
+    assert "1 .gz files" in said
+    assert said.count("\n") == 1
+
+
 # -- broken images ------------------------------------------------------------------------------
 
 
-def test_another_image_stands_in_for_a_broken_one(tmp_path):
+def test_another_image_stands_in_for_a_broken_one(tmp_path, capsys):
     members = {f"{n}.png": encoded(n) for n in range(10, 16)}
     members["12.png"] = members["12.png"][:40]  # cut off
     members["14.png"] = b"no image"
@@ -220,6 +383,9 @@ def test_another_image_stands_in_for_a_broken_one(tmp_path):
     own, other = (crops(tmp_path, streams=(1, 1), held_out=str(tmp_path)) for _ in range(2))
     seen = [level(own[g]) for g in range(70)]
     assert set(seen) == {10, 11, 13, 15, 20}
+    said = capsys.readouterr().err
+    assert "times another picture was taken for a broken one (cannot read the image" in said
+    assert said.count("\n") < 8
     backwards = [level(other[g]) for g in reversed(range(70))]
     assert seen == backwards[::-1]
     _, held_out = open_images(DataConfig(path=str(tmp_path), held_out=str(tmp_path)), 4, 0)
