@@ -114,7 +114,8 @@ def run_row(row: Row, config: TrainConfig, held_out: Path, group: Processes) -> 
     result = run / RESULT
     if not result.is_file():
         summary = tokenizer.train(config, group, resume=True)
-        measured = evaluate.run(str(run), str(held_out), str(run / "evaluation"), group)
+        out = str(run / "evaluation")  # an evaluation there is of a call that was broken off
+        measured = evaluate.run(str(run), str(held_out), out, group, overwrite=True)
         facts = _facts(run, summary, measured)
         checkpoint.write_text(result, json.dumps(facts, indent=2) + "\n")
     found = json.loads(result.read_text(encoding="utf-8"))

@@ -140,6 +140,19 @@ def inside(folder: Path, name: Any, where: str | Path, error: Callable[[str], Ex
     return folder / name
 
 
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of the file for readers of other libraries that take none but UTF-8: its own, or that
+    of an open handle (Linux)."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield str(path)
+
+
 # -- writing --------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from tokenflow_ext.models.files import (
     read_json,
     replacing,
     shown,
+    utf8_name,
     write_file,
 )
 
@@ -125,7 +126,7 @@ def read_safetensors(
 
     check_regular(file, CheckpointError)
     try:
-        with safe_open(str(file), framework="pt") as reader:
+        with utf8_name(file) as name, safe_open(name, framework="pt") as reader:
             keys = list(reader.keys())
             if check is not None:
                 check({key: tuple(reader.get_slice(key).get_shape()) for key in keys})

@@ -8,7 +8,8 @@ codebook alone, in the pixel codebook alone, and in both together, as the quanti
 from __future__ import annotations
 
 import argparse
-import json
+import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ from tokenflow_ext.train.evaluate import (
 )
 from tokenflow_ext.train.generate import tile
 from tokenflow_ext.train.logs import table
+from tokenflow_ext.train.outputs import Outputs, add_overwrite, distinct_names, png
 from tokenflow_ext.train.pictures import PREPROCESSING, open_image
+from tokenflow_ext.train.reading import printable
 
 FORMAT = "tokenflow-analysis"
 VERSION = 1
@@ -57,6 +60,9 @@ PAPER = {
     "VQKD": 0.271,
     "VQGAN": 0.025,
 }
+
+# What is written besides a picture for each codebook.
+_FILES = ("clusters.png", "clusters.svg", "analysis.json")
 
 # The built-in photographs' squares, along their shorter side, if they lay edge to edge.
 _SQUARES_A_SIDE = 8
@@ -209,9 +215,8 @@ def names_of(sources: Sequence[str]) -> list[str]:
         name = path.name or path.resolve().name
         if path.parent.name == "checkpoints":
             name = f"{path.parent.parent.name}-{name}"
-        same = sum(other == name or other.startswith(f"{name}~") for other in names)
-        names.append(f"{name}~{same + 1}" if same else name)
-    return names
+        names.append(name)
+    return distinct_names(names, "-semantic.png")
 
 
 def new_figure() -> Any:
@@ -239,7 +244,9 @@ def plot(clusters: Sequence[Clusters]) -> Any:
     axis = figure.add_subplot()
     for entry in clusters:
         sizes = [count for _, count in entry.largest_first()]
-        label = f"{entry.title}: {len(sizes) / entry.codes:.1%} of {entry.codes:,}"
+        # A label that begins with "_" would not be shown, and "$" would begin mathematics.
+        title = re.sub("^_", " _", printable(entry.title).replace("$", r"\$"))
+        label = f"{title}: {len(sizes) / entry.codes:.1%} of {entry.codes:,}"
         axis.plot(range(1, len(sizes) + 1), sizes, label=label, drawstyle="steps-mid")
     axis.set_yscale("log")
     axis.set_xlabel("codes that any image has, by their number of images")
@@ -290,7 +297,7 @@ def _rows(analyses: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     for entry in analyses:
         of = f"{entry['filled']:.1%} ({entry['codes_filled']:,} of {entry['codebook_size']:,})"
         largest = f"{entry['clusters'][0][1]:,} of {entry['images']:,} images"
-        rows.append((f"{entry['tokenizer']}, {entry['by']}", of, largest))
+        rows.append((printable(f"{entry['tokenizer']}, {entry['by']}"), of, largest))
     for name in ("TokenFlow", "VQKD", "VQGAN"):
         rows.append((f"the paper's {name}, 8,192 codes, ImageNet", f"{PAPER[name]:.1%}", "-"))
     return rows
@@ -345,6 +352,7 @@ def run(
     workers: int = 0,
     shown: int = 8,
     columns: int = 10,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Analyse the tokenizers at ``sources`` on the images below ``folder``, print and write.
 
@@ -363,11 +371,18 @@ def run(
         CheckpointError, DataError: one that is missing or cannot be read.
         ConfigError: a tokenizer has none of the codebooks asked for.
         MissingPackageError: matplotlib is not installed.
+        OutputError: one of the files is there already, and ``overwrite`` is false.
     """
     new_figure()  # where matplotlib is missing, say so before the work
+    names, target = names_of(sources), Outputs(Path(out), overwrite)
+    files = [f"{name}-{by}.png" for name in names for by in asked or CODEBOOKS]
+    files += _FILES
+    group.agree(lambda: target.claim(files))
+    for source in sources:
+        checkpoint.check_there(source)
     found: list[tuple[Clusters, Squares]] = []
     tokenizers = []
-    for name, source in zip(names_of(sources), sources, strict=True):
+    for name, source in zip(names, sources, strict=True):
         model, place = checkpoint.load_tokenizer(source, resolution)
         model.to(group.device)
         codebooks = codebooks_of(model, asked)
@@ -395,17 +410,16 @@ def run(
         )
     if not group.first:
         return None
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
     clusters = [entry for entry, _ in found]
     figure = plot(clusters)
     for suffix in ("png", "svg"):
-        figure.savefig(target / f"clusters.{suffix}")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix)
+        target.write(f"clusters.{suffix}", drawn.getvalue())
     analyses = []
     for entry, images in found:
         sheet, listed = _sheet_of(entry, images, shown, columns)
-        picture = target / f"{entry.name}-{entry.by}.png"
-        Image.fromarray(sheet).save(picture)
+        picture = target.write(f"{entry.name}-{entry.by}.png", png(sheet))
         analyses.append(_facts(entry) | {"picture": picture.name, "largest": listed})
     report = {
         "format": FORMAT,
@@ -418,8 +432,8 @@ def run(
         "paper": PAPER,
         "environment": environment(group) | {"batch": batch},
     }
-    path = target / "analysis.json"
-    checkpoint.write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    target.remove(set(files) - {entry["picture"] for entry in analyses} - set(_FILES))
+    path = target.write_json("analysis.json", report)
     print(table(_rows(analyses)))
     for text in (f"paper: {PAPER['note']}", *report["notes"]):
         print(textwrap.fill(text, 100))
@@ -434,6 +448,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FOLDER", help="searched in depth [squares of the built-in photographs]"
     )
     parser.add_argument("--out", default="analysis", metavar="DIR", help="[%(default)s]")
+    add_overwrite(parser)
     parser.add_argument(
         "--by",
         nargs="+",
@@ -464,5 +479,6 @@ def command(known: argparse.Namespace) -> None:
             asked=known.by,
             shown=known.clusters,
             columns=known.members,
+            overwrite=known.overwrite,
             **many,
         )

@@ -74,7 +74,8 @@ def reconstruct(
         sheet = outputs.png(over_under(original, made, least=256))
         picture = target.write(f"{stem}.png", sheet)
         target.write(f"{stem}.safetensors", tokens.encoded(codes.cpu(), facts | {"image": name}))
-        print(f"{name}: {codes.shape[1]} tokens, {psnr(made, original).item():.2f} dB, {picture}")
+        likeness = f"{codes.shape[1]} tokens, {psnr(made, original).item():.2f} dB"
+        print(f"{reading.printable(name)}: {likeness}, {reading.printable(picture)}")
         written.append(picture)
     return written
 

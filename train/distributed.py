@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,18 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, check: Callable[[], None]) -> None:
+        """Make a check on the first process, whose errors are raised on all (every process must
+        call this)."""
+        error = None
+        if self.first:
+            try:
+                check()
+            except RuntimeError as found:
+                error = found
+        if (error := self.gather(error)[0]) is not None:
+            raise error
 
     def peak_memory(self) -> float:
         """The most memory that any process has held so far, in GiB: allocated on its CUDA device,

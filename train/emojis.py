@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from tokenflow_ext.train.checkpoint import write_text
 from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.outputs import check_new_folder, json_text, write_folder
+from tokenflow_ext.train.reading import json_lines
 
 PACKAGE, VERSION = "@lobehub/fluent-emoji-3d", "1.1.0"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
@@ -40,7 +40,8 @@ def _names() -> dict[tuple[int, ...], str]:
 
 
 def unpack(tarball: Path, folder: Path, skin_tones: bool = False) -> int:
-    """Write the named pictures of the package into ``folder``, and ``metadata.jsonl`` last.
+    """Write the named pictures of the package, with ``metadata.jsonl``, as the folder ``folder``:
+    it appears whole or not at all.
 
     Args:
         skin_tones: whether to take the variants of one emoji by skin tone as well.
@@ -50,7 +51,9 @@ def unpack(tarball: Path, folder: Path, skin_tones: bool = False) -> int:
 
     Raises:
         DataError: no archive, or no named picture in it.
+        OutputError: the folder holds something, or cannot be written.
     """
+    check_new_folder(folder)
     names, found = _names(), {}
     try:
         with tarfile.open(tarball, "r:gz") as archive:
@@ -74,25 +77,42 @@ def unpack(tarball: Path, folder: Path, skin_tones: bool = False) -> int:
     if not found:
         raise DataError(f"no named picture in {tarball}")
     files = sorted(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        (folder / file).write_bytes(found[file][1])
-    (folder / "LICENCES.txt").write_text(LICENCES, encoding="utf-8")
-    lines = [json.dumps({"file_name": f, "text": found[f][0]}, ensure_ascii=False) for f in files]
-    write_text(folder / METADATA, "\n".join(lines) + "\n")
+    lines = [{"file_name": file, "text": found[file][0]} for file in files]
+    content = {file: found[file][1] for file in files}
+    content["LICENCES.txt"] = LICENCES.encode()
+    content[METADATA] = b"".join(json_text(line) + b"\n" for line in lines)
+    write_folder(folder, content)
     return len(files)
+
+
+def _has_tone(points: list[str]) -> bool:
+    return any(f"{tone:04x}" in points for tone in _SKIN_TONES)
+
+
+def _listed(file: Path) -> list[str]:
+    expected = '{"file_name": ...}'
+    return [str(entry.get("file_name", "")) for _, entry in json_lines(file, expected)]
 
 
 def fetch(folder: str | Path, skin_tones: bool = False) -> Path:
     """Fetch the package with npm and unpack it into ``folder`` (left alone if already there).
 
     Raises:
-        DataError: no npm, no connection, or a package that is not the one known here.
+        DataError: no npm, no connection, a package that is not the one known here, or a folder
+            with other pictures.
+        OutputError: the folder holds something else, or cannot be written.
     """
     target = Path(folder)
     if (target / METADATA).is_file():
+        tones = any(_has_tone(Path(file).stem.split("-")) for file in _listed(target / METADATA))
+        if tones != skin_tones:
+            raise DataError(
+                f"{target} already holds pictures, {'with' if tones else 'without'} variants by "
+                "skin tone: name another folder"
+            )
         print(f"{target} already holds pictures\n{LICENCES}", end="")
         return target
+    check_new_folder(target)
     _names()  # what is missing is better said before 16 MB are fetched
     npm = shutil.which("npm")
     wanted = f"{PACKAGE}@{VERSION}"

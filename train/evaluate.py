@@ -11,7 +11,6 @@ import base64
 import hashlib
 import html
 import io
-import json
 import math
 import platform
 import textwrap
@@ -49,7 +48,9 @@ from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data, fid
 from tokenflow_ext.train.distributed import Processes, processes
 from tokenflow_ext.train.logs import over_under, table
+from tokenflow_ext.train.outputs import Outputs, add_overwrite, json_text, png
 from tokenflow_ext.train.pictures import PREPROCESSING, open_image, to_square
+from tokenflow_ext.train.reading import printable
 
 FORMAT = "tokenflow-evaluation"
 VERSION = 1
@@ -461,7 +462,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _sentences(report: dict[str, Any]) -> list[str]:
     """What must be known to read the figures."""
     facts, tokenizer = report["data"], report["tokenizer"]
-    return [
+    sentences = [
         f"tokenizer: {tokenizer['checkpoint']}, {tokenizer['image_size']} px, weights' SHA-256 "
         f"{tokenizer['sha256'][:16]}",
         f"data: {facts['images']} images of {facts['found']} below {facts['folder']}, pixels' "
@@ -471,6 +472,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         *(f"{FIGURES[name][0]}: {why}" for name, why in report["missing"].items()),
         *report["notes"],
     ]
+    return [printable(sentence) for sentence in sentences]
 
 
 def as_table(report: dict[str, Any]) -> str:
@@ -507,7 +509,7 @@ def as_page(report: dict[str, Any], measured: Measured) -> str:
     ):
         facts = report["images"][index]
         value = "identical" if facts["psnr"] is None else f"{facts['psnr']:.2f} dB"
-        name = html.escape(facts["image"])
+        name = html.escape(printable(facts["image"]))
         pictures.append(
             f'<figure><img alt="original" src="{_data_uri(original)}"> '
             f'<img alt="reconstruction" src="{_data_uri(made)}">'
@@ -530,24 +532,32 @@ def as_page(report: dict[str, Any], measured: Measured) -> str:
     )
 
 
-def write(out: str | Path, report: dict[str, Any], measured: Measured) -> Path:
+#: What is written; the figures last.
+FILES = ("images.jsonl", "pictures.png", "pictures.html", "metrics.json")
+
+
+def write(
+    out: str | Path, report: dict[str, Any], measured: Measured, overwrite: bool = False
+) -> Path:
     """metrics.json, images.jsonl, pictures.png (originals over reconstructions), pictures.html.
 
     Returns:
         The path of metrics.json, which is written last.
+
+    Raises:
+        OutputError: one of them is there, and ``overwrite`` is false.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report["images"])
-    checkpoint.write_text(folder / "images.jsonl", lines)
+    target = Outputs(Path(out), overwrite)
+    target.claim(FILES)
+    target.write("images.jsonl", b"".join(json_text(row) + b"\n" for row in report["images"]))
     if measured.shown:
         sheet = over_under(to_float(measured.originals), to_float(measured.made))
-        Image.fromarray(sheet).save(folder / "pictures.png")
-    checkpoint.write_text(folder / "pictures.html", as_page(report, measured))
-    path = folder / "metrics.json"
+        target.write("pictures.png", png(sheet))
+    else:
+        target.remove(["pictures.png"])
+    target.write("pictures.html", as_page(report, measured).encode())
     facts = {key: value for key, value in report.items() if key != "images"}
-    checkpoint.write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return path
+    return target.write_json("metrics.json", facts)
 
 
 def _notes(measured: Measured, features: Features | None) -> list[str]:
@@ -598,6 +608,7 @@ def run(
     inception: str | None = None,
     vgg16: str | None = None,
     teacher: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Evaluate the tokenizer at ``source`` on the images below ``folder``, print and write.
 
@@ -609,10 +620,13 @@ def run(
 
     Raises:
         CheckpointError, DataError, WeightsError: one that is missing or cannot be read.
+        OutputError: a report is there already, and ``overwrite`` is false.
     """
+    group.agree(lambda: Outputs(Path(out), overwrite).claim(FILES))
+    checkpoint.check_there(source)
+    found = data.list_images(folder)
     model, place = checkpoint.load_tokenizer(source, resolution)
     model.to(group.device)
-    found = data.list_images(folder)
     paths = thinned(found, limit)
     size, codes = model.config.image_size, model.quantizer.codebook_size
     features = perceptual = None
@@ -679,8 +693,9 @@ def run(
             for row in measured.images
         ],
     }
+    path = write(out, report, measured, overwrite)
     print(as_table(report))
-    print(write(out, report, measured))
+    print(path)
     return report
 
 
@@ -711,6 +726,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_tokenizer_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="searched in depth")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="[%(default)s]")
+    add_overwrite(parser)
     add_reading_arguments(parser)
     parser.add_argument(
         "--pictures", type=int, default=16, metavar="N", help="on the page [%(default)s]"
@@ -735,5 +751,6 @@ def command(known: argparse.Namespace) -> None:
             inception=known.weights,
             vgg16=known.vgg16,
             teacher=known.teacher,
+            overwrite=known.overwrite,
             **many,
         )

@@ -11,6 +11,8 @@ import argparse
 import io
 import json
 import os
+import secrets
+import shutil
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -99,6 +101,38 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"cannot write into {folder}: no permission to write in {place}")
 
 
+def check_new_folder(folder: Path) -> None:
+    """That ``folder`` can be made: it is not there yet, or empty.
+
+    Raises:
+        OutputError: naming what stands in the way.
+    """
+    check_folder(folder)
+    if folder.is_dir() and (other := next(folder.iterdir(), None)):
+        raise OutputError(f"{folder} holds other things, such as {other.name}: name another folder")
+
+
+def write_folder(folder: Path, content: dict[str, bytes]) -> None:
+    """Write a folder of files that is seen whole or not at all.
+
+    Raises:
+        OutputError: it holds something, or the system does not write it (a full disk).
+    """
+    check_new_folder(folder)
+    folder = Path(os.path.realpath(folder))
+    part = folder.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        part.mkdir(parents=True)
+        try:
+            for name, content_of in content.items():
+                (part / name).write_bytes(content_of)
+            part.rename(folder)  # of an empty folder it takes the place
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+
+
 def _exists(path: Path) -> bool:
     """Whether anything has that name: a link that leads nowhere too."""
     try:
@@ -162,6 +196,12 @@ class Outputs:
         path = self.folder / name
         write_file(path, content, self.overwrite)
         return path
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Where files are replaced: take out an earlier run's of which there is no new one."""
+        if self.overwrite:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``value`` as JSON."""

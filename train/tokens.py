@@ -27,8 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.files import OutputError, remove_parts, write_file
-from tokenflow_ext.train.outputs import Outputs, check_folder, json_text
+from tokenflow_ext.models.files import OutputError, remove_parts, utf8_name, write_file
+from tokenflow_ext.train.outputs import Outputs, check_folder, check_new_folder, json_text
 from tokenflow_ext.train.reading import DataError, inside, read_json, require_file
 
 FORMAT, VERSION = "tokenflow-tokens", 1
@@ -101,11 +101,10 @@ def check_target(folder: Path) -> None:
     Raises:
         OutputError: naming what is in the way.
     """
-    check_folder(folder)
-    if not folder.is_dir() or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
-        return
-    if other := next(folder.iterdir(), None):
-        raise OutputError(f"{folder} holds other things, such as {other.name}: name another --out")
+    if any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
+        check_folder(folder)
+    else:
+        check_new_folder(folder)
 
 
 @dataclass
@@ -283,7 +282,7 @@ def read(
     for shard in index["shards"]:
         rows = read_json(folder / shard["rows"])
         captions += _captions(folder / shard["rows"], rows, shard["count"])
-        with safe_open(str(folder / shard["tokens"]), framework="pt") as file:
+        with utf8_name(folder / shard["tokens"]) as name, safe_open(name, framework="pt") as file:
             tokens.append(file.get_tensor("tokens"))
         least, most = int(tokens[-1].min()), int(tokens[-1].max())
         if least < 0 or most >= codebook_size:
@@ -360,7 +359,7 @@ def _shape(path: Path) -> tuple[int, ...]:
     """The shape of a shard's tokens, from its header: the reader has compared it with the size."""
     require_file(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             header = file.get_slice("tokens")
             shape, kind = tuple(header.get_shape()), header.get_dtype()
     except (OSError, SafetensorError) as error:

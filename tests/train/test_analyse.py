@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import shutil
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from tokenflow_ext.train import analyse, cli, data, evaluate
 from tokenflow_ext.train.analyse import Clusters
 from tokenflow_ext.train.config import load_config
 from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.outputs import OutputError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 16
@@ -205,11 +209,41 @@ def test_the_command(joint_tokenizer, image_tokenizer, images, tmp_path, capsys)
 
 def test_one_codebook_of_several(joint_tokenizer, image_tokenizer, images, tmp_path):
     """Where a tokenizer has not the codebook asked for, its joint one is all there is."""
-    common = [[str(joint_tokenizer), str(image_tokenizer)], str(images), str(tmp_path), ALONE]
+    sources = [str(joint_tokenizer), str(image_tokenizer)]
+    common = [sources, str(images), str(tmp_path), ALONE]
     report = analyse.run(*common, asked=["joint"])
     assert [a["by"] for a in report["analyses"]] == ["joint", "joint"]
-    report = analyse.run(*common, asked=["pixel"], limit=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"\.png is there already"):
+        analyse.run(*common, asked=["pixel"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    report = analyse.run(*common, asked=["pixel"], limit=2, overwrite=True)
     assert [a["images"] for a in report["analyses"]] == [2, 2]
+    assert json.loads((tmp_path / "analysis.json").read_text())["data"]["images"] == 2
+
+
+def test_checkpoints_and_pictures_of_any_name(image_tokenizer, images, tmp_path):
+    """Names that are no UTF-8, that a plot would take for mathematics, and two that differ in
+    nothing but their case."""
+    names = [b"$a_{\xe9", b"_X", b"_x", b"\n<&>"]
+    sources = []
+    for raw in names:
+        folder = tmp_path / os.fsdecode(raw)
+        shutil.copytree(image_tokenizer, folder)
+        sources.append(str(folder))
+    pictures = tmp_path / "pictures"
+    shutil.copytree(images, pictures)
+    os.rename(pictures / "picture0.png", os.fsencode(pictures) + b"/\xe9.png")
+    out = tmp_path / "out"
+    analyse.run(sources, str(pictures), str(out), ALONE)
+    report = json.loads((out / "analysis.json").read_bytes().decode("utf-8"))
+    found = [os.fsencode(entry["tokenizer"]) for entry in report["analyses"]]
+    assert found == [*names[:2], b"_x~2", names[3]]
+    assert all((out / entry["picture"]).is_file() for entry in report["analyses"])
+    shown = {os.fsencode(p) for e in report["analyses"][0]["largest"] for p in e["shown"]}
+    assert os.fsencode(pictures) + b"/\xe9.png" in shown
+    svg = ElementTree.fromstring((out / "clusters.svg").read_bytes())
+    assert svg.tag.endswith("svg")
 
 
 def test_two_processes_are_one(micro, joint_tokenizer, images, tmp_path):
