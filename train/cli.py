@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
-from tokenflow_ext.models.metrics import psnr
+from tokenflow_ext.models.metrics import psnr, to_uint8
 from tokenflow_ext.train import (
     analyse,
     checkpoint,
@@ -71,11 +71,14 @@ def reconstruct(
         original = read_square(Path(name), model.config.image_size)[None].to(place_of_work)
         codes = model.encode(original)
         made = model.decode(codes)[0]
+        if not made.isfinite().all():  # 8 bits would hide it
+            raise data.DataError(f"the reconstruction of {name} is not finite")
+        target.write(f"{stem}.safetensors", tokens.encoded(codes.cpu(), facts | {"image": name}))
         sheet = outputs.png(over_under(original, made, least=256))
         picture = target.write(f"{stem}.png", sheet)
-        target.write(f"{stem}.safetensors", tokens.encoded(codes.cpu(), facts | {"image": name}))
-        likeness = f"{codes.shape[1]} tokens, {psnr(made, original).item():.2f} dB"
-        print(f"{reading.printable(name)}: {likeness}, {reading.printable(picture)}")
+        likeness = psnr(to_uint8(made), to_uint8(original)).item()  # as `tokenflow evaluate`
+        said = f"{codes.shape[1]} tokens, {likeness:.2f} dB"
+        print(f"{reading.printable(name)}: {said}, {reading.printable(picture)}")
         written.append(picture)
     return written
 

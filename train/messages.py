@@ -61,6 +61,10 @@ def ending_in_one_line() -> Iterator[None]:
         yield
     except EXPECTED as error:
         sys.exit(f"error: {one_line(error)}")
+    except ModuleNotFoundError as error:
+        if (error.name or "tokenflow_ext").partition(".")[0] == "tokenflow_ext":
+            raise
+        sys.exit(f"error: {error.name} is not installed: pip install 'tokenflow_ext[train]'")
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: out of memory: {one_line(str(error) or 'a smaller batch needs less')}")
     except OSError as error:

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -95,10 +96,10 @@ def check_folder(folder: Path) -> None:
             place = place.parent
         if not stat.S_ISDIR(place.stat().st_mode):
             raise OutputError(f"cannot write into {folder}: {place} is no folder")
-    except OSError as error:  # a broken link, a folder that may not be looked into
+        with tempfile.TemporaryFile(dir=place):  # whoever asks the system without trying may err
+            pass
+    except OSError as error:  # a broken link, no permission, a read-only file system
         raise OutputError(f"cannot write into {folder}: {error.strerror}: {place}") from error
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write into {folder}: no permission to write in {place}")
 
 
 def check_new_folder(folder: Path) -> None:

@@ -63,7 +63,7 @@ class TestWheel:
         assert metadata["License-Expression"] == "Apache-2.0"
         assert {"models", "train", "dev"} <= set(metadata.get_all("Provides-Extra"))
         [name] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "tokenflow = tokenflow_ext.train.cli:main" in archive.read(name).decode()
+        assert "tokenflow = tokenflow_ext.train.entry:main" in archive.read(name).decode()
 
     def test_runs_from_where_it_is_unpacked(self, wheel: Path, tmp_path: Path) -> None:
         zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import checkpoint, cli, tokenizer
+from tokenflow_ext.train import checkpoint, cli, pictures, tokenizer
 from tokenflow_ext.train.logs import over_under
 
 
@@ -126,3 +133,211 @@ def test_originals_stand_over_reconstructions():
     assert (sheet[6:10, :4] == 191).all()
     assert (sheet[16:20, :4] == 0).all()
     assert (sheet[16:, 6:10] == 255).all()  # the second row holds one image alone
+
+
+# -- outputs and names ----------------------------------------------------------------------------
+
+
+def folder_of(path: Path) -> dict[bytes, bytes]:
+    return {os.fsencode(file.name): file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture
+def reconstruct(image_tokenizer, tmp_path):
+    """reconstruct(images, more arguments): into ``tmp_path / "out"`` where nothing else is said."""
+
+    def call(images: list[Path], *more: str) -> None:
+        common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
+        cli.main(["reconstruct", *map(str, images), *common, *more])
+
+    return call
+
+
+def test_pictures_of_one_name_get_names_of_their_own(reconstruct, images, tmp_path):
+    given = []
+    for number, name in enumerate(("a/x.png", "b/x.png", "c/X.PNG", "d/x.jpg", "e/é.png")):
+        path = tmp_path / name
+        path.parent.mkdir()
+        shutil.copy(images / f"picture{number % 3}.png", path)
+        given.append(path)
+    (tmp_path / "f").mkdir()
+    given.append(tmp_path / "f" / "e\u0301.png")
+    given[-1].symlink_to(given[0])
+    reconstruct([*given, given[0]])
+    made = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert made == {"x.png", "x~2.png", "X~3.png", "x~4.png", "é.png", "e\u0301~2.png", "x~5.png"}
+    for name in made:
+        with safe_open(tmp_path / "out" / f"{name[:-4]}.safetensors", framework="pt") as file:
+            source = json.loads(file.metadata()["image"])
+        assert Path(source).stem == name[:-4].partition("~")[0]
+        with Image.open(source) as image:
+            above = np.array(pictures.to_square(image.convert("RGB"), 32))
+        sheet = np.array(Image.open(tmp_path / "out" / name))
+        assert np.array_equal(sheet[: 8 * 32 : 8, : 8 * 32 : 8], above)
+
+
+def test_no_file_is_written_over(reconstruct, images, tmp_path, monkeypatch):
+    own, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(images, own)
+    photo = own / "picture0.png"
+    before = folder_of(own)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_tokenizer", lambda *_: pytest.fail("a model was read"))
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit, match=r"picture0\.png is "):
+                reconstruct([photo], "--out", str(own), *more)
+        out.mkdir()
+        for make in (
+            lambda: (out / "picture0.png").symlink_to(photo),
+            lambda: os.link(photo, out / "picture0.png"),
+            lambda: (out / "picture0.png").symlink_to("nowhere"),
+            lambda: (out / "picture0.safetensors").write_bytes(b"somebody's"),
+            lambda: os.mkfifo(out / "picture0.png"),
+        ):
+            make()
+            there = set(os.listdir(out))
+            with pytest.raises(SystemExit, match=r"picture0\.\w+ is there already"):
+                reconstruct([photo])
+            assert set(os.listdir(out)) == there
+            for name in there:
+                (out / name).unlink()
+        assert folder_of(own) == before
+    reconstruct([photo])
+    first = folder_of(out)
+    with pytest.raises(SystemExit, match="is there already"):
+        reconstruct([own / "picture1.png", photo])
+    assert folder_of(out) == first
+    reconstruct([photo], "--overwrite")
+    assert folder_of(own) == before
+
+
+def test_pictures_of_any_name(reconstruct, images, tmp_path, capsys):
+    long, odd = b"x" * 251, b"caf\xe9\n\x1b[31m"
+    for raw in (long, odd):
+        shutil.copy(images / "picture0.png", os.fsencode(tmp_path) + b"/" + raw + b".png")
+    reconstruct([tmp_path / os.fsdecode(raw + b".png") for raw in (long, odd)])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 2
+    assert "caf\\xe9\\n\\x1b[31m.png: 21 tokens" in said
+    found = {path.stem: path for path in (tmp_path / "out").glob("*.safetensors")}
+    assert {os.fsencode(stem) for stem in found} == {b"x" * 243, odd}
+    content = found[os.fsdecode(odd)].read_bytes()
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    assert os.fsencode(json.loads(metadata["image"])).endswith(b"/" + odd + b".png")
+
+
+def test_one_picture_has_one_psnr(image_tokenizer, images, tmp_path, capsys):
+    """What reconstruct prints is what evaluate measures."""
+    common = ["--checkpoint", str(image_tokenizer), "--device", "cpu"]
+    paths = sorted(images.glob("*.png"))
+    cli.main(["reconstruct", *map(str, paths), *common, "--out", str(tmp_path / "a")])
+    printed = re.findall(r"([\d.]+) dB", capsys.readouterr().out)
+    cli.main(["evaluate", "--data", str(images), *common, "--out", str(tmp_path / "b")])
+    rows = [json.loads(line) for line in (tmp_path / "b" / "images.jsonl").read_text().splitlines()]
+    assert [f"{row['psnr']:.2f}" for row in rows] == printed
+
+
+def test_a_reconstruction_that_is_not_finite(reconstruct, images, tmp_path, monkeypatch):
+    def broken(self, tokens):
+        return torch.full((1, 3, 32, 32), torch.nan), None
+
+    monkeypatch.setattr(TokenFlowTokenizer, "decode", broken)
+    with pytest.raises(SystemExit, match=r"picture0\.png is not finite"):
+        reconstruct([images / "picture0.png"])
+    assert not (tmp_path / "out").exists()
+
+
+# -- before the start, and ends -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "tokenize", "evaluate", "analyse"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "nonsense"], "device 'nonsense' is none of"),
+        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--out", "FILE"], "cannot write into .*file"),
+        (["--out", "FILE/below"], "cannot write into .*file"),
+        (["--out", "PIPE"], "cannot write into .*pipe"),
+        (["--out", "/proc/nowhere/below"], "cannot write into /proc/nowhere"),
+        (["--checkpoint", "nowhere"], "nothing at nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(
+    image_tokenizer, images, tmp_path, monkeypatch, command, more, message
+):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    given = [
+        word.replace("FILE", str(tmp_path / "file")).replace("PIPE", str(tmp_path / "pipe"))
+        for word in more
+    ]
+    what = {"reconstruct": [str(images / "picture0.png")], "tokenize": [str(images)]}
+    words = [command, *what.get(command, ["--data", str(images)]), "--device", "cpu"]
+    words += ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out"), *given]
+    if command == "analyse" and "--checkpoint" in more:
+        words.remove("--checkpoint")
+        words.remove(str(image_tokenizer))
+    monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", lambda *_: pytest.fail("read"))
+    with pytest.raises(SystemExit, match=message) as raised:
+        cli.main(words)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokenize", ".", "--batch", "0"], "--batch must be 1 or more, got 0"),
+        (["tokenize", ".", "--shard", "-1"], "--shard must be 1 or more, got -1"),
+        (["tokenize", "nowhere"], "no folder at nowhere"),
+        (["reconstruct", "."], r"cannot read \.: a folder"),
+        (["reconstruct", "PIPE"], "pipe"),
+        (["reconstruct", "a\udce9.png"], r"cannot read a\\xe9\.png: No such file"),
+        (["evaluate", "--data", ".", "--pictures", "-1"], "--pictures must be 0 or more"),
+    ],
+)
+def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
+    os.mkfifo(tmp_path / "pipe")
+    given = [str(tmp_path / "pipe") if word == "PIPE" else word for word in words]
+    common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=message) as raised:
+        cli.main([*given, *common])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["reconstruct", "--nonsense"], ["fid", "a"], []])
+def test_unknown_words_are_named_by_argparse(words, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "tokenize", "evaluate", "analyse"])
+def test_a_full_disk_is_named_and_nothing_looks_finished(
+    image_tokenizer, images, tmp_path, monkeypatch, command
+):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    what = {"reconstruct": [str(images / "picture0.png")], "tokenize": [str(images)]}
+    words = [command, *what.get(command, ["--data", str(images)])]
+    out = tmp_path / "out"
+    common = ["--checkpoint", str(image_tokenizer), "--device", "cpu", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(SystemExit, match=f"error: cannot write {out}/.*: No space left"):
+            cli.main([*words, *common])
+    assert not out.exists() or not list(out.iterdir())
+    cli.main([*words, *common])
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for name in [name for name in sys.modules if name.startswith("tokenflow_ext.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    entry = importlib.import_module("tokenflow_ext.train.entry")
+    with pytest.raises(SystemExit, match=r"error: tqdm is not installed: pip install 'tokenflow"):
+        entry.main()

@@ -138,7 +138,7 @@ def test_overwriting_spares_inputs(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="no permission"):
+    with pytest.raises(OutputError, match="Permission denied"):
         outputs.check_folder(tmp_path / "out")
 
 
