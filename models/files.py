@@ -20,6 +20,13 @@ from typing import Any
 #: The most that a JSON or YAML file of a model, a run or an index may hold.
 TEXT_LIMIT = 256 << 20
 _PART = ".part"
+# How files of other encodings begin (UTF-32's mark begins as UTF-16's does).
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
@@ -93,10 +100,30 @@ def read_text(path: Path, error: Callable[[str], Exception], limit: int = TEXT_L
         raise error(f"{path} cannot be read: {brief(fault)}") from fault
     if len(content) > limit:
         raise error(f"{path} is larger than the {limit} bytes that are read")
+    return decode(content, path, error)
+
+
+def decode(content: bytes, where: str | Path, error: Callable[[str], Exception]) -> str:
+    """UTF-8 text, without the byte order mark that some editors put before it.
+
+    Raises:
+        error: another encoding, naming ``where`` and, where there is one, the line.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            raise error(f"{where} is not UTF-8 but {encoding} text: save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise error(f"{path} is not UTF-8: {brief(fault)}") from fault
+        line = content.count(b"\n", 0, fault.start) + 1
+        raise error(
+            f"{where}, line {line}: byte 0x{content[fault.start]:02x} is not UTF-8 but of another "
+            "encoding (Windows-1252, Latin-1, ...): save it as UTF-8"
+        ) from fault
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise error(f"{where}, line {line}: NUL, as in UTF-16 text: save it as UTF-8")
+    return text
 
 
 def _no_constant(name: str) -> None:
@@ -137,6 +164,10 @@ def inside(folder: Path, name: Any, where: str | Path, error: Callable[[str], Ex
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise error(f"{where} names {shown(name)}, which is not below {folder}")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise error(f"{where} names {shown(name)}, as no file can be named") from None
     return folder / name
 
 

@@ -448,10 +448,18 @@ def read_batches(dataset: Dataset, collate: Callable[[list], Any], **options: An
         options: the DataLoader's.
     """
     joined = functools.partial(_collate, collate)
-    for batch in DataLoader(_OrError(dataset), collate_fn=joined, **options):
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in DataLoader(_OrError(dataset), collate_fn=joined, **options):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that decodes images has ended ({str(error).split(') ')[-1]}): was there "
+            "memory enough for so many workers?"
+        ) from error
 
 
 def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tensor:

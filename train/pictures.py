@@ -127,7 +127,7 @@ def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[l
                 else:
                     left.add("links to nothing, pipes or devices", path)
             elif suffix not in (".txt", ".json", ".jsonl") and not (
-                shards and place == root and entry.name.endswith(".tar")
+                shards and place == root and is_file and entry.name.endswith(".tar")
             ):
                 left.add(f"{suffix or 'other'} files", path)
     return sorted(found), left

@@ -8,20 +8,14 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-_REASONS = 8  # that a line tells
+from tokenflow_ext.models import files
 
-# How files of other encodings begin (UTF-32's mark begins as UTF-16's does).
-_MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
+_REASONS = 8  # that a line tells
 
 
 class DataError(RuntimeError):
@@ -49,9 +43,10 @@ def printable(text: str | os.PathLike[str]) -> str:
     return "".join(map(shown, os.fspath(text)))
 
 
-def say(text: str) -> None:
-    """Print a line for people, beside a progress bar; of torchrun's processes the first alone."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, everyone: bool = False) -> None:
+    """Print a line for people, beside a progress bar; of torchrun's processes the first alone, or
+    ``everyone`` that has something of its own to say."""
+    if everyone or os.environ.get("RANK", "0") == "0":
         tqdm.write(printable(text), file=sys.stderr)
 
 
@@ -106,13 +101,7 @@ def inside(root: str | os.PathLike[str], name: Any) -> Path:
         ValueError: no name, an absolute path, or one with ``..``: a listing reads nothing outside
             its folder.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"{name!r} is no name of a file")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} is outside the folder")
-    os.fsencode(name)  # a UnicodeEncodeError, which is a ValueError, where no file can be named so
-    return Path(root) / path
+    return files.inside(Path(root), name, "the listing", ValueError)
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -137,21 +126,7 @@ def decode(content: bytes, name: str) -> str:
     Raises:
         DataError: another encoding, naming ``name``, and the line where there is one.
     """
-    for mark, encoding in _MARKS:
-        if content.startswith(mark):
-            raise DataError(f"{name} is {encoding} text: save it as UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8 but of another "
-            "encoding (Windows-1252, Latin-1, ...): save it as UTF-8"
-        ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{name}, line {line}: NUL, as in UTF-16 text: save it as UTF-8")
-    return text
+    return files.decode(content, name, DataError)
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
@@ -218,10 +193,11 @@ class Tally:
 
     Args:
         where: what they were left out of, for the line that says so.
+        everyone: see :func:`say`.
     """
 
-    def __init__(self, where: str | os.PathLike[str]) -> None:
-        self.where = os.fspath(where)
+    def __init__(self, where: str | os.PathLike[str], everyone: bool = False) -> None:
+        self.where, self.everyone = os.fspath(where), everyone
         self.total, self._said = 0, 0
         self._reasons: dict[str, tuple[int, str]] = {}
 
@@ -241,7 +217,7 @@ class Tally:
     def say(self, verb: str = "left out") -> None:
         """One line about all of it, where anything is new."""
         if self.total > self._said:
-            say(f"{self.where}: {verb}: {self}")
+            say(f"{self.where}: {verb}: {self}", self.everyone)
             self._said = self.total
 
     def say_doubled(self, verb: str = "left out") -> None:

@@ -269,7 +269,7 @@ class Shards:
             )
         self.paths, self.streams, self.joint, self.seed = paths, (across, along), joint, seed
         self.weight_key = weight_key
-        self.left = Tally(paths[0].parent)
+        self.left = Tally(paths[0].parent, everyone=True)  # processes open shards of their own
         self.beside = 0  # images in the folder that are in no shard
         self._parts = [paths[i :: across * along] for i in range(across * along)]  # of each stream
         self._sizes: dict[Path, float] = {}  # samples, or the sum of their weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -167,6 +169,20 @@ def test_a_workers_error_is_one_line(tmp_path, workers):
     with pytest.raises(data.DataError) as error:
         list(itertools.islice(data.loader(crops, data.Shard(4), 0, workers), 1))
     assert str(error.value) == f"cannot read the image {tmp_path}/2.png: of no known format"
+
+
+class _Killing(torch.utils.data.Dataset):
+    """Its samples end the process that asks for one, as the system does where memory runs out."""
+
+    seed = 0
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_ends_is_told_in_one_line():
+    with pytest.raises(data.DataError, match=r"^a process that decodes images has ended \(.*\): "):
+        next(data.loader(_Killing(), data.Shard(2), 0, 1))
 
 
 def test_a_span_is_compared_with_its_file(tmp_path):
