@@ -426,7 +426,8 @@ class TextToImage(nn.Module):
             # other.
             weights.setdefault("lm_head.weight", embeddings.clone())
             header = None if header is None else header | {"tie_word_embeddings": False}
-        model = cls._from_weights(config, tokenizer, weights, name, options)
+        shapes = {key: value.shape for key, value in weights.items()}
+        model = cls._skeleton(config, tokenizer, shapes, name, options)._filled(weights, name)
         model.left_aside, model.released_header = aside, header
         return model
 
@@ -500,16 +501,16 @@ class TextToImage(nn.Module):
         return made
 
     @classmethod
-    def _from_weights(
+    def _skeleton(
         cls,
         config: TextToImageConfig,
         tokenizer: TokenFlowTokenizer,
-        weights: dict[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
         source: str,
         options: dict[str, Any],
     ) -> TextToImage:
-        """Built on the meta device, so that no weight exists twice."""
-        layers = {key.split(".")[2] for key in weights if key.startswith("model.layers.")}
+        """Without weights (on the meta device), where those of these names and shapes fit."""
+        layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
         if len(layers) != config.backbone.num_hidden_layers:  # before a million are built
             raise CheckpointError(
                 f"{source} has {len(layers)} layers, the configuration asks for "
@@ -518,27 +519,31 @@ class TextToImage(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer, **options)
         own = model.state_dict()
-        missing = [key for key in own if key not in weights]
-        unknown = [key for key in weights if key not in own]
+        missing = [key for key in own if key not in shapes]
+        unknown = [key for key in shapes if key not in own]
         if missing or unknown:
             first = f" (first {(missing or unknown)[0]})"
             raise CheckpointError(
                 f"{source}: {len(missing)} keys missing, {len(unknown)} unknown{first}"
             )
         for key, value in own.items():
-            if weights[key].shape != value.shape:
+            if tuple(shapes[key]) != tuple(value.shape):
                 raise CheckpointError(
-                    f"{source}: {key} is {tuple(weights[key].shape)}, the configuration asks for "
+                    f"{source}: {key} is {tuple(shapes[key])}, the configuration asks for "
                     f"{tuple(value.shape)}"
                 )
-        kinds = {weights[key].dtype: key for key in own}
+        return model
+
+    def _filled(self, weights: dict[str, Tensor], source: str) -> TextToImage:
+        """A skeleton with these weights, which are not copied, for evaluation."""
+        kinds = {value.dtype: key for key, value in weights.items()}
         if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
             of = ", ".join(f"{key} is {kind}" for kind, key in kinds.items())
             raise CheckpointError(f"{source}: weights must be of one floating-point type, {of}")
-        model.load_state_dict(weights, assign=True)
-        if not any(weight.is_meta for weight in tokenizer.parameters()):
-            tokenizer.to(model.device)
-        return model.eval()
+        self.load_state_dict(weights, assign=True)
+        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
+            self.tokenizer.to(self.device)
+        return self.eval()
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
@@ -576,10 +581,14 @@ class TextToImage(nn.Module):
         """
         folder = Path(path)
         config = cls.read_config(folder)
-        state, _ = read_weights(folder)
         if tokenizer is None:
             tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
-        return cls._from_weights(config, tokenizer, state, str(folder / WEIGHTS_FILE), options)
+        source, made = str(folder / WEIGHTS_FILE), []
+        weights, _ = read_weights(
+            folder,
+            lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source, options)),
+        )
+        return made[0]._filled(weights, source)
 
 
 def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenflow_ext.models import released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
+from tokenflow_ext.models.files import brief, cannot_write, inside, read_json
 from tokenflow_ext.models.saved import read_safetensors
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig
 
@@ -63,16 +64,16 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_indexed(index: Path) -> dict[str, Tensor]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index: it must have a weight_map") from error
+    content = read_json(index, CheckpointError)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{index} is no index: it must have a weight_map")
+    files = {name: inside(index.parent, name, index, CheckpointError) for name in places.values()}
     state: dict[str, Tensor] = {}
-    for file in files:
-        for key, value in _read_file(index.parent / file).items():
-            if places.get(key) != file:
-                raise CheckpointError(f"{index} does not say that {file} has {key}")
+    for name in sorted(files):
+        for key, value in _read_file(files[name]).items():
+            if places.get(key) != name:
+                raise CheckpointError(f"{index} does not say that {name} has {key}")
             state[key] = value
     if missing := [key for key in places if key not in state]:
         raise CheckpointError(
@@ -89,12 +90,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / HEADER
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: give llama_config ({error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing: give llama_config")
+    header = read_json(file, CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} must hold a mapping, got {type(header).__name__}")
     return header
@@ -119,19 +117,19 @@ def parse_header(header: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of transformers or torch says at first, in 300 characters.
+    """What an error of transformers says at first.
 
     What follows is advice to run the code of the files, or to go to the network.
     """
-    if "trust_remote_code" in str(error):
+    text = str(error)
+    if "trust_remote_code" in text:
         return "it asks for code of its own, which is not run"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
     if isinstance(error, KeyError):
-        first = f"it has no {first}"
-    if first.endswith(":"):
-        first = " ".join(lines[:2])
-    return first.partition(". This file can still be loaded")[0][:300]
+        return f"it has no {brief(error)}"
+    if "weights_only" in text:
+        return brief(error)
+    lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return brief(" ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1]))
 
 
 def split_aside(
@@ -168,20 +166,27 @@ def write(
 
     Args:
         shard: the largest file, such as ``5GB``; what does not fit into one goes into several.
+
+    Raises:
+        OutputError: a place that cannot be written to, or a full disk.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     content = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        save_torch_state_dict(content, partial, max_shard_size=shard)
-        text = json.dumps(dict(header), indent=2) + "\n"
-        (Path(partial) / HEADER).write_text(text, encoding="utf-8")
-        for old in folder.glob("model*.safetensors*"):  # of an earlier model, in other shards
-            old.unlink()
-        for file in sorted(Path(partial).iterdir(), key=_weights_index_header):
-            os.replace(file, folder / file.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            save_torch_state_dict(content, partial, max_shard_size=shard)
+            text = json.dumps(dict(header), indent=2) + "\n"
+            (Path(partial) / HEADER).write_text(text, encoding="utf-8")
+            for old in folder.glob("model*.safetensors*"):  # of an earlier model, in other shards
+                old.unlink()
+            for file in sorted(Path(partial).iterdir(), key=_weights_index_header):
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
     return folder
 
 

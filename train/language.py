@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
+from tokenflow_ext.models.files import read_json
 from tokenflow_ext.models.text_to_image_released import first_line
 from tokenflow_ext.models.text_to_image_sequence import FAMILIES
-from tokenflow_ext.train.reading import DataError, read_json, say
+from tokenflow_ext.train.reading import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,10 +79,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 
 def _check_folder(folder: Path) -> None:
     """Refuses what transformers would look for elsewhere, make up, or know by code of its own."""
-    try:
-        header = read_json(folder / "config.json")
-    except DataError as error:
-        raise WeightsError(str(error)) from error
+    header = read_json(folder / "config.json", WeightsError)
     family = header.get("model_type") if isinstance(header, dict) else None
     if family not in FAMILIES:
         raise ConfigError(
