@@ -164,11 +164,14 @@ class MultiScaleQuantizer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Moves as every module does, but running statistics keep their precision under half()."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        before = dict(self.named_buffers(recurse=False))
+        # Every move of a module, and of one that it is a part of, comes by here; torch has no
+        # public place for this.
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     # ------------------------------------------------------------------ forward

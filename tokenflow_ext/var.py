@@ -26,7 +26,7 @@ class Phi(nn.Conv2d):
 
     def forward(self, h: Tensor) -> Tensor:
         # In the features' dtype: half weights are computed with in float32.
-        convolved = self._conv_forward(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+        convolved = F.conv2d(h, self.weight.to(h.dtype), self.bias.to(h.dtype), padding=1)
         return h.lerp(convolved, self.resi_ratio)
 
 

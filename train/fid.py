@@ -61,7 +61,7 @@ def inception(weights: str | Path | None = None) -> torch.nn.Module:
         WeightsError: torch-fidelity or the weights are missing.
     """
     path = _ready(weights)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity import FeatureExtractorInceptionV3
 
     return FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)

@@ -440,7 +440,7 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
     """Our sums of Inception's features against the library's own FID of the same pictures."""
     ensure_torchvision()
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity import FeatureExtractorInceptionV3
 
     # The published weights are not at hand: random ones serve, the arithmetic is the same.
     with monkeypatch.context() as patch:
