@@ -35,6 +35,7 @@ PUBLIC = {
     "torchvision.ops",
     "tqdm",
     "transformers",
+    "transformers.utils",  # its logging, as documented
     "yaml",
 }
 OWN = ("tokenflow_ext",)
