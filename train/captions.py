@@ -172,7 +172,13 @@ def list_captions(
     Raises:
         DataError: no folder, no picture, or a description that cannot be read.
     """
-    described = _described(Path(folder), keys, Counter())
+    seen, without = Counter(), Tally(folder)
+    described = _described(Path(folder), keys, seen)
+    for path, (caption, why) in described.items():
+        if not caption:
+            without.add(f"pictures {why}", path)
+    if seen or without.total < len(described):  # else nobody meant to have captions
+        without.say(f"{len(described) - without.total} pictures with captions, but")
     return {path: caption or None for path, (caption, _) in described.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from tokenflow_ext.train import (
     tokens,
 )
 from tokenflow_ext.train.captions import list_captions
+from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.distributed import find_device
 from tokenflow_ext.train.logs import over_under
 from tokenflow_ext.train.messages import ending_in_one_line
@@ -93,6 +95,7 @@ def tokenize(
     resolution: int | None = None,
     batch: int = 32,
     shard: int = 4096,
+    caption_keys: Sequence[str] = CaptionConfig.caption_keys,
 ) -> Path:
     """Write the tokens of every image below ``folder`` as shards; returns the index's path.
 
@@ -108,7 +111,7 @@ def tokenize(
     tokens.check_target(target)
     model, place = checkpoint.load_tokenizer(source, resolution)
     about = tokens.facts(model, place) | {"tokenizer_sha256": tokens.fingerprint(model)}
-    captions = list_captions(folder)
+    captions = list_captions(folder, caption_keys)
     paths = sorted(captions)
     about |= {"data_sha256": tokens.data_digest(Path(folder), captions), "shard_size": shard}
     model.to(place_of_work)
@@ -267,6 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     write.add_argument("folder", metavar="FOLDER")
     write.add_argument("--batch", type=int, default=32, help="images encoded at once")
     write.add_argument("--shard", type=int, default=4096, help="images in a file")
+    write.add_argument(
+        "--caption-keys",
+        nargs="+",
+        default=CaptionConfig.caption_keys,
+        metavar="KEY",
+        help="of captions in metadata.jsonl and NAME.json [caption text]",
+    )
     for sub, default in ((use, "reconstructions"), (write, "tokens")):
         checkpoint.add_tokenizer_arguments(sub)
         sub.add_argument("--out", default=default, metavar="DIR", help="[%(default)s]")
@@ -335,6 +345,7 @@ def _run(known: argparse.Namespace) -> None:
             resolution=known.resolution,
             batch=known.batch,
             shard=known.shard,
+            caption_keys=known.caption_keys,
         )
 
 

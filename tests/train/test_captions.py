@@ -289,6 +289,7 @@ def test_no_caption_is_left_out_and_counted(tmp_path, capsys, described, why):
     assert f"1 pictures with captions; left out: 1 pictures {why} (" in capsys.readouterr().err
     listed = captions.list_captions(folder)
     assert list(listed.values()) == [None, "a dog"]
+    capsys.readouterr()
     (tmp_path / "shards").mkdir()
     members = {"0.png": encoded(0), **beside, "1.png": encoded(1), "1.json": entry(text="a dog")}
     write_tar(tmp_path / "shards" / "0.tar", members)
@@ -408,6 +409,17 @@ def test_pipes_beside_pictures_are_not_waited_on(tmp_path):
     os.mkfifo(folder / "metadata.jsonl")
     with pytest.raises(DataError, match=r"cannot read .*metadata\.jsonl: a pipe"):
         Pictures(folder, 8)
+
+
+def test_tokenize_takes_the_keys_of_captions(image_tokenizer, tmp_path, capsys):
+    described = {"0.json": entry(TEXT="a cat"), "1.txt": b""}
+    folder, out = folder_of(tmp_path / "folder", described), tmp_path / "out"
+    words = ["tokenize", str(folder), "--checkpoint", str(image_tokenizer), "--out", str(out)]
+    cli.main([*words, "--caption-keys", "prompt", "TEXT"])
+    rows = json.loads((out / "tokens-00000.json").read_text())
+    assert [row["caption"] for row in rows] == ["a cat", None]
+    said = capsys.readouterr().err
+    assert "1 pictures with captions, but: 1 pictures with an empty caption" in said
 
 
 def test_decoded_pairs_are_bounded_in_bytes(tmp_path):
