@@ -169,8 +169,13 @@ class BlurHalve(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("kernel", torch.empty(1, 1, 4, 4), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The filter."""
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
+        self.kernel.copy_(torch.outer(taps, taps)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H // 2, W // 2]."""

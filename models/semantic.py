@@ -68,8 +68,16 @@ class PixelNorm(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._values = {"mean": mean, "std": std}
+        for name in self._values:
+            self.register_buffer(name, torch.empty(1, 3, 1, 1), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Mean and deviation as given."""
+        for name, values in self._values.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, 3, H, W]."""
@@ -110,16 +118,22 @@ class ClipTower(Tower):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
-        width, scale = config.width, config.width**-0.5
+        width = config.width
         count = 1 + (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(count, width))
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(count, width))
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = ClipTransformer(width, config.depth, config.heads, config.mlp_width)
         self.ln_post = nn.LayerNorm(width)
         if config.projection:
-            self.proj = nn.Parameter(scale * torch.randn(width, config.projection))
+            self.proj = nn.Parameter(torch.empty(width, config.projection))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings and projection normal, deviation 1 / sqrt(width); the rest resets itself."""
+        for own in self.parameters(recurse=False):
+            nn.init.normal_(own, std=self.config.width**-0.5)
 
     def layers(self) -> list[nn.Module]:
         return list(self.transformer.resblocks)
@@ -261,9 +275,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.empty(width))
+        self.v_bias = nn.Parameter(torch.empty(width))
         self.proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Biases 0; the linear layers reset themselves."""
+        nn.init.zeros_(self.q_bias)
+        nn.init.zeros_(self.v_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
@@ -322,10 +342,14 @@ class SemanticDecoder(nn.Module):
     def __init__(self, in_channels: int, width: int, depth: int, heads: int, grid: int) -> None:
         super().__init__()
         self.patch_embed = _PatchEmbed(in_channels, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All weights from a truncated normal of deviation 0.02, biases 0."""
         self.apply(_initialise)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

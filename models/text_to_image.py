@@ -118,9 +118,14 @@ class TextToImage(nn.Module):
         self.model.lvl_embed = nn.Embedding(len(config.scales) + 1, hidden)
         self.model.pos_1LC = nn.Parameter(torch.empty(config.image_tokens, hidden))
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head, level and position embeddings as the release's started; the rest resets itself."""
+        backbone = self.config.backbone
         nn.init.normal_(self.lm_head.weight, std=backbone.initializer_range)
-        for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):  # as the release's started
-            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * hidden)))
+        for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):
+            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * backbone.hidden_size)))
 
     # ------------------------------------------------------------------ device and dtype
 

@@ -200,8 +200,13 @@ class Backbone(nn.Module):
         layers = (Layer(config, number) for number in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        for module in self.modules():
+        self.config = config
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights normal with the configuration's deviation, biases 0; norms reset themselves."""
+        for module in (self.embed_tokens, *self.layers.modules()):
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -38,6 +38,11 @@ class ClipBlock(nn.Module):
             )
         )
 
+    def reset_parameters(self) -> None:
+        """The attention's projections as torch starts them, which it has no public call for."""
+        nn.init.xavier_uniform_(self.attn.in_proj_weight)
+        nn.init.zeros_(self.attn.in_proj_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, width] -> [B, N, width]."""
         y = self.ln_1(x)
