@@ -338,9 +338,6 @@ class VectorQuantize(nn.Module):
                 codes = book.lookup(index)
         quantized = self._unrows(codes, x.shape).to(x.dtype)
         index = self._unrows(index.unsqueeze(-1), (*x.shape[:-1], 1)).squeeze(-1)
-        if mask is not None:
-            index = index.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
-
         commitment = orthogonal = torch.zeros((), device=x.device)
         if self.training:
             if self.commitment_weight > 0:
@@ -359,6 +356,8 @@ class VectorQuantize(nn.Module):
                     quantized = x + (quantized - x).detach()
             if self.sync_update_v > 0:
                 quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        if mask is not None:
+            index = index.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
         loss = commitment * self.commitment_weight + orthogonal * self.orthogonal_reg_weight
         if self.training and not loss.requires_grad and not torch.compiler.is_compiling():
             loss.requires_grad_()  # backward() may be called on it whatever flows into it
@@ -482,7 +481,7 @@ class VectorQuantize(nn.Module):
         """
         codes = self._codebook.embed
         if self.orthogonal_reg_active_codes_only:
-            codes = codes[:, torch.unique(indices[indices >= 0])]
+            codes = codes[:, torch.unique(indices)]
         if self.orthogonal_reg_max_codes and codes.shape[1] > self.orthogonal_reg_max_codes:
             order = torch.randperm(codes.shape[1], device=codes.device)
             codes = codes[:, order[: self.orthogonal_reg_max_codes]]

@@ -1,0 +1,212 @@
+"""Any mixture of options: what theirs takes, ours takes with the same result, or names the option.
+
+Theirs refuse by assertions and by errors of shapes; there, ours may raise or serve.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from compat.helpers import compare
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from tokenflow_ext import compat
+
+theirs = pytest.importorskip("vector_quantize_pytorch")
+
+DIM, CODES, ROWS = 4, 10, 12
+
+COMMON = {
+    "decay": st.sampled_from([0.8, 0.5, 1.0]),
+    "commitment_weight": st.sampled_from([1.0, 0.25, 0.0]),
+    "kmeans_init": st.booleans(),
+    "kmeans_iters": st.sampled_from([0, 1, 4]),
+    "rotation_trick": st.sampled_from([None, True, False]),
+    "sync_codebook": st.sampled_from([None, False]),
+    "sample_codebook_temp": st.sampled_from([0.0, 0.1, 1.0]),
+    "orthogonal_reg_weight": st.sampled_from([0.0, 2.0, -1.0]),
+    "orthogonal_reg_max_codes": st.sampled_from([None, 5, 50]),
+    "orthogonal_reg_active_codes_only": st.booleans(),
+}
+LAYER = {
+    **COMMON,
+    "eps": st.sampled_from([1e-5, 1e-2]),
+    "freeze_codebook": st.booleans(),
+    "sync_kmeans": st.booleans(),
+    "use_cosine_sim": st.booleans(),
+    "layernorm_after_project_in": st.booleans(),
+    "commitment_use_cross_entropy_loss": st.booleans(),
+    "codebook_diversity_loss_weight": st.sampled_from([0.0, -1.0, 0.1]),
+    "codebook_diversity_temperature": st.sampled_from([100.0, 1.0]),
+    "straight_through": st.booleans(),
+    "directional_reparam": st.booleans(),
+    "directional_reparam_variance": st.sampled_from([5e-3, 1.0]),
+    "sync_affine_param": st.booleans(),
+    "ema_update": st.sampled_from([None, True, False]),
+    "manual_ema_update": st.booleans(),
+    "learnable_codebook": st.sampled_from([None, True, False]),
+    "in_place_codebook_optimizer": st.sampled_from([None, lambda p: torch.optim.SGD(p, lr=0.5)]),
+    "manual_in_place_optimizer_update": st.booleans(),
+    "affine_param": st.booleans(),
+    "affine_param_batch_decay": st.sampled_from([0.99, 0.5]),
+    "sync_update_v": st.sampled_from([0.0, 0.5]),
+    "return_zeros_for_masked_padding": st.booleans(),
+    "route_gradients_to_input": st.booleans(),
+}
+# Of several layers, theirs draw only where a code is dead, so that others draw other rows.
+VQ = {
+    **LAYER,
+    "threshold_ema_dead_code": st.sampled_from([0, 1, 2, -1]),
+    "codebook_dim": st.sampled_from([None, 2, DIM]),
+    "heads": st.sampled_from([1, 2]),
+    "separate_codebook_per_head": st.booleans(),
+    "channel_last": st.booleans(),
+    "accept_image_fmap": st.booleans(),
+    "accept_3d_fmap": st.booleans(),
+}
+VQ_STEP = {
+    "mask": st.booleans(),
+    "topk": st.sampled_from([None, 2]),
+    "sample_codebook_temp": st.sampled_from([None, 0.0, 0.5]),
+    "freeze_codebook": st.sampled_from([None, True, False]),
+    "ema_update": st.sampled_from([None, True, False]),
+    "accum_ema_update": st.booleans(),
+    "ema_update_weight": st.sampled_from([None, lambda sums, counts: counts.clamp(max=1.0)]),
+}
+RVQ = {
+    **LAYER,
+    "codebook_dim": st.sampled_from([None, 2]),
+    "shared_codebook": st.booleans(),
+    "diveq": st.booleans(),
+    "quantize_dropout": st.booleans(),
+    "quantize_dropout_cutoff_index": st.sampled_from([0, 1]),
+    "quantize_dropout_multiple_of": st.sampled_from([1, 2]),
+    "implicit_neural_codebook": st.booleans(),
+    "mlp_kwargs": st.sampled_from([{}, {"depth": 1}]),
+    "beam_size": st.sampled_from([None, 1, 2]),
+    "quant_grad_frac": st.sampled_from([0.0, 0.5]),
+}
+RVQ_STEP = {
+    "mask": st.booleans(),
+    "return_all_codes": st.booleans(),
+    "sample_codebook_temp": st.sampled_from([None, 0.5]),
+    "freeze_codebook": st.booleans(),
+    "beam_size": st.sampled_from([None, 1]),
+    "rand_quantize_dropout_fixed_seed": st.sampled_from([None, 3]),
+}
+HVQ = {
+    **COMMON,
+    "shared_codebook": st.booleans(),
+    "channel_first": st.booleans(),
+    "quant_resi": st.sampled_from([0.5, -0.2, 0.0]),
+    "share_quant_resi": st.sampled_from([-1, 0, 1, 2, 9]),
+    "nested_dropout": st.sampled_from([0.0, 0.7]),
+    "nested_dropout_min_levels": st.sampled_from([1, 2, 9]),
+    "accept_image_fmap": st.booleans(),
+}
+HVQ_STEP = {
+    "mask": st.booleans(),
+    "sample_codebook_temp": st.sampled_from([None, 0.5]),
+    "return_cutoff": st.booleans(),
+}
+
+
+@st.composite
+def some(draw: DrawFn, options: dict[str, SearchStrategy]) -> dict[str, Any]:
+    """A few of the options."""
+    names = draw(st.lists(st.sampled_from(sorted(options)), max_size=6, unique=True))
+    return {name: draw(options[name]) for name in names}
+
+
+def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape, space) -> None:
+    """Builds both, runs the steps and an evaluation on both."""
+    mask = torch.rand(2, *space, generator=torch.Generator().manual_seed(5)) > 0.3
+    mask[:, ..., :1] = True
+    try:
+        torch.manual_seed(0)
+        other = getattr(theirs, name)(**options)
+        probe = getattr(theirs, name)(**options)
+        probe.load_state_dict(other.state_dict())
+        arguments = [{**step, "mask": mask if step.get("mask") else None} for step in steps]
+        for step in arguments:
+            quantized, _, loss, *_ = probe(torch.randn(shape, requires_grad=True), **step)
+            (quantized.sum() + loss.sum()).backward()
+        probe.eval()(torch.randn(shape))
+    except Exception:
+        return  # theirs do not take it
+    try:
+        ours = getattr(compat, name)(**options)
+        ours.load_state_dict(other.state_dict())
+        for number, step in enumerate(arguments):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            compare(other, ours, x, **step)
+        other.eval(), ours.eval()
+        compare(other, ours, torch.randn(shape))
+    except NotImplementedError as error:
+        message = str(error)
+    else:
+        return
+    found = re.fullmatch(r"\w+ does not serve (\w+)=[^\n]+", message)
+    assert found, message
+    assert any(given.get(found[1]) for given in (options, *steps)), message
+
+
+def sound_gradients(options: dict[str, Any]) -> dict[str, Any]:
+    """With an orthogonal loss of a copy of the codes: else a second use of the codebook in a graph
+    moves them under theirs, whose gradient is then that of neither."""
+    return {**options, "orthogonal_reg_active_codes_only": True}
+
+
+def drawn_in_their_order(options: dict[str, Any]) -> bool:
+    """Whether both draw the same rows: theirs order several heads of one codebook otherwise."""
+    return options.get("heads", 1) == 1 or options.get("separate_codebook_per_head", False)
+
+
+SETTINGS = settings(
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.filter_too_much]
+)
+
+
+@SETTINGS
+@given(options=some(VQ), steps=st.lists(some(VQ_STEP), min_size=1, max_size=2))
+def test_vector_quantize(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    if not drawn_in_their_order(options):
+        options.pop("kmeans_init", None), options.pop("threshold_ema_dead_code", None)
+    shape, space = (2, ROWS, DIM), (ROWS,)
+    if options.get("accept_image_fmap"):
+        shape = (2, DIM, 3, 4)
+    elif options.get("accept_3d_fmap"):
+        shape = (2, DIM, 2, 3, 2)
+    elif not options.get("channel_last", True):
+        shape = (2, DIM, ROWS)
+    check("VectorQuantize", {"dim": DIM, "codebook_size": CODES, **options}, steps, shape, space)
+
+
+@SETTINGS
+@given(options=some(RVQ), steps=st.lists(some(RVQ_STEP), min_size=1, max_size=2))
+def test_residual_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options = {"dim": DIM, "codebook_size": CODES, "num_quantizers": 3, **options}
+    options.pop("kmeans_init", None)  # codes of a single row leave rounding errors to quantize
+    check("ResidualVQ", sound_gradients(options), steps, (2, ROWS, DIM), (ROWS,))
+
+
+@SETTINGS
+@given(options=some(HVQ), steps=st.lists(some(HVQ_STEP), min_size=1, max_size=2))
+def test_hierarchical_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options = {
+        "dim": DIM,
+        "codebook_size": CODES,
+        "threshold_ema_dead_code": 0,
+        **options,
+        "kmeans_init": False,  # the first level has fewer rows than codes
+    }
+    images = options.get("accept_image_fmap", False)
+    space = (4, 4) if images else (8,)
+    shape = (2, DIM, *space) if options.get("channel_first", True) else (2, *space, DIM)
+    scales = (1, 2, 4) if images else (1, 3, 8)
+    check("HierarchicalVQ", {**sound_gradients(options), "scales": scales}, steps, shape, space)
