@@ -167,15 +167,21 @@ class Outputs:
                 have one name.
         """
         check_folder(self.folder)
-        read = None
+        checked, read = {self.folder}, None
         for name in names:
             path = self.folder / name
             if (other := self._claimed.get(_alike(name))) is not None:
                 raise OutputError(f"{path} would be written twice: as {other} and as {name}")
             self._claimed[_alike(name)] = name
-            check_folder(path.parent)
+            if path.parent not in checked:
+                check_folder(path.parent)
+                checked.add(path.parent)
             if not os.path.lexists(path):
                 continue
+            if read is None:
+                read = {key for file in inputs if (key := _identity(Path(file))) is not None}
+            if _identity(path) in read:
+                raise OutputError(f"{path} is one of the inputs: name another folder with --out")
             if not self.overwrite:
                 raise OutputError(
                     f"{path} is there already: name another folder with --out, or replace what is "
@@ -183,10 +189,6 @@ class Outputs:
                 )
             if not path.is_symlink() and not path.is_file():
                 raise OutputError(f"{path} is no file that could be replaced")
-            if read is None:
-                read = {key for file in inputs if (key := _identity(Path(file))) is not None}
-            if _identity(path) in read:
-                raise OutputError(f"{path} is one of the inputs: name another folder with --out")
 
     def write(self, name: str, content: bytes) -> Path:
         """Write a file of that name, whole or not at all; returns its path.
