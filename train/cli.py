@@ -327,6 +327,7 @@ def _run(known: argparse.Namespace) -> None:
     elif known.command == "analyse":
         analyse.command(known)
     elif known.command == "fid":
+        data.check_counts(known, batch_size=1)
         value = fid.fid(*known.folders, known.weights, known.device, known.batch_size)
         print(f"FID {value:.4f}")
     elif known.command == "fetch-emoji":

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.outputs import check_new_folder, json_text, write_folder
-from tokenflow_ext.train.reading import json_lines
+from tokenflow_ext.train.reading import json_lines, require_file
 
 PACKAGE, VERSION = "@lobehub/fluent-emoji-3d", "1.1.0"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
@@ -136,7 +136,10 @@ def from_tarball(tarball: Path, folder: Path, skin_tones: bool = False) -> Path:
 
     Raises:
         DataError: another file.
+        OutputError: the folder holds something, or cannot be written.
     """
+    check_new_folder(folder)
+    require_file(tarball)
     try:
         digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
     except OSError as error:

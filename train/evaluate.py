@@ -331,6 +331,9 @@ def evaluate(
     if found.cosine is not None:
         figures["cosine"] = cosines.item() / total
     figures["usage"], figures["perplexity"] = code_usage(hits)
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):  # JSON has no such numbers
+            figures[name], missing[name] = None, f"not finite: {value}"
     return Measured(
         figures=figures,
         missing=missing,

@@ -10,7 +10,9 @@ import torch
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.saved import read_torch
-from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.distributed import find_device
+from tokenflow_ext.train.pictures import open_image
+from tokenflow_ext.train.reading import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 begins
@@ -78,15 +80,19 @@ def fid(
     """The Frechet inception distance of the pictures right inside two folders.
 
     Raises:
-        DataError: a folder with fewer than two pictures.
+        ConfigError: no such device.
+        DataError: a folder with fewer than two pictures, or one that cannot be read.
         WeightsError: torch-fidelity or the weights are missing.
     """
+    place = find_device(device)
     for folder in (Path(one), Path(other)):
         if not folder.is_dir():
             raise DataError(f"no folder at {folder}")
-        count = sum(path.suffix.lower() in _SUFFIXES for path in folder.iterdir())
-        if count < 2:
-            raise DataError(f"FID needs two pictures or more, {folder} holds {count}")
+        pictures = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES]
+        if len(pictures) < 2:
+            raise DataError(f"FID needs two pictures or more, {folder} holds {len(pictures)}")
+        for path in pictures:  # the library would end with a traceback
+            open_image(path)
     path = _ready(weights)
     from torch_fidelity import calculate_metrics
 
@@ -95,7 +101,7 @@ def fid(
         input2=str(other),
         fid=True,
         feature_extractor_weights_path=str(path),
-        cuda=torch.device(device).type == "cuda",
+        cuda=place.type == "cuda",
         batch_size=batch,
         verbose=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import hashlib
 import io
 import json
@@ -503,6 +504,37 @@ def test_fetching_says_what_is_missing(package, tmp_path, monkeypatch, capsys):
     assert "3 pictures" in capsys.readouterr().out
     cli.main(["fetch-emoji", str(folder)])  # already there: nothing is fetched
     assert "already" in capsys.readouterr().out
+
+
+def test_fetched_pictures_take_no_other_files_place(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(emojis, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    given = ["--tarball", str(package)]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "1f600.webp").write_bytes(b"mine")
+    for more in (given, []):
+        with pytest.raises(SystemExit, match=r"holds other things, such as 1f600\.webp"):
+            cli.main(["fetch-emoji", str(mine), *more])
+    assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
+    with pytest.raises(SystemExit, match=r"cannot write into .* is no folder"):
+        cli.main(["fetch-emoji", str(package), *given])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit, match=r"cannot read .*pipe"):
+        cli.main(["fetch-emoji", str(tmp_path / "new"), "--tarball", str(tmp_path / "pipe")])
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(SystemExit, match=r"cannot write .*/new: No space left"):
+            cli.main(["fetch-emoji", str(tmp_path / "new"), *given])
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob("*.part"))
+    (tmp_path / "new").mkdir()
+    cli.main(["fetch-emoji", str(tmp_path / "new"), *given, "--skin-tones"])
+    with pytest.raises(SystemExit, match="already holds pictures, with variants by skin tone"):
+        cli.main(["fetch-emoji", str(tmp_path / "new")])
 
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -332,6 +334,50 @@ def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, c
     assert f"{rows[0]['image']}: {rows[0]['psnr']:.2f} dB" in page.text
     with Image.open(out / "pictures.png") as sheet:
         assert sheet.size == (3 * 34 * 4, 2 * 34 * 4)  # three over three, gaps of 2, enlarged
+
+
+def test_a_report_is_not_written_over(image_tokenizer, folder, cache, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
+    arguments += ["--device", "cpu", "--out", str(out)]
+    cli.main(arguments)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == sorted(evaluate.FILES)
+    with pytest.raises(SystemExit, match="is there already"):
+        cli.main([*arguments, "--limit", "2"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    cli.main([*arguments, "--limit", "2", "--overwrite", "--pictures", "0"])
+    assert json.loads((out / "metrics.json").read_text())["data"]["images"] == 2
+    assert not (out / "pictures.png").exists()  # the earlier report's would be of other images
+
+
+def test_images_of_any_name(image_tokenizer, folder, cache, tmp_path):
+    """Listings are JSON and give the bytes back, the page is UTF-8 and no name writes into it."""
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(folder, root)
+    names = [b"b\xe9.png", b"a\n<script>.png", "é\u2028.png".encode()]
+    for number, raw in enumerate(names):
+        os.rename(root / f"picture{number}.png", os.fsencode(root) + b"/" + raw)
+    evaluate.run(str(image_tokenizer), str(root), str(tmp_path / "out"), ALONE)
+    lines = (tmp_path / "out" / "images.jsonl").read_bytes().decode("utf-8").split("\n")
+    found = {os.fsencode(json.loads(line)["image"]) for line in lines if line}
+    assert found == {os.fsencode(p.relative_to(root)) for p in root.rglob("*.png")}
+    assert set(names) < found
+    report = json.loads((tmp_path / "out" / "metrics.json").read_bytes().decode("utf-8"))
+    assert os.fsencode(report["data"]["folder"]) == os.fsencode(root)
+    page = Page((tmp_path / "out" / "pictures.html").read_bytes().decode("utf-8"))
+    assert "script" not in page.tags
+    for shown in ("b\\xe9.png", "a\\n<script>.png", "é\\u2028.png", "below " + str(tmp_path)):
+        assert shown in page.text
+
+
+def test_a_figure_that_is_not_finite_is_missing(paths):
+    def perceptual(made, originals):
+        return torch.tensor(torch.nan)
+
+    got = measure(blurred, paths, perceptual=perceptual)
+    assert got.figures["lpips"] is None
+    assert got.missing["lpips"] == "not finite: nan"
 
 
 def test_errors_end_with_one_line(image_tokenizer, folder, cache, tmp_path):

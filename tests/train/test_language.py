@@ -92,7 +92,10 @@ def test_no_pickle_is_run(backbone, tmp_path):
 
     (backbone / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil()}, backbone / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"cannot load .*: it holds objects other than tensors and plain containers$"):
+    with pytest.raises(
+        WeightsError,
+        match=r"cannot load .*: it holds objects other than tensors and plain containers$",
+    ):
         language.load_language_model(backbone)
     assert not (tmp_path / "ran").exists()
 
