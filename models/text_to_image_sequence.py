@@ -293,12 +293,16 @@ def encode_prompts(
         (ids [B, T] int64, attention mask [B, T] bool, False where padded).
 
     Raises:
-        ValueError: no prompt, or ids that are not of the configured text vocabulary.
+        ValueError: no prompt.
+        ConfigError: a text tokenizer whose ids are not of the configured text vocabulary, or that
+            has none for ``<img>``.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a sequence of one string or more, got {prompts!r}")
     first = [] if text_tokenizer.bos_token_id is None else [text_tokenizer.bos_token_id]
     mark = text_tokenizer.encode(IMAGE_MARK, add_special_tokens=False)
+    if not mark:
+        raise ConfigError(f"the text tokenizer has no ids for {IMAGE_MARK}, where an image begins")
     rows = []
     for prompt in prompts:
         ids = first + text_tokenizer.encode(prompt, add_special_tokens=False)
@@ -308,7 +312,7 @@ def encode_prompts(
     valid = ids != config.pad_id
     strange = ids[valid & ((ids < 0) | (ids >= config.text_vocab_size))]
     if strange.numel():
-        raise ValueError(
+        raise ConfigError(
             f"the text tokenizer gave id {int(strange[0])}, the model's text vocabulary has "
             f"{config.text_vocab_size} ids"
         )

@@ -145,7 +145,7 @@ def _reading(place: str | Path, error: Callable[[str], Exception]) -> Iterator[N
 
     Its warnings are left out: what they are about is checked here.
     """
-    from transformers.utils import logging
+    from transformers import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -7,6 +7,7 @@ anew in every run, padding left out instead of masked, dense masks, no cache.
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -547,6 +548,18 @@ def test_cuda_graphs(dtype):
             assert torch.equal(graphs, eager)
 
 
+def test_transformers_takes_no_part(tmp_path, monkeypatch):
+    """Whatever its version does to its layers."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = build("qwen3", dtype=torch.float32).train()
+    ids, indices = prompts(model, [9, 4]), pictures(model, 2)
+    model(ids, indices).loss.backward()
+    model.save_pretrained(tmp_path)
+    again = TextToImage.from_pretrained(tmp_path)
+    tokens = model.eval().generate_tokens(ids, ids[:1], seed=3)
+    assert torch.equal(again.generate_tokens(ids, ids[:1], seed=3), tokens)
+
+
 def test_half_precision_and_images():
     """bfloat16 weights; the tokenizer stays as it is."""
     model = build(dtype=torch.bfloat16)
@@ -742,10 +755,14 @@ def test_a_tokenizer_of_transformers_fits():
     ids, _ = encode_prompts(["a dog"], fast, config)
     assert ids.tolist() == [[7 + CODES, 0, 4, 5, 1, 2, 3]]
     small = TextToImageConfig(backbone(), 5, CODES, sum(DIMS), SCALES)
-    with pytest.raises(ValueError, match="text vocabulary has 5"):
+    with pytest.raises(ConfigError, match="text vocabulary has 5"):
         encode_prompts(["a dog"], fast, small)
     with pytest.raises(ValueError, match="sequence of one string or more"):
         encode_prompts("a dog", fast, config)
+    bare = Tokenizer(models.BPE({"<s>": 0, "a": 4}, []))  # leaves out what it does not know
+    bare = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>")
+    with pytest.raises(ConfigError, match="no ids for <img>"):
+        encode_prompts(["a"], bare, config)
 
 
 # ---------------------------------------------------------------------- weights
