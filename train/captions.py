@@ -28,6 +28,7 @@ from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import Kept, counted_rng
 from tokenflow_ext.train.pictures import find_images, read_square, to_square, to_tensor
 from tokenflow_ext.train.reading import (
+    METADATA,
     DataError,
     Tally,
     decode,
@@ -39,7 +40,6 @@ from tokenflow_ext.train.reading import (
     say,
 )
 
-METADATA = "metadata.jsonl"
 _SENTENCE = re.compile(r"[.!?]+[\"')\]]*(?=\s)|[\u3002\uff01\uff1f]")
 
 

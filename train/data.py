@@ -143,6 +143,11 @@ class Kept:
         return self._pictures.get(number)
 
 
+def _memory(regions: list[Image.Image]) -> int:
+    """Bytes of images as Pillow holds them."""
+    return sum(4 * region.width * region.height for region in regions)
+
+
 def read_span(path: Path, span: tuple[int, int]) -> bytes:
     """The bytes at (offset, size) of a file.
 
@@ -228,7 +233,9 @@ def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:
     expected = '{"file_name": ..., "weight": number >= 0}'
     for number, entry in json_lines(file, expected):
         try:
-            found[inside(root, entry["file_name"])] = checked_weight(entry["weight"])
+            path, weight = inside(root, entry["file_name"]), checked_weight(entry["weight"])
+            if found.setdefault(path, weight) != weight:
+                raise ValueError("it has another weight already")
         except (ValueError, KeyError) as error:
             got = json.dumps(entry)[:80]
             raise DataError(
@@ -299,8 +306,7 @@ class PictureSet:
         self._kept = Kept(cache)
         for number, picture in enumerate(pictures):
             regions = picture.regions()
-            size = sum(4 * r.width * r.height for r in regions)  # as Pillow holds them
-            if not self._kept.add(number, regions, size):
+            if not self._kept.add(number, regions, _memory(regions)):
                 break
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -475,7 +481,10 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
         raise DataError("no held-out image")
     step = -(-len(pictures) // limit)
     crops, left = [], Tally(pictures[0].path.parent)
-    for picture in pictures[::step]:
+    # Large pictures are decoded again rather than held all at once.
+    kept = Kept(DataConfig.cache)
+    for number in range(0, len(pictures), step):
+        picture = pictures[number]
         try:
             regions = picture.regions()
         except BrokenImageError as error:
@@ -485,22 +494,26 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
             continue
         if not regions:
             left.add("images too small to hold a band of them out", picture.path)
-        for region in regions:
+        kept.add(number, regions, _memory(regions))
+        for which, region in enumerate(regions):
             for side in (min(region.size), min(region.size) * 2 / 3):
                 for y in _starts(region.height, side):
                     crops += [
-                        (region, (x, y, x + side, y + side)) for x in _starts(region.width, side)
+                        (number, which, (x, y, x + side, y + side))
+                        for x in _starts(region.width, side)
                     ]
     if not crops:
         raise DataError(f"no held-out image can be used: {left}")
     left.say("left out of the held-out crops")
     chosen = np.unique(np.linspace(0, len(crops) - 1, min(limit, len(crops))).round().astype(int))
-    return torch.stack(
-        [
-            to_tensor(crops[i][0].resize((size, size), Image.Resampling.BICUBIC, box=crops[i][1]))
-            for i in chosen
-        ]
-    )
+    shown, last, regions = [], -1, []
+    for i in chosen:
+        number, which, box = crops[i]
+        if number != last:
+            last, regions = number, kept.get(number) or pictures[number].regions()
+        square = regions[which].resize((size, size), Image.Resampling.BICUBIC, box=box)
+        shown.append(to_tensor(square))
+    return torch.stack(shown)
 
 
 def _starts(length: int, side: float) -> np.ndarray:

@@ -11,11 +11,10 @@ from pathlib import Path, PurePosixPath
 
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.outputs import check_new_folder, json_text, write_folder
-from tokenflow_ext.train.reading import json_lines, require_file
+from tokenflow_ext.train.reading import METADATA, json_lines, require_file
 
 PACKAGE, VERSION = "@lobehub/fluent-emoji-3d", "1.1.0"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
-METADATA = "metadata.jsonl"
 LICENCES = f"""\
 pictures: Fluent Emoji, 3D, (c) Microsoft Corporation, MIT; npm {PACKAGE} {VERSION} by LobeHub, MIT
 names: the Python package emoji, BSD-3-Clause, after the Unicode Common Locale Data Repository

@@ -11,7 +11,7 @@ import torch
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.saved import read_torch
 from tokenflow_ext.train.distributed import find_device
-from tokenflow_ext.train.pictures import open_image
+from tokenflow_ext.train.pictures import check_depth, open_image
 from tokenflow_ext.train.reading import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -81,18 +81,20 @@ def fid(
 
     Raises:
         ConfigError: no such device.
-        DataError: a folder with fewer than two pictures, or one that cannot be read.
+        DataError: a folder with fewer than two pictures, one that cannot be read, or one of more
+            than 8 bits.
         WeightsError: torch-fidelity or the weights are missing.
     """
     place = find_device(device)
     for folder in (Path(one), Path(other)):
         if not folder.is_dir():
             raise DataError(f"no folder at {folder}")
-        pictures = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES]
+        pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
         if len(pictures) < 2:
             raise DataError(f"FID needs two pictures or more, {folder} holds {len(pictures)}")
         for path in pictures:  # the library would end with a traceback
             open_image(path)
+            check_depth(path)
     path = _ready(weights)
     from torch_fidelity import calculate_metrics
 

@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.train.reading import DataError, Tally, check_file, reason
+from tokenflow_ext.train.reading import METADATA, DataError, Tally, check_file, reason
 
 # What turns a picture upright, by its orientation tag.
 _TURNS = {
@@ -121,6 +121,8 @@ def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[l
                 left.add("hidden", path)
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(path)
+            elif entry.name == METADATA and place != root:
+                left.add(f"{METADATA} that are not in the folder itself", path)
             elif suffix in suffixes():
                 if is_file:
                     found.append(path)
@@ -170,6 +172,25 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> Im
         raise BrokenImageError(f"cannot read the image {name}: of no known format") from error
     except Exception as error:  # whatever a decoder meets in bytes that anybody can write
         raise BrokenImageError(f"cannot read the image {name}: {reason(error)}") from error
+
+
+def check_depth(path: Path) -> None:
+    """That a picture looks the same to libraries which convert it without a thought of its depth.
+
+    Raises:
+        DataError: it is grey of more than 8 bits, which they make white. (What cannot be opened is
+            theirs to refuse.)
+    """
+    try:
+        check_file(path)
+        with Image.open(path, "r", formats()) as file:
+            deep = file.mode.startswith(("I", "F"))
+    except Exception:  # as in open_image
+        return
+    if deep:
+        raise DataError(
+            f"{path} is grey of more than 8 bits, and would be read as white: save it with 8"
+        )
 
 
 def _orientation(file: Image.Image) -> object:

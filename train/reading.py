@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import files
 
+#: The listing of a folder of pictures: {"file_name": ..., "text": ...} a line.
+METADATA = "metadata.jsonl"
 _REASONS = 8  # that a line tells
 
 
@@ -53,22 +55,11 @@ def say(text: str, everyone: bool = False) -> None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        OSError: it cannot be read, or is a folder, a named pipe (which would be waited on) or a
-            device.
-    """
-    check_file(path)
-    return Path(path).read_bytes()
-
-
 def check_file(path: str | os.PathLike[str]) -> None:
     """That ``path`` is a file, or a link to one.
 
     Raises:
-        OSError: see :func:`read_file`.
+        OSError: nothing there, or a folder, a named pipe (which would be waited on) or a device.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -114,7 +105,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         DataError: naming the file.
     """
     try:
-        content = read_file(path)
+        check_file(path)
+        content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
     return decode(content, os.fspath(path))

@@ -144,6 +144,18 @@ def test_tiny_pictures_are_trained_on_or_counted(tmp_path, capsys):
         data.held_out_crops(held_out, 8, 10)
 
 
+def test_held_out_crops_of_large_pictures_are_not_held_at_once(tmp_path, monkeypatch):
+    for i in range(6):
+        Image.new("RGB", (64, 48 + i), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    every = [data.Picture(path) for path in data.list_images(tmp_path)]
+    expected = data.held_out_crops(every, 8, 20)
+    monkeypatch.setattr(data, "_memory", lambda regions: 100 << 20)  # two fit
+    kept, add = [], data.Kept.add
+    monkeypatch.setattr(data.Kept, "add", lambda *a: kept.append(add(*a)) or kept[-1])
+    assert torch.equal(data.held_out_crops(every, 8, 20), expected)
+    assert kept == [True, True, False, False, False, False]
+
+
 def test_decoded_pictures_are_bounded_in_bytes(tmp_path):
     for i in range(5):
         Image.new("RGB", (256, 256), (i, i, i)).save(tmp_path / f"{i}.png")  # a quarter of a MiB

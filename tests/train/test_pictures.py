@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tokenflow_ext.train import captions, cli, evaluate, pictures
+from tokenflow_ext.train import captions, cli, evaluate, fid, pictures
 from tokenflow_ext.train.pictures import BrokenImageError, open_image
 from tokenflow_ext.train.reading import DataError
 
@@ -132,6 +132,13 @@ def test_numbers_without_a_known_white_are_refused(values, order):
         levels(tiff(values, order))
     with pytest.raises(BrokenImageError, match="floating point from nan"):
         levels(tiff(np.full((4, 4), np.nan, np.float32), order))
+
+
+def test_fid_refuses_what_would_be_read_as_white(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(pgm(65535))
+    with pytest.raises(DataError, match=r"a\.png is grey of more than 8 bits"):
+        fid.fid(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
@@ -316,6 +323,8 @@ def test_every_suffix_of_pillow_is_found_and_the_rest_is_counted(tmp_path, capsy
     for name in ("a.zip", "b.zip", "c.heic", ".d.png", "._x.png", "README", "x.txt", "x.json"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "metadata.jsonl").write_bytes(b"")
     Image.new("L", (4, 4)).save(tmp_path / ".thumbnails" / "t.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
@@ -328,6 +337,7 @@ def test_every_suffix_of_pillow_is_found_and_the_rest_is_counted(tmp_path, capsy
         "2 .zip files",
         "1 .heic files",
         "1 other files",
+        "1 metadata.jsonl",
         "pipes",
     ):
         assert words in said

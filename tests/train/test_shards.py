@@ -170,6 +170,11 @@ def test_a_folder_is_sampled_by_weight(images, tmp_path):
         ('{"file_name": "../picture0.png", "weight": 1}', r"line 2.*not below"),
         ('{"file_name": "/picture0.png", "weight": 1}', r"line 2.*not below"),
         ('{"file_name": 3, "weight": 1}', r"line 2.*3"),
+        (
+            '{"file_name": "picture0.png", "weight": 1}\n'
+            '{"file_name": "picture0.png", "weight": 2}',
+            "line 3.*another weight already",
+        ),
         ('{"file_name": "picture0.png", "weight": 1e300}', r"sum to 1e\+300"),
         ("[" * 9999, "line 2.*nested too deeply"),
     ],
