@@ -374,5 +374,5 @@ def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
     assert (given["input1"], given["input2"], given["fid"]) == (*folders, True)
     weights.write_bytes(b"not a pickle")
     monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(b"not a pickle").hexdigest()[:8])
-    with pytest.raises(SystemExit, match="cannot be loaded"):
+    with pytest.raises(SystemExit, match="cannot be read as a torch file"):
         cli.main(["fid", *folders, "--weights", str(weights)])
