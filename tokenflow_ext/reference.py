@@ -10,6 +10,7 @@ Shapes as in `tokenflow_ext.ops`: codebook [K, D] with the groups side by side, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,46 +148,64 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     return sums, torch.bincount(indices[kept], minlength=num_segments)
 
 
-def filtered_probabilities(
+def filtered_logits(
     logits: Tensor,
     *,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 0.0,
+    min_p: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
     uncond: Tensor | None = None,
     guidance: float | Tensor = 0.0,
     vocab: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The distribution that `sample_top_k_top_p` draws from, [..., V] in the dtype of `logits`
-    (pass float64 for the exact one); arguments as there, for inputs that pass its checks."""
-
-    def column(value: float | Tensor) -> float | Tensor:
-        return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() else value
-
+    """The guided logits that `sample_top_k_top_p` draws from, before the division by the
+    temperature, -inf where a code is masked or dropped: [..., V] in float64. Arguments as there,
+    for inputs that pass its checks."""
     if vocab is not None:
         logits = logits[..., vocab[0] : vocab[1]]
         uncond = None if uncond is None else uncond[..., vocab[0] : vocab[1]]
-    top_k, top_p, guidance = column(top_k), column(top_p), column(guidance)
+    half = logits.dtype == torch.float16
+    lowest = torch.finfo(torch.float16 if half else torch.bfloat16).min
+    z, masked = logits.double(), logits <= lowest
     if uncond is not None:
-        masked = logits == -torch.inf
-        t = torch.as_tensor(guidance, dtype=logits.dtype, device=logits.device)
-        guided = torch.where(t == 0, logits, (1 + t) * logits - t * uncond)
-        logits = guided.masked_fill(masked, -torch.inf)
-    count = logits.shape[-1]
+        t = _column(guidance, z)
+        z = torch.where(t == 0, z, (1 + t) * z - t * uncond.double())
+        masked = masked | ((t != 0) & (uncond <= lowest))
+    z = z.masked_fill(masked, -torch.inf)
 
-    k = torch.as_tensor(top_k, device=logits.device)
-    k = torch.where(k <= 0, count, k).clamp(max=count).expand(*logits.shape[:-1], 1)
-    descending = logits.sort(dim=-1, descending=True).values
-    kept = logits >= descending.gather(-1, k - 1)
+    count = z.shape[-1]
+    k = _column(top_k, z).long()
+    k = torch.where(k <= 0, count, k).clamp(max=count).expand(*z.shape[:-1], 1)
+    descending = z.sort(dim=-1, descending=True).values
+    kept = z >= descending.gather(-1, k - 1)
     # One code: the lowest index of the largest.
-    first = torch.zeros_like(kept).scatter(-1, logits.argmax(dim=-1, keepdim=True), True)
+    first = torch.zeros_like(kept).scatter(-1, z.argmax(dim=-1, keepdim=True), True)
     kept = torch.where(k == 1, first, kept)
-    scaled = (logits / column(temperature)).masked_fill(~kept, -torch.inf)
 
-    p = torch.as_tensor(top_p, dtype=logits.dtype, device=logits.device)
-    _, order = scaled.sort(dim=-1, stable=True)
-    ascending = scaled.softmax(dim=-1).gather(-1, order)
-    dropped = (ascending.cumsum(dim=-1) <= 1 - p) & (p > 0)
+    p = _column(top_p, z)
+    scaled = _scaled(z, temperature)
+    ascending, order = scaled.masked_fill(~kept, -torch.inf).sort(dim=-1, stable=True)
+    dropped = (ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p) & (p > 0)
     dropped[..., -1] = False
-    dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
-    return scaled.masked_fill(dropped, -torch.inf).softmax(dim=-1)
+    kept = kept & ~torch.zeros_like(dropped).scatter(-1, order, dropped)
+    kept = kept & (scaled.exp() >= _column(min_p, z))  # of the largest probability
+    return z.masked_fill(~kept, -torch.inf)
+
+
+def filtered_probabilities(logits: Tensor, **arguments: Any) -> Tensor:
+    """The distribution that `sample_top_k_top_p` draws from, [..., V] in the dtype of `logits`
+    (pass float64 for the exact one); arguments as for `filtered_logits`."""
+    z = filtered_logits(logits, **arguments)
+    return _scaled(z, arguments.get("temperature", 1.0)).softmax(dim=-1).to(logits.dtype)
+
+
+def _column(value: float | Tensor, z: Tensor) -> Tensor:
+    """An argument of the rows of z, beside its last dimension."""
+    value = torch.as_tensor(value, dtype=z.dtype, device=z.device)
+    return value.unsqueeze(-1) if value.dim() else value
+
+
+def _scaled(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """(z - max z) / temperature, which no temperature makes overflow upwards."""
+    return (z - z.amax(dim=-1, keepdim=True)) / _column(temperature, z)

@@ -1,4 +1,4 @@
-"""Drawing codes from logits: guidance, top-k, top-p and the draw in one kernel.
+"""Drawing codes from logits: guidance, top-k, top-p, min-p and the draw in one kernel.
 
 `MultiStepSampler` takes a model through TokenFlow's sampling with it (arXiv 2412.03069, section
 3.3), `SamplingLogitsProcessor` transformers' `generate`.
@@ -11,6 +11,8 @@ definition, the results for inputs that make no sense, and how to use seeds.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +21,11 @@ import torch
 from torch import Tensor
 
 from tokenflow_ext import ops  # noqa: F401  (loads the operators)
+from tokenflow_ext.reference import filtered_logits
 
 _SEEDS = 2**63 - 1
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Draw(NamedTuple):
@@ -43,15 +48,54 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits
 
 
+def _integer(value: Any, name: str) -> int:
+    """A Python, NumPy or symbolic integer."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name} must be an integer, got {value!r} of {type(value).__name__}")
+
+
+def _bits(value: Any, name: str) -> int:
+    """The lowest 64 bits of an integer, signed: seeds and offsets are taken modulo 2^64."""
+    return (_integer(value, name) + 2**63) % 2**64 - 2**63
+
+
+def _count(value: Any, name: str) -> int:
+    value = _integer(value, name)
+    if value >= 2**31:
+        raise ValueError(f"{name} must be at most 2**31 - 1, got {value}")
+    return max(value, 0)
+
+
+def _float(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r} of {type(value).__name__}")
+    return float(value)
+
+
 def _row_argument(
-    value: Any, name: str, dtype: torch.dtype, shape: torch.Size, device: torch.device
+    value: Any,
+    name: str,
+    convert: Callable[[Any, str], Any],
+    shape: torch.Size,
+    device: torch.device,
 ) -> tuple[Any, Tensor | None]:
     """An argument as the operator takes it: a number, or a tensor of one or of one a row."""
     if not isinstance(value, Tensor):
-        return value, None
-    default = 0 if dtype == torch.int64 else 0.0
-    if dtype == torch.int64 and (value.is_floating_point() or value.dtype == torch.bool):
-        raise ValueError(f"{name} must hold integers, got {value.dtype}")
+        return convert(value, name), None
+    if convert is _float:
+        default, dtype, kinds = 0.0, torch.float64, (*_FLOATS, *_INTEGERS)
+    else:
+        default, dtype, kinds = 0, torch.int64, _INTEGERS
+    if value.dtype not in kinds:
+        what = "numbers" if convert is _float else "integers"
+        raise ValueError(f"{name} must hold {what}, got {value.dtype}")
+    # As everywhere in torch, a single number may lie on the CPU.
+    if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
+        raise ValueError(f"{name} must be on the device of logits, {device}, got {value.device}")
     value = value.detach().to(device=device, dtype=dtype)
     if value.dim() == 0:
         return default, value
@@ -64,11 +108,37 @@ def _row_argument(
         ) from error
 
 
+def _check_source(seed: Any, generator: Any) -> None:
+    """One source of random numbers."""
+    if generator is None:
+        return
+    if seed is not None:
+        raise ValueError("seed and generator exclude each other: a generator draws the seed")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}; a number drawn "
+            "from another is a seed"
+        )
+
+
+def _slice(vocab: Any, codes: int) -> tuple[int, int]:
+    try:
+        start, stop = (_integer(bound, "vocab") for bound in vocab)
+        if 0 <= start < stop <= codes:
+            return start, stop
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"vocab must be a slice (start, stop) of {codes} codes that is not empty, got {vocab}"
+    )
+
+
 def sample_top_k_top_p(
     logits: Tensor,
     *,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 0.0,
+    min_p: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
     uncond: Tensor | None = None,
     guidance: float | Tensor = 0.0,
@@ -84,28 +154,33 @@ def sample_top_k_top_p(
 
     With guidance t the logits are (1 + t) logits - t uncond. Codes below the k-th largest are
     dropped (ties stay), then, going up from the smallest, codes while their cumulated probability
-    is at most 1 - top_p (of equal ones the lower index first; the largest always stays). What is
-    left is renormalised and drawn from by inversion, in order of the indices. Each argument of a
-    row may be one number, a tensor of one number, or a tensor of one a row, `logits.shape[:-1]`.
+    is at most 1 - top_p (of equal ones the lower index first; the largest always stays), then codes
+    of less than min_p times the largest probability. What is left is renormalised and drawn from by
+    inversion, in order of the indices. A code whose logit, or whose unconditional logit where there
+    is guidance, is -infinity or the lowest number of its dtype is masked: it is never drawn. Each
+    argument of a row may be one number, a tensor of one number, or a tensor of one a row,
+    `logits.shape[:-1]`.
 
     Args:
         logits: [..., V] float32, bfloat16 or float16. A slice of a larger vocabulary, any strides
             of the rows, halves of a batch: nothing is copied as long as a row's codes lie side by
             side.
-        top_k: how many codes may stay; <= 0 is off, 1 is the argmax with the lowest index.
+        top_k: how many codes may stay; <= 0 and V or more are off, 1 is the argmax with the lowest
+            index.
         top_p: the probability that stays; <= 0 is off.
+        min_p: of the largest probability, what a code must have to stay; <= 0 is off.
         temperature: what logits are divided by, after guidance.
         uncond: [..., V], logits of the unconditional prompt, of the dtype of `logits`.
         guidance: t of classifier-free guidance; 0 leaves `uncond` unread.
         vocab: (start, stop), the codes to draw from; others are never read.
         generator: draws the seed where none is given; torch's own by default. A CUDA generator is
             asked on the device, so a captured CUDA graph draws anew in every replay.
-        seed: of the random numbers, 64 bits. A tensor is read on the device, when the kernel runs;
-            one seed a row must have just the shape of the rows, as rows that share a seed by
-            broadcasting would all draw alike.
-        offset: place in the seed's stream, 0 by default. With one seed and one offset, row r of the
-            flattened batch draws at offset + r; with a seed or an offset for each row, each row
-            draws at just its own.
+        seed: of the random numbers, any integer, taken modulo 2^64. A tensor is read on the device,
+            when the kernel runs; one seed a row must have just the shape of the rows, as rows that
+            share a seed by broadcasting would all draw alike.
+        offset: place in the seed's stream, 0 by default, modulo 2^64. With one seed and one offset,
+            row r of the flattened batch draws at offset + r; with a seed or an offset for each row,
+            each row draws at just its own.
         out: int64 tensor for the indices, of shape `logits.shape[:-1]`.
         return_probability: return a `Draw` with the drawn code's probability.
         check: look at the data and raise errors for it: on by default on the CPU; elsewhere it
@@ -117,9 +192,10 @@ def sample_top_k_top_p(
 
     Raises:
         RuntimeError: dtypes, shapes or devices do not fit; with `check`, a row of logits holds a
-            NaN, +infinity or nothing but -infinity, or top_k > V, top_p > 1, temperature or
+            NaN, +infinity or nothing but masked codes, or top_p > 1, min_p > 1, temperature or
             guidance out of range. The message names the argument and the row.
-        ValueError: vocab or an argument's shape makes no sense.
+        ValueError: an argument is of a wrong kind, shape or device, top_k is 2^31 or more, vocab
+            makes no sense, or there are both a seed and a generator.
     """
     if logits.dim() == 0:
         raise ValueError("logits must have a dimension of codes, got a number")
@@ -128,41 +204,38 @@ def sample_top_k_top_p(
             f"uncond must have the shape of logits {list(logits.shape)}, got {list(uncond.shape)}"
         )
     if vocab is not None:
-        start, stop = vocab
-        if not 0 <= start < stop <= logits.shape[-1]:
-            raise ValueError(
-                f"vocab must be a slice (start, stop) of {logits.shape[-1]} codes that is not "
-                f"empty, got {tuple(vocab)}"
-            )
+        start, stop = _slice(vocab, logits.shape[-1])
         logits = logits.narrow(-1, start, stop - start)
         uncond = None if uncond is None else uncond.narrow(-1, start, stop - start)
     shape, device = logits.shape[:-1], logits.device
+    _check_source(seed, generator)
     if seed is None:
         where = device if generator is None else generator.device
-        seed = torch.randint(_SEEDS, (), generator=generator, device=where)
-    elif not isinstance(seed, Tensor):
-        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, signed
-    elif seed.dim() > 0 and seed.shape != shape:
+        seed = torch.randint(_SEEDS, (), generator=generator, device=where).to(device)
+    elif isinstance(seed, Tensor) and seed.dim() > 0 and seed.shape != shape:
         raise ValueError(
             f"seed must be one number or one for each row of logits {list(shape)}, got shape "
             f"{list(seed.shape)}"
         )
+
     indices, probability = torch.ops.tokenflow_ext.sample_top_k_top_p(
         _as_rows(logits.detach()),
         None if uncond is None else _as_rows(uncond.detach()),
-        *_row_argument(top_k, "top_k", torch.int64, shape, device),
-        *_row_argument(top_p, "top_p", torch.float64, shape, device),
-        *_row_argument(temperature, "temperature", torch.float64, shape, device),
-        *_row_argument(guidance, "guidance", torch.float64, shape, device),
-        *_row_argument(seed, "seed", torch.int64, shape, device),
-        *_row_argument(0 if offset is None else offset, "offset", torch.int64, shape, device),
+        *_row_argument(top_k, "top_k", _count, shape, device),
+        *_row_argument(top_p, "top_p", _float, shape, device),
+        *_row_argument(min_p, "min_p", _float, shape, device),
+        *_row_argument(temperature, "temperature", _float, shape, device),
+        *_row_argument(guidance, "guidance", _float, shape, device),
+        *_row_argument(seed, "seed", _bits, shape, device),
+        *_row_argument(0 if offset is None else offset, "offset", _bits, shape, device),
         device.type == "cpu" if check is None else check,
     )
     indices = indices.view(shape)
     if out is not None:
-        if out.shape != shape or out.dtype != torch.int64:
+        if out.shape != shape or out.dtype != torch.int64 or out.device != device:
             raise ValueError(
-                f"out must be int64 of shape {list(shape)}, got {out.dtype} {list(out.shape)}"
+                f"out must be int64 of shape {list(shape)} on {device}, got {out.dtype} "
+                f"{list(out.shape)} on {out.device}"
             )
         indices = out.copy_(indices)
     return Draw(indices, probability.view(shape)) if return_probability else indices
@@ -201,6 +274,8 @@ class MultiStepSampler:
     """Of each step; <= 0 is off, 1 is the argmax."""
     top_p: Sequence[float] = (0.8, 0.8, 0.0)
     """Of each step; <= 0 is off."""
+    min_p: float | Sequence[float] = 0.0
+    """Of each step, or one number for all; <= 0 is off."""
     guidance: float = 7.5
     """cfg of the paper, reached at the last scale."""
     temperature: float = 1.0
@@ -214,6 +289,11 @@ class MultiStepSampler:
             raise ValueError(
                 f"top_k and top_p must name as many steps, at least one, got {self.top_k} and "
                 f"{self.top_p}"
+            )
+        if isinstance(self.min_p, Sequence) and len(self.min_p) != len(self.top_k):
+            raise ValueError(
+                f"min_p must be one number or one for each of {len(self.top_k)} steps, got "
+                f"{self.min_p}"
             )
         if not self.scales:
             raise ValueError("scales must not be empty")
@@ -286,6 +366,7 @@ class MultiStepSampler:
             logits,
             top_k=self.top_k[step],
             top_p=self.top_p[step],
+            min_p=self.min_p[step] if isinstance(self.min_p, Sequence) else self.min_p,
             temperature=self.temperature,
             uncond=uncond if t != 0 else None,
             guidance=t if uncond is not None else 0.0,
@@ -334,21 +415,92 @@ class MultiStepSampler:
         ]
 
 
+class _DrawnScores(Tensor):
+    """Scores whose token a `SamplingLogitsProcessor` draws. Functions of them see an ordinary
+    tensor, and what they return is such scores again; but when `torch.multinomial` is asked for a
+    token, as `generate` does with `do_sample`, it is the processor that draws. Other ways to pick a
+    token know nothing of the seed and are refused."""
+
+    plain: Tensor
+    processor: SamplingLogitsProcessor
+
+    @classmethod
+    def of(cls, plain: Tensor, processor: SamplingLogitsProcessor) -> _DrawnScores:
+        scores = plain.as_subclass(cls)
+        scores.plain, scores.processor = plain, processor
+        return scores
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, _types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        processors = []
+
+        def plain(value: Any) -> Any:
+            if type(value) in (tuple, list):
+                return type(value)(map(plain, value))
+            if not isinstance(value, cls):
+                return value
+            processors.append(value.processor)
+            return value.plain
+
+        plain_args = plain(args)
+        plain_kwargs = {name: plain(value) for name, value in (kwargs or {}).items()}
+        processor = processors[0]
+        if func in (torch.multinomial, Tensor.multinomial):
+            return processor.draw(*plain_args, **plain_kwargs)
+        if processor.seed is not None or processor.generator is not None:
+            if func in (torch.argmax, Tensor.argmax):
+                raise ValueError(
+                    "seed and generator: without do_sample generate takes the likeliest token; "
+                    "pass do_sample=True, or neither of them"
+                )
+            if func is Tensor.__setitem__ and not isinstance(args[0], cls):
+                raise ValueError(
+                    "seed and generator: assisted decoding (assistant_model, "
+                    "prompt_lookup_num_tokens) draws with torch's own generator; pass neither"
+                )
+        out = func(*plain_args, **plain_kwargs)
+        floating = isinstance(out, Tensor) and out.is_floating_point()
+        return cls.of(out, processor) if floating else out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.plain.clone()
+
+
 class SamplingLogitsProcessor:
-    """Draws inside transformers' `generate`: scores become 0 at the drawn token, -inf elsewhere, so
-    that whatever `generate` does with them next, greedy or sampling, picks that token.
+    """What `sample_top_k_top_p` does before it draws, as one logits processor of transformers'
+    `generate`: a slice of the vocabulary, guidance, temperature, top-k, top-p and min-p.
 
-        model.generate(ids, logits_processor=[SamplingLogitsProcessor(top_k=1200, top_p=0.8)])
+        processor = SamplingLogitsProcessor(top_k=1200, top_p=0.8, seed=0)
+        model.generate(ids, do_sample=True, top_k=0, logits_processor=[processor])
 
-    Leave `generate`'s own top_k, top_p and temperature at what switches them off; they would change
-    nothing but cost their time.
+    Scores are guided and divided by the temperature, those of dropped codes are -inf. `generate`
+    goes on from there as with its own processors: `do_sample`, `num_beams`, an assistant and the
+    filters that it puts behind (with `do_sample` it has a top_k of 50 by default) do what they
+    always do, and `scores` of its output are those drawn from. Unguided and at temperature 1 the
+    scores that stay are as they were.
+
+    With a seed, a generator or guidance, the token is drawn here, where `generate` with `do_sample`
+    asks torch for it: after all other filters, in the seed's stream, one token for both halves of
+    guidance.
 
     Args:
-        top_k, top_p, temperature, vocab, generator, check: as for `sample_top_k_top_p`.
+        top_k, top_p, min_p, temperature, vocab: as for `sample_top_k_top_p`.
         guidance: t of classifier-free guidance. With t != 0 the batch holds the conditional rows
             and, after them, as many unconditional ones; both halves take the token drawn.
-        seed: of all draws; each call goes on in its stream where the last one ended. By default
-            each call draws a seed from `generator`.
+        seed: of all draws; each draw goes on in its stream where the last one ended.
+        generator: draws a seed for each draw.
+        check: look at the scores and raise errors for them: on by default on the CPU; elsewhere it
+            waits for the device.
+
+    Raises:
+        ValueError: an argument is out of range; scores are not [B, V], or of an odd number of rows
+            with guidance; with `check`, a row leaves no token; with a seed or a generator,
+            `generate` draws elsewhere (assisted decoding, beams) or not at all (`do_sample=False`).
     """
 
     def __init__(
@@ -356,6 +508,7 @@ class SamplingLogitsProcessor:
         *,
         top_k: int = 0,
         top_p: float = 0.0,
+        min_p: float = 0.0,
         temperature: float = 1.0,
         guidance: float = 0.0,
         vocab: tuple[int, int] | None = None,
@@ -363,37 +516,80 @@ class SamplingLogitsProcessor:
         seed: int | None = None,
         check: bool | None = None,
     ) -> None:
-        self.settings = {
-            "top_k": top_k,
-            "top_p": top_p,
-            "temperature": temperature,
-            "vocab": vocab,
-            "generator": generator,
-            "check": check,
-        }
-        self.guidance = guidance
-        self.seed = seed
+        self.top_k = _count(top_k, "top_k")
+        self.top_p = _float(top_p, "top_p")
+        self.min_p = _float(min_p, "min_p")
+        self.temperature = _float(temperature, "temperature")
+        self.guidance = _float(guidance, "guidance")
+        for name in ("top_p", "min_p"):
+            if not getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not abs(self.guidance) <= 1e30:
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
+        self.vocab = vocab
+        _check_source(seed, generator)
+        self.seed = None if seed is None else _bits(seed, "seed")
+        self.generator = generator
+        self.check = check
         self.drawn = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] with one token left in each row."""
-        cond, uncond = scores, None
-        if self.guidance != 0:
-            if scores.shape[0] % 2:
-                raise ValueError(
-                    "with guidance, scores must hold as many unconditional rows after the "
-                    f"conditional ones, got {scores.shape[0]} rows"
-                )
-            cond, uncond = scores.chunk(2)
-        tokens = sample_top_k_top_p(
+        """Scores [B, V] as they are to be drawn from."""
+        if scores.dim() != 2:
+            raise ValueError(f"scores must be [B, V], got shape {list(scores.shape)}")
+        rows, codes = scores.shape
+        if self.guidance != 0 and rows % 2:
+            raise ValueError(
+                "with guidance, scores must hold as many unconditional rows after the "
+                f"conditional ones, got {rows} rows"
+            )
+        cond, uncond = (scores, None) if self.guidance == 0 else scores.chunk(2)
+        start, stop = (0, codes) if self.vocab is None else _slice(self.vocab, codes)
+        z = filtered_logits(
             cond,
             uncond=uncond,
             guidance=self.guidance,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            temperature=self.temperature,
+            vocab=(start, stop),
+        )
+        if scores.device.type == "cpu" if self.check is None else self.check:
+            empty = ~(z > -torch.inf).any(dim=-1)
+            if empty.any():
+                row = int(empty.nonzero()[0])
+                raise ValueError(f"scores must leave a token to draw, got none in row {row}")
+        # Rows that would overflow are moved, which no softmax notices. The bound of the temperature
+        # is one below which no float32 that is not the largest has a share.
+        z = z / max(self.temperature, 1e-200)
+        most = torch.finfo(scores.dtype).max
+        z = z - (z.amax(dim=-1, keepdim=True) - most).clamp(min=0)
+        filtered = scores.new_full((len(cond), codes), -torch.inf)
+        filtered[:, start:stop] = z
+        if uncond is not None:
+            filtered = filtered.repeat(2, 1)
+        if self.seed is None and self.generator is None and uncond is None:
+            return filtered
+        return _DrawnScores.of(filtered, self)
+
+    def draw(self, probabilities: Tensor, num_samples: int, replacement: bool = False) -> Tensor:
+        """Tokens [B, 1] of probabilities [B, V], with guidance the same for both halves; called as
+        `torch.multinomial` is."""
+        if num_samples != 1:
+            raise ValueError(
+                "seed, generator and guidance draw one token a row, and generate with num_beams "
+                f"and do_sample asks for {num_samples}; pass num_beams=1 or do_sample=False"
+            )
+        rows = probabilities if self.guidance == 0 else probabilities.chunk(2)[0]
+        tokens = sample_top_k_top_p(
+            rows.log(),
             seed=self.seed,
             offset=None if self.seed is None else self.drawn,
-            **self.settings,
+            generator=self.generator,
+            check=self.check,
         )
-        self.drawn += cond.shape[0]
-        start = 0 if self.settings["vocab"] is None else self.settings["vocab"][0]
-        tokens = (tokens + start).repeat(scores.shape[0] // cond.shape[0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
+        self.drawn += len(rows)
+        return tokens.repeat(len(probabilities) // len(rows)).unsqueeze(1)

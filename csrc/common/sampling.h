@@ -1,11 +1,14 @@
-// Drawing a code from logits, filtered by top-k and top-p: the arithmetic that both back ends
-// share, so that they draw the same code for the same seed.
+// Drawing a code from logits, filtered by top-k, top-p and min-p: the arithmetic that both back
+// ends share, so that they draw the same code for the same seed.
 //
-//   z_i = (1 + t) logits_i - t uncond_i                       (guidance t, rounded as `guided`
-//   does) top-k: the codes with z_i >= the k-th largest stay, ties included w_i = exp((z_i - max z)
-//   / temperature), a fixed-point number of kWeightBits fractional bits top-p: in ascending order
-//   of (z_i, i), codes are dropped while the sum of their w is at most
+//   z_i = (1 + t) logits_i - t uncond_i, times a power of two (guidance t, rounded as `guided`
+//   does);
+//         masked codes (`Combined`) have no part in what follows
+//   top-k: the codes with z_i >= the k-th largest stay, ties included
+//   w_i = exp((z_i - max z) / temperature), a fixed-point number of kWeightBits fractional bits
+//   top-p: in ascending order of (z_i, i), codes are dropped while the sum of their w is at most
 //          (1 - p) of the whole; the last one always stays
+//   min-p: codes with w_i < min_p * max w are dropped
 //   draw:  the first i, in order of i, at which the running sum of w exceeds random * sum
 //
 // After `guided` everything is exact: codes are compared by integer keys, weights are integers, and
@@ -59,6 +62,7 @@ struct SampleArgs {
   LogitRows uncond;  // data may be null: no guidance
   RowArgument<int64_t> top_k;
   RowArgument<double> top_p;
+  RowArgument<double> min_p;
   RowArgument<double> temperature;
   RowArgument<double> guidance;
   // With one seed and one offset for all rows, row r draws at offset + r.
@@ -72,6 +76,9 @@ struct SampleArgs {
 // The largest number of codes whose weights can be summed in 64 bits with room to spare.
 constexpr int64_t kMostCodes = int64_t{1} << 22;
 
+// Beyond the number of codes top-k is off; beyond this it is no number of codes but a mistake.
+constexpr int64_t kLargestTopK = 0x7fffffff;
+
 // What is wrong with a row. The draw is defined all the same (tokenflow_ext/sampler.py says how).
 enum SampleStatus : uint8_t {
   kLogitsNaN = 1,
@@ -81,26 +88,43 @@ enum SampleStatus : uint8_t {
   kTopPOutOfRange = 16,
   kTemperatureNotPositive = 32,
   kGuidanceNotFinite = 64,
+  kMinPOutOfRange = 128,
 };
 
-// How a row's two logits become one.
+// Fractional bits of a weight: weights are 0 .. 2^40, and the largest code's is 2^40.
+constexpr int kWeightBits = 40;
+
+// How a row's two logits become one: factors of a z that is `scale` times the true one.
 struct Guidance {
   float cond_factor;    // 1 + t
   float uncond_factor;  // -t
+  double scale;         // a power of two
   bool on;              // else z is the logits as they are
 };
 
+TF_HOST_DEVICE bool is_finite_guidance(double t) { return t >= -1.0e30 && t <= 1.0e30; }
+
 TF_HOST_DEVICE Guidance guidance_of(const SampleArgs& args, int64_t row) {
   const double t = value_at(args.guidance, row);
-  return {static_cast<float>(1.0 + t), static_cast<float>(-t),
-          args.uncond.data != nullptr && t != 0};
+  if (args.uncond.data == nullptr || t == 0) return {1.0f, 0.0f, 1.0, false};
+  if (!is_finite_guidance(t)) return {NAN, NAN, 1.0, true};
+  // With (|1 + t| + |t|) scale < 1/2, no z of finite logits overflows; only what is subnormal loses
+  // bits by it. The sum is at least 1, a normal number.
+  const double sum = fabs(1.0 + t) + fabs(t);
+  uint64_t bits;
+  memcpy(&bits, &sum, sizeof(bits));
+  bits = (uint64_t{2044} - (bits >> 52)) << 52;
+  double scale;
+  memcpy(&scale, &bits, sizeof(scale));
+  return {static_cast<float>((1.0 + t) * scale), static_cast<float>(-t * scale), scale, true};
 }
 
 // A row's other arguments as the kernels use them.
 struct RowSettings {
-  int64_t top_k;              // 1 .. codes; 1 is argmax, codes is off
-  double droppable_share;     // 1 - top_p; < 0 is off
-  float inverse_temperature;  // not negative
+  int64_t top_k;                    // 1 .. codes; 1 is argmax, codes is off
+  double droppable_share;           // 1 - top_p; < 0 is off
+  uint64_t least_weight;            // of a code that stays; 0 is off
+  float twice_inverse_temperature;  // of z, with its scale; not negative
   uint64_t random;
   uint8_t status;
 };
@@ -111,17 +135,23 @@ TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
   const double top_p = value_at(args.top_p, row);
   const double temperature = value_at(args.temperature, row);
   settings.top_k = top_k > 0 && top_k < args.codes ? top_k : args.codes;
-  if (top_k > args.codes) settings.status |= kTopKTooLarge;
+  if (top_k > kLargestTopK) settings.status |= kTopKTooLarge;
   settings.droppable_share = top_p > 0 ? (top_p < 1 ? 1.0 - top_p : 0.0) : -1.0;
   if (!(top_p <= 1)) settings.status |= kTopPOutOfRange;
+  const double min_p = value_at(args.min_p, row);
+  if (min_p > 0 && min_p <= 1) {
+    settings.least_weight =
+        static_cast<uint64_t>(ceil(min_p * static_cast<double>(uint64_t{1} << kWeightBits)));
+  }
+  if (!(min_p <= 1)) settings.status |= kMinPOutOfRange;
   if (temperature > 0) {
-    settings.inverse_temperature = static_cast<float>(1.0 / temperature);
+    const double scale = guidance_of(args, row).scale;
+    settings.twice_inverse_temperature = static_cast<float>(2.0 / temperature / scale);
   } else {
     settings.top_k = 1;  // the limit of small temperatures
   }
   if (!(temperature > 0 && temperature <= 1.7e308)) settings.status |= kTemperatureNotPositive;
-  const double guidance = value_at(args.guidance, row);
-  if (args.uncond.data && !(guidance >= -1.0e30 && guidance <= 1.0e30)) {
+  if (args.uncond.data && !is_finite_guidance(value_at(args.guidance, row))) {
     settings.status |= kGuidanceNotFinite;
   }
   uint64_t place = static_cast<uint64_t>(value_at(args.offset, row));
@@ -135,25 +165,49 @@ TF_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner, int64_
   return row / inner * rows.outer_stride + row % inner * rows.inner_stride;
 }
 
-// z of one code. The product is rounded, then one fused multiply-add: the same bits everywhere.
-TF_HOST_DEVICE float guided(float logit, float uncond, const Guidance& guidance) {
-  return fmaf(guidance.cond_factor, logit, guidance.uncond_factor * uncond);
-}
-
-// What makes a NaN of z an error rather than a masked code: an -infinity of the logits stays
-// masked whatever the unconditional logit is.
-TF_HOST_DEVICE bool is_nan_logit(float logit, float z) { return z != z && !(logit == -INFINITY); }
+// Conditions on codes are words, all ones or zero: loops over selects of floats are left scalar by
+// compilers for all but AVX-512.
+TF_HOST_DEVICE uint32_t word_of(bool condition) { return condition ? ~0u : 0u; }
 
 // Keys are ordered as the numbers are; both zeros have one key, a NaN has that of -infinity. Codes
 // with that key are masked: they are never drawn.
 constexpr uint32_t kMaskedKey = 0x007fffffu;
 constexpr uint32_t kInfinityKey = 0xff800000u;
 
-TF_HOST_DEVICE uint32_t key_of(float z) {
-  z = (z > -INFINITY ? z : -INFINITY) + 0.0f;
+TF_HOST_DEVICE uint32_t key_of(float z, uint32_t masked = 0) {
+  masked |= word_of(z != z);
+  z += 0.0f;
   uint32_t bits;
   memcpy(&bits, &z, sizeof(bits));
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  bits ^= static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
+  return (bits & ~masked) | (kMaskedKey & masked);
+}
+
+// A code's z, and whether it is masked: its logit, or the unconditional one, is -infinity or the
+// lowest number of the type. For float32 that is bfloat16's, so that a mask is one after a cast
+// too. A masked code's z means nothing.
+struct Combined {
+  float z;
+  uint32_t masked;
+};
+
+template <LogitType kType>
+TF_HOST_DEVICE Combined unguided(float logit) {
+  return {logit, word_of(logit <= (kType == LogitType::kHalf ? -65504.0f : -3.38953139e38f))};
+}
+
+// The product is rounded, then one fused multiply-add: the same bits everywhere.
+template <LogitType kType>
+TF_HOST_DEVICE Combined guided(float logit, float uncond, const Guidance& guidance) {
+  return {fmaf(guidance.cond_factor, logit, guidance.uncond_factor * uncond),
+          unguided<kType>(logit).masked | unguided<kType>(uncond).masked};
+}
+
+TF_HOST_DEVICE uint32_t key_of(const Combined& code) { return key_of(code.z, code.masked); }
+
+// Whether z is a NaN that makes the row's inputs wrong, as a word.
+TF_HOST_DEVICE uint32_t is_nan(const Combined& code) {
+  return word_of(code.z != code.z) & ~code.masked;
 }
 
 TF_HOST_DEVICE float value_of(uint32_t key) {
@@ -163,19 +217,18 @@ TF_HOST_DEVICE float value_of(uint32_t key) {
   return z;
 }
 
-// Fractional bits of a weight: weights are 0 .. 2^40, and the largest code's is 2^40.
-constexpr int kWeightBits = 40;
-
 // A logit this far below the largest, times the temperature, has weight zero.
 constexpr float kWeightlessBelow = 30.0f;
 
-// exp((z - largest) * inverse_temperature) in fixed point, rounded down. With d the exponent as
+// exp((z - largest) / temperature) in fixed point, rounded down. With d the exponent as
 // rounded, n = rint(d / ln 2) and r = d - n ln 2, exp(r) is a polynomial of degree 6 (minimax on
 // |r| <= ln 2 / 2, off by 2^-27.9) whose 24 bits are shifted into place: within 2^-23 of exp(d),
 // and 2^-40 for what the shift cuts off. Neither operand may be a NaN.
-TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest, float inverse_temperature) {
+TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest,
+                                           float twice_inverse_temperature) {
   const float toward_integer = 12582912.0f;  // 1.5 2^23: adding it leaves no fractional bits
-  float d = (z - largest) * inverse_temperature;
+  // Half the difference: the difference of two float32 need not be one.
+  float d = fmaf(0.5f, z, -0.5f * largest) * twice_inverse_temperature;
   d = z == largest ? 0.0f : d;  // infinity - infinity, and 0 times infinity
   d = d > -40.0f ? d : -40.0f;  // weight zero, as is a NaN's
   const float n = fmaf(d, 1.44269504f, toward_integer) - toward_integer;
@@ -194,8 +247,8 @@ TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest, float inverse
 }
 
 // A key that no code with a weight lies below.
-TF_HOST_DEVICE uint32_t least_weighted_key(float largest, float inverse_temperature) {
-  const float least = largest - kWeightlessBelow / inverse_temperature;
+TF_HOST_DEVICE uint32_t least_weighted_key(float largest, float twice_inverse_temperature) {
+  const float least = largest - 2.0f * kWeightlessBelow / twice_inverse_temperature;
   const uint32_t key = key_of(least);  // that of -infinity for a NaN
   return key > kMaskedKey ? key : kMaskedKey + 1;
 }

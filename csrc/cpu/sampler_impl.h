@@ -21,14 +21,17 @@ namespace tokenflow::cpu {
 namespace {
 
 struct FloatLogit {
+  static constexpr LogitType kType = LogitType::kFloat;
   typedef float Stored;
   static inline float load(Stored stored) { return stored; }
 };
 struct BFloat16Logit {
+  static constexpr LogitType kType = LogitType::kBFloat16;
   typedef uint16_t Stored;
   static inline float load(Stored stored) { return from_bfloat16(stored); }
 };
 struct HalfLogit {
+  static constexpr LogitType kType = LogitType::kHalf;
   typedef uint16_t Stored;
   static inline float load(Stored stored) { return from_float16(stored); }
 };
@@ -56,9 +59,10 @@ static inline uint32_t make_keys_of(const typename Logit::Stored* logits,
   uint32_t any_nan = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float logit = Logit::load(logits[i]);
-    const float z = kGuided ? guided(logit, Logit::load(uncond[i]), guidance) : logit;
-    any_nan |= is_nan_logit(logit, z) ? 1u : 0u;
-    keys[i] = key_of(z);
+    const Combined code = kGuided ? guided<Logit::kType>(logit, Logit::load(uncond[i]), guidance)
+                                  : unguided<Logit::kType>(logit);
+    any_nan |= is_nan(code);
+    keys[i] = key_of(code);
   }
   return any_nan;
 }
@@ -292,7 +296,7 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
   const int64_t padded = (args.codes + kBlockOfKeys - 1) / kBlockOfKeys * kBlockOfKeys;
   const float maximum = value_of(largest);
   const uint32_t end = largest + 1;
-  uint32_t bound = least_weighted_key(maximum, settings.inverse_temperature);
+  uint32_t bound = least_weighted_key(maximum, settings.twice_inverse_temperature);
 
   // A bound of the k-th largest key: k of the groups' maxima are no smaller.
   const int64_t k = settings.top_k, groups = padded / kGroupCodes;
@@ -316,7 +320,7 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
 
   uint64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
-    weights[i] = fixed_point_weight(value_of(keys[i]), maximum, settings.inverse_temperature);
+    weights[i] = fixed_point_weight(value_of(keys[i]), maximum, settings.twice_inverse_temperature);
   }
   total = sum(weights, count);
 
@@ -335,6 +339,13 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
       total -= weights[i];
       weights[i] = 0;
     }
+  }
+
+  if (settings.least_weight > 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      weights[i] = weights[i] < settings.least_weight ? 0 : weights[i];
+    }
+    total = sum(weights, count);
   }
 
   const int64_t chosen = find_in_running_sum(weights, count, scaled_random(settings.random, total));

@@ -1,4 +1,5 @@
-// Top-k, top-p and the draw, a row a block. Every thread of a block follows the same branches.
+// Top-k, top-p, min-p and the draw, a row a block. Every thread of a block follows the same
+// branches.
 #include "device.cuh"
 #include "sampler.h"
 
@@ -52,8 +53,8 @@ struct Row {
   __device__ __forceinline__ float unconditional(int i) const {
     return guidance.on ? load_logit<kType>(uncond, first_uncond + i) : 0.0f;
   }
-  __device__ __forceinline__ float combined(float logit, float unconditional) const {
-    return guidance.on ? guided(logit, unconditional, guidance) : logit;
+  __device__ __forceinline__ Combined combined(float logit, float unconditional) const {
+    return guidance.on ? guided<kType>(logit, unconditional, guidance) : unguided<kType>(logit);
   }
 };
 
@@ -237,7 +238,7 @@ struct Team {
 // Grid: a block for every row; it owns the row's draw. Shared memory: 24 bytes a thread, and 4 a
 // code for its key where the device has room for all (128 KiB for 32,768 codes); else the logits
 // are read again, from the second-level cache as a rule. Bytes: each logit once. Operations: about
-// 10 a code for its key, then 2 for a code to see whether it may be among the k largest, and some
+// 15 a code for its key, then 2 for a code to see whether it may be among the k largest, and some
 // hundred for each of the few that may be. Bound by memory where there are rows for every
 // multiprocessor, else by the latency of about 60 barriers.
 //
@@ -275,9 +276,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n) {
       const int i = first + n * kThreads;
-      const float z = row.combined(logit[n], unconditional[n]);
-      any_nan |= is_nan_logit(logit[n], z);
-      const uint32_t key = i < codes ? key_of(z) : kMaskedKey;
+      const Combined code = row.combined(logit[n], unconditional[n]);
+      any_nan |= is_nan(code) != 0;
+      const uint32_t key = i < codes ? key_of(code) : kMaskedKey;
       if (i < codes && keeps_keys) row_keys[i] = key;
       group_max[n % kGroups] = key > group_max[n % kGroups] ? key : group_max[n % kGroups];
     }
@@ -316,11 +317,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const float maximum = value_of(largest);
-  const float inverse_temperature = settings.inverse_temperature;
+  const float twice_inverse_temperature = settings.twice_inverse_temperature;
   const auto weight = [&](uint32_t key) {
-    return fixed_point_weight(value_of(key), maximum, inverse_temperature);
+    return fixed_point_weight(value_of(key), maximum, twice_inverse_temperature);
   };
-  uint32_t bound = least_weighted_key(maximum, inverse_temperature);
+  uint32_t bound = least_weighted_key(maximum, twice_inverse_temperature);
   const uint64_t k = static_cast<uint64_t>(settings.top_k);
   if (settings.top_k < codes) {
     int own = 0;
@@ -381,11 +382,21 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  const uint64_t least_weight = settings.least_weight;
+  const auto kept_weight = [&](int i) {
+    const uint32_t key = entries.key(i);
+    const uint64_t kept =
+        key > bound || (key == bound && i >= first_equal) ? weight(key) : uint64_t{0};
+    return kept >= least_weight ? kept : uint64_t{0};
+  };
+  if (least_weight > 0) {
+    own = 0;
+    for (int i = team.thread(); i < entries.count; i += kThreads) own += kept_weight(i);
+    total = team.sum(own);
+  }
+
   const int chosen =
-      team.find_in_running_sum(entries.count, scaled_random(settings.random, total), [&](int i) {
-        const uint32_t key = entries.key(i);
-        return key > bound || (key == bound && i >= first_equal) ? weight(key) : uint64_t{0};
-      });
+      team.find_in_running_sum(entries.count, scaled_random(settings.random, total), kept_weight);
   if (team.thread() == 0) {
     args.indices[row_number] = entries.place(chosen);
     args.probability[row_number] = static_cast<float>(

@@ -53,9 +53,9 @@ inline void check_status(const Tensor& status_tensor) {
   const uint8_t* bits = data<uint8_t>(status);
   for (int64_t row = 0; row < status.numel(); ++row) {
     const auto ok = [&](SampleStatus bit) { return (bits[row] & bit) == 0; };
-    STD_TORCH_CHECK(ok(kTopKTooLarge),
-                    "top_k must be at most the number of codes, got more in row ", row);
+    STD_TORCH_CHECK(ok(kTopKTooLarge), "top_k must be at most 2**31 - 1, got more in row ", row);
     STD_TORCH_CHECK(ok(kTopPOutOfRange), "top_p must be at most 1, got more or a NaN in row ", row);
+    STD_TORCH_CHECK(ok(kMinPOutOfRange), "min_p must be at most 1, got more or a NaN in row ", row);
     STD_TORCH_CHECK(ok(kTemperatureNotPositive),
                     "temperature must be positive and finite, got another in row ", row);
     STD_TORCH_CHECK(ok(kGuidanceNotFinite), "guidance must be finite, got another in row ", row);
@@ -63,7 +63,7 @@ inline void check_status(const Tensor& status_tensor) {
     STD_TORCH_CHECK(ok(kLogitsInfinite),
                     "logits must not hold +infinity, with guidance, got one in row ", row);
     STD_TORCH_CHECK(ok(kLogitsMasked),
-                    "logits must leave a code to draw, got nothing but -infinity in row ", row);
+                    "logits must leave a code to draw, got nothing but masked codes in row ", row);
   }
 }
 
@@ -71,10 +71,11 @@ template <typename Backend>
 struct SamplerOperator {
   static std::tuple<Tensor, Tensor> sample_top_k_top_p(
       Tensor logits, std::optional<Tensor> uncond, int64_t top_k, std::optional<Tensor> top_k_rows,
-      double top_p, std::optional<Tensor> top_p_rows, double temperature,
-      std::optional<Tensor> temperature_rows, double guidance, std::optional<Tensor> guidance_rows,
-      int64_t seed, std::optional<Tensor> seed_rows, int64_t offset,
-      std::optional<Tensor> offset_rows, bool check) {
+      double top_p, std::optional<Tensor> top_p_rows, double min_p,
+      std::optional<Tensor> min_p_rows, double temperature, std::optional<Tensor> temperature_rows,
+      double guidance, std::optional<Tensor> guidance_rows, int64_t seed,
+      std::optional<Tensor> seed_rows, int64_t offset, std::optional<Tensor> offset_rows,
+      bool check) {
     check_dim(logits, 3, "logits");
     SampleArgs args = {};
     args.type = logit_type(logits);
@@ -92,6 +93,7 @@ struct SamplerOperator {
     }
     args.top_k = row_argument(top_k, top_k_rows, "top_k", ScalarType::Long, args.rows, logits);
     args.top_p = row_argument(top_p, top_p_rows, "top_p", ScalarType::Double, args.rows, logits);
+    args.min_p = row_argument(min_p, min_p_rows, "min_p", ScalarType::Double, args.rows, logits);
     args.temperature = row_argument(temperature, temperature_rows, "temperature",
                                     ScalarType::Double, args.rows, logits);
     args.guidance =

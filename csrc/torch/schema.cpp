@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   // Each argument of a row is one number, or a tensor of one number or of one a row.
   m.def(
       "sample_top_k_top_p(Tensor logits, Tensor? uncond, int top_k, Tensor? top_k_rows, "
-      "float top_p, Tensor? top_p_rows, float temperature, Tensor? temperature_rows, "
-      "float guidance, Tensor? guidance_rows, int seed, Tensor? seed_rows, int offset, "
-      "Tensor? offset_rows, bool check) -> (Tensor indices, Tensor probability)");
+      "float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows, float temperature, "
+      "Tensor? temperature_rows, float guidance, Tensor? guidance_rows, int seed, "
+      "Tensor? seed_rows, int offset, Tensor? offset_rows, bool check) -> (Tensor indices, "
+      "Tensor probability)");
 }

@@ -85,13 +85,14 @@ void check(const std::string& what, SampleArgs args) {
   });
 }
 
-SampleArgs arguments(int64_t codes, int64_t rows, int64_t top_k, double top_p) {
+SampleArgs arguments(int64_t codes, int64_t rows, int64_t top_k, double top_p, double min_p) {
   SampleArgs args = {};
   args.rows = rows;
   args.inner = 2;
   args.codes = codes;
   args.top_k.value = top_k;
   args.top_p.value = top_p;
+  args.min_p.value = min_p;
   args.temperature.value = 0.8;
   args.guidance.value = 1.25;
   args.seed.value = 12345;
@@ -102,6 +103,7 @@ SampleArgs arguments(int64_t codes, int64_t rows, int64_t top_k, double top_p) {
 struct Filter {
   int64_t top_k;
   double top_p;
+  double min_p = 0;
 };
 
 // Random logits, of `values` different ones if that is positive, some of them masked.
@@ -110,7 +112,9 @@ Floats make_values(int64_t count, unsigned seed, int values, bool masked) {
   std::mt19937 random(seed);
   for (float& logit : logits) {
     if (values > 0) logit = static_cast<float>(static_cast<int>(random() % values)) - 1.0f;
-    if (masked && random() % 3 == 0) logit = -std::numeric_limits<float>::infinity();
+    // Of every type the lowest.
+    const float masks[] = {-std::numeric_limits<float>::infinity(), -3.38953139e38f, -65504.0f};
+    if (masked && random() % 3 == 0) logit = masks[random() % 3];
   }
   return logits;
 }
@@ -119,14 +123,14 @@ void check_rows(const std::string& what, LogitType type, int64_t codes, int64_t 
                 int values, bool masked, const std::vector<Filter>& filters) {
   const int64_t stride = codes + 3;
   const Logits cond(type, make_values(rows * codes, 1, values, masked), rows, codes, 1, stride);
-  const Logits uncond(type, make_values(rows * codes, 2, values, false), rows, codes, 3, codes);
+  const Logits uncond(type, make_values(rows * codes, 2, values, masked), rows, codes, 3, codes);
   for (const Filter& filter : filters) {
-    SampleArgs args = arguments(codes, rows, filter.top_k, filter.top_p);
+    SampleArgs args = arguments(codes, rows, filter.top_k, filter.top_p, filter.min_p);
     args.type = type;
     args.logits = cond.rows();
     if (guided) args.uncond = uncond.rows();
     check(what + ", " + std::to_string(codes) + " codes, k " + std::to_string(filter.top_k) +
-              ", p " + std::to_string(filter.top_p),
+              ", p " + std::to_string(filter.top_p) + ", min p " + std::to_string(filter.min_p),
           args);
   }
 }
@@ -148,8 +152,9 @@ void check_row_arguments() {
   const Logits cond(LogitType::kFloat, values, rows, codes, 0, codes);
   const Logits uncond(LogitType::kFloat, make_values(rows * codes, 6, 0, true), rows, codes, 0,
                       codes);
-  const Indices top_k = {5, 5, 5, 5, 5, 5, 5, 0, -3, 301, 300, 1, 299, 20};
+  const Indices top_k = {5, 5, 5, 5, 5, 5, 5, 0, -3, 301, 300, 1, 299, int64_t{1} << 31};
   const Vector top_p = {0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, -1, 1.5, nan, 1, 0.5, 1e-9, 0.3};
+  const Vector min_p = {0, 0.1, 1, 0.5, 0.5, 1, 0.01, -1, 1.5, nan, 1e-300, 0.5, 0.2, 0.05};
   const Vector temperature = {1, 1, 1, 1, 1, 1, 0.1, 0, -1, nan, infinity, 1e-300, 1e300, 3};
   const Vector guidance = {0, 0, 0, 0, 1, 0, 0.5, 1, 2, 3, 0, nan, infinity, -4};
   Indices seed(rows), offset(rows);
@@ -157,12 +162,13 @@ void check_row_arguments() {
     seed[r] = (r - 7) * 0x123456789abcdefLL;
     offset[r] = r * r << 33;
   }
-  SampleArgs args = arguments(codes, rows, 0, 0);
+  SampleArgs args = arguments(codes, rows, 0, 0, 0);
   args.type = LogitType::kFloat;
   args.logits = cond.rows();
   args.uncond = uncond.rows();
   args.top_k = {top_k.data(), 1, 0};
   args.top_p = {top_p.data(), 1, 0};
+  args.min_p = {min_p.data(), 1, 0};
   args.temperature = {temperature.data(), 1, 0};
   args.guidance = {guidance.data(), 1, 0};
   args.seed = {seed.data(), 1, 0};
@@ -187,7 +193,8 @@ void check_row_arguments() {
 
 int main() {
   const LogitType kTypes[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::kHalf};
-  const std::vector<Filter> few = {{0, 0}, {1, 0}, {3, 0}, {0, 0.7}, {7, 0.8}, {20, 1e-6}};
+  const std::vector<Filter> few = {{0, 0},     {1, 0},      {3, 0},        {0, 0.7},     {7, 0.8},
+                                   {20, 1e-6}, {0, 0, 0.1}, {0, 0.8, 0.3}, {9, 0.9, 0.2}};
   for (const LogitType type : kTypes) {
     for (const bool guided : {false, true}) {
       check_rows("random", type, 33, 3, guided, 0, false, few);
@@ -200,14 +207,15 @@ int main() {
   // Ties: at the k-th place, at top-p's boundary, all equal.
   for (const int values : {1, 2, 3, 5}) {
     check_rows("ties", LogitType::kFloat, 600, 2, false, values, true,
-               {{0, 0}, {1, 0}, {50, 0}, {0, 0.5}, {50, 0.37}, {550, 0.9}});
+               {{0, 0}, {1, 0}, {50, 0}, {0, 0.5}, {50, 0.37}, {550, 0.9}, {550, 0.9, 0.4}});
   }
   // More candidates than the list holds (512), and as many; k beyond the groups' maxima (1024).
   check_rows("long lists", LogitType::kFloat, 4096, 1, true, 0, false,
              {{500, 0.8}, {512, 0.8}, {513, 0}, {1023, 0.9}, {1200, 0.8}, {4095, 0.99}, {0, 0.6}});
   // Blocks of 1024 threads, with keys in shared memory and, as they do not fit, without.
   check_rows("large", LogitType::kFloat, 4097, 1, true, 0, true, {{600, 0.6}});
-  check_rows("without keys", LogitType::kBFloat16, 20001, 1, true, 0, false, {{1200, 0.8}, {1, 0}});
+  check_rows("without keys", LogitType::kBFloat16, 20001, 1, true, 0, false,
+             {{1200, 0.8}, {1200, 0.8, 0.05}, {1, 0}});
   check_rows("without keys or list", LogitType::kFloat, 20001, 1, false, 3, false, {{9000, 0.7}});
   check_row_arguments();
   return 0;

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,9 +29,13 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def exact(logits: Tensor, **arguments: Any) -> Tensor:
     """The distribution in float64, for the values that the kernel reads."""
+
+    def wide(x: Tensor) -> Tensor:
+        return x.double().masked_fill(x == torch.finfo(x.dtype).min, -torch.inf)
+
     if arguments.get("uncond") is not None:
-        arguments["uncond"] = arguments["uncond"].double()
-    return filtered_probabilities(logits.double(), **arguments)
+        arguments["uncond"] = wide(arguments["uncond"])
+    return filtered_probabilities(wide(logits), **arguments)
 
 
 def assert_draws(
@@ -105,6 +110,8 @@ def test_sizes_and_dtypes(device: str, codes: int, dtype: torch.dtype) -> None:
         {"top_p": 0.7},
         {"top_k": 20, "top_p": 0.6},
         {"top_k": 20, "top_p": 0.9, "temperature": 2.0},
+        {"min_p": 0.2},
+        {"top_k": 30, "top_p": 0.9, "min_p": 0.05, "temperature": 1.5},
     ],
     ids=str,
 )
@@ -187,6 +194,149 @@ def test_extremes(device: str) -> None:
         assert (drawn[:, 5] == 0).all()
 
 
+MASKS = {
+    torch.float32: (-torch.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min),
+    torch.bfloat16: (-torch.inf, torch.finfo(torch.bfloat16).min),
+    torch.float16: (-torch.inf, torch.finfo(torch.float16).min),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_masked_codes_are_never_drawn(device: str, data: st.DataObject) -> None:
+    """Whatever the mask, where it is and what is done to the logits; the rest is drawn from as if
+    the masked codes were not there."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows, codes = 40, data.draw(st.sampled_from([2, 5, 16, 50, 129, 700]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    cond = (torch.randn(rows, codes, generator=generator) * 16).round().div(8).to(dtype)
+    uncond = (torch.randn(rows, codes, generator=generator) * 8).round().div(8).to(dtype)
+    guidance = data.draw(st.sampled_from([0.0, 0.3, 1.0, 3.0, 7.5, 1e4, -0.4, -1.0, -2.5]))
+    masked = torch.rand(rows, codes, generator=generator) < data.draw(st.floats(0.1, 0.95))
+    masked[:, data.draw(st.integers(0, codes - 1))] = False  # something to draw
+    where = data.draw(st.sampled_from(["cond", "uncond", "both"]))
+    if where != "uncond":
+        cond[masked] = data.draw(st.sampled_from(MASKS[dtype]))
+    if where != "cond":
+        uncond[masked] = data.draw(st.sampled_from(MASKS[dtype]))
+    arguments = {
+        "guidance": guidance,
+        "top_k": data.draw(st.sampled_from([0, 1, 3, codes])),
+        "top_p": data.draw(st.sampled_from([0.0, 1.0])),
+        "min_p": data.draw(st.sampled_from([0.0, 1e-9])),
+        "temperature": data.draw(st.sampled_from([1.0, 0.7, 1e-30, 1e-300, 50.0])),
+    }
+    draw = sample_top_k_top_p(
+        cond.to(device),
+        uncond=uncond.to(device),
+        seed=5,
+        check=data.draw(st.booleans()),
+        return_probability=True,
+        **arguments,
+    )
+    if where == "uncond" and guidance == 0:
+        masked[:] = False
+    assert not masked[torch.arange(rows), draw.indices.cpu()].any()
+    if guidance < 100 and arguments["temperature"] > 0.1:  # else float32's rounding of z is felt
+        wide = [x.double().masked_fill(masked, -torch.inf) for x in (cond, uncond)]
+        wide[1].masked_fill_(masked, 0.0)
+        assert_draws(draw, exact(wide[0], uncond=wide[1], **arguments), 5, 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guidance", [0.0, 3.0, -2.0])
+def test_a_row_of_masked_codes(device: str, dtype: torch.dtype, guidance: float) -> None:
+    """An error that names the row, or index 0 with probability 0."""
+    for mask in MASKS[dtype]:
+        logits, uncond = randn(3, 40, seed=1).to(dtype), randn(3, 40, seed=2).to(dtype)
+        logits[1, :20] = mask
+        (uncond if guidance else logits)[1, 20:] = mask
+        logits, uncond = logits.to(device), uncond.to(device)
+        arguments = {"uncond": uncond, "guidance": guidance, "seed": 1, "top_k": 7}
+        with pytest.raises(RuntimeError, match="nothing but masked codes in row 1"):
+            sample_top_k_top_p(logits, check=True, **arguments)
+        draw = sample_top_k_top_p(logits, check=False, return_probability=True, **arguments)
+        assert draw.indices[1] == 0
+        assert draw.probability[1] == 0
+        assert (draw.probability[::2] > 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, 1.6e38])
+@pytest.mark.parametrize("guidance", [0.0, 0.4, 7.5, 300.0, -8.5])
+def test_any_magnitude(device: str, size: float, guidance: float) -> None:
+    """Logits up to the largest float32, and a temperature of their size: z does not overflow."""
+    steps = torch.randint(-2, 3, (2, 60, 50), generator=torch.Generator().manual_seed(3)).float()
+    logits, uncond = (steps * size).unbind()
+    temperature = size * max(1.0, abs(guidance))
+    arguments = {"guidance": guidance, "temperature": temperature}
+    probabilities = exact(logits, uncond=uncond, **arguments)
+    for filters in ({}, {"top_k": 20}, {"min_p": 0.05}):
+        if filters:
+            probabilities = exact(logits, uncond=uncond, **arguments, **filters)
+        draw = sample_top_k_top_p(
+            logits.to(device),
+            uncond=uncond.to(device),
+            seed=4,
+            return_probability=True,
+            **arguments,
+            **filters,
+        )
+        assert_draws(draw, probabilities, 4, 1e-4)
+    # At temperature 1 only the largest is left of logits so far apart.
+    if size >= 1:
+        largest = sample_top_k_top_p(
+            logits.to(device), uncond=uncond.to(device), guidance=guidance, top_k=1
+        )
+        z = logits.double() if guidance == 0 else (1 + guidance) * logits.double()
+        z = z - guidance * uncond.double()
+        kept = z.gather(1, largest.cpu().unsqueeze(1)).squeeze(1)
+        assert ((z.amax(1) - kept) <= 1e-6 * z.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("min_p", [1e-12, 0.01, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.7])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 1999])
+def test_min_p(device: str, top_k: int, top_p: float, min_p: float) -> None:
+    logits = (randn(30, 2000, seed=1, scale=2) * 256).round() / 256
+    arguments = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": 0.75}
+    probabilities = exact(logits, **arguments)
+    draw = sample_top_k_top_p(logits.to(device), seed=7, return_probability=True, **arguments)
+    # As in test_is_the_inverse_distribution_function, for top-p's boundary.
+    edge = float(probabilities.masked_fill(probabilities == 0, 1).amin(-1).max()) if top_p else 0.0
+    assert_draws(draw, probabilities, 7, 2e-5 + edge)
+    assert (probabilities.gather(1, draw.indices.cpu().unsqueeze(1)) > 0).all() or top_p
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_min_p_of_each_row_and_at_its_boundary(device: str) -> None:
+    """Weights 1, 1/2, 1/4 ... to the bit: a code at just min_p stays."""
+    logits = -torch.arange(8) * torch.tensor(2.0, dtype=torch.float64).log()
+    logits = logits.float().to(device).expand(3000, 8)
+    for min_p, stay in [(1.0, 1), (0.51, 1), (0.49999, 2), (0.25 - 1e-6, 3), (0.0, 8), (-3.0, 8)]:
+        drawn = sample_top_k_top_p(logits, min_p=min_p, seed=1)
+        assert drawn.unique().tolist() == list(range(stay))
+    min_p = torch.tensor([0.49999, 0.0, 1.0], device=device).repeat(1000)
+    drawn = sample_top_k_top_p(logits, min_p=min_p, seed=1).view(1000, 3)
+    assert [len(drawn[:, i].unique()) for i in range(3)] == [2, 8, 1]
+    ties = torch.zeros(2000, 5, device=device)
+    assert len(sample_top_k_top_p(ties, min_p=1.0, seed=1).unique()) == 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_codes_asked_for_than_there_are(device: str) -> None:
+    logits = randn(50, 64).to(device)
+    off = sample_top_k_top_p(logits, seed=1, top_p=0.9)
+    for top_k in (65, 1200, 2**31 - 1, torch.tensor(2**31 - 1, device=device)):
+        assert torch.equal(off, sample_top_k_top_p(logits, seed=1, top_p=0.9, top_k=top_k))
+    for top_k in (2**31, 2**63 - 1, 2**63, 2**100):
+        with pytest.raises(ValueError, match=f"top_k must be at most .* got {top_k}"):
+            sample_top_k_top_p(logits, top_k=top_k, check=False)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_guidance_keeps_masked_codes_masked(device: str) -> None:
     logits, uncond = randn(100, 64, seed=1), randn(100, 64, seed=2)
@@ -210,6 +360,7 @@ def test_an_argument_for_each_row(device: str) -> None:
     arguments = {
         "top_k": torch.randint(0, 60, (rows,), generator=generator),
         "top_p": torch.rand(rows, generator=generator, dtype=torch.float64) * 1.2 - 0.2,
+        "min_p": torch.rand(rows, generator=generator) * 0.2 - 0.1,
         "temperature": torch.rand(rows, generator=generator) + 0.5,
         "guidance": torch.randint(0, 3, (rows,), generator=generator).float(),
         "seed": torch.randint(-(2**62), 2**62, (rows,), generator=generator),
@@ -334,6 +485,36 @@ def test_seeds_are_64_bits() -> None:
     assert (drawn != sample_top_k_top_p(logits, seed=2**63 - 3)).any()
     with pytest.raises(ValueError, match="seed must be one number or one for each row"):
         sample_top_k_top_p(logits.view(10, 10, 50), seed=torch.zeros(10, 1, dtype=torch.int64))
+    # Modulo 2^64, and so is the place in the stream.
+    for seed in (2**64 - 3, -3 - 2**64, 5 * 2**64 - 3):
+        assert torch.equal(drawn, sample_top_k_top_p(logits, seed=seed))
+    assert torch.equal(
+        sample_top_k_top_p(logits, seed=1, offset=2**64 - 1),
+        sample_top_k_top_p(logits, seed=1, offset=-1),
+    )
+
+
+def test_integers_and_numbers_of_any_kind() -> None:
+    logits = randn(100, 50)
+    plain = sample_top_k_top_p(logits, seed=7, offset=3, top_k=9, top_p=0.5, vocab=(2, 40))
+    numpy = sample_top_k_top_p(
+        logits,
+        seed=np.int64(7),
+        offset=np.uint8(3),
+        top_k=np.int32(9),
+        top_p=np.float32(0.5),
+        temperature=np.int16(1),
+        vocab=np.array([2, 40]),
+    )
+    assert torch.equal(plain, numpy)
+    seed = np.random.default_rng(1).integers(2**63)
+    assert torch.equal(
+        sample_top_k_top_p(logits, seed=seed), sample_top_k_top_p(logits, seed=int(seed))
+    )
+    large = np.uint64(2**64 - 3)
+    assert torch.equal(sample_top_k_top_p(logits, seed=large), sample_top_k_top_p(logits, seed=-3))
+    small = torch.tensor(7, dtype=torch.int32)
+    assert torch.equal(sample_top_k_top_p(logits, seed=small), sample_top_k_top_p(logits, seed=7))
 
 
 def test_seeds_do_not_know_the_threads() -> None:
@@ -371,9 +552,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for codes in (100, 3001):
         logits = (torch.randn(50, codes, generator=generator) * 2).to(dtype)
         uncond = torch.randn(50, codes, generator=generator).to(dtype)
-        for k, p in ((0, 0.0), (20, 0.0), (0, 0.7), (90, 0.8), (1, 0.0)):
+        logits[:, 3::7] = torch.finfo(dtype).min
+        uncond[:, 2::5] = -torch.inf
+        for k, p, more in ((0, 0.0, {}), (20, 0.0, {}), (0, 0.7, {}), (90, 0.8, {}), (1, 0.0, {}),
+                           (90, 0.9, {"min_p": 0.1}), (0, 0.0, {"min_p": 0.02})):
             got = sample_top_k_top_p(logits, uncond=uncond, guidance=1.7, temperature=0.9, top_k=k,
-                                     top_p=p, seed=4, return_probability=True)
+                                     top_p=p, seed=4, return_probability=True, **more)
             drawn += [got.indices.tolist(), got.probability.tolist()]
 print(drawn)
 """
@@ -442,6 +626,7 @@ def bad_rows() -> tuple[Tensor, dict[str, Any]]:
     arguments = {
         "top_k": torch.full((16,), 5),
         "top_p": torch.full((16,), 0.9, dtype=torch.float64),
+        "min_p": torch.full((16,), 0.01),
         "temperature": torch.ones(16),
         "seed": 3,
     }
@@ -449,8 +634,9 @@ def bad_rows() -> tuple[Tensor, dict[str, Any]]:
     logits[3] = -torch.inf
     logits[5, [2, 9]] = torch.inf
     logits[7] = torch.nan
-    arguments["top_k"][9] = 51
+    arguments["top_k"][9] = 2**31
     arguments["top_p"][11] = 1.5
+    arguments["min_p"][12] = 1.5
     arguments["temperature"][13] = 0.0
     arguments["temperature"][15] = torch.nan
     return logits, arguments
@@ -459,7 +645,7 @@ def bad_rows() -> tuple[Tensor, dict[str, Any]]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_defined_results(device: str) -> None:
     logits, arguments = bad_rows()
-    good = {**arguments, "top_k": 5, "top_p": 0.9, "temperature": 1.0}
+    good = {**arguments, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "temperature": 1.0}
     draw = sample_top_k_top_p(
         logits.to(device),
         check=False,
@@ -470,7 +656,8 @@ def test_defined_results(device: str) -> None:
     assert ((indices >= 0) & (indices < 50)).all()
     clean = logits.nan_to_num(0.0, 0.0, 0.0)
     expected = sample_top_k_top_p(clean, **good)
-    assert torch.equal(indices[::2], expected[::2]), "a bad row changed its neighbours"
+    as_good = [row for row in range(0, 16, 2) if row != 12]
+    assert torch.equal(indices[as_good], expected[as_good]), "a bad row changed its neighbours"
     masked = sample_top_k_top_p(logits[1].nan_to_num(-torch.inf), **{**good, "offset": 1})
     assert indices[1] == masked  # a NaN is a masked code
     assert indices[3] == 0  # nothing to draw
@@ -479,9 +666,11 @@ def test_defined_results(device: str) -> None:
     assert probability[5] in (0.5, 1.0)
     assert indices[7] == 0
     assert probability[7] == 0
-    off = sample_top_k_top_p(logits[9], top_p=0.9, seed=3, offset=9)
-    assert indices[9] == off  # k > V is off
-    assert indices[11] == sample_top_k_top_p(logits[11], top_k=5, seed=3, offset=11)
+    off = sample_top_k_top_p(logits[9], top_p=0.9, min_p=0.01, seed=3, offset=9)
+    assert indices[9] == off  # a k of 2^31 is off
+    off = sample_top_k_top_p(logits[11], top_k=5, min_p=0.01, seed=3, offset=11)
+    assert indices[11] == off
+    assert indices[12] == sample_top_k_top_p(logits[12], top_k=5, top_p=0.9, seed=3, offset=12)
     assert indices[13] == logits[13].argmax()
     assert indices[15] == logits[15].argmax()
 
@@ -491,11 +680,12 @@ def test_defined_results(device: str) -> None:
     ("row", "message"),
     [
         (1, "logits must not hold a NaN, got one in row 1"),
-        (3, "logits must leave a code to draw, got nothing but -infinity in row 3"),
+        (3, "logits must leave a code to draw, got nothing but masked codes in row 3"),
         (5, r"logits must not hold \+infinity.* in row 5"),
         (7, "logits must not hold a NaN, got one in row 7"),
-        (9, "top_k must be at most the number of codes, got more in row 9"),
+        (9, r"top_k must be at most 2\*\*31 - 1, got more in row 9"),
         (11, "top_p must be at most 1, got more or a NaN in row 11"),
+        (12, "min_p must be at most 1, got more or a NaN in row 12"),
         (13, "temperature must be positive and finite, got another in row 13"),
         (15, "temperature must be positive and finite, got another in row 15"),
     ],
@@ -507,6 +697,7 @@ def test_checks(device: str, row: int, message: str) -> None:
     good = {
         "top_k": torch.full((16,), 5),
         "top_p": torch.full((16,), 0.9, dtype=torch.float64),
+        "min_p": torch.full((16,), 0.01),
         "temperature": torch.ones(16),
     }
     for name, value in good.items():
@@ -522,8 +713,27 @@ def test_checks(device: str, row: int, message: str) -> None:
 def test_bad_arguments() -> None:
     logits = randn(4, 50)
     for arguments, message in [
-        ({"top_k": 51}, "top_k must be at most the number of codes"),
+        ({"top_k": 2.0}, "top_k must be an integer, got 2.0 of float"),
+        ({"top_k": True}, "top_k must be an integer, got True of bool"),
+        ({"top_k": torch.ones(4, device="meta", dtype=torch.int64)}, "top_k must be on the device"),
         ({"top_p": 1.1}, "top_p must be at most 1"),
+        ({"top_p": "0.9"}, "top_p must be a number, got '0.9' of str"),
+        ({"top_p": torch.ones(4, dtype=torch.bool)}, "top_p must hold numbers, got torch.bool"),
+        ({"min_p": 1.1}, "min_p must be at most 1"),
+        ({"min_p": float("nan")}, "min_p must be at most 1"),
+        ({"min_p": None}, "min_p must be a number, got None"),
+        ({"min_p": torch.ones(3)}, "min_p must be one number or one for each"),
+        ({"temperature": torch.ones(4, device="meta")}, "temperature must be on the device"),
+        ({"guidance": 1j}, "guidance must be a number"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5 of float"),
+        ({"seed": True}, "seed must be an integer, got True of bool"),
+        ({"seed": "7"}, "seed must be an integer"),
+        ({"seed": torch.ones(4)}, "seed must hold integers, got torch.float32"),
+        ({"seed": torch.ones(4, dtype=torch.bool)}, "seed must hold integers, got torch.bool"),
+        ({"seed": torch.ones((), device="meta", dtype=torch.int64)}, "seed must be on the device"),
+        ({"offset": np.float64(2)}, "offset must be an integer"),
+        ({"generator": np.random.default_rng(0)}, "generator must be a torch.Generator"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed and generator exclude each other"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"uncond": logits, "guidance": float("nan")}, "guidance must be finite"),
@@ -532,6 +742,10 @@ def test_bad_arguments() -> None:
         ({"uncond": logits[:2]}, "uncond must have the shape of logits"),
         ({"vocab": (3, 3)}, r"vocab must be a slice .* got \(3, 3\)"),
         ({"vocab": (0, 51)}, "vocab must be a slice"),
+        ({"vocab": (0, 20.5)}, "vocab must be a slice"),
+        ({"vocab": (0, 20, 30)}, "vocab must be a slice"),
+        ({"vocab": 20}, "vocab must be a slice"),
+        ({"out": torch.empty(4, dtype=torch.int64, device="meta")}, "out must be int64 .* on cpu"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, "seed must be one number or one for each"),
     ]:
         with pytest.raises((RuntimeError, ValueError), match=message):
@@ -553,9 +767,9 @@ def test_opcheck(device: str) -> None:
     logits = randn(2, 3, 50).to(device)
     seeds = torch.arange(6, device=device)
     operator = torch.ops.tokenflow_ext.sample_top_k_top_p.default
-    number = (5, None, 0.9, None, 1.0, None, 2.0, None, 7, None, 0, None, False)
+    number = (5, None, 0.9, None, 0.1, None, 1.0, None, 2.0, None, 7, None, 0, None, False)
     torch.library.opcheck(operator, (logits, logits.flip(-1), *number))
-    torch.library.opcheck(operator, (logits, None, *number[:9], seeds, 0, None, True))
+    torch.library.opcheck(operator, (logits, None, *number[:11], seeds, 0, None, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -565,7 +779,7 @@ def test_compiles_whole(device: str) -> None:
 
     def step(logits: Tensor, uncond: Tensor, seed: Tensor) -> Tensor:
         return sample_top_k_top_p(
-            logits * 2, uncond=uncond, guidance=1.5, top_k=20, vocab=(10, 90), seed=seed
+            logits * 2, uncond=uncond, guidance=1.5, top_k=20, min_p=0.1, vocab=(10, 90), seed=seed
         )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -574,3 +788,14 @@ def test_compiles_whole(device: str) -> None:
         lambda x: sample_top_k_top_p(x, top_p=0.5), fullgraph=True, backend="aot_eager"
     )
     assert drawing(logits).shape == (8,)
+    # Numbers that change, so that they are symbols in the graph.
+    numbers = torch.compile(
+        lambda x, k, p, seed: sample_top_k_top_p(x, top_k=k, top_p=p, seed=seed),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for k, p, number in ((5, 0.5, 1), (9, 0.8, 2), (120, 0.9, 3)):
+        assert torch.equal(
+            numbers(logits, k, p, number), sample_top_k_top_p(logits, top_k=k, top_p=p, seed=number)
+        )
