@@ -87,6 +87,13 @@ OPTIONS = {
     },
     "one head apart": {"separate_codebook_per_head": True},
     "EMA by hand": {"manual_ema_update": True},
+    "directional": {"directional_reparam": True, "threshold_ema_dead_code": 1},
+    "directional, projected": {
+        "directional_reparam": True,
+        "directional_reparam_variance": 0.1,
+        "threshold_ema_dead_code": 2,
+        "codebook_dim": 4,
+    },
     "optimistic": {"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.3},
     "optimistic, straight-through": {
         "learnable_codebook": True,
@@ -574,7 +581,6 @@ def test_second_derivatives(rotation: bool) -> None:
 UNSERVED = {
     "commitment_use_cross_entropy_loss": True,
     "codebook_diversity_loss_weight": 0.5,
-    "directional_reparam": True,
     "vq_bridge": torch.nn.Linear(2, 2),
     "affine_param": True,
 }
@@ -635,6 +641,15 @@ def test_every_option_is_known() -> None:
             "kmeans_iters must be at least 1, got 0",
         ),
         ({"straight_through": True}, "rotation_trick=True"),
+        ({"directional_reparam": True}, "threshold_ema_dead_code=0"),
+        (
+            {
+                "directional_reparam": True,
+                "rotation_trick": True,
+                "threshold_ema_dead_code": 1,
+            },
+            "rotation_trick=True",
+        ),
         (
             {
                 "straight_through": True,

@@ -33,6 +33,17 @@ def rotate(x: Tensor, target: Tensor) -> Tensor:
     return (x - 2 * along_w * w + 2 * along_u * q) * (target_norm / x_norm.clamp(min=EPS))
 
 
+def go_towards(x: Tensor, target: Tensor, variance: float = 5e-3) -> Tensor:
+    """From x as far as target is, in nearly its direction; the distance has gradient to both.
+
+    DiVeQ, figure 1 of https://openreview.net/forum?id=KRVnpTbx7R. The direction's noise has the
+    variance that is given.
+    """
+    error = target - x
+    direction = unit(error + variance**0.5 * torch.randn_like(error)).detach()
+    return x + direction * error.norm(dim=-1, keepdim=True)
+
+
 def shared_seed(device: torch.device) -> int:
     """A random number that every process agrees on."""
     return int(all_reduce(torch.randint(0, 10_000, (), device=device)))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._codebook import shared_seed
-from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, refuse, shown
+from tokenflow_ext.compat._codebook import go_towards, shared_seed
+from tokenflow_ext.compat._common import NEEDS_DISTANCES, refuse, shown
 from tokenflow_ext.compat.vector_quantize import VectorQuantize
 
 MOST_SCALES = 64  # kMaxScales of csrc/common/geometry.h
@@ -52,7 +52,14 @@ class ResidualVQ(nn.Module):
         **vq_kwargs: Any,
     ) -> None:
         super().__init__()
-        refuse("ResidualVQ", OTHER_RULE, diveq=diveq)
+        if diveq:  # the gradient goes through the sum of the layers' codes alone
+            vq_kwargs |= {
+                "ema_update": False,
+                "learnable_codebook": True,
+                "route_gradients_to_input": False,
+                "commitment_weight": 0.0,
+            }
+            quant_grad_frac = 1.0
         refuse(
             "ResidualVQ",
             NEEDS_DISTANCES,
@@ -95,6 +102,7 @@ class ResidualVQ(nn.Module):
         self.num_quantizers = len(sizes)
         self.codebook_sizes = sizes
         self.shared_codebook = shared_codebook
+        self.diveq = diveq
         self.accept_image_fmap = accept_image_fmap
         self.quantize_dropout = quantize_dropout and len(sizes) > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
@@ -203,6 +211,8 @@ class ResidualVQ(nn.Module):
             }
             quantized, index, losses = self._layers(x.movedim(-1, channel), last, options)
             quantized = quantized.movedim(channel, -1)
+        if self.diveq:
+            quantized = go_towards(x, quantized)
         quantized = self.project_out(quantized)
         if mask is not None:
             padding = 0.0 if self.return_zeros_for_masked_padding else inputs

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext.collectives import all_reduce, world_size
-from tokenflow_ext.compat._codebook import Codebook, Weight, rotate, unit
+from tokenflow_ext.compat._codebook import Codebook, Weight, go_towards, rotate, unit
 from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, refuse
 
 
@@ -93,7 +93,6 @@ class VectorQuantize(nn.Module):
         )
         self._refuse(
             OTHER_RULE,
-            directional_reparam=directional_reparam,
             vq_bridge=vq_bridge,
             affine_param=affine_param,
         )
@@ -104,9 +103,10 @@ class VectorQuantize(nn.Module):
             if value is not None and not value
         ]
         self._check_processes()
-        ema_update = True if ema_update is None else ema_update
-        learnable_codebook = bool(learnable_codebook)
-        rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        directional = directional_reparam
+        ema_update = not directional if ema_update is None else ema_update
+        learnable_codebook = directional if learnable_codebook is None else learnable_codebook
+        rotation_trick = dim > 1 and not directional if rotation_trick is None else rotation_trick
         excluded = {
             "learnable_codebook=True and ema_update=True (the default)": learnable_codebook
             and ema_update,
@@ -116,6 +116,10 @@ class VectorQuantize(nn.Module):
             and straight_through,
             "straight_through=True and rotation_trick=True (the default)": straight_through
             and rotation_trick,
+            "directional_reparam=True and rotation_trick=True": directional and rotation_trick,
+            "directional_reparam=True and straight_through=True": directional and straight_through,
+            "directional_reparam=True and threshold_ema_dead_code=0 (the default)": directional
+            and threshold_ema_dead_code == 0,
             "accept_image_fmap=True and accept_3d_fmap=True": accept_image_fmap and accept_3d_fmap,
             "orthogonal_reg_active_codes_only=True and separate_codebook_per_head=True": (
                 orthogonal_reg_weight > 0
@@ -151,11 +155,13 @@ class VectorQuantize(nn.Module):
         self.dim = dim
         self.heads = heads
         self.codebook_size = codebook_size
-        self.commitment_weight = commitment_weight
+        self.commitment_weight = 0.0 if directional else commitment_weight
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
         self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
         self.rotation_trick = rotation_trick
+        self.directional_reparam = directional
+        self.directional_reparam_variance = directional_reparam_variance
         self.separate_codebook_per_head = separate_codebook_per_head
         self.sync_update_v = sync_update_v
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
@@ -352,6 +358,8 @@ class VectorQuantize(nn.Module):
             if x.requires_grad and self.route_gradients_to_input:
                 if self.rotation_trick:
                     quantized = rotate(x, quantized)
+                elif self.directional_reparam:
+                    quantized = go_towards(x, quantized, self.directional_reparam_variance)
                 else:
                     quantized = x + (quantized - x).detach()
             if self.sync_update_v > 0:
