@@ -20,6 +20,15 @@ from tokenflow_ext.train.distributed import processes
 DIM = 6
 SEQUENCE, IMAGE = (4, 24, DIM), (4, DIM, 6, 6)
 
+
+def spoil(batch: torch.Tensor) -> torch.Tensor:
+    """Of two processes, one has nothing finite in the second step, and little in all others."""
+    batch[:2, 1::2] = float("nan")
+    if batch[3].sum() > 0:
+        batch[0], batch[1] = float("inf"), float("nan")
+    return batch
+
+
 # What draws nothing at random: equal to one process with the joined batch.
 JOINED = {
     "VectorQuantize": (lambda: VectorQuantize(DIM, 20), SEQUENCE),
@@ -41,6 +50,26 @@ JOINED = {
         IMAGE,
     ),
     "VectorQuantizer2": (lambda: VectorQuantizer2(20, DIM, False, v_patch_nums=(1, 3, 6)), IMAGE),
+    "codebooks by head": (
+        lambda: VectorQuantize(DIM, 20, heads=2, separate_codebook_per_head=True),
+        SEQUENCE,
+    ),
+    "optimizer in place": (
+        lambda: VectorQuantize(
+            DIM,
+            20,
+            learnable_codebook=True,
+            ema_update=False,
+            in_place_codebook_optimizer=lambda p: torch.optim.SGD(p, lr=5.0),
+        ),
+        SEQUENCE,
+    ),
+    "not finite": (lambda: VectorQuantize(DIM, 20), SEQUENCE, spoil),
+    "not finite, VectorQuantizer2": (
+        lambda: VectorQuantizer2(20, DIM, False, v_patch_nums=(1, 3, 6)),
+        IMAGE,
+        spoil,
+    ),
 }
 
 # What draws at random, each process with its own seed: at least the same on every process.
@@ -64,6 +93,11 @@ DRAWN = {
         ),
         SEQUENCE,
     ),
+    "not finite, k-means and dead codes": (
+        lambda: VectorQuantize(DIM, 20, kmeans_init=True, threshold_ema_dead_code=4),
+        SEQUENCE,
+        spoil,
+    ),
     "nested dropout": (
         lambda: HierarchicalVQ(
             dim=DIM, codebook_size=20, scales=(1, 3, 6), nested_dropout=0.5, accept_image_fmap=True
@@ -75,14 +109,30 @@ DRAWN = {
 
 def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Four steps without an optimizer on a share of fixed batches; the state after them."""
-    build, shape = case
+    build, shape, *changes = case
     torch.manual_seed(0)
     module = build()
     torch.manual_seed(seed)
     for step in range(4):
         batch = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        for change in changes:
+            batch = change(batch)
         module(batch.chunk(world)[rank])
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    if hasattr(module, "skipped_rows"):
+        state["skipped_rows"] = module.skipped_rows.clone()
+    return state
+
+
+def refusals() -> dict[str, str]:
+    """What is said to codebooks that are not to agree."""
+    said = {}
+    for name in ("sync_codebook", "sync_kmeans"):
+        try:
+            VectorQuantize(DIM, 20, **{name: False})
+        except NotImplementedError as error:
+            said[name] = str(error)
+    return said
 
 
 def main(folder: str) -> None:
@@ -91,6 +141,7 @@ def main(folder: str) -> None:
         rank = group.rank
         state = {name: train(case, rank, 2) for name, case in JOINED.items()}
         state |= {name: train(case, rank, 2, seed=1 + rank) for name, case in DRAWN.items()}
+        state["refusals"] = refusals()
         torch.save(state, Path(folder) / f"{rank}.pt")
     assert not group_threads(), group_threads()
 
@@ -114,10 +165,18 @@ def test_statistics_of_the_joint_batch(states: list[dict], name: str) -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_same_on_every_process(states: list[dict], name: str) -> None:
     first, second = (state[name] for state in states)
+    assert all(value.isfinite().all() for value in first.values())
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
     changed = train(DRAWN[name], 0, 1)
     assert any(not torch.equal(first[key], value) for key, value in changed.items())
+
+
+def test_codebooks_that_drift_apart_are_refused(states: list[dict]) -> None:
+    for state in states:
+        for name, message in state["refusals"].items():
+            assert f"does not serve {name}=False in 2 processes" in message
+        assert len(state["refusals"]) == 2
 
 
 if __name__ == "__main__":
