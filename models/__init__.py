@@ -15,6 +15,7 @@ from tokenflow_ext.models.config import (
 )
 from tokenflow_ext.models.teachers import WeightsError
 from tokenflow_ext.models.text_to_image import TextToImage, TextToImageOutput
+from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.text_to_image_sequence import (
     BackboneConfig,
     NextScaleSequence,
@@ -33,6 +34,7 @@ __all__ = [
     "NextScaleSequence",
     "PixelConfig",
     "QuantizerConfig",
+    "RopeConfig",
     "SemanticConfig",
     "TextToImage",
     "TextToImageConfig",
