@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import subprocess
 import sys
+import sysconfig
 from types import ModuleType
 
 import pytest
@@ -78,22 +79,41 @@ def test_it_concerns_torchvision_alone_and_is_set_once():
     assert finders[0].find_spec("torchvision_extras", None) is None
 
 
+def plain_python(code, *arguments):
+    """Runs code in a Python without the start-up files of this environment (-S), and with its
+    packages: whatever `make setup` wrote there does not count."""
+    start = "import sys; sys.path.append(sys.argv[1])\n"
+    packages = sysconfig.get_path("purelib")
+    command = [sys.executable, "-S", "-c", start + code, packages, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_torchvision_can_be_imported_and_says_whether_it_computes():
+    """With operators that load nothing is declared; without, calling one stays an error."""
+    code = (
+        "import runpy; shim = runpy.run_path(sys.argv[2])\n"
+        "declared = shim['ensure_torchvision']()\n"
+        "assert shim['ensure_torchvision']() == declared\n"
+        "import torchvision\n"
+        "torchvision.models.resnet18(weights=None)\n"
+        "print(declared, shim['operators_load']())"
+    )
+    assert sorted(plain_python(code, shim.__file__)) == ["False", "True"]
+
+
 def test_an_environment_imports_on_its_own(tmp_path):
     """The two files, in a folder of packages, let a Python that never heard of us import timm."""
     made = shim.install(tmp_path)
     assert sorted(path.suffix for path in made) == [".pth", ".py"]
     assert all(path.parent == tmp_path for path in made)
     code = (
-        "import site, sys; site.addsitedir(sys.argv[1])\n"
+        "import site; site.addsitedir(sys.argv[2])\n"
         "assert 'torch' not in sys.modules, 'a Python that starts must not load torch'\n"
         "import torchvision, timm, open_clip, lpips\n"
         "from transformers import AutoImageProcessor, SiglipVisionModel\n"
         "assert not any(name.startswith('tokenflow') for name in sys.modules)\n"
-        "torchvision.models.resnet18(weights=None)\n"
         "print('imported')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "imported"
+    assert plain_python(code, tmp_path) == ["imported"]
