@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import subprocess
 import sys
 
@@ -324,6 +325,21 @@ def test_weights_must_fit_the_configuration(saved):
     state["stranger"] = torch.zeros(1)
     save_file(state, file, metadata={"format": "tokenflow-tokenizer"})
     with pytest.raises(CheckpointError, match=r"1 unknown \(first stranger\)"):
+        TokenFlowTokenizer.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("variant", ["hf-hub:somebody/model", "local-dir:/tmp/model", "resnet50"])
+@pytest.mark.parametrize("part", ["semantic", "teacher"])
+def test_a_configuration_leads_to_no_network(saved, part, variant, monkeypatch):
+    def connect(*arguments):
+        raise AssertionError(f"connects to {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    values = build("clip").config.to_dict()
+    tower = values["teacher"] if part == "teacher" else values["semantic"]["tower"]
+    tower.update(kind="vitamin", projection=0, variant=variant)
+    edit(saved, config=values)
+    with pytest.raises(CheckpointError, match=f"tower.variant must be .*got '{variant}'"):
         TokenFlowTokenizer.from_pretrained(saved)
 
 
