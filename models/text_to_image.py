@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from tokenflow_ext.models import text_to_image_released as released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, read_weights
+from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, not_finite, read_weights
 from tokenflow_ext.models.text_to_image_backbone import Backbone, Cache, Rotary, rotary
 from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.text_to_image_sequence import (
@@ -408,6 +408,8 @@ class TextToImage(nn.Module):
         state, name, header = source, "the released weights", None
         if not isinstance(source, Mapping):
             state, name = released.read(source), str(source)
+            if bad := not_finite(state):
+                raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
             if llama_config is None:
                 header = released.read_header(source)
                 llama_config = released.parse_header(header)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.models.files import read_json
+from tokenflow_ext.models.files import check_regular, inside, read_json
+from tokenflow_ext.models.saved import not_finite
 from tokenflow_ext.models.text_to_image_released import first_line
 from tokenflow_ext.models.text_to_image_sequence import FAMILIES
 from tokenflow_ext.train.reading import say
@@ -24,6 +25,7 @@ TEXT_FOLDER = "text_tokenizer"
 # To every call of transformers that reads a folder.
 _FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
 _TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _SHOWN = 5  # names that a message spells out
 
 
@@ -72,6 +74,8 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
             **options,
         )
     _check_report(given, model, report)
+    if bad := not_finite(model.state_dict()):
+        raise WeightsError(f"{given} holds numbers that are not finite, first in {bad[0]}")
     with _reading(f"the text tokenizer of {given}", WeightsError):
         text = AutoTokenizer.from_pretrained(folder, **options)
     return model, text
@@ -79,6 +83,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 
 def _check_folder(folder: Path) -> None:
     """Refuses what transformers would look for elsewhere, make up, or know by code of its own."""
+    _check_files(folder, WeightsError)
     header = read_json(folder / "config.json", WeightsError)
     family = header.get("model_type") if isinstance(header, dict) else None
     if family not in FAMILIES:
@@ -95,6 +100,28 @@ def _check_folder(folder: Path) -> None:
         )
     if not any((folder / name).is_file() for name in _TEXT_FILES):
         raise WeightsError(f"{folder} holds no text tokenizer: none of {', '.join(_TEXT_FILES)}")
+
+
+def _check_files(folder: Path, error: Callable[[str], Exception]) -> None:
+    """That what is read of a folder leads to no pipe, which would be waited for, and to nothing
+    outside it."""
+    for file in folder.iterdir():
+        if file.suffix in _SUFFIXES and not file.is_dir():
+            check_regular(file, error)
+    for index in folder.glob("*.index.json"):
+        content = read_json(index, error)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict):
+            raise error(f"{index} is no index: it must have a weight_map")
+        for name in places.values():
+            inside(folder, name, index, error)
+    settings = folder / "tokenizer_config.json"
+    content = read_json(settings, error) if settings.is_file() else {}
+    if not isinstance(content, dict):
+        raise error(f"{settings} must hold a mapping, got {type(content).__name__}")
+    for name in ("vocab_file", "merges_file", "tokenizer_file"):
+        if content.get(name) is not None:
+            inside(folder, content[name], settings, error)
 
 
 def _own_config(config: PretrainedConfig, given: Path, folder: Path) -> PretrainedConfig:
@@ -185,6 +212,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     place = folder / TEXT_FOLDER
     if not place.is_dir():
         raise CheckpointError(f"{folder} has no {TEXT_FOLDER}: it was not written by training")
+    _check_files(place, CheckpointError)
     from transformers import AutoTokenizer
 
     with _reading(place, CheckpointError):

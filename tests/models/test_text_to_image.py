@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenflow_ext.models import (
@@ -1061,6 +1061,11 @@ def test_damaged_released_folders(tmp_path):
     refused("00001-of-00002.safetensors is truncated")
     first.unlink()
     refused("00001-of-00002.safetensors is missing")
+    part = load(content)
+    name = next(iter(part))
+    save_file({**part, name: torch.full_like(part[name], math.inf)}, first, {"format": "pt"})
+    refused(f"numbers that are not finite, as in {name}")
+    first.unlink()
     for place in ("../other.safetensors", str(tmp_path / "other.safetensors"), 3):
         index.write_text(json.dumps({"weight_map": {key: place}}))
         refused(r"which is not below|must name files below .*, got 3")

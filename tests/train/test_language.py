@@ -4,6 +4,7 @@ nothing of theirs is run, nothing is fetched."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -147,6 +148,35 @@ def test_weights_that_are_missing(backbone):
         refused(r"asks for [\d,]{12,} weights, its files can hold no more than")
 
 
+def test_weights_that_are_not_finite(backbone):
+    rewrite(backbone, lambda weights: weights["model.norm.weight"].__setitem__(3, float("nan")))
+    with pytest.raises(WeightsError, match=r"not finite, first in model\.norm\.weight"):
+        language.load_language_model(backbone)
+
+
+@pytest.mark.parametrize("way", ["../other.safetensors", "/etc/other.safetensors", 3])
+def test_nothing_outside_the_folder_is_read(backbone, tmp_path, way):
+    file = backbone / "model.safetensors"
+    names = list(load_file(file))
+    file.rename(tmp_path / "other.safetensors")
+    index = backbone / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, way)}))
+    with pytest.raises(WeightsError, match=r"not below|must name files below"):
+        language.load_language_model(backbone)
+    index.unlink()
+    change(backbone / "tokenizer_config.json", tokenizer_file=way)
+    with pytest.raises(WeightsError, match=r"tokenizer_config\.json (names|must name)"):
+        language.load_language_model(backbone)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_pipes_are_not_waited_for(backbone, name):
+    (backbone / name).unlink()
+    os.mkfifo(backbone / name)
+    with pytest.raises(WeightsError, match=f"{name} is no file but a pipe"):
+        language.load_language_model(backbone)
+
+
 def test_weights_too_many_are_told(backbone, capsys):
     rewrite(backbone, lambda weights: weights.update({"score.weight": torch.zeros(2, 2)}))
     language.load_language_model(backbone)
@@ -163,6 +193,8 @@ def test_weights_too_many_are_told(backbone, capsys):
         ("config.json", {"rope_parameters": {"rope_type": "mrope"}}, "rope_type must be one of"),
         ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quantised .*'gptq'"),
         ("adapter_config.json", "{}", "holds an adapter of another model: merge the two"),
+        ("model.safetensors.index.json", "[]", "is no index: it must have a weight_map"),
+        ("tokenizer_config.json", "[]", "must hold a mapping, got list"),
         ("tokenizer.json", "{}", "cannot load the text tokenizer of"),
         ("tokenizer.json", None, r"holds no text tokenizer: none of tokenizer\.json, "),
         ("model.safetensors", "x" * 50, "cannot load"),
