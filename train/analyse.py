@@ -411,16 +411,17 @@ def run(
     if not group.first:
         return None
     clusters = [entry for entry, _ in found]
-    figure = plot(clusters)
+    figure, content = plot(clusters), {}
     for suffix in ("png", "svg"):
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix)
-        target.write(f"clusters.{suffix}", drawn.getvalue())
+        content[f"clusters.{suffix}"] = drawn.getvalue()
     analyses = []
     for entry, images in found:
         sheet, listed = _sheet_of(entry, images, shown, columns)
-        picture = target.write(f"{entry.name}-{entry.by}.png", png(sheet))
-        analyses.append(_facts(entry) | {"picture": picture.name, "largest": listed})
+        picture = f"{entry.name}-{entry.by}.png"
+        content[picture] = png(sheet)
+        analyses.append(_facts(entry) | {"picture": picture, "largest": listed})
     report = {
         "format": FORMAT,
         "version": VERSION,
@@ -432,8 +433,11 @@ def run(
         "paper": PAPER,
         "environment": environment(group) | {"batch": batch},
     }
-    target.remove(set(files) - {entry["picture"] for entry in analyses} - set(_FILES))
-    path = target.write_json("analysis.json", report)
+    with target.together():
+        for name, one in content.items():
+            target.write(name, one)
+        target.remove(set(files) - set(content))
+        path = target.write_json("analysis.json", report)
     print(table(_rows(analyses)))
     for text in (f"paper: {PAPER['note']}", *report["notes"]):
         print(textwrap.fill(text, 100))

@@ -75,9 +75,11 @@ def reconstruct(
         made = model.decode(codes)[0]
         if not made.isfinite().all():  # 8 bits would hide it
             raise data.DataError(f"the reconstruction of {name} is not finite")
-        target.write(f"{stem}.safetensors", tokens.encoded(codes.cpu(), facts | {"image": name}))
         sheet = outputs.png(over_under(original, made, least=256))
-        picture = target.write(f"{stem}.png", sheet)
+        stored = tokens.encoded(codes.cpu(), facts | {"image": name})
+        with target.together():
+            target.write(f"{stem}.safetensors", stored)
+            picture = target.write(f"{stem}.png", sheet)
         likeness = psnr(to_uint8(made), to_uint8(original)).item()  # as `tokenflow evaluate`
         said = f"{codes.shape[1]} tokens, {likeness:.2f} dB"
         print(f"{reading.printable(name)}: {said}, {reading.printable(picture)}")
@@ -311,6 +313,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(known: argparse.Namespace) -> None:
+    if getattr(known, "out", None) == "":
+        raise outputs.OutputError("--out names no folder")
     if known.command == "reconstruct":
         reconstruct(
             known.images,

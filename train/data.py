@@ -47,6 +47,9 @@ PHOTOGRAPHS = (
 )
 
 
+_MOST = 2**31 - 1  # of a number on a command line: nothing that is counted here has more
+
+
 def check_counts(options: Any, **least: int) -> None:
     """That numbers of a command line, where they are given, are large enough.
 
@@ -61,6 +64,8 @@ def check_counts(options: Any, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and not minimum <= value < math.inf:  # a NaN is not, either
             raise DataError(f"--{name.replace('_', '-')} must be {minimum} or more, got {value}")
+        if value is not None and value > _MOST:
+            raise DataError(f"--{name.replace('_', '-')} must be {_MOST} or less, got {value}")
 
 
 def counted_rng(seed: int, stream: int, count: int) -> np.random.Generator:

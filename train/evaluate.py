@@ -552,15 +552,16 @@ def write(
     """
     target = Outputs(Path(out), overwrite)
     target.claim(FILES)
-    target.write("images.jsonl", b"".join(json_text(row) + b"\n" for row in report["images"]))
-    if measured.shown:
-        sheet = over_under(to_float(measured.originals), to_float(measured.made))
-        target.write("pictures.png", png(sheet))
-    else:
-        target.remove(["pictures.png"])
-    target.write("pictures.html", as_page(report, measured).encode())
     facts = {key: value for key, value in report.items() if key != "images"}
-    return target.write_json("metrics.json", facts)
+    with target.together():
+        target.write("images.jsonl", b"".join(json_text(row) + b"\n" for row in report["images"]))
+        if measured.shown:
+            sheet = over_under(to_float(measured.originals), to_float(measured.made))
+            target.write("pictures.png", png(sheet))
+        else:
+            target.remove(["pictures.png"])
+        target.write("pictures.html", as_page(report, measured).encode())
+        return target.write_json("metrics.json", facts)
 
 
 def _notes(measured: Measured, features: Features | None) -> list[str]:

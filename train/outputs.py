@@ -16,7 +16,8 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tokenflow_ext.models.files import OutputError, write_file
+from tokenflow_ext.train.reading import reason
 
 #: Bytes that a file's name may have, on every file system in use.
 _NAME_MAX = 255
@@ -98,8 +100,9 @@ def check_folder(folder: Path) -> None:
             raise OutputError(f"cannot write into {folder}: {place} is no folder")
         with tempfile.TemporaryFile(dir=place):  # whoever asks the system without trying may err
             pass
-    except OSError as error:  # a broken link, no permission, a read-only file system
-        raise OutputError(f"cannot write into {folder}: {error.strerror}: {place}") from error
+    except (OSError, ValueError) as error:
+        # A broken link, no permission, a read-only file system; ValueError: a zero byte.
+        raise OutputError(f"cannot write into {folder}: {reason(error)}: {place}") from error
 
 
 def check_new_folder(folder: Path) -> None:
@@ -154,6 +157,7 @@ class Outputs:
     folder: Path
     overwrite: bool = False
     _claimed: dict[str, str] = field(default_factory=dict)
+    _written: list[Path] = field(default_factory=list)
 
     def claim(self, names: Iterable[str], inputs: Iterable[str | Path] = ()) -> None:
         """Say, before the work starts, what is going to be written.
@@ -198,7 +202,19 @@ class Outputs:
         """
         path = self.folder / name
         write_file(path, content, self.overwrite)
+        self._written.append(path)
         return path
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Files that belong together: where one cannot be written, none stays behind."""
+        before = len(self._written)
+        try:
+            yield
+        except BaseException:
+            for path in self._written[before:]:
+                path.unlink(missing_ok=True)
+            raise
 
     def remove(self, names: Iterable[str]) -> None:
         """Where files are replaced: take out an earlier run's of which there is no new one."""

@@ -76,7 +76,7 @@ def require_file(path: str | os.PathLike[str]) -> None:
         check_file(path)
         if not os.access(path, os.R_OK):
             raise OSError("no permission to read it")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
 
 

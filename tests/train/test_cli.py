@@ -293,6 +293,10 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
         (["tokenize", "nowhere"], "no folder at nowhere"),
         (["reconstruct", "."], r"cannot read \.: a folder"),
         (["reconstruct", "PIPE"], "pipe"),
+        (["reconstruct", "a\0b"], "cannot read a"),
+        (["tokenize", ".", "--batch", str(2**40)], "--batch must be 2147483647 or less"),
+        (["tokenize", ".", "--out", ""], "--out names no folder"),
+        (["tokenize", ".", "--out", "a\0b"], "cannot write into a"),
         (["reconstruct", "a\udce9.png"], r"cannot read a\\xe9\.png: No such file"),
         (["evaluate", "--data", ".", "--pictures", "-1"], "--pictures must be 0 or more"),
     ],
@@ -302,7 +306,7 @@ def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
     given = [str(tmp_path / "pipe") if word == "PIPE" else word for word in words]
     common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=message) as raised:
-        cli.main([*given, *common])
+        cli.main([given[0], *common, *given[1:]])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -319,18 +323,27 @@ def test_unknown_words_are_named_by_argparse(words, capsys):
 def test_a_full_disk_is_named_and_nothing_looks_finished(
     image_tokenizer, images, tmp_path, monkeypatch, command
 ):
-    def full(self, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     what = {"reconstruct": [str(images / "picture0.png")], "tokenize": [str(images)]}
     words = [command, *what.get(command, ["--data", str(images)])]
     out = tmp_path / "out"
     common = ["--checkpoint", str(image_tokenizer), "--device", "cpu", "--out", str(out)]
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(SystemExit, match=f"error: cannot write {out}/.*: No space left"):
-            cli.main([*words, *common])
-    assert not out.exists() or not list(out.iterdir())
+    write = Path.write_bytes
+    for room in (0, 1):  # the disk is full at once, or after a file
+
+        def full(self, content, left=[room]):  # noqa: B006
+            if not left[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= 1
+            return write(self, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            with pytest.raises(SystemExit, match=f"error: cannot write {out}/.*: No space left"):
+                cli.main([*words, *common])
+        left = sorted(os.listdir(out)) if out.exists() else []
+        # Tokens are gone on with.
+        begun = ["tokens-00000.safetensors", "unfinished.json"]
+        assert left == (begun if command == "tokenize" and room else [])
     cli.main([*words, *common])
 
 
