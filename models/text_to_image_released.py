@@ -24,7 +24,7 @@ from tokenflow_ext.models import released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.files import brief, cannot_write, inside, read_json
 from tokenflow_ext.models.saved import read_safetensors
-from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig
+from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, check_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -110,6 +110,7 @@ def parse_header(header: Mapping[str, Any]) -> PretrainedConfig:
     family = values.pop("model_type", None)
     if family not in _MODEL_TYPES:
         raise ConfigError(f"model_type must be one of {', '.join(_MODEL_TYPES)}, got {family!r}")
+    check_header(header, HEADER)
     try:
         return LlamaConfig(**values)
     except Exception as error:  # of many types, by the version of transformers

@@ -7,9 +7,11 @@ Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.files import shown
 from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
 
@@ -196,6 +199,25 @@ class BackboneConfig:
         return from_plain(
             cls, {**values, "family": family, "rope_theta": theta, "rope": scaled}, "backbone"
         )
+
+
+def check_header(header: Mapping[str, Any], where: str | Path) -> None:
+    """Types and signs of a ``config.json``'s sizes, before transformers computes with them.
+
+    Raises:
+        ConfigError: naming the first that is wrong.
+    """
+    kinds = {"vocab_size": int, **typing.get_type_hints(BackboneConfig)}
+    for name in ("vocab_size", *_SAME):
+        value, kind = header.get(name), kinds[name]
+        if value is None:
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(f"{where}: {name} must be {kind.__name__}, got {shown(value)}")
+        if kind is int and not 0 < value < _LIMIT:
+            raise ConfigError(
+                f"{where}: {name} must be positive and below 2**31, got {shown(value)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, W
 from tokenflow_ext.models.files import check_regular, inside, read_json
 from tokenflow_ext.models.saved import not_finite
 from tokenflow_ext.models.text_to_image_released import first_line
-from tokenflow_ext.models.text_to_image_sequence import FAMILIES
+from tokenflow_ext.models.text_to_image_sequence import FAMILIES, check_header
 from tokenflow_ext.train.reading import say
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder / 'config.json'}: model_type must be one of {', '.join(FAMILIES)}, got "
             f"{family!r}"
         )
+    check_header(header, folder / "config.json")
     if (kind := header.get("quantization_config")) is not None:
         name = kind.get("quant_method") if isinstance(kind, dict) else kind
         raise WeightsError(f"{folder} holds quantised weights ({name!r}): wanted are whole ones")
