@@ -254,8 +254,10 @@ class TextConfig:
             raise ConfigError("data.unseen and data.held_out are two held-out sets: give one")
         _at_least("data", self.data, 1, "evaluated")
         _at_least("data", self.data, 0, "limit")
-        if not all(self.data.caption_keys):
-            raise ConfigError("data.caption_keys must name keys, got an empty one")
+        if not self.data.caption_keys or not all(self.data.caption_keys):
+            raise ConfigError(
+                f"data.caption_keys must name keys, got {list(self.data.caption_keys)}"
+            )
         _at_least("model", self.model, 1, "prompt_length")
         _at_least("model", self.model, 257, "vocabulary")  # every byte, and bos
         _at_least("sample", self.sample, 0, "guidance")

@@ -49,8 +49,9 @@ class BrokenImageError(DataError):
 def formats() -> tuple[str, ...]:
     """The formats that are read: all of Pillow's but those it only knows the head of, and EPS, for
     which it would run another program on the file."""
+    Image.preinit()  # the common formats are tried first, those without a mark of their own last
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}))
+    return tuple(x for x in Image.OPEN if x not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 
 
 @functools.cache

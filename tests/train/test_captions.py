@@ -344,8 +344,9 @@ def test_the_keys_of_a_caption_can_be_named(tmp_path):
             Captioned(place, FORM, CaptionConfig(), 2, 0)[0]
         config = load_text_config(None, ["data.caption_keys=[prompt, TEXT]", "data.drop=0"]).data
         assert Captioned(place, FORM, config, 2, 0)[0].caption.startswith("cat")
-    with pytest.raises(ConfigError, match=r"data\.caption_keys must name keys"):
-        load_text_config(None, ["data.caption_keys=['']"])
+    for none in ("['']", "[]"):
+        with pytest.raises(ConfigError, match=r"data\.caption_keys must name keys"):
+            load_text_config(None, [f"data.caption_keys={none}"])
 
 
 @pytest.mark.parametrize(
