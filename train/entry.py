@@ -5,14 +5,23 @@ from __future__ import annotations
 import sys
 
 
+def not_installed(error: ModuleNotFoundError) -> str:
+    """The line about a package that is missing.
+
+    Raises:
+        ModuleNotFoundError: it is a part of this one, which is a fault of the program.
+    """
+    if (error.name or "tokenflow_ext").partition(".")[0] == "tokenflow_ext":
+        raise error
+    return f"error: {error.name} is not installed: pip install 'tokenflow_ext[train]'"
+
+
 def main() -> None:
     """Run the command."""
     try:
         from tokenflow_ext.train.cli import main as command
     except ModuleNotFoundError as error:
-        if (error.name or "tokenflow_ext").partition(".")[0] == "tokenflow_ext":
-            raise
-        sys.exit(f"error: {error.name} is not installed: pip install 'tokenflow_ext[train]'")
+        sys.exit(not_installed(error))
     command()
 
 

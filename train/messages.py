@@ -14,6 +14,7 @@ import torch
 
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.models.semantic import MissingPackageError
+from tokenflow_ext.train.entry import not_installed
 from tokenflow_ext.train.outputs import OutputError
 from tokenflow_ext.train.reading import DataError, printable
 
@@ -62,11 +63,14 @@ def ending_in_one_line() -> Iterator[None]:
     except EXPECTED as error:
         sys.exit(f"error: {one_line(error)}")
     except ModuleNotFoundError as error:
-        if (error.name or "tokenflow_ext").partition(".")[0] == "tokenflow_ext":
-            raise
-        sys.exit(f"error: {error.name} is not installed: pip install 'tokenflow_ext[train]'")
+        sys.exit(not_installed(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: out of memory: {one_line(str(error) or 'a smaller batch needs less')}")
+    except BrokenPipeError:
+        # As of `tokenflow ... | head`. At its end Python would flush the output once more.
+        print("stopped: nobody reads the output any more", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno is None:
             raise

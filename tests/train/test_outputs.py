@@ -173,6 +173,33 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
         raise error
 
 
+def test_a_reader_that_has_gone_and_a_missing_package():
+    code = """
+import sys
+from tokenflow_ext.train import messages
+with messages.ending_in_one_line():
+    if sys.argv[1] == "package":
+        import no_such_package
+    if sys.argv[1] == "own":
+        import tokenflow_ext.no_such_module
+    for _ in range(10**6):
+        print("a line")
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        [*command, "pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "stopped: nobody reads the output any more\n"
+    assert process.returncode == 128 + signal.SIGPIPE
+    done = subprocess.run([*command, "package"], capture_output=True, text=True)
+    expected = "error: no_such_package is not installed: pip install 'tokenflow_ext[train]'\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+    done = subprocess.run([*command, "own"], capture_output=True, text=True)
+    assert "Traceback" in done.stderr
+
+
 def test_sigterm_removes_what_is_half_written(tmp_path):
     code = f"""
 import os, pathlib, signal
