@@ -120,8 +120,9 @@ def _keys_found(counts: Counter[str]) -> str:
 def _beside(path: Path, keys: Sequence[str], seen: Counter[str]) -> tuple[str, str]:
     """:func:`find_caption` of NAME.txt and, where that gives none, NAME.json beside a picture."""
     text, listing = path.with_suffix(".txt"), path.with_suffix(".json")
-    txt = read_text(text) if text.is_file() else None
-    if (txt is not None and _text(txt)) or not listing.is_file():
+    # (os.path says no where a name is too long to be one; Path raises.)
+    txt = read_text(text) if os.path.isfile(text) else None
+    if (txt is not None and _text(txt)) or not os.path.isfile(listing):
         return find_caption(txt, None, keys)
     entry = read_json(listing)
     seen.update(list(entry) if isinstance(entry, dict) else [])
@@ -239,7 +240,7 @@ class Pictures:
         for path, (caption, why) in sorted(_described(folder, keys, seen).items()):
             if not caption:
                 left.add(f"pictures {why}", path)
-            elif not path.exists():
+            elif not os.path.exists(path):
                 left.add("pictures that are named but not there", path)
             else:
                 pairs.append((path, caption))

@@ -403,6 +403,18 @@ def test_a_listing_counts_what_it_does_not_name(tmp_path, capsys):
     assert "1 pictures that are named but not there" in said
 
 
+def test_names_of_any_length(tmp_path):
+    """NAME.json may be too long where NAME.png is not, and a listing may name anything."""
+    folder = folder_of(tmp_path / "folder", {"1.txt": b"a dog"})
+    (folder / f"{'x' * 251}.png").write_bytes(encoded(1))
+    (folder / f"{'x' * 251}.txt").write_bytes(b"an x")
+    (folder / f"{'y' * 251}.png").write_bytes(encoded(1))
+    assert [caption for _, caption in Pictures(folder, 8).pairs] == ["a dog", "an x"]
+    rows = [{"file_name": f"{'z' * 9999}.png", "text": "z"}, {"file_name": "0.png", "text": "0"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [caption for _, caption in Pictures(folder, 8).pairs] == ["0"]
+
+
 def test_pipes_beside_pictures_are_not_waited_on(tmp_path):
     folder = folder_of(tmp_path / "folder", {"1.txt": b"a dog"})
     os.mkfifo(folder / "0.txt")
