@@ -128,10 +128,13 @@ class Oracle:
     """Logits of one picture's sequence, from a state dict, codebooks, and plain numbers.
 
     ``rope`` holds one angle for a pair of channels, from a place to the next, and may be shorter
-    than half a head.
+    than half a head; ``stretch`` is what cosines and sines are multiplied by.
     """
 
-    def __init__(self, state, codebooks, scales, words, heads, groups, eps, rope, act="silu"):
+    def __init__(
+        self, state, codebooks, scales, words, heads, groups, eps, rope, act="silu", stretch=1.0
+    ):
+        self.stretch = stretch
         self.state, self.scales, self.words, self.rope = state, scales, words, rope
         self.heads, self.groups, self.eps, self.act = heads, groups, eps, ACTIVATIONS[act]
         # f-hat is of the image tokenizer's precision, float32.
@@ -217,8 +220,9 @@ class Oracle:
             for pair, angle in enumerate(self.rope):
                 angles = angle * torch.tensor(place, dtype=torch.float64)
                 first, second = own[:, pair], own[:, half + pair]
-                out[:, pair] = first * angles.cos() - second * angles.sin()
-                out[:, half + pair] = second * angles.cos() + first * angles.sin()
+                cos, sin = self.stretch * angles.cos(), self.stretch * angles.sin()
+                out[:, pair] = first * cos - second * sin
+                out[:, half + pair] = second * cos + first * sin
             return out
 
         given = []
@@ -394,6 +398,79 @@ def test_training_logits_are_the_definition(variant):
     for row in range(2):
         expected = oracle.training_logits(ids[row], indices[row])
         torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-10)
+
+
+ORIGINAL = "original_max_position_embeddings"
+ROPES = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 2.5},  # of a model for 20 places, read with 38
+    "yarn": {"factor": 8.0, ORIGINAL: 20, "beta_fast": 2.0, "beta_slow": 0.1},
+    "longrope short": {"short_factor": [1, 1.5, 2, 4], "long_factor": [9] * 4, ORIGINAL: 40},
+    "longrope long": {"short_factor": [9] * 4, "long_factor": [1, 1.5, 2, 4], ORIGINAL: 10},
+    "llama3": {"factor": 8.0, "low_freq_factor": 0.2, "high_freq_factor": 2.0, ORIGINAL: 20},
+    "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
+    "default": {"partial_rotary_factor": 0.5},
+}
+
+
+def angles(kind, given, theta, width, longest, length):
+    """(angle of each pair of channels from a place to the next, factor of cosines and sines)."""
+    turned = width if kind == "proportional" else int(width * given.get("partial_rotary_factor", 1))
+    plain = [theta ** (-2 * i / turned) for i in range(turned // 2)]
+    scale, original = given.get("factor"), given.get(ORIGINAL)
+    if kind == "linear":
+        return [angle / scale for angle in plain], 1.0
+    if kind == "dynamic":  # the base grows so that the slowest pair turns as far as it did
+        base = theta * (scale * length / longest - scale + 1) ** (turned / (turned - 2))
+        return [base ** (-2 * i / turned) for i in range(turned // 2)], 1.0
+    if kind == "yarn":
+        low, high = (
+            turned * math.log(original / (2 * math.pi * given[name])) / (2 * math.log(theta))
+            for name in ("beta_fast", "beta_slow")
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), turned - 1)
+        found = []
+        for i, angle in enumerate(plain):
+            share = min(max((i - low) / (high - low), 0), 1)
+            found.append(share * angle / scale + (1 - share) * angle)
+        return found, 0.1 * math.log(scale) + 1
+    if kind.startswith("longrope"):
+        by = given["long_factor" if length > original else "short_factor"]
+        ratio = longest / original
+        stretch = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        return [angle / divisor for angle, divisor in zip(plain, by, strict=True)], stretch
+    if kind == "llama3":
+        found = []
+        for angle in plain:
+            wave, low, high = 2 * math.pi / angle, "low_freq_factor", "high_freq_factor"
+            if wave < original / given[high]:
+                found.append(angle)
+            elif wave > original / given[low]:
+                found.append(angle / scale)
+            else:
+                smooth = (original / wave - given[low]) / (given[high] - given[low])
+                found.append((1 - smooth) * angle / scale + smooth * angle)
+        return found, 1.0
+    if kind == "proportional":
+        some = int(given["partial_rotary_factor"] * width // 2)
+        return [angle / scale if i < some else 0.0 for i, angle in enumerate(plain)], 1.0
+    return plain, 1.0
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rope_is_the_definition(kind):
+    given, name = ROPES[kind], kind.split()[0]
+    longest = 20 if kind == "dynamic" else 128
+    rope = RopeConfig.from_transformers({"rope_type": name, **given})
+    model = build(rope=rope, rope_theta=50.0, max_position_embeddings=longest)
+    ids, indices = prompts(model, [7]), pictures(model, 1)
+    oracle = Oracle.of(model)
+    oracle.rope, oracle.stretch = angles(kind, given, 50.0, 8, longest, TEXT - 1 + 30)
+    expected = oracle.training_logits(ids[0], indices[0])
+    torch.testing.assert_close(model(ids, indices).logits[0], expected, rtol=0, atol=1e-10)
+    options = {"guidance": 2.0, "top_k": (20, 3), "top_p": (0.9, 0.8)}
+    tokens = model.generate_tokens(ids, ids, seed=[4], **options)
+    assert torch.equal(tokens[0], oracle.generate(ids[0], ids[0], seed=4, **options))
 
 
 def test_a_released_state_dict_draws_the_definition():
