@@ -24,7 +24,10 @@ from tokenflow_ext import ops  # noqa: F401  (loads the operators)
 from tokenflow_ext.reference import filtered_logits
 
 _SEEDS = 2**63 - 1
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -197,11 +200,15 @@ def sample_top_k_top_p(
         ValueError: an argument is of a wrong kind, shape or device, top_k is 2^31 or more, vocab
             makes no sense, or there are both a seed and a generator.
     """
+    for name, tensor in (("logits", logits), ("uncond", logits if uncond is None else uncond)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if logits.dim() == 0:
         raise ValueError("logits must have a dimension of codes, got a number")
-    if uncond is not None and uncond.shape != logits.shape:
+    if uncond is not None and (uncond.shape, uncond.device) != (logits.shape, logits.device):
         raise ValueError(
-            f"uncond must have the shape of logits {list(logits.shape)}, got {list(uncond.shape)}"
+            f"uncond must have the shape of logits {list(logits.shape)} and lie on "
+            f"{logits.device}, got {list(uncond.shape)} on {uncond.device}"
         )
     if vocab is not None:
         start, stop = _slice(vocab, logits.shape[-1])
@@ -537,6 +544,14 @@ class SamplingLogitsProcessor:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] as they are to be drawn from."""
+        drawing = self.seed is not None or self.generator is not None or self.guidance != 0
+        processor = self if drawing else None
+        if isinstance(scores, _DrawnScores):
+            if drawing:
+                raise ValueError(
+                    "only one SamplingLogitsProcessor can have a seed, a generator or guidance"
+                )
+            scores, processor = scores.plain, scores.processor
         if scores.dim() != 2:
             raise ValueError(f"scores must be [B, V], got shape {list(scores.shape)}")
         rows, codes = scores.shape
@@ -571,9 +586,7 @@ class SamplingLogitsProcessor:
         filtered[:, start:stop] = z
         if uncond is not None:
             filtered = filtered.repeat(2, 1)
-        if self.seed is None and self.generator is None and uncond is None:
-            return filtered
-        return _DrawnScores.of(filtered, self)
+        return filtered if processor is None else _DrawnScores.of(filtered, processor)
 
     def draw(self, probabilities: Tensor, num_samples: int, replacement: bool = False) -> Tensor:
         """Tokens [B, 1] of probabilities [B, V], with guidance the same for both halves; called as

@@ -226,6 +226,16 @@ def test_processor_draws_with_a_seed() -> None:
     assert all(type(x) is Tensor and torch.equal(x, left) for x in kept)
 
 
+def test_one_processor_after_another() -> None:
+    """The draw is that of the one with the seed, of what both leave."""
+    scores = randn(4, 60)
+    left = SamplingLogitsProcessor(top_k=20)(IDS, SamplingLogitsProcessor(seed=5)(IDS, scores))
+    drawn = torch.multinomial(left.softmax(-1), 1).squeeze(1)
+    assert torch.equal(drawn, sample_top_k_top_p(scores, top_k=20, seed=5))
+    with pytest.raises(ValueError, match="only one SamplingLogitsProcessor"):
+        SamplingLogitsProcessor(guidance=2.0)(IDS, left)
+
+
 @pytest.mark.parametrize("size", [1.0, 3e38])
 def test_processor_guides_by_halves(size: float) -> None:
     scores = randn(6, 60).clamp(-1, 1) * size

@@ -513,8 +513,10 @@ def test_integers_and_numbers_of_any_kind() -> None:
     )
     large = np.uint64(2**64 - 3)
     assert torch.equal(sample_top_k_top_p(logits, seed=large), sample_top_k_top_p(logits, seed=-3))
-    small = torch.tensor(7, dtype=torch.int32)
-    assert torch.equal(sample_top_k_top_p(logits, seed=small), sample_top_k_top_p(logits, seed=7))
+    for dtype in (torch.int32, torch.uint8, torch.uint64):
+        tensor = torch.tensor(7, dtype=dtype)
+        drawn = sample_top_k_top_p(logits, seed=tensor)
+        assert torch.equal(drawn, sample_top_k_top_p(logits, seed=7))
 
 
 def test_seeds_do_not_know_the_threads() -> None:
@@ -740,6 +742,8 @@ def test_bad_arguments() -> None:
         ({"uncond": logits.half()}, "uncond must have the dtype of logits"),
         ({"out": torch.empty(4)}, "out must be int64"),
         ({"uncond": logits[:2]}, "uncond must have the shape of logits"),
+        ({"uncond": logits.to("meta")}, "uncond must have .* lie on cpu, got .* on meta"),
+        ({"uncond": logits.numpy()}, "uncond must be a tensor, got ndarray"),
         ({"vocab": (3, 3)}, r"vocab must be a slice .* got \(3, 3\)"),
         ({"vocab": (0, 51)}, "vocab must be a slice"),
         ({"vocab": (0, 20.5)}, "vocab must be a slice"),
@@ -754,6 +758,7 @@ def test_bad_arguments() -> None:
         (logits.double(), "logits must be float32, bfloat16 or float16"),
         (torch.empty(4, 0), "logits must have 1 to"),
         (torch.tensor(1.0), "logits must have a dimension"),
+        (logits.numpy(), "logits must be a tensor, got ndarray"),
     ]:
         with pytest.raises((RuntimeError, ValueError), match=message):
             sample_top_k_top_p(bad)
