@@ -32,7 +32,7 @@ from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.distributed import find_device
 from tokenflow_ext.train.logs import over_under
 from tokenflow_ext.train.messages import ending_in_one_line
-from tokenflow_ext.train.pictures import read_square
+from tokenflow_ext.train.pictures import open_image, read_square
 
 
 @torch.no_grad()
@@ -56,8 +56,9 @@ def reconstruct(
     """
     place_of_work = find_device(device)
     checkpoint.check_there(source)
-    for name in images:
+    for name in images:  # each is read once before the first is written
         reading.require_file(name)
+        open_image(Path(name))
     stems = outputs.distinct_names([Path(name).stem for name in images], ".safetensors")
     target = outputs.Outputs(Path(out), overwrite)
     target.claim([stem + suffix for stem in stems for suffix in (".png", ".safetensors")], images)

@@ -83,4 +83,4 @@ def ending_in_one_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGTERM)
     finally:
         if handled:
-            signal.signal(signal.SIGTERM, former)
+            signal.signal(signal.SIGTERM, former or signal.SIG_DFL)

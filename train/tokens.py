@@ -148,10 +148,13 @@ def writing(folder: Path, about: dict[str, Any]) -> Iterator[bool]:
 
     Raises:
         OutputError: the folder holds other things, other tokens, or another process writes there.
+        DataError: it is finished, and a shard is damaged or gone.
     """
     check_target(folder)
     if (folder / INDEX).is_file():
         _check_same(folder / INDEX, about)
+        _check_shards(folder, _read_index(folder / INDEX))
+        (folder / UNFINISHED).unlink(missing_ok=True)  # of a run that ended right after its index
         yield True
         return
     marker = folder / UNFINISHED
@@ -174,6 +177,7 @@ def writing(folder: Path, about: dict[str, Any]) -> Iterator[bool]:
             file.truncate(0)
             file.write(json_text(about, indent=2) + b"\n")
             file.flush()
+            os.fsync(file.fileno())
         remove_parts(folder)
         try:
             yield False
@@ -270,14 +274,7 @@ def read(
             f"{folder} holds tokens of another tokenizer, {index['tokenizer']} "
             f"(SHA-256 {known[:16]}, this one's is {mine[:16]})"
         )
-    length = sum(rows * columns for rows, columns in scales)
-    for shard in index["shards"]:
-        expected = (shard["count"], length)
-        if (found := _shape(folder / shard["tokens"])) != expected:
-            raise DataError(
-                f"{folder / shard['tokens']} holds tokens {list(found)}, {path.name} says "
-                f"{list(expected)}"
-            )
+    _check_shards(folder, index)
     tokens, captions = [], []
     for shard in index["shards"]:
         rows = read_json(folder / shard["rows"])
@@ -291,6 +288,19 @@ def read(
                 f"has {codebook_size}"
             )
     return tokens, captions
+
+
+def _check_shards(folder: Path, index: dict[str, Any]) -> None:
+    """That the files hold as much as the index says."""
+    length = sum(rows * columns for rows, columns in index["scales"])
+    for shard in index["shards"]:
+        expected = (shard["count"], length)
+        if (found := _shape(folder / shard["tokens"])) != expected:
+            raise DataError(
+                f"{folder / shard['tokens']} holds tokens {list(found)}, {INDEX} says "
+                f"{list(expected)}"
+            )
+        require_file(folder / shard["rows"])
 
 
 def _captions(path: Path, rows: Any, count: int) -> list[str | None]:

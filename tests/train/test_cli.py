@@ -211,6 +211,16 @@ def test_no_file_is_written_over(reconstruct, images, tmp_path, monkeypatch):
     assert folder_of(own) == before
 
 
+def test_a_broken_picture_among_others_is_named_before_the_first_is_written(
+    reconstruct, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda *_: pytest.fail("a model was read"))
+    (tmp_path / "broken.png").write_bytes((images / "picture0.png").read_bytes()[:200])
+    with pytest.raises(SystemExit, match=r"cannot read the image .*broken\.png"):
+        reconstruct([images / "picture0.png", tmp_path / "broken.png"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_of_any_name(reconstruct, images, tmp_path, capsys):
     long, odd = b"x" * 251, b"caf\xe9\n\x1b[31m"
     for raw in (long, odd):

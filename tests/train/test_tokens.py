@@ -103,6 +103,16 @@ def test_the_same_run_again_has_nothing_to_do(tokenize, out, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["tokens-00001.safetensors", "tokens-00001.json"])
+def test_a_finished_folder_that_lost_a_file_is_not_called_whole(tokenize, out, name):
+    tokenize()
+    (out / name).unlink()
+    with pytest.raises(DataError, match=name):
+        tokenize()
+    with pytest.raises(DataError, match=name):
+        captions.Tokens(out, SCALES, 64)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_tokens_are_not_mixed_in(
     tokenize, folder, out, image_tokenizer, tmp_path, monkeypatch, finished
