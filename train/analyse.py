@@ -190,14 +190,13 @@ def assign(
     loader = data.read_batches(
         images, join_squares, batch_size=batch, sampler=mine, num_workers=workers
     )
-    bar = tqdm(total=len(mine), unit="image", disable=not group.first)
-    found = []
-    for indices, pixels, _, digests in loader:
-        h = model.features(to_float(pixels.to(group.device)))
-        codes = [nearest(model, h, by).tolist() for by in codebooks]
-        found += zip(indices, digests, *codes, strict=True)
-        bar.update(len(indices))
-    bar.close()
+    with tqdm(total=len(mine), unit="image", disable=not group.first) as bar:
+        found = []
+        for indices, pixels, _, digests in loader:
+            h = model.features(to_float(pixels.to(group.device)))
+            codes = [nearest(model, h, by).tolist() for by in codebooks]
+            found += zip(indices, digests, *codes, strict=True)
+            bar.update(len(indices))
     rows = sorted(row for part in group.gather(found) for row in part)
     codes = torch.tensor([row[2:] for row in rows]).T
     return codes, digest_of(row[1] for row in rows)

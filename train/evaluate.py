@@ -265,43 +265,42 @@ def evaluate(
     loader = data.read_batches(
         Squares(paths, size), join_squares, batch_size=batch, sampler=mine, num_workers=workers
     )
-    bar = tqdm(total=len(mine), unit="image", disable=not group.first)
-    for indices, pixels, enlarged, digests in loader:
-        originals = pixels.to(group.device)
-        floats = to_float(originals)
-        found = reconstruct(floats)
-        hits += torch.bincount(found.indices.flatten(), minlength=codes)
-        if found.cosine is not None:
-            cosines += found.cosine.double() * len(originals)
-        bar.update(len(indices))
-        if found.images is None:
-            nothing = [None] * len(indices)
-            rows += zip(indices, nothing, nothing, nothing, enlarged, digests, strict=True)
-            continue
-        if not found.images.isfinite().all():  # 8 bits would hide it
-            names = ", ".join(str(paths[index]) for index in indices)
-            raise data.DataError(f"the reconstruction is not finite, among {names}")
-        made = to_uint8(found.images)
-        if features is not None:
-            sums[0].add(features.extract(originals))
-            sums[1].add(features.extract(made))
-        if perceptual is not None:
-            lpips += perceptual(to_float(made), floats).double() * len(made)
-        columns = (
-            indices,
-            psnr(made, originals, reduction="none").tolist(),
-            ssim(made, originals, reduction="none").tolist(),
-            ssim(made, originals, data_range=2.0, reduction="none").tolist(),
-            enlarged,
-            digests,
-        )
-        rows += zip(*columns, strict=True)
-        kept += [
-            (index, original.cpu().clone(), other.cpu().clone())  # not views of the whole batch
-            for index, original, other in zip(indices, originals, made, strict=True)
-            if index in shown
-        ]
-    bar.close()
+    with tqdm(total=len(mine), unit="image", disable=not group.first) as bar:
+        for indices, pixels, enlarged, digests in loader:
+            originals = pixels.to(group.device)
+            floats = to_float(originals)
+            found = reconstruct(floats)
+            hits += torch.bincount(found.indices.flatten(), minlength=codes)
+            if found.cosine is not None:
+                cosines += found.cosine.double() * len(originals)
+            bar.update(len(indices))
+            if found.images is None:
+                nothing = [None] * len(indices)
+                rows += zip(indices, nothing, nothing, nothing, enlarged, digests, strict=True)
+                continue
+            if not found.images.isfinite().all():  # 8 bits would hide it
+                names = ", ".join(str(paths[index]) for index in indices)
+                raise data.DataError(f"the reconstruction is not finite, among {names}")
+            made = to_uint8(found.images)
+            if features is not None:
+                sums[0].add(features.extract(originals))
+                sums[1].add(features.extract(made))
+            if perceptual is not None:
+                lpips += perceptual(to_float(made), floats).double() * len(made)
+            columns = (
+                indices,
+                psnr(made, originals, reduction="none").tolist(),
+                ssim(made, originals, reduction="none").tolist(),
+                ssim(made, originals, data_range=2.0, reduction="none").tolist(),
+                enlarged,
+                digests,
+            )
+            rows += zip(*columns, strict=True)
+            kept += [
+                (index, original.cpu().clone(), other.cpu().clone())  # not views of the whole batch
+                for index, original, other in zip(indices, originals, made, strict=True)
+                if index in shown
+            ]
 
     rows = sorted(row for part in group.gather(rows) for row in part)
     kept = sorted((k for part in group.gather(kept) for k in part), key=lambda k: k[0])

@@ -7,6 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,15 +309,16 @@ def write(
     numbers = {picture.number for picture in missing}
     redrawn = [picture for picture in wanted if picture.number in numbers]
     texts = [picture.text for picture in redrawn for _ in picture.seeds]
-    images = painter.draw(texts, [seed for picture in redrawn for seed in picture.seeds])
+    seeds = [seed for picture in redrawn for seed in picture.seeds]
     written, names = [], {picture.name for picture in missing}
-    for picture in redrawn:
-        drawn = [next(images).permute(1, 2, 0).numpy() for _ in picture.seeds]
-        image = drawn[0] if layout != "dpg" else tile(drawn, math.ceil(each**0.5))
-        if picture.name in names:
-            written.append(target.write(picture.name, png(image, picture.facts)))
-    for _ in images:  # the bar reaches its end
-        pass
+    with closing(painter.draw(texts, seeds)) as images:
+        for picture in redrawn:
+            drawn = [next(images).permute(1, 2, 0).numpy() for _ in picture.seeds]
+            image = drawn[0] if layout != "dpg" else tile(drawn, math.ceil(each**0.5))
+            if picture.name in names:
+                written.append(target.write(picture.name, png(image, picture.facts)))
+        for _ in images:  # the bar reaches its end
+            pass
     sheet = grid_of(wanted)
     if grid and (overwrite or not sheet.is_there(target.folder)):
         shown = []
