@@ -154,25 +154,62 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> Im
     try:
         if content is None:
             check_file(path)
-        empty = not (os.stat(path).st_size if content is None else content)
-        if empty:
+        if not (os.stat(path).st_size if content is None else content):
             raise ValueError("it is empty")
-        with Image.open(path if content is None else io.BytesIO(content), "r", formats()) as file:
-            file.load()
-            image = file
-            if file.mode.startswith(("I", "F")):
-                image = _eight_bits(file)
-            if (turn := _TURNS.get(_orientation(file))) is not None:
-                image = image.transpose(turn)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+        try:
+            return _decode(path if content is None else io.BytesIO(content))
+        except Exception:
+            bare = _without_metadata(Path(path).read_bytes() if content is None else content)
+            if bare is None:
+                raise
+            return _decode(io.BytesIO(bare))
     except UnidentifiedImageError as error:
         raise BrokenImageError(f"cannot read the image {name}: of no known format") from error
     except Exception as error:  # whatever a decoder meets in bytes that anybody can write
         raise BrokenImageError(f"cannot read the image {name}: {reason(error)}") from error
+
+
+def _decode(source: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """What :func:`open_image` gives, or any error."""
+    with Image.open(source, "r", formats()) as file:
+        file.load()
+        image = file
+        if file.mode.startswith(("I", "F")):
+            image = _eight_bits(file)
+        if (turn := _TURNS.get(_orientation(file))) is not None:
+            image = image.transpose(turn)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """A PNG or JPEG without colour profile, texts and XMP, which Pillow refuses a picture for where
+    they are broken or large; None where there is nothing to leave out. EXIF stays."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        at, parts = 8, [content[:8]]
+        while at + 12 <= len(content):
+            end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+            kind = content[at + 4 : at + 8]
+            # Chunks without which there is no picture begin with a capital.
+            if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+                parts.append(content[at:end])
+            at = end
+    elif content.startswith(b"\xff\xd8"):
+        at, parts = 2, [content[:2]]
+        while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":  # the scan
+            end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+            marker, exif = content[at + 1], content.startswith(b"Exif\0", at + 4)
+            if marker not in (0xE1, 0xE2, 0xED, 0xFE) or exif:
+                parts.append(content[at:end])
+            at = end
+        parts.append(content[at:])
+    else:
+        return None
+    bare = b"".join(parts)
+    return bare if len(bare) < len(content) else None
 
 
 def check_depth(path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from tokenflow_ext.train import captions, cli, evaluate, fid, pictures
 from tokenflow_ext.train.pictures import BrokenImageError, open_image
@@ -259,6 +260,42 @@ def test_odd_blocks_of_metadata_cost_no_pixel():
         for content in contents:
             for kind in ("JPEG", "WEBP"):
                 assert levels(saved(image, kind, **{name: content})).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        ("PNG", {"icc_profile": bytes(3 << 20)}),
+        ("PNG", {"text": 3 << 20}),
+        ("JPEG", {"segment": b"ICC_PROFILE\0"}),
+        ("JPEG", {"segment": b"ICC_PROFILE\0\1"}),
+    ],
+)
+def test_blocks_that_pillow_refuses_cost_no_pixel(tmp_path, block):
+    kind, options = block
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :48] = (200, 100, 50)
+    image, made = Image.fromarray(pixels), {"exif": exif(TURNED)}
+    if size := options.get("text"):
+        made["pnginfo"] = PngInfo()
+        made["pnginfo"].add_itxt("XML:com.adobe.xmp", "x" * size, zip=True)
+    if profile := options.get("icc_profile"):
+        made["icc_profile"] = profile
+    content = saved(image, kind, **made)
+    if segment := options.get("segment"):
+        content = (
+            content[:2] + b"\xff\xe2" + struct.pack(">H", len(segment) + 2) + segment + content[2:]
+        )
+    with pytest.raises(Exception):  # noqa: B017, PT011 - of Pillow, of several types
+        Image.open(io.BytesIO(content)).load()
+    read = levels(content)
+    assert read.shape == (96, 64, 3)  # turned
+    assert np.abs(read[:40] - (200, 100, 50)).max() < 9
+    assert read[60:].max() < 9
+    (tmp_path / "a.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), read)
+    with pytest.raises(BrokenImageError):
+        levels(content[: len(content) - 200])
 
 
 @pytest.mark.parametrize("name", ["empty.png", "text.jpg", "cut.png", "eps.png", "far.png"])
