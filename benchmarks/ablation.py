@@ -29,8 +29,8 @@ from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenize
 from tokenflow_ext.train import checkpoint, data, evaluate, tokenizer
 from tokenflow_ext.train.config import TrainConfig, load_config
 from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.loop import CONFIG_FILE
 from tokenflow_ext.train.pictures import to_pixels
+from tokenflow_ext.train.runs import CONFIG_FILE
 
 CONFIGS = machine.ROOT / "train" / "configs" / "ablation"
 RESULT = "result.json"

@@ -7,14 +7,27 @@ weights; ``tiny`` is small enough to train on two CPU cores.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenflow_ext.models.files import shown
+
 QUANTIZER_KINDS = ("tokenflow", "var")
 TOWER_KINDS = ("none", "clip", "vitamin", "siglip", "efficientnet_lite0")
 PRESETS = ("tiny", "B", "B-256", "L", "XL")
+
+
+# Sizes far beyond any model's: a configuration with larger ones is no model, and building it would
+# take all memory before anything could be said.
+SIDE_LIMIT = 1 << 14  # pixels
+WIDTH_LIMIT = 1 << 16  # channels
+DEPTH_LIMIT = 1 << 10  # layers
+CODES_LIMIT = 1 << 24
+SCALES_LIMIT = 1 << 8
+GRID_LIMIT = 1 << 10  # tokens a side
 
 
 class ConfigError(ValueError):
@@ -30,9 +43,15 @@ def _need(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _positive(owner: str, **values: float) -> None:
+def _within(owner: str, low: float, high: float, **values: float) -> None:
     for name, value in values.items():
-        _need(value > 0, f"{owner}.{name} must be positive, got {value!r}")
+        if low == 1:
+            _need(value > 0, f"{owner}.{name} must be positive, got {shown(value)}")
+        # Of NaN every comparison is false.
+        _need(
+            low <= value <= high,
+            f"{owner}.{name} must be within [{low}, {high}], got {shown(value)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -69,15 +88,14 @@ class TowerConfig:
         )
         if self.kind == "none":
             return
-        _positive(
-            "tower",
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            width=self.width,
-            input_scale=self.input_scale,
-        )
+        sides = {"image_size": self.image_size, "patch_size": self.patch_size}
+        _within("tower", 1, SIDE_LIMIT, **sides)
+        _within("tower", 1, WIDTH_LIMIT, width=self.width)
+        _within("tower", 0, WIDTH_LIMIT, projection=self.projection)
+        _within("tower", 1 / 64, 64, input_scale=self.input_scale)
         if self.kind in ("clip", "siglip"):
-            _positive("tower", depth=self.depth, heads=self.heads, mlp_width=self.mlp_width)
+            _within("tower", 1, DEPTH_LIMIT, depth=self.depth)
+            _within("tower", 1, WIDTH_LIMIT, heads=self.heads, mlp_width=self.mlp_width)
             _need(
                 self.width % self.heads == 0,
                 f"tower.width must be a multiple of tower.heads, got {self.width} and {self.heads}",
@@ -152,20 +170,25 @@ class PixelConfig:
 
     def __post_init__(self) -> None:
         _need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
-        for value in self.multipliers:
-            _positive("pixel", multipliers=value)
-        _positive(
-            "pixel",
-            channels=self.channels,
-            res_blocks=self.res_blocks,
-            z_channels=self.z_channels,
-            code_dim=self.code_dim,
-            groups=self.groups,
-            patch=self.patch,
+        _need(
+            len(self.multipliers) <= 12,  # each but the first halves the side
+            f"pixel.multipliers must name 12 levels at most, got {len(self.multipliers)}",
         )
-        for name in ("decoder_channels", "decoder_res_blocks", "input_size"):
-            value = getattr(self, name)
-            _need(value >= 0, f"pixel.{name} must be 0 or more, got {value!r}")
+        for value in self.multipliers:
+            _within("pixel", 1, 256, multipliers=value)
+        widths = ("channels", "z_channels", "code_dim", "groups")
+        _within("pixel", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
+        _within("pixel", 1, DEPTH_LIMIT, res_blocks=self.res_blocks)
+        _within("pixel", 1, 256, patch=self.patch)
+        _within("pixel", 0, WIDTH_LIMIT, decoder_channels=self.decoder_channels)
+        _within("pixel", 0, DEPTH_LIMIT, decoder_res_blocks=self.decoder_res_blocks)
+        _within("pixel", 0, SIDE_LIMIT, input_size=self.input_size)
+        widest = max(self.channels, self.decoder_channels) * max(self.multipliers)
+        _need(
+            widest <= WIDTH_LIMIT,
+            f"pixel.channels times the largest of pixel.multipliers must be {WIDTH_LIMIT} at most, "
+            f"got {widest}",
+        )
 
     @property
     def factor(self) -> int:
@@ -201,14 +224,10 @@ class SemanticConfig:
             f"semantic.tower.projection must be 0, got {self.tower.projection}: the encoder reads "
             "the tokens before the visual projection",
         )
-        _positive(
-            "semantic",
-            code_dim=self.code_dim,
-            decoder_width=self.decoder_width,
-            decoder_depth=self.decoder_depth,
-            decoder_heads=self.decoder_heads,
-            decoder_grid=self.decoder_grid,
-        )
+        widths = ("code_dim", "decoder_width", "decoder_heads")
+        _within("semantic", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
+        _within("semantic", 1, DEPTH_LIMIT, decoder_depth=self.decoder_depth)
+        _within("semantic", 1, GRID_LIMIT, decoder_grid=self.decoder_grid)
         _need(
             self.decoder_width % self.decoder_heads == 0,
             "semantic.decoder_width must be a multiple of semantic.decoder_heads, got "
@@ -247,10 +266,19 @@ class QuantizerConfig:
     phi_shared: int = 4
 
     def __post_init__(self) -> None:
-        _positive("quantizer", codebook_size=self.codebook_size)
+        _within("quantizer", 1, CODES_LIMIT, codebook_size=self.codebook_size)
         _need(len(self.scales) > 0, "quantizer.scales must name one scale or more, got ()")
+        _need(
+            len(self.scales) <= SCALES_LIMIT,
+            f"quantizer.scales must name {SCALES_LIMIT} scales at most, got {len(self.scales)}",
+        )
         for value in self.scales:
-            _positive("quantizer", scales=value)
+            _within("quantizer", 1, GRID_LIMIT, scales=value)
+        shares = {"usage_decay": self.usage_decay, "scale_drop": self.scale_drop}
+        _within("quantizer", 0, 1, **shares)
+        _within("quantizer", 0, 1e6, beta=self.beta)
+        for value in self.weights or ():
+            _within("quantizer", 0, 1e6, weights=value)
         _need(
             self.codebook_update in ("gradient", "ema"),
             f"quantizer.codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}",
@@ -295,7 +323,7 @@ class TokenizerConfig:
     teacher: TowerConfig = field(default_factory=TowerConfig)
 
     def __post_init__(self) -> None:
-        _positive("tokenizer", image_size=self.image_size)
+        _within("tokenizer", 1, SIDE_LIMIT, image_size=self.image_size)
         _need(
             self.pixel.enabled or self.semantic.enabled,
             "pixel.enabled is false and semantic.tower.kind is 'none': a tokenizer has one of the "
@@ -310,6 +338,12 @@ class TokenizerConfig:
             self.quantizer.kind != "var" or len(self.dims) == 1,
             "quantizer.kind 'var' is for one branch: its convolutions would mix the other's "
             "channels in; set pixel.enabled to false or semantic.tower.kind to 'none'",
+        )
+        weights = self.quantizer.weights
+        _need(
+            weights is None or len(weights) == len(self.dims),
+            f"quantizer.weights must hold a number for each of {', '.join(self.branches)}, got "
+            f"{shown(weights)}",
         )
         if self.pixel.enabled:
             self._check_pixel()
@@ -382,7 +416,7 @@ class TokenizerConfig:
             return _large()
         if name == "XL":
             return _xlarge()
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {shown(name)}")
 
     def with_enhanced_decoder(self) -> TokenizerConfig:
         """The same with the enhanced pixel decoder: twice the encoder's width and residual blocks
@@ -424,15 +458,15 @@ def from_plain(cls: type, values: Any, path: str = "") -> Any:
         ConfigError: an unknown field or a value of the wrong type, named by its path.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'configuration'} must be a mapping, got {values!r}")
+        raise ConfigError(f"{path or 'configuration'} must be a mapping, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = [k for k in values if k not in names]
     if unknown:
         where = f"{path}." if path else ""
-        raise ConfigError(
-            f"unknown field {where}{unknown[0]}; known here: {', '.join(sorted(names))}"
-        )
+        name = shown(unknown[0])
+        name = name[1:-1] if isinstance(unknown[0], str) else name
+        raise ConfigError(f"unknown field {where}{name}; known here: {', '.join(sorted(names))}")
     made = {
         name: _convert(hints[name], value, f"{path}.{name}" if path else name)
         for name, value in values.items()
@@ -450,14 +484,20 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return _convert(next(o for o in options if o is not type(None)), value, path)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
+            raise ConfigError(f"{path} must be a list, got {shown(value)}")
         return tuple(_convert(options[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     # bool is a subclass of int: ask for the exact type.
-    if type(value) is not kind:
-        raise ConfigError(f"{path} must be {kind.__name__}, got {value!r}")
-    return value
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(f"{path} must be {kind.__name__}, got {shown(value)}")
+    if kind is not float:
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{path} must be a finite number, got {shown(value)}")
+    return number
 
 
 def _tiny() -> TokenizerConfig:

@@ -46,16 +46,11 @@ def shown(value: Any) -> str:
 
 
 def brief(error: BaseException | str, limit: int = 400) -> str:
-    """An error of another library as one line of a message.
-
-    Of an error that crossed from a worker process the last line is taken: the others are the
-    traceback. torch's advice to load a file without ``weights_only`` is not passed on.
-    """
+    """An error of another library as one line of a message; torch's advice to load a file without
+    ``weights_only`` is not passed on."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    if "Original Traceback" in text:
-        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1].strip())
     if "weights_only" in text:
         text = "it holds objects other than tensors and plain containers"
     # What follows in messages from C++ is the stack.

@@ -382,6 +382,15 @@ class TokenFlowTokenizer(nn.Module):
         return model.eval()
 
     @classmethod
+    def read_config(cls, folder: Path) -> TokenizerConfig:
+        """The configuration of a directory written by :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: a missing, foreign or unreadable file.
+        """
+        return _read_config(folder)
+
+    @classmethod
     def _from_released(
         cls, path: Path, resolution: int | None, config: TokenizerConfig | None
     ) -> TokenFlowTokenizer:

@@ -376,7 +376,9 @@ def run(
     names, target = names_of(sources), Outputs(Path(out), overwrite)
     files = [f"{name}-{by}.png" for name in names for by in asked or CODEBOOKS]
     files += _FILES
-    group.agree(lambda: target.claim(files))
+    with group.together():
+        if group.first:
+            target.claim(files)
     for source in sources:
         checkpoint.check_there(source)
     found: list[tuple[Clusters, Squares]] = []

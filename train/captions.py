@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,6 +268,11 @@ class Pictures:
         """The captions, ``count`` of them at most."""
         return [caption for _, caption in self.pairs[:count]]
 
+    def listing(self) -> Iterator[str]:
+        """Everything there is by name."""
+        for path, caption in self.pairs:
+            yield f"{os.path.relpath(path, self.folder)} {caption}"
+
 
 class Tokens:
     """A folder that ``tokenflow tokenize`` wrote; rows without a caption are left out.
@@ -307,6 +312,11 @@ class Tokens:
     def captions_up_to(self, count: int) -> list[str]:
         """The captions, ``count`` of them at most."""
         return self.captions[:count]
+
+    def listing(self) -> Iterator[str]:
+        """Everything there is; of tokens their sum."""
+        for sum_, caption in zip(self.tokens.sum(1).tolist(), self.captions, strict=True):
+            yield f"{sum_} {caption}"
 
 
 class Shards(shards.Shards):

@@ -221,6 +221,22 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     return state
 
 
+def saved_config(path: Path) -> str:
+    """The configuration in the checkpoint at ``path``, as YAML; tensors are not read.
+
+    Raises:
+        CheckpointError: see :func:`load`.
+    """
+    try:
+        state = read_torch(path / STATE_FILE, CheckpointError, mmap=True)
+    except CheckpointError:
+        verify(path)  # which may know better what is wrong
+        raise
+    if not isinstance(state, dict) or not isinstance(state.get("config"), str):
+        raise CheckpointError(f"{path / STATE_FILE} has no configuration")
+    return state["config"]
+
+
 def check_there(path: str | Path) -> Path:
     """That there is anything at all at ``path``.
 

@@ -7,15 +7,17 @@ of the wrong type are errors that name the key.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
 from tokenflow_ext.models.discriminators import KINDS as DISCRIMINATORS
+from tokenflow_ext.models.files import brief, read_text, shown
 from tokenflow_ext.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 
@@ -242,9 +244,6 @@ class TextConfig:
         _one_of("model.attention", self.model.attention, "sdpa", "flex")
         if self.backbone is not None and self.init is not None:
             raise ConfigError("backbone and init are two starts: give one")
-        for name in ("drop", "truncate"):
-            if not 0 <= (value := getattr(self.data, name)) <= 1:
-                raise ConfigError(f"data.{name} must be within [0, 1], got {value}")
         for name in ("match", "unseen"):
             try:
                 re.compile(getattr(self.data, name))
@@ -252,15 +251,10 @@ class TextConfig:
                 raise ConfigError(f"data.{name} is no regular expression: {error}") from error
         if self.data.unseen and self.data.held_out is not None:
             raise ConfigError("data.unseen and data.held_out are two held-out sets: give one")
-        _at_least("data", self.data, 1, "evaluated")
-        _at_least("data", self.data, 0, "limit")
         if not self.data.caption_keys or not all(self.data.caption_keys):
             raise ConfigError(
                 f"data.caption_keys must name keys, got {list(self.data.caption_keys)}"
             )
-        _at_least("model", self.model, 1, "prompt_length")
-        _at_least("model", self.model, 257, "vocabulary")  # every byte, and bos
-        _at_least("sample", self.sample, 0, "guidance")
 
 
 @dataclass
@@ -290,7 +284,6 @@ class DecoderConfig:
         _check_pixel_losses(self)
         if not self.loss.pixel + self.loss.perceptual > 0:
             raise ConfigError("loss.pixel and loss.perceptual are both 0: give one a weight")
-        _at_least("data", self.data, 1, "held_out_crops")
 
 
 @dataclass
@@ -322,18 +315,14 @@ class TrainConfig:
         _check_run(self)
         _check_parallel(self)
         _one_of("loss.semantic_kind", self.loss.semantic_kind, "cosine", "l2")
-        _at_least("loss", self.loss, 0, "semantic", "vq")
         _check_pixel_losses(self)
-        _at_least("data", self.data, 1, "held_out_crops")
         if not self.model.pixel.enabled:
             self._check_semantic_alone()
         self._check_rates()
 
     def _check_rates(self) -> None:
         """Codebooks that are frozen must not be moved by something else."""
-        rates = self.optim.lr_scale
-        _at_least("optim.lr_scale", rates, 0, *(f.name for f in fields(rates)))
-        if not rates.codebooks:
+        if not self.optim.lr_scale.codebooks:
             if self.model.quantizer.codebook_update == "ema":
                 raise ConfigError(
                     "optim.lr_scale.codebooks=0 freezes codebooks that "
@@ -364,17 +353,14 @@ def _check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
     """What runs of every kind have in common."""
     _one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     _one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
-    if len(config.data.streams) != 2 or min(config.data.streams) < 1:
-        raise ConfigError(
-            f"data.streams must be two positive numbers, got {list(config.data.streams)}"
-        )
-    if len(config.optim.betas) != 2:
-        raise ConfigError(f"optim.betas must be two numbers, got {config.optim.betas}")
-    _at_least("", config, 0, "seed", "threads")
-    _at_least("data", config.data, 0, "workers", "cache")
-    _at_least("optim", config.optim, 1, "steps", "batch", "accumulate")
-    every = ("log_every", "eval_every", "picture_every", "checkpoint_every", "keep")
-    _at_least("output", config.output, 1, *every)
+    if len(config.data.streams) != 2:
+        raise ConfigError(f"data.streams must be two numbers, got {shown(config.data.streams)}")
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optim.betas must be two numbers from 0 to below 1, got {shown(betas)}")
+    if not config.run or "\0" in config.run:
+        raise ConfigError(f"run must name a folder, got {shown(config.run)}")
+    _check_ranges(config)
 
 
 def _check_parallel(config: TrainConfig | TextConfig) -> None:
@@ -385,23 +371,86 @@ def _check_parallel(config: TrainConfig | TextConfig) -> None:
 
 def _check_pixel_losses(config: TrainConfig | DecoderConfig) -> None:
     loss = config.loss
-    _at_least("loss", loss, 0, "pixel", "perceptual", "gan", "gan_start")
-    _at_least("loss", loss, 1, "discriminator_channels")
     _one_of("loss.discriminator", loss.discriminator, *DISCRIMINATORS)
     _one_of("loss.discriminator_loss", loss.discriminator_loss, *DISCRIMINATOR_LOSSES)
     _one_of("loss.generator_loss", loss.generator_loss, *GENERATOR_LOSSES)
 
 
-def _at_least(section: str, values: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        if (value := getattr(values, name)) < minimum:
-            key = f"{section}.{name}".lstrip(".")
-            raise ConfigError(f"{key} must be {minimum} or more, got {value}")
+_MANY = 10**12
+#: The least and the largest value of every number; of a list, of each of its numbers.
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "threads": (0, 4096),
+    "resolution": (1, 1 << 14),
+    "data.held_out_crops": (1, 1 << 20),
+    "data.min_crop": (0, 1),
+    "data.max_crop": (1e-3, 1),
+    "data.aspect": (1, 100),
+    "data.limit": (0, _MANY),
+    "data.evaluated": (1, 1 << 20),
+    "data.drop": (0, 1),
+    "data.truncate": (0, 1),
+    "data.streams": (1, 1 << 16),
+    "data.workers": (0, 1024),
+    "data.cache": (0, 1 << 24),
+    "optim.steps": (1, _MANY),
+    "optim.batch": (1, 1 << 20),
+    "optim.accumulate": (1, 1 << 20),
+    "optim.lr": (0, math.inf),
+    "optim.discriminator_lr": (0, math.inf),
+    "optim.betas": (0, 1),
+    "optim.weight_decay": (0, math.inf),
+    "optim.warmup": (0, _MANY),
+    "optim.final_lr": (0, math.inf),
+    "optim.max_grad_norm": (0, math.inf),
+    "optim.ema_decay": (0, 1),
+    **{f"optim.lr_scale.{part.name}": (0, math.inf) for part in fields(PartRates)},
+    "loss.semantic": (0, math.inf),
+    "loss.vq": (0, math.inf),
+    "loss.pixel": (0, math.inf),
+    "loss.perceptual": (0, math.inf),
+    "loss.gan": (0, math.inf),
+    "loss.gan_start": (0, _MANY),
+    "loss.discriminator_channels": (1, 1 << 12),
+    "codebook.kmeans_batches": (0, 1 << 20),
+    "codebook.kmeans_iterations": (1, 1 << 20),
+    "codebook.restart_every": (0, _MANY),
+    "codebook.restart_until": (0, 1),
+    "codebook.restart_threshold": (0, math.inf),
+    "model.prompt_length": (1, 1 << 16),
+    "model.vocabulary": (257, 1 << 24),  # every byte, and bos
+    "sample.guidance": (0, math.inf),
+    "sample.top_k": (0, 2**31 - 1),
+    "sample.top_p": (0, 1),
+    **{f"output.{every}_every": (1, _MANY) for every in ("log", "eval", "picture", "checkpoint")},
+    "output.keep": (1, 1 << 20),
+    "output.pictures": (1, 1 << 12),
+}
+
+
+def leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys: ``{"optim.lr": 0.1}``."""
+    if not isinstance(values, dict):
+        return {path: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def _check_ranges(config: TrainConfig | DecoderConfig | TextConfig) -> None:
+    for key, given in leaves(to_plain(config)).items():
+        low, high = _RANGES.get(key, (-math.inf, math.inf))
+        for value in given if isinstance(given, list) else [given]:
+            if key not in _RANGES or value is None or low <= value <= high:
+                continue
+            wanted = f"{low} or more" if high in (_MANY, math.inf) else f"within [{low}, {high}]"
+            raise ConfigError(f"{key} must be {wanted}, got {shown(value)}")
 
 
 def _one_of(key: str, value: str, *allowed: str) -> None:
     if value not in allowed:
-        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -415,11 +464,49 @@ _Loader.add_implicit_resolver(
 )
 
 
+_FILE_LIMIT = 1 << 20  # bytes
+_NODE_LIMIT = 100_000
+
+
 def _read_yaml(text: str, what: str) -> Any:
+    """YAML as plain values.
+
+    Raises:
+        ConfigError: no YAML, or aliases that stand for more than a configuration can hold.
+    """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is not YAML: {error}") from error
+        loader = _Loader(text)  # a SafeLoader
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if not _nodes(node, {}) <= _NODE_LIMIT:
+                raise ConfigError(
+                    f"{what} stands for more than {_NODE_LIMIT} values by its aliases"
+                )
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ConfigError(f"{what} is nested too deeply") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date without a 13th month, ...
+        raise ConfigError(f"{what} is not YAML: {brief(error)}") from error
+
+
+def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes there would be if each alias were written out; infinite for one in itself."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = math.inf
+    count = 1.0
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                count += _nodes(part, known)
+    known[id(node)] = count
+    return count
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -435,10 +522,14 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--") or not rest:
-                raise ConfigError(f"expected key=value or --key value, got {word!r}")
+                raise ConfigError(f"expected key=value or --key value, got {shown(word)}")
             text = rest.pop(0)
         *sections, name = key.split(".")
-        value: Any = {name: _read_yaml(text, key)}
+        if len(sections) > 16:
+            raise ConfigError(f"unknown field {shown(key)}")
+        # YAML knows no bytes that are not UTF-8; a file may have them in its name.
+        plain = any("\udc80" <= character <= "\udcff" for character in text)
+        value: Any = {name: text if plain else _read_yaml(text, key)}
         for section in reversed(sections):
             value = {section: value}
         nested = _overlay(nested, value)
@@ -454,41 +545,68 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _given(path: str | Path | None, overrides: list[str] | None) -> dict[str, Any]:
+Config = TypeVar("Config", "TrainConfig", "DecoderConfig", "TextConfig")
+
+
+def _load(kind: type[Config], path: str | Path | None, overrides: list[str] | None) -> Config:
+    """The configuration of an optional file and overrides, over the defaults and the preset."""
     given: Any = {}
     if path is not None:
-        try:
-            given = _read_yaml(Path(path).read_text(encoding="utf-8"), str(path)) or {}
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        text = read_text(Path(path), ConfigError, _FILE_LIMIT)
+        given = _read_yaml(text, str(path))
+        given = {} if given is None else given
         if not isinstance(given, dict):
             raise ConfigError(f"{path} must hold a mapping, got {type(given).__name__}")
-    return _overlay(given, parse_overrides(overrides or []))
+    given = _overlay(given, parse_overrides(overrides or []))
+    try:
+        below = kind()
+        if kind is TrainConfig:
+            below = TrainConfig(model=TokenizerConfig.preset(given.get("preset", "tiny")))
+        return from_plain(kind, _overlay(to_plain(below), given))
+    except ConfigError as error:
+        if path is None:
+            raise
+        more = " and the command line" if overrides else ""
+        raise ConfigError(f"{path}{more}: {error}") from error
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a tokenizer's run from an optional YAML file and overrides.
 
     Raises:
-        ConfigError: unknown keys, wrong types, or a file that is not a YAML mapping.
+        ConfigError: unknown keys, wrong types, numbers out of their range, or a file that is not a
+            YAML mapping.
     """
-    given = _given(path, overrides)
-    model = TokenizerConfig.preset(given.get("preset", "tiny"))
-    return from_plain(TrainConfig, _overlay(to_plain(TrainConfig(model=model)), given))
+    return _load(TrainConfig, path, overrides)
 
 
 def load_decoder_config(
     path: str | Path | None = None, overrides: list[str] | None = None
 ) -> DecoderConfig:
     """The configuration of a pixel decoder's fine-tuning; as :func:`load_config`."""
-    return from_plain(DecoderConfig, _overlay(to_plain(DecoderConfig()), _given(path, overrides)))
+    return _load(DecoderConfig, path, overrides)
 
 
 def load_text_config(
     path: str | Path | None = None, overrides: list[str] | None = None
 ) -> TextConfig:
     """The configuration of a text-to-image run; as :func:`load_config`."""
-    return from_plain(TextConfig, _overlay(to_plain(TextConfig()), _given(path, overrides)))
+    return _load(TextConfig, path, overrides)
+
+
+def from_yaml(text: str, what: str) -> dict[str, Any]:
+    """What :func:`to_yaml` wrote, as dotted keys and plain values.
+
+    Args:
+        what: what messages call it.
+
+    Raises:
+        ConfigError: no YAML mapping.
+    """
+    values = _read_yaml(text, what)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{what} must hold a mapping")
+    return leaves(values)
 
 
 def to_yaml(config: TrainConfig | DecoderConfig | TextConfig) -> str:

@@ -271,6 +271,9 @@ class Source(Protocol):
     def describe(self) -> str:
         """How much there is, for people."""
 
+    def listing(self) -> Iterator[str]:
+        """Everything there is by name, wherever it lies: what processes must agree in."""
+
 
 class PictureSet:
     """Pictures in rounds, each in an order of its own. A round visits every picture once, or as
@@ -332,12 +335,28 @@ class PictureSet:
         weighted = "" if self.weights is None else f" ({self.round} a round by weight)"
         return f"{len(self.pictures)} images{weighted}"
 
+    def listing(self) -> Iterator[str]:
+        yield from listing(self.pictures)
+        if self.weights is not None:
+            yield from map(repr, self.weights.tolist())
+
+
+def listing(pictures: list[Picture]) -> Iterator[str]:
+    """Each picture by its name, wherever the folder lies that holds them all."""
+    root = os.path.commonpath([p.path.parent for p in pictures])
+    for picture in pictures:
+        yield f"{os.path.relpath(picture.path, root)} {picture.member} {picture.boxes}"
+
 
 class RandomCrops(Dataset):
     """Sample ``g`` of a run: a random crop of a picture, resized to ``size`` and maybe mirrored."""
 
     def __init__(self, source: Source, size: int, config: DataConfig, seed: int) -> None:
         self.source, self.size, self.config, self.seed = source, size, config, seed
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+        return self.source.describe()
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """[3, size, size] in [-1, 1]."""

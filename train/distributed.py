@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from tokenflow_ext import build_info
 from tokenflow_ext.models import ConfigError
+from tokenflow_ext.models.files import shown
+from tokenflow_ext.train.reading import DataError
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,6 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def agree(self, check: Callable[[], None]) -> None:
-        """Make a check on the first process, whose errors are raised on all (every process must
-        call this)."""
-        error = None
-        if self.first:
-            try:
-                check()
-            except RuntimeError as found:
-                error = found
-        if (error := self.gather(error)[0]) is not None:
-            raise error
-
     def peak_memory(self) -> float:
         """The most memory that any process has held so far, in GiB: allocated on its CUDA device,
         resident in main memory on a CPU (every process must call this)."""
@@ -79,6 +69,42 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What a process cannot do in the block ends all of them, with one message (every process
+        calls this; no collective may be in a part of the block that can fail).
+
+        Raises:
+            Exception: what the block raises, in the first process where it does.
+            SystemExit: in the others.
+        """
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = self.gather(error is not None)
+        if error is not None and failed.index(True) == self.rank:
+            raise error
+        if any(failed):
+            raise SystemExit(1) from error
+
+    def check_same(self, what: str, value: Any) -> None:
+        """That every process has the same value (every process calls this).
+
+        Raises:
+            DataError: naming ``what``, and the values of two processes, in one of them.
+            SystemExit: in the others.
+        """
+        values = self.gather(value)
+        other = next((rank for rank, each in enumerate(values) if each != values[0]), None)
+        with self.together():
+            if self.first and other is not None:
+                raise DataError(
+                    f"processes have different {what}: process 0 {values[0]}, process {other} "
+                    f"{values[other]}"
+                )
 
 
 def find_device(asked: str) -> torch.device:
@@ -109,6 +135,31 @@ def find_device(asked: str) -> torch.device:
     return torch.device("cuda", int(number))
 
 
+def _number(variable: str, default: int) -> int:
+    """A number in torchrun's environment."""
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ConfigError(f"the environment's {variable} must be a number, got {shown(text)}")
+    return int(text)
+
+
+class Launcher:
+    """torchrun, where this process is one of its own: without it nobody would end a process whose
+    peers have ended, nor hear of its end."""
+
+    def __init__(self) -> None:
+        self.process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def check(self) -> None:
+        """That it is still there.
+
+        Raises:
+            SystemExit: it has ended.
+        """
+        if self.process is not None and os.getppid() != self.process:
+            raise SystemExit(f"error: torchrun (process {self.process}) has ended, so does its run")
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the group that torchrun's environment variables describe (none: a single process).
@@ -120,7 +171,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         ConfigError: no such device.
     """
     place = find_device(device)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world == 1:

@@ -625,7 +625,9 @@ def run(
         CheckpointError, DataError, WeightsError: one that is missing or cannot be read.
         OutputError: a report is there already, and ``overwrite`` is false.
     """
-    group.agree(lambda: Outputs(Path(out), overwrite).claim(FILES))
+    with group.together():
+        if group.first:
+            Outputs(Path(out), overwrite).claim(FILES)
     checkpoint.check_there(source)
     found = data.list_images(folder)
     model, place = checkpoint.load_tokenizer(source, resolution)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tokenflow_ext.models.files import (
+    OutputError,
+    cannot_write,
+    check_regular,
+    replacing,
+    write_file,
+)
 from tokenflow_ext.train.pictures import to_pixels
 
 
@@ -26,28 +38,43 @@ class RunLog:
         self, folder: Path, start: int, total: int, *, tensorboard: bool, progress: bool
     ) -> None:
         self.path = folder / "log.jsonl"
-        self._cut(start)
-        self._file = self.path.open("a", encoding="utf-8")
+        if os.path.lexists(self.path):
+            self._cut(start)
+        try:
+            # A link is not followed. Each line is written at once, so that nothing is left over.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            self._file = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            with self._board_files():
+                place = str(folder / "tensorboard")
+                self._board = SummaryWriter(place, purge_step=start + 1)
         self.bar = tqdm(
             total=total, initial=start, unit="step", disable=not progress, dynamic_ncols=True
         )
 
     def _cut(self, start: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):  # the last line of a killed process
-                continue
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        check_regular(self.path, OutputError)
+        damaged, later = 0, 0
+        with replacing(self.path) as part, self.path.open("rb") as old, part.open("wb") as new:
+            for line in old:
+                try:
+                    step = json.loads(line)["step"]
+                    if step <= start and line.endswith(b"\n"):
+                        new.write(line)
+                    else:
+                        later += 1
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    damaged += 1  # the last line of a killed process
+        if later or damaged:
+            tqdm.write(
+                f"{self.path}: {later} lines after step {start} are taken out, to be written "
+                f"again, and {damaged} that are not whole"
+            )
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -59,11 +86,23 @@ class RunLog:
 
     def values(self, step: int, values: dict[str, float], kind: str) -> None:
         """Log scalars of a step; ``kind`` ("train", "held_out" ...) is the TensorBoard prefix."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            with self._board_files():
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextmanager
+    def _board_files(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.path.with_name("tensorboard"), error) from error
 
     def show(self, values: dict[str, float]) -> None:
         """Put values beside the progress bar."""
@@ -72,16 +111,20 @@ class RunLog:
     def picture(self, step: int, path: Path, originals: torch.Tensor, made: torch.Tensor) -> None:
         """Write a picture (see ``over_under``) and show it in TensorBoard."""
         image = over_under(originals, made)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, "PNG")
+        write_file(path, content.getvalue(), overwrite=True)
         if self._board is not None:
-            self._board.add_image("pictures", image, step, dataformats="HWC")
+            with self._board_files():
+                self._board.add_image("pictures", image, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Let go of the files."""
         self.bar.close()
-        self._file.close()
+        os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with self._board_files():
+                self._board.close()
 
 
 def over_under(

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tokenflow_ext.models import CheckpointError
-from tokenflow_ext.models.saved import WEIGHTS_FILE
-from tokenflow_ext.train import checkpoint, data, parallel
+from tokenflow_ext.models.files import brief, shown
+from tokenflow_ext.models.saved import not_finite, read_weights
+from tokenflow_ext.train import checkpoint, data, parallel, runs
 from tokenflow_ext.train.config import OptimConfig, to_yaml
-from tokenflow_ext.train.distributed import Processes, processes
+from tokenflow_ext.train.distributed import Launcher, Processes, processes
 from tokenflow_ext.train.logs import RunLog, table
 from tokenflow_ext.train.messages import ending_in_one_line
-
-CONFIG_FILE = "config.yaml"
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +40,10 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         return 1.0
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class NotFiniteError(FloatingPointError):
+    """Training has left the finite numbers: the message says what is left of the run."""
 
 
 class BaseTrainer:
@@ -78,6 +81,9 @@ class BaseTrainer:
         self._batches: Iterator[Any] = iter(())
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
+        # Whether a loss was not finite since the last look: on the device, which is not waited for.
+        self._watched: list[str] = []
+        self._bad: Tensor | None = None
 
     # -- what a subclass fills in -----------------------------------------------------------------
 
@@ -124,6 +130,18 @@ class BaseTrainer:
     def headline(self) -> str:
         """One line on what is trained, on what."""
         raise NotImplementedError
+
+    def _listing(self) -> Iterator[str]:
+        """All data by name, the held-out ones too; alike on every process and when resumed."""
+        raise NotImplementedError
+
+    @cached_property
+    def data_facts(self) -> str:
+        """The data in a few words, alike where the data are."""
+        sha = hashlib.sha256()
+        for entry in self._listing():
+            sha.update(entry.encode("utf-8", "surrogatepass") + b"\0")
+        return f"{self.dataset.describe()}, digest {sha.hexdigest()[:16]}"
 
     def _extra_values(self) -> dict[str, float]:
         """Further values of a step, alike on every process."""
@@ -173,7 +191,7 @@ class BaseTrainer:
     def stop_reading(self) -> None:
         """End the thread that reads ahead, where there is one."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
 
     def _take_batch(self) -> Any:
         """The next micro-batch; on a CPU a thread has made it ready and starts on the one after.
@@ -251,12 +269,14 @@ class BaseTrainer:
         """Write a checkpoint, the same for every way of splitting the work (every process calls
         this; the first one writes)."""
         first = self.group.first
+        self._check_losses()
         state = {
             "step": self.step,
             "position": self.position,
             "seconds": self.seconds,
             "first": self.first,
             "config": to_yaml(self.config),
+            "data": self.data_facts,
             "optimizer": parallel.optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -267,36 +287,90 @@ class BaseTrainer:
             state["model"] = parallel.model_state(self.model, first)
         with self._ready():
             weights = parallel.model_state(self.model, first)
-        if not first:
-            return None
-        folder, keep = self.run / "checkpoints", self.config.output.keep
-        write = partial(self._save_model, weights)
-        return checkpoint.save(folder, self.step, state, write, keep)
+        with self.group.together():
+            if not first:
+                return None
+            if bad := _bad_numbers(state, weights):
+                raise self._lost(f"{bad[0]} (and {len(bad) - 1} more)")
+            folder, keep = self.run / "checkpoints", self.config.output.keep
+            write = partial(self._save_model, weights)
+            return checkpoint.save(folder, self.step, state, write, keep)
+
+    def _lost(self, what: str) -> NotFiniteError:
+        """The error of a run in which ``what`` is not finite."""
+        good = checkpoint.available(self.run / "checkpoints")
+        left = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+        return NotFiniteError(
+            f"step {self.step}: {what} is not finite, and no checkpoint of it is written; {left}. "
+            "Lower optim.lr or optim.max_grad_norm, or use optim.precision=fp32"
+        )
+
+    def _watch(self, values: dict[str, Tensor]) -> None:
+        """Note which of a step's losses are not finite."""
+        # Under loss scaling steps whose gradients overflow are left out.
+        names = sorted(set(values) - ({"grad_norm"} if self.scaler.is_enabled() else set()))
+        if names != self._watched:
+            self._check_losses()
+            self._watched, self._bad = names, None
+        bad = ~torch.stack([values[name].detach().float() for name in names]).isfinite()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def _check_losses(self) -> None:
+        """End the run where a loss was not finite on any process (every process calls this)."""
+        if self._bad is None:
+            return
+        bad = self.group.sum_(self._bad.float()).tolist()
+        self._bad = None
+        names = [name for name, count in zip(self._watched, bad, strict=True) if count]
+        with self.group.together():
+            if names and self.group.first:
+                raise self._lost(", ".join(names))
+
+    @contextmanager
+    def _naming_the_cause(self) -> Iterator[None]:
+        """Computing with numbers that are not finite may fail anywhere, with any message."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            bad = parallel.not_finite(self.model)
+            if not bad:
+                raise
+            raise self._lost(f"{bad[0]} (and {len(bad) - 1} more)") from error
 
     def restore(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``.
+        """Continue from the checkpoint at ``path``, with the options of this run's configuration.
 
         Raises:
-            CheckpointError: not whole, or of another model.
+            CheckpointError: not whole, not finite, or of another model.
         """
         state = checkpoint.load(path)
         self._check(path)
+        weights, _ = read_weights(path)
+        if bad := _bad_numbers(state, {}):
+            raise CheckpointError(
+                f"{path} holds numbers that are not finite, first in {bad[0]}: take it away to "
+                "continue from the one before it"
+            )
         try:
-            parallel.load_model_state(self.model, load_file(path / WEIGHTS_FILE))
+            parallel.load_model_state(self.model, weights)
             if self.average is not None:
                 self.average.swap()
                 parallel.load_model_state(self.model, state["model"])
             parallel.load_optimizer_state(self.optimizer, state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
+            parallel.load_scheduler_state(self.scheduler, state["scheduler"])
+            if state["scaler"]:  # of a run without loss scaling it is empty
+                self.scaler.load_state_dict(state["scaler"])
             self._restore_further(state)
-            self.step, self.position = state["step"], state["position"]
-            self.seconds, self.first = state["seconds"], state["first"]
+            self.step, self.position = _count(state["step"]), _count(state["position"])
+            self.seconds, self.first = float(state["seconds"]), dict(state["first"])
             self._restore_random(state["random"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit this run's configuration: {error}"
+        except (ArithmeticError, AttributeError, LookupError, *_MISFITS) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else brief(error)
+            raise CheckpointError(
+                f"{path} does not fit this run's configuration: {what}"
             ) from error
+        if self.group.first and (was := state.get("data", now := self.data_facts)) != now:
+            print(f"the data have changed: {was} -> {now}", flush=True)
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -313,13 +387,28 @@ class BaseTrainer:
                 tensorboard=output.tensorboard,
                 progress=output.progress,
             )
+        try:
+            with self._naming_the_cause():
+                self._fit(log)
+        finally:
+            self.stop_reading()
+            if log is not None:
+                log.close()
+        self.group.wait()
+        return self._summary()
+
+    def _fit(self, log: RunLog | None) -> None:
+        output, steps = self.config.output, self.config.optim.steps
+        launcher = Launcher()
         self.prepare()
         started, done_before = time.perf_counter(), self.step
         before = self.seconds
         if self.step == 0:
             self._report(log)
         while self.step < steps:
+            launcher.check()
             values = self.train_step()
+            self._watch(values)
             self.seconds = before + time.perf_counter() - started
             last = self.step == steps
             if log is not None:
@@ -339,22 +428,12 @@ class BaseTrainer:
                 self.save()
         if not self.last:  # the run was already complete
             self.last = self.evaluate()
-        if log is not None:
-            log.close()
-        self.stop_reading()
-        self.group.wait()
-        return self._summary()
 
     def _log_step(self, log: RunLog | None, values: dict[str, Tensor], speed: float) -> None:
+        self._check_losses()
         names = sorted(values)
         mean = self.group.mean_(torch.stack([values[n].float() for n in names]))
         numbers = dict(zip(names, mean.tolist(), strict=True))
-        bad = [n for n in names if not math.isfinite(numbers[n])]
-        if bad and not (bad == ["grad_norm"] and self.scaler.is_enabled()):
-            raise FloatingPointError(
-                f"step {self.step}: {', '.join(bad)} is not finite; the last checkpoint is intact. "
-                "Lower optim.lr or optim.max_grad_norm, or use optim.precision=fp32"
-            )
         extra = self._extra_values()
         numbers |= extra
         factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
@@ -421,6 +500,21 @@ class BaseTrainer:
         )
 
 
+#: Errors of a state that is another model's, or has been tampered with.
+_MISFITS = (RuntimeError, TypeError, ValueError)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a count must be a whole number, got {shown(value)}")
+    return value
+
+
+def _bad_numbers(state: dict[str, Any], weights: dict[str, Tensor]) -> list[str]:
+    """What in a checkpoint is not finite; the figures before the first step do not matter."""
+    return not_finite({k: v for k, v in state.items() if k != "first"} | {"weights": weights})
+
+
 def train(
     config: Any,
     group: Processes,
@@ -435,36 +529,39 @@ def train(
         notice: printed after the configuration.
 
     Raises:
-        CheckpointError: a run is already in the folder and ``resume`` is false, or its newest
-            checkpoint is not whole or does not fit.
+        CheckpointError: a run is already in the folder and ``resume`` is false, another process
+            trains in it, or its newest checkpoint is not whole or does not fit.
+        ConfigError: a resumed run cannot change what the configuration changes.
+        DataError: nothing to train on, or processes with different data.
+        NotFiniteError: weights or losses are no longer finite.
     """
-    run = Path(config.run)
-    existing = checkpoint.available(run / "checkpoints")
-    begun = existing or (run / CONFIG_FILE).exists()
-    if begun and not resume:
-        raise CheckpointError(
-            f"{run} already holds a run: continue it with --resume, or choose another folder "
-            "with run=FOLDER"
-        )
-    group.wait()  # the first process writes into the folder only when all have looked
-    text = to_yaml(config)
-    if group.first:
-        print(text, flush=True)
-        if notice:
-            print(notice, flush=True)
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(run / CONFIG_FILE, text)
-    trainer = make(config, group)
-    if existing:
-        trainer.restore(existing[-1])
+    run, text = Path(config.run), to_yaml(config)
+    with ExitStack() as held:
+        newest, lines = None, []
+        with group.together():
+            if group.first:
+                held.enter_context(runs.lock(run))
+                newest, lines = runs.begin(config, resume)
+                print(text, *lines, *filter(None, [notice]), sep="\n", flush=True)
+        newest = group.gather(newest)[0]
+        with group.together():
+            trainer = make(config, group)
+            facts = trainer.data_facts
+        group.check_same("data", facts)
+        with group.together():
+            if newest is not None:
+                trainer.restore(newest)
+        with group.together():  # what is refused has changed nothing in the folder
+            if group.first:
+                runs.settle(run, text)
+                if newest is not None:
+                    print(f"continuing from {newest}", flush=True)
+                count = f"{group.world} process(es) on {group.device.type}"
+                print(f"{trainer.headline()}, {count}", flush=True)
+        summary = trainer.fit()
         if group.first:
-            print(f"continuing from {existing[-1]}", flush=True)
-    if group.first:
-        print(f"{trainer.headline()}, {group.world} process(es) on {group.device.type}", flush=True)
-    summary = trainer.fit()
-    if group.first:
-        print(trainer.summary_text(summary), flush=True)
-    return summary
+            print(trainer.summary_text(summary), flush=True)
+        return summary
 
 
 def read_arguments(
@@ -491,8 +588,8 @@ def read_arguments(
     )
     known, overrides = parser.parse_known_args(argv)
     config = load(known.config, overrides)
-    saved = Path(config.run) / CONFIG_FILE
-    if known.resume and known.config is None and saved.is_file():
+    saved = Path(config.run) / runs.CONFIG_FILE
+    if known.resume and known.config is None and saved.exists():
         config = load(saved, overrides)
     return config, known.resume
 

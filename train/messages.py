@@ -23,6 +23,7 @@ EXPECTED = (
     CheckpointError,
     ConfigError,
     DataError,
+    FloatingPointError,
     MissingPackageError,
     OutputError,
     WeightsError,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tokenflow_ext.models import saved
 from tokenflow_ext.train.distributed import Processes
 
 
@@ -186,15 +187,51 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of :func:`optimizer_state`.
+    """The inverse of :func:`optimizer_state`; learning rates, betas and other options stay those
+    that the optimizer was made with.
 
     Raises:
         ValueError: another optimizer's.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not state["state"].keys() <= set(range(len(parameters))):
+        raise ValueError("the optimizer's state is of other weights")
     for index, parameter in enumerate(parameters):
         values = state["state"].get(index, {})
+        if values and not {"step", "exp_avg", "exp_avg_sq"} <= values.keys():
+            raise ValueError("the optimizer's state is not Adam's")
         for name, value in values.items():
             if value.shape == parameter.shape:  # the moments; not the count of steps
                 values[name] = split_like(value, parameter)
+            elif name != "step" or value.numel() != 1:
+                raise ValueError(
+                    f"the optimizer's {name} of weight {index} is {tuple(value.shape)}, not "
+                    f"{tuple(parameter.shape)}"
+                )
+    configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
+
+
+def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict) -> None:
+    """Goes on where the schedule was that gave ``state``, with the learning rates of this one.
+
+    Raises:
+        ValueError: another kind's.
+    """
+    own = scheduler.state_dict()
+    epoch = state["last_epoch"]
+    if type(epoch) is not int or epoch < 0:
+        raise ValueError("the schedule has no step that it is at")
+    kept = {k: v for k, v in state.items() if k in own and type(v) is type(own[k])}
+    scheduler.load_state_dict(own | kept | {k: own[k] for k in ("base_lrs", "lr_lambdas")})
+    factors = [factor(epoch) for factor in scheduler.lr_lambdas]
+    groups = scheduler.optimizer.param_groups
+    for group, base, factor in zip(groups, scheduler.base_lrs, factors, strict=True):
+        group["lr"] = base * factor
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of weights and buffers whose part on this process holds a NaN or an infinity."""
+    return saved.not_finite({name: _local(v) for name, v in model.state_dict().items()})

@@ -13,6 +13,7 @@ import os
 import posixpath
 import tarfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,6 +288,11 @@ class Shards:
         """How much there is, for people."""
         more = f" ({self.beside} images beside them are not read)" if self.beside else ""
         return f"{len(self.paths)} shards{' by weight' * bool(self.weight_key)}{more}"
+
+    def listing(self) -> Iterator[str]:
+        """Everything there is by name."""
+        for path in self.paths:
+            yield f"{path.name} {path.stat().st_size} {self.weight_key}"
 
     # -- what is in a shard -----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,11 @@ class TextTrainer(BaseTrainer):
             f"{count / 1e6:.2f} M parameters, {self.dataset.describe()}, "
             f"{self.model.config.image_tokens} tokens an image"
         )
+
+    def _listing(self) -> Iterator[str]:
+        yield from self.dataset.source.listing()
+        for _, texts in self.evaluated.values():
+            yield from texts
 
     # -- checkpoints ------------------------------------------------------------------------------
 

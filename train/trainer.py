@@ -14,11 +14,12 @@ from torch.profiler import record_function
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
 from tokenflow_ext.models.discriminators import StyleGanDiscriminator, build_discriminator
+from tokenflow_ext.models.files import shown
 from tokenflow_ext.models.losses import LPIPS, discriminator_loss, tokenizer_loss
 from tokenflow_ext.models.metrics import code_usage, cosine, psnr
 from tokenflow_ext.models.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, data, parallel
-from tokenflow_ext.train.config import TrainConfig
+from tokenflow_ext.train.config import TrainConfig, leaves
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.images import open_images
 from tokenflow_ext.train.loop import BaseTrainer
@@ -44,6 +45,7 @@ class Trainer(BaseTrainer):
         joint = config.optim.batch // config.optim.accumulate
         source, held_out = open_images(config.data, joint, config.seed)
         self.dataset = data.RandomCrops(source, size, config.data, config.seed)
+        self._held_out_names = list(data.listing(held_out))
         self.held_out = data.held_out_crops(held_out, size, config.data.held_out_crops)
 
         loss = config.loss
@@ -372,10 +374,25 @@ class Trainer(BaseTrainer):
     def _restore_further(self, state: dict[str, Any]) -> None:
         if self.discriminator is not None and "discriminator" in state:
             other = state["discriminator"]
-            self.discriminator.load_state_dict(other["model"])
-            self.d_optimizer.load_state_dict(other["optimizer"])
-            self.d_scheduler.load_state_dict(other["scheduler"])
-            self.d_scaler.load_state_dict(other["scaler"])
+            parallel.load_model_state(self.discriminator, other["model"])
+            parallel.load_optimizer_state(self.d_optimizer, other["optimizer"])
+            parallel.load_scheduler_state(self.d_scheduler, other["scheduler"])
+            if other["scaler"]:
+                self.d_scaler.load_state_dict(other["scaler"])
+
+    def _check(self, path: Path) -> None:
+        saved = TokenFlowTokenizer.read_config(path)
+        theirs, ours = leaves(saved.to_dict()), leaves(self.model.config.to_dict())
+        other = [key for key in ours if theirs[key] != ours[key]]
+        if other:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit this run's configuration: model.{other[0]} is "
+                f"{shown(theirs[other[0]])} there, {shown(ours[other[0]])} here"
+            )
+
+    def _listing(self) -> Iterator[str]:
+        yield from self.dataset.source.listing()
+        yield from self._held_out_names
 
     # -- what people see --------------------------------------------------------------------------
 
@@ -388,7 +405,7 @@ class Trainer(BaseTrainer):
         return "\n".join(
             [
                 *rates,
-                f"{count / 1e6:.2f} M trained parameters, {self.dataset.source.describe()}, "
+                f"{count / 1e6:.2f} M trained parameters, {self.dataset.describe()}, "
                 f"{len(self.held_out)} held-out crops",
             ]
         )

@@ -114,14 +114,6 @@ def test_lists_of_lists_are_shown_briefly():
     assert len(files.shown(value)) < 100
 
 
-def test_errors_of_workers_are_their_last_line():
-    text = (
-        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-        'last):\n  File "x.py", line 3\n    y()\ntokenflow_ext.train.data.DataError: a.png: broken'
-    )
-    assert files.brief(RuntimeError(text)) == "a.png: broken"
-
-
 # -- writing --------------------------------------------------------------------------------------
 
 WRITERS = {
