@@ -40,7 +40,8 @@ class OutputError(RuntimeError):
 def shown(value: Any) -> str:
     """``repr(value)`` short enough for a message, whatever the value."""
     try:
-        return _REPR.repr(value)
+        text = _REPR.repr(value)
+        return text if len(text) <= 200 else text[:196] + " ..."
     except (ValueError, RecursionError):  # an integer of more digits than Python writes
         return f"a {type(value).__name__} too long to show"
 

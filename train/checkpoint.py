@@ -143,9 +143,10 @@ def save(
     except BaseException as error:
         if temporary.is_dir():
             _remove(temporary)
-        if isinstance(error, OSError):
-            reason = str(on_disk.cannot_write(final, error)) if error.strerror else str(error)
-            raise OutputError(reason.replace(temporary.name, final.name)) from error
+        if isinstance(error, (OSError, OutputError)):
+            said = error if isinstance(error, OutputError) else on_disk.cannot_write(final, error)
+            # The temporary name would mean nothing to people.
+            raise OutputError(str(said).replace(temporary.name, final.name)) from error
         raise
     if replaced is not None:
         _remove(replaced)
@@ -187,14 +188,16 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file} must give {name} a size and a SHA-256, got {shown(facts)}"
             )
-        if not part.is_file():
-            raise CheckpointError(f"{path} is incomplete: {name} is missing")
         try:
+            if not part.is_file():
+                raise CheckpointError(f"{path} is incomplete: {name} is missing")
             size, sha = part.stat().st_size, None
             if size == facts.get("bytes"):
                 sha = digest(part)
         except OSError as error:
-            raise CheckpointError(f"{part} cannot be read: {brief(error)}") from error
+            raise CheckpointError(
+                f"{file}: {shown(name)} cannot be read: {error.strerror}"
+            ) from error
         if sha is None:
             raise CheckpointError(
                 f"{part} is truncated or altered: {size} bytes, expected "

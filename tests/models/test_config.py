@@ -135,3 +135,43 @@ def test_pixel_branch_switches_off():
     assert off.branches == ("semantic",)
     assert off.dims == (32,)
     assert off.grid == tiny.grid == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantizer": {"codebook_size": 10**9}}, r"codebook_size must be within \[1, 16777216\]"),
+        ({"quantizer": {"codebook_size": 10**5000}}, r"codebook_size must be within"),
+        ({"quantizer": {"scales": [2**40]}}, r"scales must be within"),
+        ({"quantizer": {"scales": [1] * 10**5}}, r"scales must name 256 scales at most"),
+        ({"image_size": 2**20}, r"image_size must be within"),
+        ({"pixel": {"input_size": 2**20}}, r"input_size must be within"),
+        ({"pixel": {"channels": 2**40}}, r"pixel\.channels must be within"),
+        ({"pixel": {"res_blocks": 10**9}}, r"res_blocks must be within"),
+        ({"pixel": {"multipliers": [1] * 99}}, r"multipliers must name 12 levels at most"),
+        ({"pixel": {"channels": 2**16, "multipliers": [64]}}, r"largest of pixel\.multipliers"),
+        ({"semantic": {"tower": {"kind": "clip", "depth": 10**9}}}, r"tower\.depth must be within"),
+        ({"semantic": {"tower": {"kind": "clip", "width": 2**40}}}, r"tower\.width must be within"),
+        ({"semantic": {"tower": {"kind": "clip", "input_scale": 1e300}}}, r"input_scale"),
+        ({"semantic": {"tower": {"kind": "clip", "input_scale": float("nan")}}}, r"input_scale"),
+        ({"quantizer": {"beta": float("inf")}}, r"quantizer\.beta must be a finite number"),
+        ({"quantizer": {"beta": 10**400}}, r"quantizer\.beta must be a finite number"),
+        ({"quantizer": {"beta": -1.0}}, r"quantizer\.beta must be within"),
+        ({"quantizer": {"scale_drop": 1.5}}, r"quantizer\.scale_drop must be within \[0, 1\]"),
+        ({"quantizer": {"weights": [1.0, 1.0]}}, r"weights must hold a number for each of pixel"),
+        ({"x" * 10**6: 1}, "unknown field x"),
+        ({7: 1}, "unknown field 7"),
+        ({"image_size": ["x" * 10**6] * 100}, "image_size must be int"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(values, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        TokenizerConfig.from_dict(values)
+    assert len(str(error.value)) < 500
+
+
+def test_numbers_given_by_hand_are_held_to_the_same():
+    with pytest.raises(ConfigError, match="input_scale"):
+        TowerConfig("clip", input_scale=float("nan"))
+    with pytest.raises(ConfigError, match="depth"):
+        TowerConfig("siglip", depth=10**12)

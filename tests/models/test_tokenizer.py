@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import resource
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -340,6 +342,39 @@ def test_a_configuration_leads_to_no_network(saved, part, variant, monkeypatch):
     tower.update(kind="vitamin", projection=0, variant=variant)
     edit(saved, config=values)
     with pytest.raises(CheckpointError, match=f"tower.variant must be .*got '{variant}'"):
+        TokenFlowTokenizer.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("quantizer", "codebook_size", 1 << 24),
+        ("pixel", "channels", 1 << 15),
+        ("pixel", "res_blocks", 300),
+        ("pixel", "code_dim", 1 << 16),
+    ],
+)
+def test_sizes_are_compared_before_memory_is_taken(saved, part, key, value):
+    """Gigabytes that the file does not have: refused within a limit on this process' memory."""
+    values = build("pixels").config.to_dict()
+    edit(saved, config={**values, part: {**values[part], key: value}})
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 29), before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors") as error:
+            TokenFlowTokenizer.from_pretrained(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert len(str(error.value)) < 500
+
+
+def test_numbers_that_are_not_finite_are_refused(saved):
+    file = saved / "model.safetensors"
+    state = load_file(file)
+    state["quant_conv.bias"][0] = float("nan")
+    save_file(state, file, metadata={"format": "tokenflow-tokenizer"})
+    with pytest.raises(CheckpointError, match=r"not finite, first in quant_conv\.bias"):
         TokenFlowTokenizer.from_pretrained(saved)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 
+from tokenflow_ext.models.files import OutputError
 from tokenflow_ext.train import checkpoint
 from tokenflow_ext.train.checkpoint import CheckpointError
 
@@ -156,3 +160,127 @@ def test_an_interrupted_write_leaves_the_others_alone(tmp_path):
     write(tmp_path, 3)
     assert not list(tmp_path.glob(".writing*"))
     assert checkpoint.load(path)["step"] == 1
+
+
+def strangers(folder):
+    """What is no checkpoint of ours, in a folder of checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".writing_note").write_text("mine")
+    (folder / ".writing_00000002").write_text("mine")
+    (folder / ".writing_mine").mkdir()
+    (folder / "step_00000009").write_text("no folder")
+    (folder / "elsewhere").symlink_to("/nowhere")
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_strangers_in_the_folder_are_left_alone(tmp_path):
+    names = strangers(tmp_path)
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep=1)
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["step_00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "step_00000003"])
+    assert (tmp_path / ".writing_note").read_text() == "mine"
+
+
+def test_an_old_checkpoint_that_is_a_link_is_taken_out_and_its_target_kept(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", 1)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step_00000001").symlink_to(elsewhere)
+    for step in (2, 3, 4):
+        write(folder, step, keep=2)
+    assert [p.name for p in checkpoint.available(folder)] == ["step_00000003", "step_00000004"]
+    assert checkpoint.load(elsewhere)["step"] == 1
+
+
+def test_an_old_checkpoint_that_stays_is_told(tmp_path, monkeypatch, capsys):
+    write(tmp_path, 1)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    assert write(tmp_path, 2, keep=1).is_dir()
+    assert "which cannot be removed: Permission denied" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_checkpoint_goes_only_when_its_replacement_is_there(tmp_path, monkeypatch, moment):
+    """A kill around the two renames that put a checkpoint in the place of one of its step."""
+    old = write(tmp_path, 1)
+    state = {"step": 1, "new": True}
+    rename, count = Path.rename, {"before": 0, "between": 1, "after": 2}[moment]
+    seen = []
+
+    def killed(self, target):
+        if len(seen) == count:
+            raise SystemExit
+        seen.append(target)
+        return rename(self, target)
+
+    def gone(*_, **__):
+        raise SystemExit  # a killed process clears nothing up
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(checkpoint.shutil, "rmtree", gone)
+        with pytest.raises(SystemExit):
+            checkpoint.save(tmp_path, 1, state, save_model, 3)
+    checkpoint.tidy(tmp_path)
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert ("new" in checkpoint.load(old)) == (moment == "after")
+
+
+def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path):
+    path = write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(
+            OutputError, match=r"cannot write .*step_00000002/training\.pt: "
+        ) as end:
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(end.value)
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert checkpoint.load(path)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"/etc/passwd": {}}, "not below"),
+        ({"../x": {}}, "not below"),
+        ({"training.pt": 3}, "size and a SHA-256"),
+        ({"training.pt": {}}, "expected None"),
+        ({"training.pt": {"bytes": "x"}}, "expected 'x'"),
+        ({"training.pt": {"bytes": [[[[1]]]] * 9999}}, "expected"),
+        ({"": {}}, "must name files"),
+        ({"a" * 300: {}}, "missing|cannot be read"),
+        ([], "names no files"),
+    ],
+)
+def test_a_manifest_of_another_form_ends_in_one_line(tmp_path, files, said):
+    path = write(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = manifest["files"] | files if isinstance(files, dict) else files
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=said) as end:
+        checkpoint.load(path)
+    assert len(str(end.value)) < 600
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    path = write(tmp_path)
+    for name in ("training.pt", "model.safetensors", "manifest.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError):
+        checkpoint.find(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="nothing at"):
+        checkpoint.find("a\0b")

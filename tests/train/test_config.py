@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 import tokenflow_ext.train as configs
 from tokenflow_ext.models import ConfigError, TokenizerConfig
+from tokenflow_ext.models.config import to_plain
+from tokenflow_ext.train import config
 from tokenflow_ext.train.config import TrainConfig, load_config, parse_overrides, to_yaml
 
 
@@ -120,3 +123,101 @@ def test_the_published_configurations_are_the_papers(name, steps, side, tokens):
     adversary = (loss.discriminator, loss.discriminator_loss, loss.generator_loss)
     assert adversary == ("patchgan", "hinge", "hinge")
     assert not loss.gan_adaptive
+
+
+def test_every_number_has_its_range():
+    """A key that is added is given one; shapes of models check their own."""
+    for kind in (config.TrainConfig, config.DecoderConfig, config.TextConfig):
+        for key, value in config.leaves(to_plain(kind())).items():
+            values = value if isinstance(value, list) else [value]
+            number = any(type(v) in (int, float) for v in values)
+            of_model = key.count(".") > 1 and key.startswith("model.")
+            if number and not of_model and key != "model.image_size":
+                assert key in config._RANGES, key
+
+
+@pytest.mark.parametrize("key", sorted(config._RANGES))
+@pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "x"])
+def test_no_number_leaves_its_range(key, value):
+    for load in (load_config, config.load_decoder_config, config.load_text_config):
+        if key not in config.leaves(to_plain(load())):
+            continue
+        for given in (value, f"[{value},{value}]"):
+            with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as error:
+                load(None, [f"{key}={given}"])
+            assert "\n" not in str(error.value)
+            assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("given", ["run=''", 'run="a\\0b"', "run=null", "optim.betas=[0.9,1.0]"])
+def test_values_that_no_run_can_have(given):
+    with pytest.raises(ConfigError, match=given.partition("=")[0].replace(".", r"\.")):
+        load_config(None, [given])
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "\n".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"optim: {lr: \xe9}", "not UTF-8"),
+        (b"\xff\xfeo\x00", "UTF-16"),
+        (b"a: " + b"[" * 50_000, "nested too deeply"),
+        (b"a: " + b"{a: " * 50_000, "nested too deeply"),
+        (b"- " * 50_000, "nested too deeply"),
+        (BOMB.encode(), "aliases"),
+        (MERGES.encode(), "aliases"),
+        (b"a: &a {b: *a}", "aliases"),
+        (b"run: 2001-99-99", "not YAML"),
+        (b"run: !!python/object/apply:os.system [ls]", "not YAML"),
+        (b"seed: " + b"9" * 5000, "not YAML"),
+        (b"seed: 0x" + b"f" * 5000, "seed"),
+        (b"{[a]: 1}", "not YAML"),
+        (b"1: 2", "unknown field 1"),
+        (b"a\x00b: 1", "not UTF-8|NUL"),
+        (b"optim: {lr: 1e-3}\n" + b"#" * (1 << 21), "larger than"),
+        (b"optim: {? {a: b} : c}", "not YAML"),
+        (("x" * 100_000 + ": 1").encode(), "unknown field x|not YAML"),
+        (b"preset: [B]", "preset"),
+        (b"model: 3", "model must be a mapping"),
+    ],
+)
+def test_hostile_files_end_in_one_line(tmp_path, content, said):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 800
+
+
+def test_aliases_are_read(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: B\nmodel: {semantic: {code_dim: &n 16}, pixel: {code_dim: *n}}\n")
+    assert load_config(file).model.dims == (16, 16)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no file"):
+        load_config(tmp_path / "pipe")
+
+
+def test_any_name_that_a_file_can_have(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xff")
+    given = load_config(None, [f"data.path={name}"])
+    assert given.data.path == name
+    (tmp_path / "config.yaml").write_text(to_yaml(given), encoding="ascii")
+    assert load_config(tmp_path / "config.yaml") == given
+
+
+def test_very_deep_keys_are_no_keys():
+    with pytest.raises(ConfigError, match="unknown field"):
+        parse_overrides([".".join("a" * 5000) + "=1"])

@@ -143,6 +143,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(copy, capsys):
         assert "\n" not in str(end.value)
     after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before
+    capsys.readouterr()
     tokenizer.main([f"run={run}", "--resume"])
     assert "the resumed run changes" not in capsys.readouterr().out
 
