@@ -322,9 +322,10 @@ class BaseTrainer:
         bad = self.group.sum_(self._bad.float()).tolist()
         self._bad = None
         names = [name for name, count in zip(self._watched, bad, strict=True) if count]
-        with self.group.together():
-            if names and self.group.first:
-                raise self._lost(", ".join(names))
+        if names:  # on every process
+            with self.group.together():
+                if self.group.first:
+                    raise self._lost(", ".join(names))
 
     @contextmanager
     def _naming_the_cause(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -75,7 +76,9 @@ def _claim(handle: int, file: Path) -> None:
             "it, or choose another folder with run=FOLDER"
         ) from None
     except OSError as error:
-        raise OutputError(f"cannot lock {file}: {brief(error)}") from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OutputError(f"cannot lock {file}: {brief(error)}") from error
+        print(f"{file}: {brief(error)}: nothing keeps another run out of the folder", flush=True)
 
 
 # -- what a resumed run may change ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.profiler import record_function
 
-from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
+from tokenflow_ext.models import (
+    ConfigError,
+    TokenFlowTokenizer,
+    TokenizerConfig,
+    TokenizerOutput,
+)
 from tokenflow_ext.models.discriminators import StyleGanDiscriminator, build_discriminator
 from tokenflow_ext.models.files import shown
 from tokenflow_ext.models.losses import LPIPS, discriminator_loss, tokenizer_loss
@@ -23,6 +29,23 @@ from tokenflow_ext.train.config import TrainConfig, leaves
 from tokenflow_ext.train.distributed import Processes
 from tokenflow_ext.train.images import open_images
 from tokenflow_ext.train.loop import BaseTrainer
+
+
+def check_memory(config: TokenizerConfig) -> None:
+    """That the weights of a tokenizer fit into this machine's memory.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    with torch.device("meta"):
+        weights = TokenFlowTokenizer(config).state_dict()
+    needed = sum(value.nbytes for value in weights.values()) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > there:
+        raise ConfigError(
+            f"model asks for {needed:.1f} GiB of weights, and this machine has {there:.1f} GiB of "
+            "memory: make its widths, depths or codebook_size smaller"
+        )
 
 
 class Trainer(BaseTrainer):
@@ -85,6 +108,7 @@ class Trainer(BaseTrainer):
         if config.init is not None:
             model, _ = checkpoint.load_tokenizer(config.init)
         else:
+            check_memory(config.model)
             model = TokenFlowTokenizer(config.model)
             if config.pretrained_tower:
                 model.load_semantic_tower(config.teacher_weights)

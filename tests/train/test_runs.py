@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -114,6 +115,21 @@ def test_a_run_needs_a_folder(arguments, tmp_path):
     with pytest.raises(SystemExit, match=r"error: cannot write into .*/run") as end:
         tokenizer.main(arguments)
     assert "\n" not in str(end.value)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_made(arguments):
+    wide = ("model.pixel.channels=60000", "model.pixel.multipliers=[1,1,1,1]")
+    with pytest.raises(SystemExit, match=r"model asks for \d+\.\d GiB of weights, and this"):
+        tokenizer.main([*arguments, *wide, "model.pixel.groups=1"])
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with runs.lock(tmp_path):
+        assert "nothing keeps another run out" in capsys.readouterr().out
 
 
 # -- what is refused changes nothing --------------------------------------------------------------
