@@ -175,13 +175,25 @@ def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
     return hits[1:]
 
 
+def _check_devices(like: str, /, **tensors: Tensor | None) -> None:
+    """A tensor on the meta device beside others comes to the fake kernels, which know no data."""
+    device = tensors[like].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(
+                f"{name} must be on the device of {like} ({device}), got {tensor.device}"
+            )
+
+
 @torch.library.register_fake("tokenflow_ext::nearest_code")
 def _(rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool):
+    _check_devices("rows", rows=rows, codebook=codebook)
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize")
 def _(h, codebook, dropped, dims, weights, sizes, l2_norm, atomic_codebook_gradient=False):
+    _check_devices("h", h=h, codebook=codebook, dropped=dropped)
     scales = len(sizes) // 2
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
@@ -205,6 +217,15 @@ def _(
     l2_norm,
     atomic_codebook_gradient=False,
 ):
+    _check_devices(
+        "h",
+        h=h,
+        codebook=codebook,
+        indices=indices,
+        grad_quantized=grad_quantized,
+        grad_code_error=grad_code_error,
+        grad_row_error=grad_row_error,
+    )
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(h, memory_format=contiguous),
@@ -214,16 +235,19 @@ def _(
 
 @torch.library.register_fake("tokenflow_ext::multiscale_rows")
 def _(h, codebook, indices, dims, sizes, l2_norm):
+    _check_devices("h", h=h, codebook=codebook, indices=indices)
     return h.new_empty((h.shape[0], _num_tokens(sizes), codebook.shape[1]))
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_decode")
 def _(indices, codebook, dims, sizes, height, width, l2_norm):
+    _check_devices("codebook", indices=indices, codebook=codebook)
     return codebook.new_empty((indices.shape[0], codebook.shape[1], height, width))
 
 
 @torch.library.register_fake("tokenflow_ext::segment_sum")
 def _(rows, indices, num_segments):
+    _check_devices("rows", rows=rows, indices=indices)
     return (
         rows.new_empty((num_segments, rows.shape[1])),
         rows.new_empty(num_segments, dtype=torch.int64),

@@ -7,9 +7,11 @@
 //
 //   s_i = <z, weight * c_i> + bias_i,    bias_i = -1/2 * sum_g weight_g * |c_{i,g}|^2 (+ constant),
 //
-// one dot product of width dim. Back ends rank codes by the score in float32 and decide between
-// codes whose scores are closer than `score_error_bound` by the distance in float64: the index is
-// the one float64 arithmetic picks for the same float32 inputs, the lowest on a tie.
+// one dot product of width dim. Back ends rank codes by the score in a faster format and decide
+// between codes whose scores are closer than a proven bound by the distance in float64: the index
+// is the one float64 arithmetic picks for the same float32 inputs, the lowest on a tie. To stay
+// within the faster format at every magnitude that float32 holds, they multiply rows and codes by
+// powers of two first, which changes no order.
 #pragma once
 
 #include <cmath>
@@ -88,9 +90,18 @@ TF_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout
 // How far a float32 score may be from the exact one: the standard bound of a recursive sum of
 // dim + 1 terms, (dim + 1) u sum |z_d| |w c_d|, by Cauchy-Schwarz with the lengths of the two
 // vectors, plus the rounding of the packed operands (2 u each). `bias` bounds |bias_i|.
-TF_HOST_DEVICE float score_error_bound(int dim, float row_norm, float code_norm, float bias) {
-  const float unit = 1.0f / 16777216.0f;  // 2^-24
-  return static_cast<float>(dim + 8) * unit * (row_norm * code_norm + bias) * 1.0001f;
+TF_HOST_DEVICE double score_error_bound(int dim, double row_norm, double code_norm, double bias) {
+  return (dim + 8) * 0x1p-24 * (row_norm * code_norm + bias) * 1.0001;
+}
+
+// How far half a `distance`, rounded in float64 as it is, may be from the exact number, where
+// `squares` is |z|^2 + |c|^2 with the weights. A distance is at most twice that, and rounding takes
+// dim + 6 steps of 2^-53 and as much again for normalising: (2 dim + 12) 2^-53 of it. The score
+// lacks the constant and its bias is rounded within dim 2^-53 |c|^2. Together at most
+// (dim + 8) 2^-51 `squares`. The 2^-940 stands for products with weights so small that they
+// underflow. `unit` is what a distance of 1 counts as in `squares` and in the result.
+TF_HOST_DEVICE double distance_error(int dim, double squares, double unit = 1) {
+  return (dim + 8) * 0x1p-51 * (squares + 0x1p-940 * unit);
 }
 
 }  // namespace tokenflow

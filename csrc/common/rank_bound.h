@@ -29,9 +29,7 @@
 //        2^-25 2^13 at most, and only where |zq| and the largest |cq| are above 2^8: 2^-28 M (or
 //        where all codes are zero, and their biases equal);
 //      - normalising in float64, (dim + 8) 2^-53 M.
-//   3. Float64: the distances that decide are rounded, too. Each is 2 (constant - s_i) within
-//      (2 dim + 12) 2^-53 * 2 (|z|^2 + |c|^2), that is half as much of s_i, and the bias within
-//      dim 2^-53 |c|^2: together at most (dim + 8) 2^-51 (|z|^2 + |c|^2).
+//   3. Float64: the distances that decide are rounded, too (`distance_error`).
 //
 // With E the sum of the three, the code that float64 picks has S_i >= max S - 2 E.
 #pragma once
@@ -125,8 +123,8 @@ TF_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.00000
 TF_HOST_DEVICE float rank_distance_error(int dim, double length, const RankRowScale& scale,
                                          const RankRange& range) {
   const double squares = length * length + range.length * range.length;
-  return round_up(static_cast<double>(dim + 8) *
-                  ldexp(squares, scale.length + rank_code_scale(range).length - 51));
+  return round_up(
+      ldexp(distance_error(dim, squares), scale.length + rank_code_scale(range).length));
 }
 
 // E for a row, with operands of `width` columns.

@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace tokenflow::cpu {
 namespace {
@@ -22,12 +24,15 @@ InstructionSet best_available() {
 
 InstructionSet choose() {
   const InstructionSet best = best_available();
-  if (const char* wanted = std::getenv("TOKENFLOW_CPU")) {
-    for (int i = 0; i <= static_cast<int>(best); ++i) {
-      if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<InstructionSet>(i);
-    }
+  const char* wanted = std::getenv("TOKENFLOW_CPU");
+  if (!wanted || *wanted == '\0') return best;
+  std::string served;
+  for (int i = 0; i <= static_cast<int>(best); ++i) {
+    if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<InstructionSet>(i);
+    served += (i ? ", " : "") + std::string(kNames[i]);
   }
-  return best;
+  throw std::runtime_error("TOKENFLOW_CPU must be one of what this machine runs (" + served +
+                           "), got " + wanted);
 }
 
 }  // namespace

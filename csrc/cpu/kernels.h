@@ -18,13 +18,23 @@ constexpr int kBlockCodes = 256;
 constexpr size_t kAlignment = 64;
 
 // What ranking needs to know of the codebook. Its codes c, and the rows z, are normalised and each
-// scaled by the square root of the weight; `packed` is what became of them.
+// scaled by the square root of the weight and by `scale`; `packed` is what became of them. Biases
+// are those of such codes.
 struct CodeBounds {
-  double step;   // value of one unit of a packed number
-  double norm;   // largest |c|
-  double error;  // largest |c - packed|
-  double bias;   // largest |bias|
+  double scale;   // a power of two, which brings the largest number among the codes below 1
+  double step;    // value of one unit of a packed number
+  double norm;    // largest |c|
+  double error;   // largest |c - packed|
+  double bias;    // largest |bias|
+  bool has_bias;  // whether biases are ranked with; if not, the margin covers them
 };
+
+// `distance_error` in units of the packed numbers, which the margins count.
+TF_HOST_DEVICE double packed_distance_error(int dim, double squared_length,
+                                            const CodeBounds& bounds) {
+  return distance_error(dim, squared_length + bounds.norm * bounds.norm,
+                        bounds.scale * bounds.scale);
+}
 
 // What ranking needs to know of a packed row.
 struct RowScale {
@@ -47,11 +57,12 @@ struct RankKernels {
   // Packs a panel of codes given as lines [dim][panel_width] and raises `bounds` to cover them.
   void (*pack_panel)(const float* lines, const CodebookLayout& layout, void* packed,
                      CodeBounds* bounds);
-  // Packs `count` (at most tile_rows) rows into a tile. The margin of a row that is not finite is
-  // not finite either.
+  // Packs `count` (at most tile_rows) rows into a tile. The margin of a row that is not finite, or
+  // so long beside the codes that float64 tells none of them apart, need not be finite either.
   void (*pack_tile)(const float* rows, int count, const CodebookLayout& layout,
                     const CodeBounds& bounds, void* tile, RowScale* scales);
   // block_max[r * stride] = the largest rank of tile row r in `num_panels` panels.
+  // Integers leave the biases out unless `has_bias`.
   void (*rank_tile)(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
                     const void* panels, int64_t num_panels, float* block_max, int64_t stride);
   // The codes of a block (counted from its first) whose rank for tile row r is at least

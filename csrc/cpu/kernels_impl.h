@@ -106,7 +106,8 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
         squared += c * c;
       }
       for (int i = 0; i < kHalfLanes; ++i) {
-        scale[i] = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared[i], layout.l2_norm);
+        scale[i] = bounds->scale * __builtin_sqrt(layout.weight[g]) *
+                   inverse_norm(squared[i], layout.l2_norm);
         bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
       }
       squared_length += squared * scale * scale;
@@ -115,6 +116,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
         store_floats(load_doubles(lines + at) * scale, out + at);
       }
     }
+    bias = bias * bounds->scale * bounds->scale;
     store_floats(bias, bias_line + first);
     for (int i = 0; i < kHalfLanes; ++i) {
       bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
@@ -131,16 +133,20 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     double squared_length = 0;
     for (int g = 0; g < layout.groups; ++g) {
       const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
-      const double scale = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
+      const double scale =
+          bounds.scale * __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
       squared_length += squared * scale * scale;
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
         packed[static_cast<int64_t>(d) * count + r] =
             static_cast<float>(static_cast<double>(row[d]) * scale);
       }
     }
+    // Where scaled numbers underflow in float32, the distance's error is beyond theirs: the largest
+    // of the codes, or a row of unit length, is at least 1/2.
     scales[r].margin =
-        static_cast<float>(2 * score_error_bound(layout.dim, __builtin_sqrt(squared_length),
-                                                 bounds.norm, bounds.bias));
+        static_cast<float>(2 * (score_error_bound(layout.dim, __builtin_sqrt(squared_length),
+                                                  bounds.norm, bounds.bias) +
+                                packed_distance_error(layout.dim, squared_length, bounds)));
     scales[r].bias_scale = 1;
   }
 }
@@ -317,6 +323,37 @@ static inline void fill_zero(T* to, int64_t count) {
 }
 
 template <typename T>
+static inline bool all_finite(const T* values, int64_t count) {
+  int bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= !(values[i] - values[i] == 0);
+  return bad == 0;
+}
+
+// The averages of `pool` that are not finite once more, with sums in float64: sums of numbers close
+// to the largest may be beyond T where their average is not.
+template <typename T>
+void pool_again(const T* plane, int dim, Extent from, Extent to, T* rows) {
+  for (int y = 0; y < to.height; ++y) {
+    const AreaBin bin_y = area_bin(y, from.height, to.height);
+    for (int x = 0; x < to.width; ++x) {
+      const AreaBin bin_x = area_bin(x, from.width, to.width);
+      const double count = (bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin);
+      T* row = rows + (static_cast<int64_t>(y) * to.width + x) * dim;
+      for (int d = 0; d < dim; ++d) {
+        if (all_finite(row + d, 1)) continue;
+        double sum = 0;
+        for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
+          for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
+            sum += plane[(static_cast<int64_t>(sy) * from.width + sx) * dim + d];
+          }
+        }
+        row[d] = static_cast<T>(sum / count);
+      }
+    }
+  }
+}
+
+template <typename T>
 void pool(const T* plane, int dim, Extent from, Extent to, T* rows) {
   for (int y = 0; y < to.height; ++y) {
     const AreaBin bin_y = area_bin(y, from.height, to.height);
@@ -332,6 +369,9 @@ void pool(const T* plane, int dim, Extent from, Extent to, T* rows) {
       const T count = static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
       for (int d = 0; d < dim; ++d) row[d] /= count;
     }
+  }
+  if (!all_finite(rows, static_cast<int64_t>(to.height) * to.width * dim)) {
+    pool_again(plane, dim, from, to, rows);
   }
 }
 

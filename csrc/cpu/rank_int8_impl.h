@@ -8,9 +8,9 @@
 //   <z, c> - a b <Z, C> = <e, c> + <a Z, f>   and   |<z, c> - a b <Z, C>| <= |e| |c| + |a Z| |f|
 //
 // where the integer sum is exact. |e| and |a Z| are measured for every row, max |c| and max |f|
-// over the codes, so the bound follows what rounding really did. The bias, if any code has one, is
-// rounded to units of a b. Codes are stored with 128 added, as unsigned bytes, which is what the
-// instructions multiply with signed ones; it adds 128 sum Z to every rank of a row alike.
+// over the codes, so the bound follows what rounding really did. The bias, if any code has one that
+// matters, is rounded to units of a b. Codes are stored with 128 added, as unsigned bytes, which is
+// what the instructions multiply with signed ones; it adds 128 sum Z to every rank of a row alike.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -134,7 +134,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
         const Doubles c = load_doubles(lines + d * kPanelWidth + first);
         squared += c * c;
       }
-      const double root = __builtin_sqrt(layout.weight[g]);
+      const double root = bounds->scale * __builtin_sqrt(layout.weight[g]);
       for (int i = 0; i < kHalfLanes; ++i) {
         scale[i] = root * inverse_norm(squared[i], layout.l2_norm);
         bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
@@ -152,6 +152,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
         for (int i = 0; i < kHalfLanes; ++i) out[4 * i] = static_cast<uint8_t>(value[i]);
       }
     }
+    bias = bias * bounds->scale * bounds->scale;
     for (int i = 0; i < kHalfLanes; ++i) {
       bias_line[first + i] = static_cast<float>(bias[i]);
       bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
@@ -188,7 +189,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
   for (int r = 0; r < count; ++r) {
     const float* row = rows + static_cast<int64_t>(r) * dim;
     double scale[kMaxGroups], exact[kChunk];
-    double total = 0;
+    double total = 0, squared_length = 0;
     for (int g = 0; g < layout.groups; ++g) {
       const int end = layout.begin[g + 1];
       Doubles squares = {};
@@ -198,8 +199,10 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
         squares += z * z;
       }
       const double squared = horizontal_sum(squares) + squared_norm(row, d, end);
-      scale[g] = __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
+      scale[g] =
+          bounds.scale * __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
       total += squared;
+      squared_length += squared * scale[g] * scale[g];
     }
     if (!__builtin_isfinite(total)) {
       for (int q = 0; q < quads_of(dim); ++q) std::memset(bytes + 4 * (q * count + r), 0, 4);
@@ -240,10 +243,11 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double bias_scale = 1 / (unit * bounds.step);
     const double bias_units = bounds.bias * bias_scale;
     const double bound = (__builtin_sqrt(horizontal_sum(squared_error)) * bounds.norm +
-                          __builtin_sqrt(horizontal_sum(packed_length)) * bounds.error) *
+                          __builtin_sqrt(horizontal_sum(packed_length)) * bounds.error +
+                          packed_distance_error(dim, squared_length, bounds)) *
                              bias_scale +
                          // The bias in float32, its product with bias_scale, then an integer.
-                         bias_units * 0x1p-22 + 1 +
+                         bias_units * (bounds.has_bias ? 0x1p-22 : 1.0) + 1 +
                          // Integer sums are kept as float32 maxima.
                          (bias_units + 255.0 * kRowLevels * dim) * 0x1p-23;
     scales[r] = {static_cast<float>(2 * bound * 1.00001), static_cast<float>(bias_scale)};

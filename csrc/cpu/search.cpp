@@ -15,10 +15,18 @@ namespace {
 constexpr int64_t kFewestRows = 48;
 constexpr int64_t kMostRows = 192;
 
+// Channels up to which sums of 8-bit products, and a bias beside them, stay within 32 bits.
+constexpr int kMostInt8Channels = 32768;
+
+// Normalised codes have a bias of float64's rounding, but for those without a length. So small a
+// one is not worth ranking with.
+constexpr double kLeastBias = 0x1p-40;
+
 // Integers are tried on this many rows before what they leave to look at again is judged.
 constexpr int64_t kTrialRows = 64;
 
-const RankKernels* int8_rank() {
+const RankKernels* int8_rank(int dim) {
+  if (dim > kMostInt8Channels) return nullptr;
 #if defined(__x86_64__)
   switch (detect_instruction_set()) {
     case InstructionSet::kAvx512Vnni:
@@ -114,10 +122,10 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
     : layout_(layout),
       codebook_(codebook),
       executor_(executor),
-      packed_(pack(int8_rank() ? *int8_rank() : kernels().rank)),
+      packed_(pack(int8_rank(layout.dim) ? *int8_rank(layout.dim) : kernels().rank)),
       coarse_(packed_.rank != &kernels().rank) {}
 
-// A bound of the numbers that are packed: normalised codes times the square root of the weight.
+// A bound of the numbers among the codes, normalised and times the square root of the weight.
 double Searcher<float>::largest_entry() const {
   std::atomic<double> largest{0};
   for (int g = 0; g < layout_.groups; ++g) {
@@ -142,8 +150,11 @@ Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
   const int dim = layout_.dim, width = rank.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
   const size_t panel_bytes = rank.panel_bytes(dim);
-  Packed packed = {&rank, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}, true};
-  packed.bounds.step = rank.step(largest_entry());
+  Packed packed = {&rank, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}};
+  int exponent = 0;
+  const double largest = std::frexp(largest_entry(), &exponent);
+  packed.bounds.scale = std::ldexp(1.0, -exponent);
+  packed.bounds.step = rank.step(largest);
   std::atomic<double> norm{0}, error{0}, bias{0};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
     std::vector<float>& lines = scratch().lines;
@@ -164,9 +175,7 @@ Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
   packed.bounds.norm = norm;
   packed.bounds.error = error;
   packed.bounds.bias = bias;
-  // Of normalised codes only those without a length have a bias beyond float64's rounding.
-  packed.has_bias =
-      bias > 1e-12 * *std::max_element(layout_.weight, layout_.weight + layout_.groups);
+  packed.bounds.has_bias = bias > kLeastBias;
   return packed;
 }
 
@@ -230,7 +239,7 @@ void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_block, int64
     const int64_t panel = b * block_panels;
     for (int64_t t = 0; t < tiles.num_tiles(); ++t) {
       packed_.rank->rank_tile(tiles.tile(t), tiles.count(t), layout_.dim,
-                              tiles.scales + tiles.first_row(t), packed_.has_bias,
+                              tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
                               packed_.panels.get() + panel * packed_.panel_bytes,
                               std::min(block_panels, packed_.num_panels - panel),
                               block_max + tiles.first_row(t) * blocks + b, blocks);
@@ -257,7 +266,7 @@ void Searcher<float>::settle_rows(const Tiles& tiles, const float* block_max, in
         indices[n] = 0;
         continue;
       }
-      // Ranks beyond float32: every code is compared.
+      // The row is too long for ranks in float32: every code is compared.
       for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
     }
     for (int k = 0; k < found; ++k) {
@@ -265,7 +274,7 @@ void Searcher<float>::settle_rows(const Tiles& tiles, const float* block_max, in
       const int64_t panel = near[k] * block_panels;
       const int count = packed_.rank->scan_block(
           tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
-          tiles.scales + tiles.first_row(t), packed_.has_bias,
+          tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
           packed_.panels.get() + panel * packed_.panel_bytes,
           std::min(block_panels, packed_.num_panels - panel), threshold, codes);
       for (int i = 0; i < count; ++i) {
@@ -298,10 +307,13 @@ int64_t Searcher<float>::nearest_of(const float* row,
   }
   kernels().scores(unit.data(), codebook_, layout_, candidates.data(),
                    static_cast<int64_t>(candidates.size()), scores.data());
-  // The definition decides between scores that float64 cannot tell apart.
-  const double largest = std::sqrt(squared_length) * packed_.bounds.norm + packed_.bounds.bias;
-  const double threshold = *std::max_element(scores.begin(), scores.end()) -
-                           (layout_.dim + 16) * std::ldexp(1.0, -50) * largest;
+  // The definition decides between scores that are closer than their rounding and its own.
+  const double code_length = packed_.bounds.norm / packed_.bounds.scale;
+  const double bias = packed_.bounds.bias / packed_.bounds.scale / packed_.bounds.scale;
+  const double threshold =
+      *std::max_element(scores.begin(), scores.end()) -
+      (layout_.dim + 16) * 0x1p-50 * (std::sqrt(squared_length) * code_length + bias) -
+      2 * distance_error(layout_.dim, squared_length + code_length * code_length);
   double least = std::numeric_limits<double>::infinity();
   int64_t index = 0, near = 0;
   for (size_t i = 0; i < candidates.size(); ++i) {

@@ -37,7 +37,6 @@ class Searcher<float> {
     size_t panel_bytes;
     int64_t num_panels;
     CodeBounds bounds;
-    bool has_bias;
   };
   struct Tiles;
   struct Scratch;

@@ -151,8 +151,18 @@ __device__ __forceinline__ void pool(const WalkArgs& args, const ChannelBlock& b
     const float* column = shared.middle + c * middle + x;
     float total = 0;
     for (int y = bin_y.begin; y < bin_y.end; ++y) total += column[y * extent.width];
-    rows[static_cast<int64_t>(p) * args.layout.dim + block.first + c] =
-        total / static_cast<float>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
+    const int positions = (bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin);
+    float average = total / static_cast<float>(positions);
+    if (!(average - average == 0)) {
+      // The sum may be beyond float32 where the average is not.
+      double sum = 0;
+      for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
+        const float* line = shared.plane + (c * height + sy) * width;
+        for (int sx = bin_x.begin; sx < bin_x.end; ++sx) sum += static_cast<double>(line[sx]);
+      }
+      average = static_cast<float>(sum / positions);
+    }
+    rows[static_cast<int64_t>(p) * args.layout.dim + block.first + c] = average;
   }
   // No barrier: what comes next begins with one, or writes nothing that is read here.
 }

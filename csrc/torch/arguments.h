@@ -7,6 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,12 +21,19 @@ namespace tokenflow::torch_ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_of(const Tensor& tensor) {
+// Columns of a codebook that the kernels' error bounds and counters are made for.
+constexpr int64_t kMostColumns = int64_t{1} << 20;
+
+inline std::string text_of(const std::vector<int64_t>& shape) {
   std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  }
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return text_of(shape);
 }
 
 inline void check_floating(const Tensor& tensor, const char* name) {
@@ -70,6 +80,8 @@ inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int6
   layout.l2_norm = l2_norm;
   for (size_t g = 0; g < dims.size(); ++g) {
     STD_TORCH_CHECK(dims[g] > 0, "dims must be positive, got ", dims[g], " at position ", g);
+    STD_TORCH_CHECK(dims[g] <= kMostColumns - layout.dim, "dims must sum to at most ", kMostColumns,
+                    ", got ", dims[g], " at position ", g, " after ", layout.dim);
     layout.begin[g] = layout.dim;
     layout.dim += static_cast<int>(dims[g]);
     layout.weight[g] = 1.0;
@@ -81,10 +93,16 @@ inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int6
     STD_TORCH_CHECK(weights.size() == dims.size(), "weights must name one weight a group (",
                     dims.size(), "), got ", weights.size());
     for (size_t g = 0; g < weights.size(); ++g) {
-      STD_TORCH_CHECK(weights[g] >= 0 && weights[g] <= 1e30,
+      STD_TORCH_CHECK(weights[g] >= 0 && std::isfinite(weights[g]),
                       "weights must be finite and not negative, got ", weights[g], " at position ",
                       g);
-      layout.weight[g] = weights[g];
+    }
+    // What counts is how they compare: by a power of two, the largest is brought to [1, 2), so that
+    // no distance over- or underflows for their sake.
+    int exponent = 0;
+    (void)std::frexp(*std::max_element(weights.begin(), weights.end()), &exponent);
+    for (size_t g = 0; g < weights.size(); ++g) {
+      layout.weight[g] = std::ldexp(weights[g], 1 - exponent);
     }
   }
   return layout;
@@ -137,10 +155,7 @@ inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape,
   for (size_t i = 0; same && i < shape.size(); ++i) {
     same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   }
-  if (same) return;
-  std::string wanted = "[";
-  for (size_t i = 0; i < shape.size(); ++i) wanted += (i ? ", " : "") + std::to_string(shape[i]);
-  STD_TORCH_CHECK(false, name, " must have shape ", wanted, "], got ", shape_of(tensor));
+  STD_TORCH_CHECK(same, name, " must have shape ", text_of(shape), ", got ", shape_of(tensor));
 }
 
 template <typename T>
@@ -153,8 +168,25 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& like) {
-  return torch::stable::empty(shape, type, std::nullopt, like.device());
+// make(), which fails for lack of memory alone.
+template <typename Make>
+Tensor allocate(const char* name, const std::vector<int64_t>& shape, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "not enough memory for ", name, " of shape ", text_of(shape));
+  }
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& like,
+                    const char* name) {
+  return allocate(name, shape,
+                  [&] { return torch::stable::empty(shape, type, std::nullopt, like.device()); });
+}
+
+inline Tensor contiguous(const Tensor& tensor, const char* name) {
+  return allocate(name, {tensor.sizes().begin(), tensor.sizes().end()},
+                  [&] { return torch::stable::contiguous(tensor); });
 }
 
 }  // namespace tokenflow::torch_ops

@@ -45,8 +45,8 @@ struct Operators {
     check_like(codebook, "codebook", h, "h");
     check_device(codebook, "codebook", h, "h");
     Backend::check_shape(pyramid, layout);
-    h = torch::stable::contiguous(h);
-    codebook = torch::stable::contiguous(codebook);
+    h = contiguous(h, "h");
+    codebook = contiguous(codebook, "codebook");
     return {layout, pyramid};
   }
 
@@ -54,7 +54,7 @@ struct Operators {
                            const char* other_name) {
     torch_ops::check_indices(indices, pyramid);
     check_device(indices, "indices", other, other_name);
-    indices = torch::stable::contiguous(indices);
+    indices = contiguous(indices, "indices");
   }
 
   static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
@@ -68,12 +68,12 @@ struct Operators {
     check_like(codebook, "codebook", rows, "rows");
     check_device(codebook, "codebook", rows, "rows");
     Backend::check_shape(layout);
-    rows = torch::stable::contiguous(rows);
-    codebook = torch::stable::contiguous(codebook);
+    rows = contiguous(rows, "rows");
+    codebook = contiguous(codebook, "codebook");
     return dispatch(rows, "rows", [&](auto zero) {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
-      Tensor indices = empty({rows.size(0)}, ScalarType::Long, rows);
+      Tensor indices = empty({rows.size(0)}, ScalarType::Long, rows, "indices");
       Backend::run(NearestCodeArgs<T>{layout, data<T>(codebook), rows.size(0), data<T>(rows),
                                       mutable_data<int64_t>(indices)},
                    rows);
@@ -91,16 +91,20 @@ struct Operators {
     if (dropped) {
       check_device(*dropped, "dropped", h, "h");
       STD_TORCH_CHECK(dropped->scalar_type() == ScalarType::Long && dropped->numel() == 1,
-                      "dropped must be one int64, got shape ", shape_of(*dropped));
+                      "dropped must be one int64, got ",
+                      torch::headeronly::toString(dropped->scalar_type()), " of shape ",
+                      shape_of(*dropped));
     }
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
       const ScalarType type = h.scalar_type();
-      Tensor quantized = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
-      Tensor indices = empty({pyramid.batch, tokens_per_image(pyramid)}, ScalarType::Long, h);
-      Tensor code_error = empty({pyramid.num_scales}, type, h);
-      Tensor hits = empty({layout.codes}, ScalarType::Long, h);
+      Tensor quantized =
+          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h, "quantized");
+      Tensor indices =
+          empty({pyramid.batch, tokens_per_image(pyramid)}, ScalarType::Long, h, "indices");
+      Tensor code_error = empty({pyramid.num_scales}, type, h, "code_error");
+      Tensor hits = empty({layout.codes}, ScalarType::Long, h, "hits");
       Backend::run(QuantizeArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                    dropped ? data<int64_t>(*dropped) : nullptr,
                                    mutable_data<T>(quantized), mutable_data<int64_t>(indices),
@@ -124,7 +128,7 @@ struct Operators {
       check_shape(grad, shape, name);
       check_like(grad, name, h, "h");
       check_device(grad, name, h, "h");
-      grad = torch::stable::contiguous(grad);
+      grad = contiguous(grad, name);
     };
     check_grad(grad_quantized, "grad_quantized",
                {pyramid.batch, layout.dim, pyramid.height, pyramid.width});
@@ -134,8 +138,9 @@ struct Operators {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
       const ScalarType type = h.scalar_type();
-      Tensor grad_h = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h);
-      Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h);
+      Tensor grad_h =
+          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h, "grad_h");
+      Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h, "grad_codebook");
       Backend::run(
           QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                   data<int64_t>(indices), data<T>(grad_quantized),
@@ -158,7 +163,7 @@ struct Operators {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
       Tensor rows =
-          empty({pyramid.batch, tokens_per_image(pyramid), layout.dim}, h.scalar_type(), h);
+          empty({pyramid.batch, tokens_per_image(pyramid), layout.dim}, h.scalar_type(), h, "rows");
       Backend::run(PyramidRowsArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                       data<int64_t>(indices), mutable_data<T>(rows)},
                    h);
@@ -174,13 +179,13 @@ struct Operators {
     const Pyramid pyramid = make_pyramid(indices.size(0), height, width, sizes);
     check_tokens(indices, pyramid, codebook, "codebook");
     Backend::check_shape(pyramid, layout);
-    codebook = torch::stable::contiguous(codebook);
+    codebook = contiguous(codebook, "codebook");
     return dispatch(codebook, "codebook", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, 0);
       Backend::template check_codebook<T>(layout, codebook);
       Tensor quantized = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width},
-                               codebook.scalar_type(), codebook);
+                               codebook.scalar_type(), codebook, "quantized");
       Backend::run(DecodeArgs<T>{pyramid, layout, data<T>(codebook), data<int64_t>(indices),
                                  mutable_data<T>(quantized)},
                    codebook);
@@ -196,13 +201,13 @@ struct Operators {
     check_device(indices, "indices", rows, "rows");
     STD_TORCH_CHECK(num_segments > 0, "num_segments must be positive, got ", num_segments);
     STD_TORCH_CHECK(rows.numel() > 0, "rows must not be empty, got shape ", shape_of(rows));
-    rows = torch::stable::contiguous(rows);
-    indices = torch::stable::contiguous(indices);
+    rows = contiguous(rows, "rows");
+    indices = contiguous(indices, "indices");
     return dispatch(rows, "rows", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, num_segments, -1);
-      Tensor sums = empty({num_segments, rows.size(1)}, rows.scalar_type(), rows);
-      Tensor counts = empty({num_segments}, ScalarType::Long, rows);
+      Tensor sums = empty({num_segments, rows.size(1)}, rows.scalar_type(), rows, "sums");
+      Tensor counts = empty({num_segments}, ScalarType::Long, rows, "counts");
       Backend::run(SegmentSumArgs<T>{num_segments, rows.size(1), rows.size(0), data<T>(rows),
                                      data<int64_t>(indices), mutable_data<T>(sums),
                                      mutable_data<int64_t>(counts)},

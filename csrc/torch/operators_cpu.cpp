@@ -1,5 +1,9 @@
 // Operators on the CPU: csrc/cpu over torch's thread pool.
 #include <algorithm>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <stdexcept>
 
 #include "../cpu/quantizer.h"
 #include "../cpu/sampler.h"
@@ -12,10 +16,31 @@ namespace {
 cpu::Executor executor() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int workers, void (*body)(void*, int), void* context) {
+            // torch's C interface would make an error code of an exception.
+            std::exception_ptr thrown;
+            std::mutex lock;
             torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+              try {
+                for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+              } catch (...) {
+                const std::lock_guard<std::mutex> guard(lock);
+                thrown = std::current_exception();
+              }
             });
+            if (thrown) std::rethrow_exception(thrown);
           }};
+}
+
+// kernel(args, executor), whose own memory may not be there.
+template <typename Args>
+void launch(void (*kernel)(const Args&, const cpu::Executor&), const Args& args) {
+  try {
+    kernel(args, executor());
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, "not enough memory to work on arguments of these shapes");
+  } catch (const std::length_error&) {
+    STD_TORCH_CHECK(false, "arguments of these shapes are beyond what memory can hold");
+  }
 }
 
 struct CpuBackend {
@@ -42,29 +67,29 @@ struct CpuBackend {
 
   template <typename T>
   static void run(const NearestCodeArgs<T>& args, const Tensor&) {
-    cpu::nearest_code(args, executor());
+    launch(cpu::nearest_code<T>, args);
   }
   template <typename T>
   static void run(const QuantizeArgs<T>& args, const Tensor&) {
-    cpu::quantize(args, executor());
+    launch(cpu::quantize<T>, args);
   }
   template <typename T>
   static void run(const QuantizeBackwardArgs<T>& args, const Tensor&) {
-    cpu::quantize_backward(args, executor());
+    launch(cpu::quantize_backward<T>, args);
   }
   template <typename T>
   static void run(const PyramidRowsArgs<T>& args, const Tensor&) {
-    cpu::pyramid_rows(args, executor());
+    launch(cpu::pyramid_rows<T>, args);
   }
   template <typename T>
   static void run(const DecodeArgs<T>& args, const Tensor&) {
-    cpu::decode(args, executor());
+    launch(cpu::decode<T>, args);
   }
   template <typename T>
   static void run(const SegmentSumArgs<T>& args, const Tensor&) {
-    cpu::segment_sum(args, executor());
+    launch(cpu::segment_sum<T>, args);
   }
-  static void run(const SampleArgs& args, const Tensor&) { cpu::sample(args, executor()); }
+  static void run(const SampleArgs& args, const Tensor&) { launch(cpu::sample, args); }
 };
 
 }  // namespace

@@ -45,7 +45,8 @@ struct CudaBackend {
                      cudaError_t (*launcher)(const Args&, void*, cudaStream_t)) {
     launch_on(like, [&](cudaStream_t stream) {
       const size_t bytes = workspace_bytes(args);
-      const Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
+      const Tensor workspace =
+          empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like, "the workspace");
       return launcher(args, workspace.mutable_data_ptr(), stream);
     });
   }

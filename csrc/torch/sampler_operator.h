@@ -101,9 +101,9 @@ struct SamplerOperator {
     args.seed = row_argument(seed, seed_rows, "seed", ScalarType::Long, args.rows, logits);
     args.offset = row_argument(offset, offset_rows, "offset", ScalarType::Long, args.rows, logits);
 
-    Tensor indices = empty({args.rows}, ScalarType::Long, logits);
-    Tensor probability = empty({args.rows}, ScalarType::Float, logits);
-    const Tensor status = empty({args.rows}, ScalarType::Byte, logits);
+    Tensor indices = empty({args.rows}, ScalarType::Long, logits, "indices");
+    Tensor probability = empty({args.rows}, ScalarType::Float, logits, "probability");
+    const Tensor status = empty({args.rows}, ScalarType::Byte, logits, "status");
     if (args.rows == 0) return {indices, probability};
     args.indices = mutable_data<int64_t>(indices);
     args.probability = mutable_data<float>(probability);

@@ -218,7 +218,10 @@ void spread_lengths(Floats* values, int dim, double low, double high) {
   for (int64_t i = 0; i < rows; ++i) {
     // 7 has no factor in common with the numbers of rows used here.
     const double x = low + (high - low) * static_cast<double>(i * 7 % rows) / (rows - 1);
-    for (int d = 0; d < dim; ++d) (*values)[i * dim + d] *= static_cast<float>(std::pow(10.0, x));
+    for (int d = 0; d < dim; ++d) {
+      float& value = (*values)[i * dim + d];
+      value = static_cast<float>(value * std::pow(10.0, x));
+    }
   }
 }
 
@@ -408,6 +411,37 @@ int main() {
     const CodebookLayout layout = make_layout(131, {4}, false);
     compare("large values", layout, random_floats(131 * 4, 21, 1e25f),
             random_floats(5 * 4, 22, 1e25f));
+  }
+  // From float32's smallest numbers to its largest. One group, so that float64 rounds here and
+  // there alike.
+  for (const bool l2_norm : {true, false}) {
+    const CodebookLayout layout = make_layout(140, {6}, l2_norm);
+    const Floats codebook = random_floats(140 * 6, 70), rows = random_floats(24 * 6, 71);
+    for (const auto& [codes_size, rows_size] :
+         std::vector<std::pair<float, float>>{{1e-44f, 1e-44f},
+                                              {1e-38f, 1e-38f},
+                                              {1e-25f, 1e-25f},
+                                              {1e-13f, 1e-13f},
+                                              {1e-7f, 1e-7f},
+                                              {1e19f, 1e19f},
+                                              {1e25f, 1e25f},
+                                              {7e37f, 7e37f},
+                                              {1e-44f, 7e37f},
+                                              {7e37f, 1e-44f},
+                                              {1e10f, 1e-30f},
+                                              {1e-30f, 1e10f}}) {
+      Floats codes(codebook), scaled(rows);
+      for (float& value : codes) value *= codes_size;
+      for (float& value : scaled) value *= rows_size;
+      CHECK(search(layout, codes, scaled) == definition(layout, codes, scaled), "%g and %g",
+            double{codes_size}, double{rows_size});
+      check_bound("any magnitude", layout, codes, scaled);
+    }
+    Floats codes(codebook), any(rows);
+    spread_lengths(&codes, 6, -44, 37);
+    spread_lengths(&any, 6, -44, 37);
+    CHECK(search(layout, codes, any) == definition(layout, codes, any), "any lengths");
+    check_bound("any lengths", layout, codes, any);
   }
   {  // A codebook with values that are not finite: the index is in range and no such code is taken.
     const CodebookLayout layout = make_layout(129, {4}, true);

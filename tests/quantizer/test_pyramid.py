@@ -183,6 +183,65 @@ def test_the_papers_pyramids(device: str, size: int) -> None:
         torch.testing.assert_close(mine.cpu().double(), true, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("power", [-80, -43, -24, -20, 24, 60, 110])
+def test_results_scale_with_the_input(device: str, power: int) -> None:
+    """Without l2_norm a power of two changes no token, and no digit of what is linear."""
+    generator = torch.Generator().manual_seed(4)
+    h = torch.randn(2, 12, 8, 8, generator=generator)
+    codebook = torch.randn(256, 12, generator=generator)
+    grad = torch.randn(2, 12, 8, 8, generator=generator).to(device)
+
+    def run(scale: float) -> tuple[ops.QuantizeResult, tuple[Tensor, ...]]:
+        inputs = [(x * scale).to(device).requires_grad_() for x in (h, codebook)]
+        sizes = [(1, 1), (2, 2), (3, 5), (8, 8)]
+        result = ops.multiscale_quantize(*inputs, [8, 4], sizes, [1.0, 0.25], l2_norm=False)
+        # The losses are squares, whose gradients are linear; weighted as the rest is.
+        total = (result.quantized * grad).sum() * scale
+        total = total + result.code_error.sum() + result.row_error.sum()
+        return result, torch.autograd.grad(total, inputs)
+
+    scale = 2.0**power
+    one, one_grads = run(1.0)
+    other, grads = run(scale)
+    assert torch.equal(other.indices, one.indices)
+    assert torch.equal(other.quantized, one.quantized * scale)
+    for got, expected in zip(grads, one_grads, strict=True):
+        assert torch.equal(got, expected * scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_averages_of_the_largest_numbers(device: str) -> None:
+    """A bin's sum is beyond float32, its average is not."""
+    largest = torch.finfo(torch.float32).max
+    h = torch.full((1, 2, 4, 6), 0.75 * largest, device=device)
+    h[:, 1] *= -1
+    codebook = torch.tensor([[0.0, 0.0], [0.5, -0.5], [0.75, -0.75]], device=device) * largest
+    result = ops.multiscale_quantize(h, codebook, [2], [(1, 1), (2, 3)], l2_norm=False)
+    assert result.indices.tolist() == [[2] + 6 * [0]]
+    rows = ops.multiscale_rows(h, codebook, result.indices, [2], [(1, 1), (2, 3)], l2_norm=False)
+    torch.testing.assert_close(rows[0, 0], codebook[2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-19, 1e19, 1e25, 3e37])
+def test_normalised_pyramids_of_any_size(device: str, size: float) -> None:
+    """Lengths whose squares float32 does not hold, against the same numbers in float64."""
+    generator = torch.Generator().manual_seed(8)
+    h = torch.randn(2, 6, 4, 4, generator=generator) * size
+    codebook = torch.randn(64, 6, generator=generator) * size
+    arguments = ([4, 2], [(2, 2), (4, 4)])
+    got = ops.multiscale_quantize(h.to(device), codebook.to(device), *arguments)
+    exact = reference.multiscale_quantize(
+        h.double(), codebook.double(), *arguments, indices=got.indices.cpu()
+    )
+    torch.testing.assert_close(got.quantized.cpu().double(), exact.quantized, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.code_error.cpu().double(), exact.code_error, rtol=1e-5, atol=0)
+    chosen = reference.multiscale_quantize(h.double(), codebook.double(), *arguments).indices
+    if size > 1e-12:  # shorter rows are divided by that, and are all but zero beside unit codes
+        assert torch.equal(got.indices.cpu(), chosen)
+
+
 def test_same_bits_in_every_run() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(3, 40, 8, 8, generator=generator)

@@ -31,7 +31,7 @@ def assert_nearest(
     chosen = d.gather(1, indices.unsqueeze(1)).squeeze(1)
     other = d.scatter(1, expected.unsqueeze(1), torch.inf).amin(dim=1)
     # The squares of unit numbers carry an absolute error of about 1e-16.
-    slack = 1e-9 * best + 1e-14
+    slack = 1e-12 * best + (1e-14 * max(weights) if l2_norm else 0)
     assert (chosen <= best + slack).all()
     clear = other > best + slack
     assert torch.equal(indices[clear], expected[clear])
@@ -82,6 +82,91 @@ def test_codes_close_together(device: str, spread: float, l2_norm: bool) -> None
     rows = centres.repeat(100, 1) + spread * torch.randn(300, 40, generator=generator)
     indices = nearest_code(rows.to(device), codebook.to(device), [32, 8], [1.0, 1.0], l2_norm)
     assert_nearest(indices.cpu(), rows, codebook, [32, 8], [1.0, 1.0], l2_norm)
+
+
+def of_size(values: torch.Tensor, exponent: torch.Tensor | float) -> torch.Tensor:
+    """values * 10^exponent, kept to what float32 holds."""
+    largest = torch.finfo(torch.float32).max
+    return (values.double() * 10.0**exponent).clamp(-largest, largest).float()
+
+
+# Of rows and of codes, as powers of ten: from float32's smallest numbers to its largest.
+MAGNITUDES = [(e, e) for e in (-45, -42, -38, -30, -20, -13, -7, -6, 6, 15, 18, 19, 20, 30, 38)]
+MAGNITUDES += [(-30, 10), (10, -30), (38, -45), (-45, 38), (0, 25), (25, 0), (-25, 0), (0, -25)]
+MAGNITUDES += [(6, 0), (0, 6), (9, 0), (-9, 0)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize(("rows_size", "codes_size"), MAGNITUDES)
+def test_every_magnitude(device: str, l2_norm: bool, rows_size: int, codes_size: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for dims, weights in [([1], [1.0]), ([32, 8], [1.0, 1.0]), ([3, 2, 4], [0.25, 0.0, 3.0])]:
+        rows = of_size(torch.randn(80, sum(dims), generator=generator), rows_size)
+        codebook = of_size(torch.randn(300, sum(dims), generator=generator), codes_size)
+        indices = nearest_code(rows.to(device), codebook.to(device), dims, weights, l2_norm)
+        assert_nearest(indices.cpu(), rows, codebook, dims, weights, l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=100)
+@given(
+    problem=problems(largest_codebook=300),
+    rows_range=st.tuples(st.floats(-45, 38), st.floats(-45, 38)).map(sorted),
+    codes_range=st.tuples(st.floats(-45, 38), st.floats(-45, 38)).map(sorted),
+    weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-9, 1.0, 2.5, 1e30]), min_size=4, max_size=4),
+)
+def test_mixed_magnitudes(
+    device: str,
+    problem: Problem,
+    rows_range: list[float],
+    codes_range: list[float],
+    weights: list[float],
+) -> None:
+    dims, _, l2_norm, codebook, generator = problem
+    weights = weights[: len(dims)]
+
+    def exponents(count: int, low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(count, 1, generator=generator).double()
+
+    codebook = of_size(codebook, exponents(len(codebook), *codes_range))
+    rows = of_size(problem.randn(40, sum(dims)), exponents(40, *rows_range))
+    indices = nearest_code(rows.to(device), codebook.to(device), dims, weights, l2_norm).cpu()
+    assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("row_size", [0, 8, 16, 17, 30])
+def test_float64_decides_where_it_cannot_tell_codes_apart(device: str, row_size: int) -> None:
+    """Of one channel there is one way to round: the same index as torch's, ties included."""
+    generator = torch.Generator().manual_seed(6)
+    rows = of_size(torch.randn(200, 1, generator=generator), row_size)
+    codebook = torch.randn(700, 1, generator=generator)
+    expected = (rows.double() - codebook.double().T).square().argmin(dim=1)
+    got = nearest_code(rows.to(device), codebook.to(device), l2_norm=False)
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_code_and_codes_of_zeros(device: str) -> None:
+    for row in (0.0, 1e-45, 1e20, 3.4e38):
+        rows = torch.full((3, 2), row, device=device)
+        for code in (0.0, 1e-45, 1e20, -3.4e38):
+            for l2_norm in (True, False):
+                one = nearest_code(
+                    rows, torch.full((1, 2), code, device=device), None, None, l2_norm
+                )
+                assert one.tolist() == [0, 0, 0]
+        zeros = nearest_code(rows, torch.zeros(600, 2, device=device), None, None, l2_norm)
+        assert zeros.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("power", [-500, -120, 120, 500])
+def test_weights_count_relative_to_each_other(power: int) -> None:
+    rows, codebook = torch.randn(50, 9), torch.randn(400, 9)
+    expected = nearest_code(rows, codebook, [5, 4], [1.0, 0.3], l2_norm=False)
+    scaled = [1.0 * 2.0**power, 0.3 * 2.0**power]
+    assert torch.equal(nearest_code(rows, codebook, [5, 4], scaled, l2_norm=False), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,7 +227,7 @@ def test_every_instruction_set(instruction_set: str) -> None:
     """The same check in a process that is held to one instruction set."""
     program = """
 import torch
-from quantizer.test_search import assert_nearest
+from quantizer.test_search import MAGNITUDES, assert_nearest, of_size
 from tokenflow_ext import build_info, nearest_code
 print(build_info()["cpu_instruction_set"])
 generator = torch.Generator().manual_seed(0)
@@ -153,15 +238,22 @@ for num_rows, size, dims in [(1, 5, [3]), (23, 700, [32, 8]), (301, 5000, [5, 2,
         weights = [1.0] * len(dims)
         indices = nearest_code(rows, codebook, dims, weights, l2_norm)
         assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
+for rows_size, codes_size in MAGNITUDES:
+    for l2_norm in (True, False):
+        rows = of_size(torch.randn(70, 9, generator=generator), rows_size)
+        codebook = of_size(torch.randn(600, 9, generator=generator), codes_size)
+        indices = nearest_code(rows, codebook, [5, 4], [1.0, 0.5], l2_norm)
+        assert_nearest(indices, rows, codebook, [5, 4], [1.0, 0.5], l2_norm)
 """
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "TOKENFLOW_CPU": instruction_set, "PYTHONPATH": tests}
     run = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr
-    if run.stdout.strip() != instruction_set:
+    if "TOKENFLOW_CPU must be one of" in run.stderr:
         pytest.skip(f"this machine has no {instruction_set}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == instruction_set
 
 
 @pytest.mark.parametrize(
@@ -188,9 +280,33 @@ for num_rows, size, dims in [(1, 5, [3]), (23, 700, [32, 8]), (301, 5000, [5, 2,
         ({"weights": [1.0, 1.0]}, "weights must name one weight a group"),
         ({"weights": [-1.0]}, "weights must be finite and not negative, got -1"),
         ({"weights": [float("nan")]}, "weights must be finite"),
+        ({"weights": [float("inf")]}, "weights must be finite"),
+        ({"dims": [2**31 + 4, 2**31 - 4]}, "dims must sum to at most 1048576, got 2147483652"),
+        ({"dims": [2**32 + 8]}, "dims must sum to at most 1048576"),
+        ({"dims": [2**63 - 1, 9]}, "dims must sum to at most 1048576"),
+        ({"dims": [3, 2**20 - 2]}, "dims must sum to at most 1048576, got 1048574 at position 1"),
+        ({"codebook": torch.zeros(1, 8).expand(2**50, 8)}, "not enough memory for codebook of"),
+        ({"rows": torch.zeros(1, 8).expand(2**50, 8)}, "not enough memory for rows of"),
+        ({"codebook": torch.zeros(5, 8, device="meta")}, "codebook must be on the device of rows"),
+        ({"rows": torch.zeros(3, 8, device="meta")}, "codebook must be on the device of rows"),
     ],
 )
 def test_bad_input_is_refused(change: dict, message: str) -> None:
     arguments = {"rows": torch.randn(3, 8), "codebook": torch.randn(5, 8), "dims": [8]}
     with pytest.raises(RuntimeError, match=message):
         nearest_code(**{**arguments, **change})
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    program = "import torch, tokenflow_ext as t; t.nearest_code(torch.ones(1, 2), torch.ones(1, 2))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TOKENFLOW_CPU": "avx3"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert "TOKENFLOW_CPU must be one of" in last
+    assert "portable" in last
+    assert last.endswith("got avx3")
