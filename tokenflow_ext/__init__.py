@@ -16,6 +16,7 @@ from tokenflow_ext.sampler import (
     SamplingLogitsProcessor,
     sample_top_k_top_p,
 )
+from tokenflow_ext.stochastic import sample_code
 
 __all__ = [
     "CodebookUsage",
@@ -26,6 +27,7 @@ __all__ = [
     "SamplingLogitsProcessor",
     "build_info",
     "nearest_code",
+    "sample_code",
     "sample_top_k_top_p",
     "segment_sum",
 ]

@@ -74,7 +74,9 @@ def nearest_code(
         l2_norm: scale each group of rows and codes to unit length first.
 
     Returns:
-        [N] int64, the argmin float64 arithmetic finds for these inputs, the lowest on a tie.
+        [N] int64, the argmin float64 arithmetic finds for these inputs, the lowest on a tie, at
+        every magnitude that float32 holds; of float64 inputs, where the squares of differences fit
+        (from about 1e-150 to 1e150). Index 0 for a row that is not finite.
     """
     dims = [rows.shape[-1]] if dims is None else list(dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
@@ -175,7 +177,7 @@ def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
     return hits[1:]
 
 
-def _check_devices(like: str, /, **tensors: Tensor | None) -> None:
+def check_devices(like: str, /, **tensors: Tensor | None) -> None:
     """A tensor on the meta device beside others comes to the fake kernels, which know no data."""
     device = tensors[like].device
     for name, tensor in tensors.items():
@@ -187,13 +189,13 @@ def _check_devices(like: str, /, **tensors: Tensor | None) -> None:
 
 @torch.library.register_fake("tokenflow_ext::nearest_code")
 def _(rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool):
-    _check_devices("rows", rows=rows, codebook=codebook)
+    check_devices("rows", rows=rows, codebook=codebook)
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize")
 def _(h, codebook, dropped, dims, weights, sizes, l2_norm, atomic_codebook_gradient=False):
-    _check_devices("h", h=h, codebook=codebook, dropped=dropped)
+    check_devices("h", h=h, codebook=codebook, dropped=dropped)
     scales = len(sizes) // 2
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
@@ -217,7 +219,7 @@ def _(
     l2_norm,
     atomic_codebook_gradient=False,
 ):
-    _check_devices(
+    check_devices(
         "h",
         h=h,
         codebook=codebook,
@@ -235,19 +237,19 @@ def _(
 
 @torch.library.register_fake("tokenflow_ext::multiscale_rows")
 def _(h, codebook, indices, dims, sizes, l2_norm):
-    _check_devices("h", h=h, codebook=codebook, indices=indices)
+    check_devices("h", h=h, codebook=codebook, indices=indices)
     return h.new_empty((h.shape[0], _num_tokens(sizes), codebook.shape[1]))
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_decode")
 def _(indices, codebook, dims, sizes, height, width, l2_norm):
-    _check_devices("codebook", indices=indices, codebook=codebook)
+    check_devices("codebook", indices=indices, codebook=codebook)
     return codebook.new_empty((indices.shape[0], codebook.shape[1], height, width))
 
 
 @torch.library.register_fake("tokenflow_ext::segment_sum")
 def _(rows, indices, num_segments):
-    _check_devices("rows", rows=rows, indices=indices)
+    check_devices("rows", rows=rows, indices=indices)
     return (
         rows.new_empty((num_segments, rows.shape[1])),
         rows.new_empty(num_segments, dtype=torch.int64),

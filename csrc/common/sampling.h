@@ -22,28 +22,11 @@
 
 #include "host_device.h"
 #include "philox.h"
+#include "row_argument.h"
 
 namespace tokenflow {
 
 enum class LogitType { kFloat, kBFloat16, kHalf };
-
-// One value for all rows, or one for each. Kernels find them in memory or in their arguments.
-template <typename T>
-struct RowArgument {
-  const T* values;  // memory of the back end's device, or null
-  int64_t stride;   // 1: a value for each row, 0: one for all
-  T value;          // for all, where values is null
-};
-
-template <typename T>
-TF_HOST_DEVICE T value_at(const RowArgument<T>& argument, int64_t row) {
-  return argument.values ? argument.values[row * argument.stride] : argument.value;
-}
-
-template <typename T>
-TF_HOST_DEVICE bool is_one_for_all(const RowArgument<T>& argument) {
-  return argument.values == nullptr || argument.stride == 0;
-}
 
 // Rows [outer, inner] of logits: row r begins at (r / inner) * outer_stride
 // + (r % inner) * inner_stride, and its codes follow one another. Strides count elements.
@@ -65,7 +48,6 @@ struct SampleArgs {
   RowArgument<double> min_p;
   RowArgument<double> temperature;
   RowArgument<double> guidance;
-  // With one seed and one offset for all rows, row r draws at offset + r.
   RowArgument<int64_t> seed;
   RowArgument<int64_t> offset;
   int64_t* indices;    // out [rows]
@@ -154,9 +136,8 @@ TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
   if (args.uncond.data && !is_finite_guidance(value_at(args.guidance, row))) {
     settings.status |= kGuidanceNotFinite;
   }
-  uint64_t place = static_cast<uint64_t>(value_at(args.offset, row));
-  if (is_one_for_all(args.seed) && is_one_for_all(args.offset)) place += static_cast<uint64_t>(row);
-  settings.random = random_bits(static_cast<uint64_t>(value_at(args.seed, row)), place);
+  settings.random = random_bits(static_cast<uint64_t>(value_at(args.seed, row)),
+                                random_place(args.seed, args.offset, row));
   return settings;
 }
 

@@ -58,6 +58,10 @@ __device__ __forceinline__ unsigned ballot(bool predicate) {
 
 __device__ __forceinline__ int count_bits(unsigned mask) { return __popc(mask); }
 
+__device__ __forceinline__ int leading_zeros(uint32_t word) {
+  return __clz(static_cast<int>(word));
+}
+
 // Position of the lowest set bit of a mask that has one.
 __device__ __forceinline__ int lowest_bit(unsigned mask) {
   return __ffs(static_cast<int>(mask)) - 1;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../common/quantizer_args.h"
+#include "../common/row_argument.h"
 
 namespace tokenflow::torch_ops {
 
@@ -97,15 +98,19 @@ inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int6
                       "weights must be finite and not negative, got ", weights[g], " at position ",
                       g);
     }
-    // What counts is how they compare: by a power of two, the largest is brought to [1, 2), so that
-    // no distance over- or underflows for their sake.
-    int exponent = 0;
-    (void)std::frexp(*std::max_element(weights.begin(), weights.end()), &exponent);
-    for (size_t g = 0; g < weights.size(); ++g) {
-      layout.weight[g] = std::ldexp(weights[g], 1 - exponent);
-    }
+    std::copy(weights.begin(), weights.end(), layout.weight);
   }
   return layout;
+}
+
+// Where only the order of distances counts, so does only how weights compare: by a power of two,
+// the largest is brought to [1, 2), so that no distance over- or underflows for their sake.
+inline void compare_weights(CodebookLayout& layout) {
+  int exponent = 0;
+  (void)std::frexp(*std::max_element(layout.weight, layout.weight + layout.groups), &exponent);
+  for (int g = 0; g < layout.groups; ++g) {
+    layout.weight[g] = std::ldexp(layout.weight[g], 1 - exponent);
+  }
 }
 
 inline Pyramid make_pyramid(int64_t batch, int64_t height, int64_t width,
@@ -166,6 +171,24 @@ const T* data(const Tensor& tensor) {
 template <typename T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A number for all rows, or a tensor of one (no dimension) or of one a row. The tensor is kept by
+// the caller until the launch.
+template <typename T>
+RowArgument<T> row_argument(T value, const std::optional<Tensor>& values, const char* name,
+                            ScalarType type, int64_t rows, const Tensor& like,
+                            const char* like_name) {
+  if (!values) return {nullptr, 0, value};
+  STD_TORCH_CHECK(values->scalar_type() == type, name, " must be ",
+                  torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(values->scalar_type()));
+  STD_TORCH_CHECK(values->dim() == 0 || (values->dim() == 1 && values->size(0) == rows &&
+                                         (rows == 1 || values->stride(0) == 1)),
+                  name, " must be one number or one for each of ", rows, " rows, got shape ",
+                  shape_of(*values));
+  check_device(*values, name, like, like_name);
+  return {data<T>(*values), values->dim() == 0 ? 0 : 1, T{}};
 }
 
 // make(), which fails for lack of memory alone.

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../common/gumbel.h"
 #include "arguments.h"
 
 namespace tokenflow::torch_ops {
@@ -40,7 +41,8 @@ struct Operators {
   static Problem check_problem(Tensor& h, Tensor& codebook, const std::vector<int64_t>& dims,
                                const std::vector<double>& weights,
                                const std::vector<int64_t>& sizes, bool l2_norm) {
-    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+    CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+    compare_weights(layout);
     const Pyramid pyramid = make_pyramid(h, layout, sizes);
     check_like(codebook, "codebook", h, "h");
     check_device(codebook, "codebook", h, "h");
@@ -57,8 +59,9 @@ struct Operators {
     indices = contiguous(indices, "indices");
   }
 
-  static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
-                             std::vector<double> weights, bool l2_norm) {
+  // Rows and a codebook, likewise.
+  static CodebookLayout check_rows(Tensor& rows, Tensor& codebook, const std::vector<int64_t>& dims,
+                                   const std::vector<double>& weights, bool l2_norm) {
     const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
     check_floating(rows, "rows");
     check_dim(rows, 2, "rows");
@@ -70,6 +73,13 @@ struct Operators {
     Backend::check_shape(layout);
     rows = contiguous(rows, "rows");
     codebook = contiguous(codebook, "codebook");
+    return layout;
+  }
+
+  static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
+                             std::vector<double> weights, bool l2_norm) {
+    CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm);
+    compare_weights(layout);
     return dispatch(rows, "rows", [&](auto zero) {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
@@ -77,6 +87,32 @@ struct Operators {
       Backend::run(NearestCodeArgs<T>{layout, data<T>(codebook), rows.size(0), data<T>(rows),
                                       mutable_data<int64_t>(indices)},
                    rows);
+      return indices;
+    });
+  }
+
+  static Tensor sample_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
+                            std::vector<double> weights, bool l2_norm, int64_t metric,
+                            double temperature, int64_t seed, std::optional<Tensor> seed_rows,
+                            int64_t offset, std::optional<Tensor> offset_rows) {
+    const CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm);
+    STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0 to 2, got ", metric);
+    STD_TORCH_CHECK(temperature >= 0 && std::isfinite(temperature),
+                    "temperature must be finite and not negative, got ", temperature);
+    const int64_t num_rows = rows.size(0);
+    const auto place = [&](int64_t value, const std::optional<Tensor>& values, const char* name) {
+      return row_argument(value, values, name, ScalarType::Long, num_rows, rows, "rows");
+    };
+    return dispatch(rows, "rows", [&](auto zero) {
+      using T = decltype(zero);
+      Backend::template check_codebook<T>(layout, codebook);
+      Tensor indices = empty({num_rows}, ScalarType::Long, rows, "indices");
+      Backend::run(
+          SampleCodeArgs<T>{layout, data<T>(codebook), num_rows, data<T>(rows),
+                            static_cast<Metric>(metric), temperature,
+                            place(seed, seed_rows, "seed"), place(offset, offset_rows, "offset"),
+                            mutable_data<int64_t>(indices)},
+          rows);
       return indices;
     });
   }
@@ -218,6 +254,7 @@ struct Operators {
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("nearest_code", TORCH_BOX(&nearest_code));
+    m.impl("sample_code", TORCH_BOX(&sample_code));
     m.impl("multiscale_quantize", TORCH_BOX(&multiscale_quantize));
     m.impl("multiscale_quantize_backward", TORCH_BOX(&multiscale_quantize_backward));
     m.impl("multiscale_rows", TORCH_BOX(&multiscale_rows));

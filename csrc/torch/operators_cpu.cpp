@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../cpu/quantizer.h"
+#include "../cpu/sample_code.h"
 #include "../cpu/sampler.h"
 #include "operators.h"
 #include "sampler_operator.h"
@@ -68,6 +69,10 @@ struct CpuBackend {
   template <typename T>
   static void run(const NearestCodeArgs<T>& args, const Tensor&) {
     launch(cpu::nearest_code<T>, args);
+  }
+  template <typename T>
+  static void run(const SampleCodeArgs<T>& args, const Tensor&) {
+    launch(cpu::sample_code<T>, args);
   }
   template <typename T>
   static void run(const QuantizeArgs<T>& args, const Tensor&) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/quantizer.h"
+#include "../cuda/sample_code.h"
 #include "../cuda/sampler.h"
 #include "operators.h"
 #include "sampler_operator.h"
@@ -53,6 +54,9 @@ struct CudaBackend {
 
   static void run(const NearestCodeArgs<float>& args, const Tensor& like) {
     launch(args, like, cuda::nearest_code_workspace_bytes, cuda::launch_nearest_code);
+  }
+  static void run(const SampleCodeArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::sample_code_workspace_bytes, cuda::launch_sample_code);
   }
   static void run(const QuantizeArgs<float>& args, const Tensor& like) {
     launch(args, like, cuda::quantize_workspace_bytes, cuda::launch_quantize);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/device.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "../common/sampling.h"
 #include "arguments.h"
@@ -26,23 +27,6 @@ inline LogitRows logit_rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.size(2) == 1 || tensor.stride(2) == 1, name,
                   " must have the codes of a row side by side, got stride ", tensor.stride(2));
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-
-// A number for all rows, or a tensor of one (no dimension) or of one a row. The tensor is kept by
-// the caller until the launch.
-template <typename T>
-RowArgument<T> row_argument(T value, const std::optional<Tensor>& values, const char* name,
-                            ScalarType type, int64_t rows, const Tensor& logits) {
-  if (!values) return {nullptr, 0, value};
-  STD_TORCH_CHECK(values->scalar_type() == type, name, " must be ",
-                  torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(values->scalar_type()));
-  STD_TORCH_CHECK(values->dim() == 0 || (values->dim() == 1 && values->size(0) == rows &&
-                                         (rows == 1 || values->stride(0) == 1)),
-                  name, " must be one number or one for each of ", rows, " rows, got shape ",
-                  shape_of(*values));
-  check_device(*values, name, logits, "logits");
-  return {data<T>(*values), values->dim() == 0 ? 0 : 1, T{}};
 }
 
 // Throws for the first row that has something wrong.
@@ -91,15 +75,18 @@ struct SamplerOperator {
       check_device(*uncond, "uncond", logits, "logits");
       args.uncond = logit_rows(*uncond, "uncond");
     }
-    args.top_k = row_argument(top_k, top_k_rows, "top_k", ScalarType::Long, args.rows, logits);
-    args.top_p = row_argument(top_p, top_p_rows, "top_p", ScalarType::Double, args.rows, logits);
-    args.min_p = row_argument(min_p, min_p_rows, "min_p", ScalarType::Double, args.rows, logits);
-    args.temperature = row_argument(temperature, temperature_rows, "temperature",
-                                    ScalarType::Double, args.rows, logits);
-    args.guidance =
-        row_argument(guidance, guidance_rows, "guidance", ScalarType::Double, args.rows, logits);
-    args.seed = row_argument(seed, seed_rows, "seed", ScalarType::Long, args.rows, logits);
-    args.offset = row_argument(offset, offset_rows, "offset", ScalarType::Long, args.rows, logits);
+    const auto of_rows = [&](auto value, const std::optional<Tensor>& values, const char* name) {
+      const ScalarType type =
+          std::is_same_v<decltype(value), double> ? ScalarType::Double : ScalarType::Long;
+      return row_argument(value, values, name, type, args.rows, logits, "logits");
+    };
+    args.top_k = of_rows(top_k, top_k_rows, "top_k");
+    args.top_p = of_rows(top_p, top_p_rows, "top_p");
+    args.min_p = of_rows(min_p, min_p_rows, "min_p");
+    args.temperature = of_rows(temperature, temperature_rows, "temperature");
+    args.guidance = of_rows(guidance, guidance_rows, "guidance");
+    args.seed = of_rows(seed, seed_rows, "seed");
+    args.offset = of_rows(offset, offset_rows, "offset");
 
     Tensor indices = empty({args.rows}, ScalarType::Long, logits, "indices");
     Tensor probability = empty({args.rows}, ScalarType::Float, logits, "probability");

@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   m.def(
       "nearest_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm) "
       "-> Tensor");
+  // The metric is common/gumbel.h's, by its number.
+  m.def(
+      "sample_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm, "
+      "int metric, float temperature, int seed, Tensor? seed_rows, int offset, "
+      "Tensor? offset_rows) -> Tensor");
   m.def(
       "multiscale_quantize(Tensor h, Tensor codebook, Tensor? dropped, int[] dims, "
       "float[] weights, int[] sizes, bool l2_norm, bool atomic_codebook_gradient=False) "

@@ -413,9 +413,10 @@ int main() {
             random_floats(5 * 4, 22, 1e25f));
   }
   // From float32's smallest numbers to its largest. One group, so that float64 rounds here and
-  // there alike.
+  // there alike, and a weight that takes unit lengths away from a power of two, where one rounding
+  // decides how a row is scaled.
   for (const bool l2_norm : {true, false}) {
-    const CodebookLayout layout = make_layout(140, {6}, l2_norm);
+    const CodebookLayout layout = make_layout(140, {6}, l2_norm, {3.0});
     const Floats codebook = random_floats(140 * 6, 70), rows = random_floats(24 * 6, 71);
     for (const auto& [codes_size, rows_size] :
          std::vector<std::pair<float, float>>{{1e-44f, 1e-44f},

@@ -83,6 +83,9 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) {
+  return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
+}
 
 inline int __float_as_int(float value) {
   int bits;
