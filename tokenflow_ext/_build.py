@@ -21,6 +21,10 @@ class KernelsMissingError(ImportError):
     """The compiled operators are missing or do not load; the message says how to build them."""
 
 
+class InstructionSetError(RuntimeError):
+    """TOKENFLOW_CPU names no instruction set of this machine; the message says which it has."""
+
+
 def _check_torch(version: str) -> None:
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < MINIMUM_TORCH:
@@ -66,9 +70,14 @@ def build_info() -> dict[str, Any]:
 
     Raises:
         KernelsMissingError: the package was not built.
+        InstructionSetError: TOKENFLOW_CPU asks for what this machine does not run.
     """
     try:
         module = importlib.import_module("tokenflow_ext._build_info")
     except ImportError as error:
         raise KernelsMissingError(f"no build facts: {error}. {_HOW_TO_BUILD}") from error
-    return {**module.facts(), "torch_running": torch.__version__, "library": str(LIBRARY)}
+    try:
+        facts = module.facts()
+    except RuntimeError as error:
+        raise InstructionSetError(str(error)) from None
+    return {**facts, "torch_running": torch.__version__, "library": str(LIBRARY)}

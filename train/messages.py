@@ -12,6 +12,7 @@ from types import FrameType
 
 import torch
 
+from tokenflow_ext._build import InstructionSetError, build_info
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.models.semantic import MissingPackageError
 from tokenflow_ext.train.entry import not_installed
@@ -24,6 +25,7 @@ EXPECTED = (
     ConfigError,
     DataError,
     FloatingPointError,
+    InstructionSetError,
     MissingPackageError,
     OutputError,
     WeightsError,
@@ -60,6 +62,7 @@ def ending_in_one_line() -> Iterator[None]:
     handled = alone and threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
+        build_info()  # refuses an instruction set that this machine lacks before anything is read
         yield
     except EXPECTED as error:
         sys.exit(f"error: {one_line(error)}")

@@ -103,6 +103,15 @@ class TestBuildInfo:
         result = run_python(code, TOKENFLOW_CPU="portable")
         assert result.stdout.strip() == "portable", result.stderr
 
+    def test_an_instruction_set_that_is_not_there_is_refused(self) -> None:
+        code = "import tokenflow_ext; tokenflow_ext.build_info()"
+        result = run_python(code, TOKENFLOW_CPU="garbage")
+        assert result.returncode != 0
+        last = result.stderr.strip().splitlines()[-1]
+        assert "InstructionSetError: TOKENFLOW_CPU must be one of" in last
+        assert "portable" in last
+        assert last.endswith("got garbage")
+
     def test_import_needs_torch_alone(self) -> None:
         # Some of these come with `import torch` where they are installed.
         code = (

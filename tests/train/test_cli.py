@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tokenflow_ext._build import InstructionSetError
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import checkpoint, cli, pictures, tokenizer
+from tokenflow_ext.train import checkpoint, cli, messages, pictures, tokenizer
 from tokenflow_ext.train.logs import over_under
 
 
@@ -355,6 +356,15 @@ def test_a_full_disk_is_named_and_nothing_looks_finished(
         begun = ["tokens-00000.safetensors", "unfinished.json"]
         assert left == (begun if command == "tokenize" and room else [])
     cli.main([*words, *common])
+
+
+def test_an_unknown_instruction_set_is_one_line(monkeypatch):
+    def refuse():
+        raise InstructionSetError("TOKENFLOW_CPU must be one of portable, avx2, got avx3")
+
+    monkeypatch.setattr(messages, "build_info", refuse)
+    with pytest.raises(SystemExit, match="error: TOKENFLOW_CPU must be one of"):
+        cli.main(["fid", "here", "there"])
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
