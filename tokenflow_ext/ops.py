@@ -78,7 +78,7 @@ def nearest_code(
         every magnitude that float32 holds; of float64 inputs, where the squares of differences fit
         (from about 1e-150 to 1e150). Index 0 for a row that is not finite.
     """
-    dims = [rows.shape[-1]] if dims is None else list(dims)
+    dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return torch.ops.tokenflow_ext.nearest_code(rows, codebook, dims, weights, l2_norm)
 

@@ -70,7 +70,7 @@ def sample_code(
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    dims = [rows.shape[-1]] if dims is None else list(dims)
+    dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     if seed is None:
         where = rows.device if generator is None else generator.device

@@ -62,9 +62,9 @@ struct Operators {
   // Rows and a codebook, likewise.
   static CodebookLayout check_rows(Tensor& rows, Tensor& codebook, const std::vector<int64_t>& dims,
                                    const std::vector<double>& weights, bool l2_norm) {
-    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
     check_floating(rows, "rows");
     check_dim(rows, 2, "rows");
+    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
     STD_TORCH_CHECK(rows.size(1) == layout.dim, "rows must have sum(dims) = ", layout.dim,
                     " columns, got shape ", shape_of(rows));
     STD_TORCH_CHECK(rows.size(0) > 0, "rows must not be empty, got shape ", shape_of(rows));

@@ -265,6 +265,7 @@ for rows_size, codes_size in MAGNITUDES:
         ),
         ({"rows": torch.zeros(0, 8)}, "rows must not be empty"),
         ({"rows": torch.zeros(3, 8, 1)}, "rows must have 2 dimensions"),
+        ({"rows": torch.tensor(1.0), "dims": None}, r"rows must have 2 dimensions, got shape \[\]"),
         (
             {"rows": torch.zeros(3, 8, dtype=torch.int32)},
             "rows must be float32 or float64, got Int",
