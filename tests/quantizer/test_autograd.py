@@ -122,6 +122,7 @@ def test_opcheck_covers_every_operator() -> None:
     assert len(_samples()) == 11
     tested = {op._qualified_op_name for op, _ in _samples()}
     tested.add("tokenflow_ext::sample_top_k_top_p")  # tests/sampler
+    tested.add("tokenflow_ext::sample_code")  # test_sample_code.py
     registered = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
