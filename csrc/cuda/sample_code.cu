@@ -10,7 +10,7 @@ namespace tokenflow::cuda {
 namespace {
 
 constexpr int kDrawThreads = 128;
-constexpr int kDrawRows = 4;
+constexpr int kDrawRows = 2;
 
 // Rows whose reciprocal lengths are held at once: bounds the scratch.
 constexpr int64_t kLengthsAtOnce = 8192;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void sum_channels(const DrawArgs& args, const int64_t
 // cache. Operations: 3 dim float64 a row and code, and a quarter of Philox's 10 rounds; the two
 // logarithms only where they may change the choice. Bound by float64.
 template <bool kDot>
-__global__ void __launch_bounds__(kDrawThreads, 4)
+__global__ void __launch_bounds__(kDrawThreads, 3)
     draw_kernel(const __grid_constant__ DrawArgs args) {
   const SampleCodeArgs<float>& sample = args.sample;
   const CodebookLayout& layout = sample.layout;
