@@ -412,11 +412,12 @@ int main() {
     compare("large values", layout, random_floats(131 * 4, 21, 1e25f),
             random_floats(5 * 4, 22, 1e25f));
   }
-  // From float32's smallest numbers to its largest. One group, so that float64 rounds here and
-  // there alike, and a weight that takes unit lengths away from a power of two, where one rounding
-  // decides how a row is scaled.
+  // From float32's smallest numbers to its largest. One group without a weight, so that float64
+  // rounds here and there alike. For the bound one with a weight, which takes unit lengths away
+  // from a power of two, where one rounding decides how a row is scaled.
   for (const bool l2_norm : {true, false}) {
-    const CodebookLayout layout = make_layout(140, {6}, l2_norm, {3.0});
+    const CodebookLayout layout = make_layout(140, {6}, l2_norm);
+    const CodebookLayout weighted = make_layout(140, {6}, l2_norm, {3.0});
     const Floats codebook = random_floats(140 * 6, 70), rows = random_floats(24 * 6, 71);
     for (const auto& [codes_size, rows_size] :
          std::vector<std::pair<float, float>>{{1e-44f, 1e-44f},
@@ -436,13 +437,13 @@ int main() {
       for (float& value : scaled) value *= rows_size;
       CHECK(search(layout, codes, scaled) == definition(layout, codes, scaled), "%g and %g",
             double{codes_size}, double{rows_size});
-      check_bound("any magnitude", layout, codes, scaled);
+      check_bound("any magnitude", weighted, codes, scaled);
     }
     Floats codes(codebook), any(rows);
     spread_lengths(&codes, 6, -44, 37);
     spread_lengths(&any, 6, -44, 37);
     CHECK(search(layout, codes, any) == definition(layout, codes, any), "any lengths");
-    check_bound("any lengths", layout, codes, any);
+    check_bound("any lengths", weighted, codes, any);
   }
   {  // A codebook with values that are not finite: the index is in range and no such code is taken.
     const CodebookLayout layout = make_layout(129, {4}, true);
