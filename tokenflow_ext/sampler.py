@@ -85,6 +85,7 @@ def _row_argument(
     convert: Callable[[Any, str], Any],
     shape: torch.Size,
     device: torch.device,
+    of: str = "logits",
 ) -> tuple[Any, Tensor | None]:
     """An argument as the operator takes it: a number, or a tensor of one or of one a row."""
     if not isinstance(value, Tensor):
@@ -98,7 +99,7 @@ def _row_argument(
         raise ValueError(f"{name} must hold {what}, got {value.dtype}")
     # As everywhere in torch, a single number may lie on the CPU.
     if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
-        raise ValueError(f"{name} must be on the device of logits, {device}, got {value.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {device}, got {value.device}")
     value = value.detach().to(device=device, dtype=dtype)
     if value.dim() == 0:
         return default, value
@@ -106,7 +107,7 @@ def _row_argument(
         return default, value.expand(shape).reshape(-1).contiguous()
     except RuntimeError as error:
         raise ValueError(
-            f"{name} must be one number or one for each row of logits {list(shape)}, "
+            f"{name} must be one number or one for each row of {of} {list(shape)}, "
             f"got shape {list(value.shape)}"
         ) from error
 

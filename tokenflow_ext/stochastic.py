@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tokenflow_ext.ops import check_devices
+from tokenflow_ext.sampler import _bits, _check_source, _float, _row_argument
 
 METRICS = ("l2", "squared_l2", "dot")  # in the order of csrc/common/gumbel.h
-
-
-def _in_stream(value: int | Tensor, name: str, rows: Tensor) -> tuple[int, Tensor | None]:
-    """A seed or offset as the operator takes it: a number, or a tensor of one or of one a row."""
-    if not isinstance(value, Tensor):
-        try:
-            return (operator.index(value) + 2**63) % 2**64 - 2**63, None  # the same 64 bits, signed
-        except TypeError:
-            raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if value.dtype != torch.int64 or (value.dim() and value.shape != rows.shape[:1]):
-        raise ValueError(
-            f"{name} must be int64, one number or one for each row {list(rows.shape[:1])}, got "
-            f"{value.dtype} of shape {list(value.shape)}"
-        )
-    return 0, value.contiguous()
 
 
 def sample_code(
@@ -66,17 +51,22 @@ def sample_code(
 
     Raises:
         RuntimeError: shapes, dtypes, devices, weights or temperature do not fit.
-        ValueError: an unknown metric, or a seed or offset of another shape.
+        ValueError: an unknown metric, no number, or a seed or offset of another shape.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
+    _check_source(seed, generator)
+    shape, device = rows.shape[:1], rows.device
     if seed is None:
-        where = rows.device if generator is None else generator.device
-        seed = torch.randint(2**63 - 1, (), generator=generator, device=where).to(rows.device)
-    elif generator is not None:
-        raise ValueError("seed and generator exclude each other: a generator draws the seed")
+        where = device if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=where).to(device)
+    elif isinstance(seed, Tensor) and seed.dim() > 0 and seed.shape != shape:
+        raise ValueError(
+            f"seed must be one number or one for each row of rows {list(shape)}, got shape "
+            f"{list(seed.shape)}"
+        )
     return torch.ops.tokenflow_ext.sample_code(
         rows.detach(),
         codebook.detach(),
@@ -84,9 +74,9 @@ def sample_code(
         weights,
         l2_norm,
         METRICS.index(metric),
-        temperature,
-        *_in_stream(seed, "seed", rows),
-        *_in_stream(offset, "offset", rows),
+        _float(temperature, "temperature"),
+        *_row_argument(seed, "seed", _bits, shape, device, "rows"),
+        *_row_argument(offset, "offset", _bits, shape, device, "rows"),
     )
 
 
