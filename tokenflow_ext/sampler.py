@@ -577,7 +577,10 @@ class SamplingLogitsProcessor:
             empty = ~(z > -torch.inf).any(dim=-1)
             if empty.any():
                 row = int(empty.nonzero()[0])
-                raise ValueError(f"scores must leave a token to draw, got none in row {row}")
+                raise ValueError(
+                    "scores must leave a token to draw and hold neither a NaN nor +infinity, not "
+                    f"so in row {row}"
+                )
         # Rows that would overflow are moved, which no softmax notices. The bound of the temperature
         # is one below which no float32 that is not the largest has a share.
         z = z / max(self.temperature, 1e-200)
@@ -599,7 +602,7 @@ class SamplingLogitsProcessor:
             )
         rows = probabilities if self.guidance == 0 else probabilities.chunk(2)[0]
         tokens = sample_top_k_top_p(
-            rows.log(),
+            rows.log().float(),
             seed=self.seed,
             offset=None if self.seed is None else self.drawn,
             generator=self.generator,

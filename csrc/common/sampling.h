@@ -264,11 +264,13 @@ TF_HOST_DEVICE float from_bfloat16(uint16_t bits) {
 TF_HOST_DEVICE float from_float16(uint16_t bits) {
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
   const uint32_t exponent = magnitude & 0x0f800000u;
-  const uint32_t rebias = exponent == 0x0f800000u ? 0x70000000u : 0x38000000u;
-  uint32_t word = magnitude + rebias + (exponent == 0 ? 0x00800000u : 0u);
-  float value;
+  const uint32_t subnormal = word_of(exponent == 0), not_finite = word_of(exponent == 0x0f800000u);
+  uint32_t word = magnitude + 0x38000000u + (0x38000000u & not_finite) + (0x00800000u & subnormal);
+  const uint32_t least = 0x38800000u & subnormal;  // 2^-14
+  float value, offset;
   memcpy(&value, &word, sizeof(value));
-  value -= exponent == 0 ? 6.103515625e-05f : 0.0f;  // 2^-14
+  memcpy(&offset, &least, sizeof(offset));
+  value -= offset;
   memcpy(&word, &value, sizeof(word));
   word |= static_cast<uint32_t>(bits & 0x8000u) << 16;
   memcpy(&value, &word, sizeof(value));

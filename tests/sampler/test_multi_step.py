@@ -272,9 +272,13 @@ def test_processor_refuses(arguments: dict, message: str) -> None:
 
 def test_processor_looks_at_its_scores() -> None:
     scores = randn(3, 60)
-    scores[1] = torch.finfo(torch.float32).min
-    with pytest.raises(ValueError, match="leave a token to draw, got none in row 1"):
-        SamplingLogitsProcessor(top_k=5)(IDS, scores)
+    for bad in (torch.full((60,), torch.finfo(torch.float32).min), *torch.eye(60)[:2].log().neg()):
+        scores[1] = bad
+        with pytest.raises(ValueError, match=r"leave a token to draw .* not so in row 1"):
+            SamplingLogitsProcessor(top_k=5)(IDS, scores)
+    scores[1, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"neither a NaN nor \+infinity, not so in row 1"):
+        SamplingLogitsProcessor()(IDS, scores)
     with pytest.raises(ValueError, match=r"scores must be \[B, V\], got shape \[60\]"):
         SamplingLogitsProcessor()(IDS, scores[0])
     with pytest.raises(ValueError, match="vocab must be a slice"):

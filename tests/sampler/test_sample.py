@@ -591,8 +591,13 @@ def test_every_instruction_set_draws_the_same() -> None:
 @pytest.mark.parametrize("codes", [33, 4096, 32768, 200_000])
 def test_cuda_draws_what_the_cpu_draws(codes: int, dtype: torch.dtype) -> None:
     logits, uncond = randn(20, codes, seed=1).to(dtype), randn(20, codes, seed=2).to(dtype)
-    for top_k, top_p in [(0, 0.0), (30, 0.0), (0, 0.8), (30, 0.8), (1, 0.0), (codes // 2, 0.5)]:
-        arguments = {"top_k": top_k, "top_p": top_p, "guidance": 2.2, "temperature": 0.8, "seed": 9}
+    logits[:, 1::9], uncond[:, 3::9] = torch.finfo(dtype).min, -torch.inf
+    for top_k, top_p, min_p in [
+        *((0, 0.0, 0.0), (30, 0.0, 0.0), (0, 0.8, 0.0), (30, 0.8, 0.0), (1, 0.0, 0.0)),
+        *((codes // 2, 0.5, 0.0), (0, 0.0, 0.1), (30, 0.8, 0.2)),
+    ]:
+        arguments = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": 9}
+        arguments |= {"guidance": 2.2, "temperature": 0.8}
         cpu = sample_top_k_top_p(logits, uncond=uncond, return_probability=True, **arguments)
         cuda = sample_top_k_top_p(
             logits.cuda(), uncond=uncond.cuda(), return_probability=True, **arguments
