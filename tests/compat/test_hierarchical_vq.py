@@ -111,6 +111,16 @@ def test_defaults_start_by_kmeans_and_revive_dead_codes() -> None:
     assert (ours.vq._codebook.cluster_size >= 1).all()
 
 
+def test_autocast() -> None:
+    """Theirs stop at the convolutions; ours mix them in the dtype of the features."""
+    _, ours = pair(scales=(1, 4, 16))
+    exact, *_ = ours.eval()(batch(0, SEQUENCE))
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, *_ = ours(batch(0, SEQUENCE))
+    assert quantized.dtype == torch.float32
+    torch.testing.assert_close(quantized, exact, rtol=0, atol=0.1)
+
+
 def test_no_matrix_of_distances() -> None:
     ours = HierarchicalVQ(dim=DIM, codebook_size=900, scales=(1, 10, 20), accept_image_fmap=True)
     with largest_tensor() as largest:
@@ -184,6 +194,14 @@ def test_orthogonal_loss_goes_back_through_levels_that_move_codes() -> None:
 def test_harmless_values_are_taken() -> None:
     theirs, ours = pair(scales=(1, 4, 16), sync_codebook=False, kmeans_iters=0)
     compare(theirs, ours, batch(0, SEQUENCE), sample_codebook_temp=0.5)
+
+
+def test_stochastic_codes() -> None:
+    theirs, ours = pair(scales=(1, 4, 16), stochastic_sample_codes=True, sample_codebook_temp=0.0)
+    compare(theirs, ours, batch(0, SEQUENCE))
+    torch.manual_seed(0)
+    drawn = [ours(batch(1, SEQUENCE), sample_codebook_temp=3.0)[1] for _ in range(2)]
+    assert all(not torch.equal(*level) for level in zip(*drawn, strict=True))
 
 
 def test_unserved_arguments_say_so() -> None:

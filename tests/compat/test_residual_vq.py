@@ -205,6 +205,20 @@ def test_one_call_gives_what_the_layers_give(cosine: bool) -> None:
     close(quantized, by_layer)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_stochastic_codes(shared: bool) -> None:
+    """Each layer draws; what is returned is the sum of what was drawn. None are drawn at 0."""
+    theirs, ours = pair(
+        shared_codebook=shared, stochastic_sample_codes=True, sample_codebook_temp=0.0
+    )
+    compare(theirs, ours, batch(0))
+    compare(theirs, ours, batch(1), freeze_codebook=True)
+    nearest = ours(batch(2), freeze_codebook=True)[1]
+    quantized, drawn, _ = ours(batch(2), freeze_codebook=True, sample_codebook_temp=2.0)
+    assert ((drawn != nearest).float().mean(dim=(0, 1)) > 0.2).all()
+    close(ours.get_output_from_indices(drawn), quantized)
+
+
 def test_dead_codes_of_a_shared_codebook_are_moved_once() -> None:
     _, ours = pair(shared_codebook=True, threshold_ema_dead_code=2, decay=0.5)
     x = batch(0)

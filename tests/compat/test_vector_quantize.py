@@ -233,6 +233,7 @@ def test_masks(options: dict, by_length: bool, training: bool) -> None:
         _, indices, *_ = compare(theirs, ours, x, **padding)
     assert (indices[~mask] == -1).all()
     assert (indices[mask] >= 0).all()
+    assert torch.equal(ours.eval()(x, lens=[20, 3, 11])[1], ours(x, mask=mask)[1])
 
 
 def test_projection_learns_from_padded_batches() -> None:
@@ -334,6 +335,29 @@ def test_dtypes(dtype: torch.dtype, training: bool) -> None:
     assert torch.equal(indices, their_indices)
     torch.testing.assert_close(quantized, their_quantized)
     torch.testing.assert_close(loss, their_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}])
+def test_half_modules_and_autocast(options: dict, autocast: bool, dtype: torch.dtype) -> None:
+    theirs, ours = pair(**options)
+    x = torch.randn(SEQUENCE)
+    if not autocast:
+        theirs.to(dtype), ours.to(dtype)
+        x = x.to(dtype)
+    for training in (True, False):
+        ours.load_state_dict(theirs.state_dict())
+        results = []
+        for module in (theirs.train(training), ours.train(training)):
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                results.append(module(x.clone().requires_grad_()))
+        (other, their_indices, their_loss), (mine, indices, loss) = results
+        same = indices == their_indices  # theirs compare distances in half precision
+        assert same.float().mean() > 0.9
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine[same], other[same], rtol=0, atol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(loss, their_loss, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_no_matrix_of_distances() -> None:
@@ -576,6 +600,99 @@ def test_second_derivatives(rotation: bool) -> None:
         seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
     assert seconds[1].abs().sum() > 0
     torch.testing.assert_close(seconds[1], seconds[0], rtol=2e-4, atol=2e-4)
+
+
+STOCHASTIC = {
+    "distance": {},
+    "cosine": {"use_cosine_sim": True},
+    "codebooks by head": {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True},
+    "straight-through": {"straight_through": True, "rotation_trick": False},
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_stochastic_codes_have_the_probabilities_of_theirs(name: str, temperature: float) -> None:
+    """softmax(-distance / temperature), or of the product by cosine: chi-square over many draws."""
+    options = {"stochastic_sample_codes": True, "codebook_size": 7, **STOCHASTIC[name]}
+    _, ours = pair(**options, sample_codebook_temp=temperature)
+    draws = 20_000
+    x = torch.randn(1, 1, DIM)
+    torch.manual_seed(3)
+    quantized, indices, _ = ours(x.expand(1, draws, DIM), freeze_codebook=True)
+    close(quantized, ours.project_out(ours.get_codes_from_indices(indices)))
+    rows = ours.project_in(x)[0, 0].double().view(ours._codebook.num_codebooks, -1)
+    for head, row in enumerate(rows.detach()):
+        codes = ours._codebook.embed[head].double()
+        if ours.use_cosine_sim:
+            scores = codes @ F.normalize(row, dim=0)
+        else:
+            scores = -(codes - row).norm(dim=1)
+        expected = draws * (scores / temperature).softmax(dim=0)
+        drawn = indices[0, :, head] if ours.heads > 1 else indices[0]
+        counts = torch.bincount(drawn, minlength=7)
+        likely = expected > 5
+        statistic = ((counts - expected).square() / expected)[likely].sum()
+        assert statistic < 30  # 6 degrees of freedom: by chance once in 25,000
+        assert counts[~likely].sum() < 60
+
+
+def test_stochastic_codes_only_where_asked() -> None:
+    _, ours = pair(stochastic_sample_codes=True, sample_codebook_temp=5.0)
+    theirs, plain = pair()
+    x = torch.randn(SEQUENCE)
+    nearest = plain.eval()(x)[1]
+    drawn = ours(x, freeze_codebook=True)[1]
+    assert not torch.equal(drawn, nearest)
+    torch.manual_seed(1)
+    first = ours(x, freeze_codebook=True)[1]
+    torch.manual_seed(1)
+    assert torch.equal(ours(x, freeze_codebook=True)[1], first)  # torch's seed decides
+    for module in (ours, theirs):  # a temperature of 0, in a call or by attribute, is none
+        compare(theirs, ours, x, sample_codebook_temp=0.0) if module is ours else None
+    ours._codebook.sample_codebook_temp = 0.0
+    assert torch.equal(ours(x, freeze_codebook=True)[1], theirs.eval()(x)[1])
+    ours.eval()
+    assert torch.equal(ours(x, sample_codebook_temp=9.0)[1], theirs(x)[1])
+
+
+def test_stochastic_codes_take_no_row_that_is_not_finite_and_no_row_at_all() -> None:
+    _, ours = pair(stochastic_sample_codes=True, kmeans_init=True, codebook_size=6)
+    x = torch.randn(SEQUENCE)
+    x[0, 1, 2] = float("nan")
+    ours(x)
+    assert int(ours.skipped_rows) == 1
+    assert all(value.isfinite().all() for value in ours.state_dict().values())
+    assert ours(torch.randn(0, 20, DIM))[1].shape == (0, 20)
+
+
+def test_no_matrix_of_logits() -> None:
+    rows, codes = 600, 900
+    for options in ({}, {"use_cosine_sim": True}):
+        ours = VectorQuantize(DIM, codes, stochastic_sample_codes=True, **options)
+        with largest_tensor() as largest:
+            quantized, _, loss = ours(torch.randn(1, rows, DIM, requires_grad=True))
+            (quantized.sum() + loss).backward()
+        assert largest.numel < rows * codes / 10
+
+
+@pytest.mark.parametrize("way", ["assigned", "loaded", "learned"])
+def test_by_cosine_the_length_of_codes_counts_as_in_theirs(way: str) -> None:
+    """Theirs compare products; codes have length 1 until someone gives them another."""
+    options = {"orthogonal_reg_weight": 1.0} if way == "learned" else {}
+    theirs, ours = pair(use_cosine_sim=True, **options)
+    codes = 3 * torch.rand(24, 1) * theirs.codebook.detach()
+    with torch.no_grad():
+        theirs.codebook = codes
+    if way == "loaded":
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        ours.codebook = codes
+    for training in (False, True):
+        theirs.train(training), ours.train(training)
+        compare(theirs, ours, torch.randn(SEQUENCE))
+    theirs.eval(), ours.eval()
+    compare(theirs, ours, torch.randn(SEQUENCE))
 
 
 UNSERVED = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenflow_ext import ops
 from tokenflow_ext.collectives import all_reduce, sample_rows
+from tokenflow_ext.stochastic import sample_code
 
 EPS = 1e-6
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -85,6 +86,8 @@ class Codebook(nn.Module):
         manual_ema_update: bool,
         learnable: bool,
         use_cosine_sim: bool,
+        stochastic: bool,
+        sample_codebook_temp: float,
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
@@ -97,6 +100,10 @@ class Codebook(nn.Module):
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
         self.use_cosine_sim = use_cosine_sim
+        self.stochastic = stochastic
+        self.sample_codebook_temp = sample_codebook_temp
+        # With use_cosine_sim, whether codes may be of other lengths than 1, which then count.
+        self.any_length = learnable
         embed = torch.zeros(num_codebooks, codebook_size, dim)
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
@@ -110,6 +117,7 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
+        self.register_load_state_dict_post_hook(_see_lengths)
         self._pending: tuple[Tensor, Tensor] | None = None  # sums and counts not yet averaged in
 
     def forward(self, *_: Tensor) -> None:
@@ -123,9 +131,31 @@ class Codebook(nn.Module):
         """[H, K, D] float32."""
         return self.embed.float()
 
-    def search(self, rows: Tensor) -> Tensor:
-        """Nearest codes [H, N] of rows [H, N, D] float32."""
-        return _by_book(self._nearest, rows.detach(), self.codes.detach())
+    def search(self, rows: Tensor, temperature: float | None = None) -> Tensor:
+        """Codes [H, N] of rows [H, N, D] float32: the nearest, or drawn by their closeness.
+
+        Args:
+            temperature: of the draw, in training and where codes are stochastic;
+                `sample_codebook_temp` by default, 0 for the nearest.
+        """
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+        drawn = self.stochastic and self.training and temperature > 0
+        if not drawn and not (self.use_cosine_sim and self.any_length):
+            return _by_book(self._nearest, rows.detach(), self.codes.detach())
+
+        def draw(rows: Tensor, codes: Tensor) -> Tensor:
+            if len(rows) == 0:
+                return rows.new_empty(0, dtype=torch.int64)
+            return sample_code(
+                rows,
+                codes,
+                l2_norm=False,
+                metric="dot" if self.use_cosine_sim else "l2",
+                temperature=temperature if drawn else 0.0,
+                seed=None if drawn else 0,  # torch's generator is left alone
+            )
+
+        return _by_book(draw, rows.detach(), self.codes.detach())
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes [H, ..., D] float32 of indices [H, ...]."""
@@ -257,6 +287,7 @@ class Codebook(nn.Module):
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps)
         codes = self.embed_avg / (smoothed * total).unsqueeze(-1)
         self.embed.copy_(unit(codes) if self.use_cosine_sim else codes)
+        self.any_length = isinstance(self.embed, nn.Parameter)
 
     @torch.no_grad()
     def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:
@@ -286,6 +317,12 @@ class Codebook(nn.Module):
         dead = dead.unsqueeze(-1)
         self.embed.copy_(torch.where(dead, samples, self.embed))
         self.embed_avg.copy_(torch.where(dead, samples * to, self.embed_avg))
+
+
+def _see_lengths(book: Codebook, _: object) -> None:
+    """After loading: whether all codes have length 1, as all that move them leave them."""
+    lengths = book.codes.detach().norm(dim=-1)
+    book.any_length = book.any_length or bool(((lengths - 1).abs() > 1e-2).any())
 
 
 def _by_book(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class _Phi(nn.Module):
         self.resi_ratio = float(abs(resi_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.resi_ratio <= 1e-8 else x.lerp(self.conv(x), self.resi_ratio)
+        return x if self.resi_ratio <= 1e-8 else x.lerp(self.conv(x).to(x.dtype), self.resi_ratio)
 
 
 class HierarchicalVQ(nn.Module):

@@ -269,7 +269,8 @@ class ResidualVQ(nn.Module):
             return False
         learns = torch.is_grad_enabled() and book.embed.requires_grad
         started = not book.kmeans_init or bool(book.initted)
-        return not learns and started and self.num_quantizers <= MOST_SCALES
+        products = book.use_cosine_sim and book.any_length
+        return not learns and not products and started and self.num_quantizers <= MOST_SCALES
 
     @torch.no_grad()
     def _pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,7 +88,6 @@ class VectorQuantize(nn.Module):
             commitment_use_cross_entropy_loss=commitment_use_cross_entropy_loss
             and commitment_weight > 0,
             codebook_diversity_loss_weight=max(codebook_diversity_loss_weight, 0),
-            stochastic_sample_codes=stochastic_sample_codes,
             straight_through=straight_through and not route_gradients_to_input,
         )
         self._refuse(
@@ -194,6 +193,8 @@ class VectorQuantize(nn.Module):
             manual_ema_update=manual_ema_update,
             learnable=learnable,
             use_cosine_sim=use_cosine_sim,
+            stochastic=stochastic_sample_codes,
+            sample_codebook_temp=sample_codebook_temp,
         )
         self.in_place_codebook_optimizer: torch.optim.Optimizer | None = None
         if in_place_codebook_optimizer is not None:
@@ -222,6 +223,7 @@ class VectorQuantize(nn.Module):
     def codebook(self, codes: Tensor) -> None:
         with torch.no_grad():
             self._codebook.embed.copy_(codes if codes.dim() == 3 else codes.unsqueeze(0))
+        self._codebook.any_length = True
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes of indices in the layout of the input, heads side by side, not projected; zeros
@@ -322,7 +324,7 @@ class VectorQuantize(nn.Module):
         if self.training:
             self._check_processes()
         counted = book.init_embed_(rows, None if kept is None else kept.expand(rows.shape[:2]))
-        index = self._search(rows, sample_codebook_temp)
+        index = book.search(rows, sample_codebook_temp)
         codes, in_place = book.lookup(index), self.zero
         if updates:
             if self.in_place_codebook_optimizer is not None:
@@ -340,11 +342,11 @@ class VectorQuantize(nn.Module):
             if self.in_place_codebook_optimizer is not None:
                 if not self.manual_in_place_optimizer_update:
                     self.update_in_place_optimizer()
-                index = self._search(rows, sample_codebook_temp)
+                index = book.search(rows, sample_codebook_temp)
                 codes = book.lookup(index)
-        quantized = self._unrows(codes, x.shape).to(x.dtype)
+        quantized = self._unrows(codes, x.shape).to(inputs.dtype)
         index = self._unrows(index.unsqueeze(-1), (*x.shape[:-1], 1)).squeeze(-1)
-        commitment = orthogonal = torch.zeros((), device=x.device)
+        commitment = orthogonal = self.zero
         if self.training:
             if self.commitment_weight > 0:
                 target = quantized if self.learnable_codebook and not freeze else quantized.detach()
@@ -466,9 +468,6 @@ class VectorQuantize(nn.Module):
         return mask
 
     # ------------------------------------------------------------------ parts of a step
-
-    def _search(self, rows: Tensor, temperature: float | None) -> Tensor:
-        return self._codebook.search(rows)
 
     def _in_place_gradient(self, rows: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
         """Mean squared distance of the finite rows to their codes, sent back to the codes."""
