@@ -602,6 +602,40 @@ def test_second_derivatives(rotation: bool) -> None:
     torch.testing.assert_close(seconds[1], seconds[0], rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"rotation_trick": False}, {"codebook_dim": 4}])
+def test_function_transforms(options: dict) -> None:
+    """Derivatives by torch.func, forward mode too, are autograd's; a batch by vmap is the batch."""
+    _, ours = pair(**options, freeze_codebook=True)
+    x, along = torch.randn(2, *SEQUENCE).unbind()
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        quantized, _, loss = ours(x)
+        return quantized.pow(3).sum() + loss
+
+    a = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(a), a)
+    close(torch.func.grad(total)(x), expected)
+    _, derivative = torch.func.jvp(total, (x,), (along,))
+    close(derivative.float() / 100, (expected * along).sum() / 100)
+    close(torch.func.vmap(lambda x: ours(x)[0])(x), ours(x)[0])
+
+
+def test_compiles_in_one_graph() -> None:
+    for options in ({}, {"threshold_ema_dead_code": 2, "heads": 2}):
+        _, ours = pair(**options)
+        twin = copy.deepcopy(ours)
+        x = torch.randn(SEQUENCE, requires_grad=True)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(0)
+        quantized, indices, loss = compiled(x)
+        torch.manual_seed(0)
+        other, their_indices, their_loss = twin(x)
+        close(quantized, other)
+        assert torch.equal(indices, their_indices)
+        close(loss, their_loss)
+        same_state(ours, twin)
+
+
 STOCHASTIC = {
     "distance": {},
     "cosine": {"use_cosine_sim": True},

@@ -370,7 +370,8 @@ class VectorQuantize(nn.Module):
             index = index.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
         loss = commitment * self.commitment_weight + orthogonal * self.orthogonal_reg_weight
         if self.training and not loss.requires_grad and not torch.compiler.is_compiling():
-            loss.requires_grad_()  # backward() may be called on it whatever flows into it
+            # backward() may be called on it whatever flows into it
+            loss = loss + torch.zeros_like(loss, requires_grad=True)
 
         if self.heads > 1:
             quantized = quantized.flatten(-2)
