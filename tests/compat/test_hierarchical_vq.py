@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from compat.helpers import close, compare, largest_tensor
+from compat.helpers import close, compare, cubes, largest_tensor, second_derivative
 
 from tokenflow_ext.compat import HierarchicalVQ
 
@@ -109,6 +109,15 @@ def test_defaults_start_by_kmeans_and_revive_dead_codes() -> None:
     assert bool(ours.vq._codebook.initted)
     ours(batch(1, SEQUENCE))
     assert (ours.vq._codebook.cluster_size >= 1).all()
+
+
+@pytest.mark.parametrize("rotation", [True, False])
+def test_second_derivatives(rotation: bool) -> None:
+    other, mine = (
+        second_derivative(lambda x, module=module: cubes(module(x)), batch(3, SEQUENCE))
+        for module in pair(scales=(1, 4, 16), rotation_trick=rotation)
+    )
+    torch.testing.assert_close(mine, other, rtol=2e-3, atol=1e-3 * other.abs().max().item())
 
 
 def test_autocast() -> None:

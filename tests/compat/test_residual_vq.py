@@ -6,7 +6,14 @@ import inspect
 
 import pytest
 import torch
-from compat.helpers import close, compare, largest_tensor, same_state
+from compat.helpers import (
+    close,
+    compare,
+    cubes,
+    largest_tensor,
+    same_state,
+    second_derivative,
+)
 
 from tokenflow_ext.compat import ResidualVQ
 
@@ -217,6 +224,15 @@ def test_stochastic_codes(shared: bool) -> None:
     quantized, drawn, _ = ours(batch(2), freeze_codebook=True, sample_codebook_temp=2.0)
     assert ((drawn != nearest).float().mean(dim=(0, 1)) > 0.2).all()
     close(ours.get_output_from_indices(drawn), quantized)
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_grad_frac": 0.3}, {"shared_codebook": True}])
+def test_second_derivatives(options: dict) -> None:
+    other, mine = (
+        second_derivative(lambda x, module=module: cubes(module(x, freeze_codebook=True)), batch(3))
+        for module in pair(**options)
+    )
+    torch.testing.assert_close(mine, other, rtol=2e-3, atol=1e-3 * other.abs().max().item())
 
 
 def test_dead_codes_of_a_shared_codebook_are_moved_once() -> None:

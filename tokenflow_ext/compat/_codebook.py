@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tokenflow_ext import ops
 from tokenflow_ext.collectives import all_reduce, sample_rows
@@ -32,6 +33,13 @@ def rotate(x: Tensor, target: Tensor) -> Tensor:
     w = unit(u + q)
     along_w, along_u = ((x * t).sum(dim=-1, keepdim=True) for t in (w, u))
     return (x - 2 * along_w * w + 2 * along_u * q) * (target_norm / x_norm.clamp(min=EPS))
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether something asks for the derivative by x, backward or forward."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def go_towards(x: Tensor, target: Tensor, variance: float = 5e-3) -> Tensor:

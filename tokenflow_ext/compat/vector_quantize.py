@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext.collectives import all_reduce, world_size
-from tokenflow_ext.compat._codebook import Codebook, Weight, go_towards, rotate, unit
+from tokenflow_ext.compat._codebook import (
+    Codebook,
+    Weight,
+    differentiated,
+    go_towards,
+    rotate,
+    unit,
+)
 from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, refuse
 
 
@@ -357,7 +364,7 @@ class VectorQuantize(nn.Module):
                     commitment = F.mse_loss(target[mask], compared[mask])
             if self.orthogonal_reg_weight > 0:
                 orthogonal = self._orthogonal_loss(index)
-            if x.requires_grad and self.route_gradients_to_input:
+            if self.route_gradients_to_input and differentiated(x):
                 if self.rotation_trick:
                     quantized = rotate(x, quantized)
                 elif self.directional_reparam:
