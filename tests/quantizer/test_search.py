@@ -161,6 +161,18 @@ def test_one_code_and_codes_of_zeros(device: str) -> None:
         assert zeros.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("power", [-495, -200, 200, 495])
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_float64_inputs_from_1e150_to_1e_minus_150(power: int, l2_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(60, 9, generator=generator, dtype=torch.float64)
+    codebook = torch.randn(300, 9, generator=generator, dtype=torch.float64)
+    expected = reference.distances(rows, codebook, [5, 4], [1.0, 0.3], l2_norm).argmin(dim=1)
+    scale = 2.0 ** (power if not l2_norm or power > 0 else -30)  # shorter ones are not normalised
+    got = nearest_code(rows * scale, codebook * scale, [5, 4], [1.0, 0.3], l2_norm)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("power", [-500, -120, 120, 500])
 def test_weights_count_relative_to_each_other(power: int) -> None:
     rows, codebook = torch.randn(50, 9), torch.randn(400, 9)
