@@ -80,21 +80,21 @@ def check_regular(path: Path, error: Callable[[str], Exception]) -> None:
         raise error(f"{path} is no file but {kind}")
 
 
-def read_text(path: Path, error: Callable[[str], Exception], limit: int = TEXT_LIMIT) -> str:
+def read_text(path: Path, error: Callable[[str], Exception], limit: int | None = TEXT_LIMIT) -> str:
     """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        error: no regular file, one that cannot be read, more bytes than ``limit``, or bytes that
-            are no UTF-8.
+        error: no regular file, one that cannot be read, more bytes than ``limit`` (None: any
+            number), or bytes that are no UTF-8.
     """
     path = Path(path)
     check_regular(path, error)
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read() if limit is None else file.read(limit + 1)
     except OSError as fault:
         raise error(f"{path} cannot be read: {brief(fault)}") from fault
-    if len(content) > limit:
+    if limit is not None and len(content) > limit:
         raise error(f"{path} is larger than the {limit} bytes that are read")
     return decode(content, path, error)
 

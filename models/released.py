@@ -319,12 +319,12 @@ def read_left_aside(path: str | Path, config: TokenizerConfig) -> dict[str, Tens
     return found
 
 
-def write(path: str | Path, state: Mapping[str, Tensor]) -> Path:
+def write(path: str | Path, state: Mapping[str, Tensor], overwrite: bool) -> Path:
     """Saves ``state`` under ``model``; the file is complete before it takes its name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_torch(path, {"model": content})
+    write_torch(path, {"model": content}, overwrite)
     return path
 
 

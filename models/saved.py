@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.files import (
+    OutputError,
     brief,
     cannot_write,
     check_regular,
@@ -48,11 +50,34 @@ class SavedForm:
     changed: str = ""
 
     def write(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-        """Writes the weights, then the header. Each file is complete before it takes its name."""
+        """Writes the weights, then the header. Each file is complete before it takes its name, and
+        takes the place of an earlier save's alone.
+
+        Raises:
+            OutputError: another kind of model is there, or the files cannot be written.
+        """
+        self._check_own(folder)
         write_safetensors(folder / WEIGHTS_FILE, state, {"format": self.name})
         header = {"format": self.name, "version": self.version, "config": config}
         text = json.dumps(header, indent=2) + "\n"
         write_file(folder / CONFIG_FILE, text.encode(), overwrite=True)
+
+    def _check_own(self, folder: Path) -> None:
+        """That nothing is in the folder which a save of this form would write over but such a save:
+        whole, or its weights alone, where it was broken off."""
+        header, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        try:
+            if os.path.lexists(header):
+                found = read_json(header, CheckpointError, limit=1 << 20)
+                own = isinstance(found, dict) and found.get("format") == self.name
+            elif os.path.lexists(weights):
+                own = read_safetensors(weights, names=())[1].get("format") == self.name
+            else:
+                own = True
+        except CheckpointError:
+            own = False
+        if not own:
+            raise OutputError(f"{folder} holds another model: nothing is written over it")
 
     def read_config(self, folder: Path, parse: Callable[[Any], Config]) -> Config:
         """What ``parse`` makes of the header's ``config``.
@@ -112,11 +137,14 @@ def not_finite(values: Any, name: str = "") -> list[str]:
 
 
 def read_safetensors(
-    file: Path, check: Callable[[dict[str, tuple[int, ...]]], None] | None = None
+    file: Path,
+    check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata.
 
     Args:
+        names: of the tensors to read; all by default.
         check: is given the shapes, by name, before anything is read, and may refuse them.
 
     Raises:
@@ -130,7 +158,8 @@ def read_safetensors(
             keys = list(reader.keys())
             if check is not None:
                 check({key: tuple(reader.get_slice(key).get_shape()) for key in keys})
-            return {key: reader.get_tensor(key) for key in keys}, reader.metadata() or {}
+            wanted = keys if names is None else names
+            return {key: reader.get_tensor(key) for key in wanted}, reader.metadata() or {}
     except (CheckpointError, ConfigError):
         raise
     except Exception as error:  # the reader raises many kinds; each means the same to the user
@@ -188,13 +217,13 @@ def read_torch(
         raise error(f"{file} cannot be read as a torch file of tensors: {brief(fault)}") from fault
 
 
-def write_torch(file: Path, content: Any) -> None:
+def write_torch(file: Path, content: Any, overwrite: bool = True) -> None:
     """Writes ``content`` as a torch file by :func:`~tokenflow_ext.models.files.replacing`.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or is there and not to be written over.
     """
-    with replacing(file) as temporary, temporary.open("wb") as stream:
+    with replacing(file, overwrite) as temporary, temporary.open("wb") as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:  # around the system's error, where a write has failed

@@ -452,7 +452,9 @@ class TextToImage(nn.Module):
             )
         return self.state_dict() | self.left_aside
 
-    def save_released(self, path: str | Path, max_shard_size: str = "5GB") -> Path:
+    def save_released(
+        self, path: str | Path, max_shard_size: str = "5GB", *, overwrite: bool = False
+    ) -> Path:
         """Writes the weights with exactly the released names into the directory ``path``, as
         transformers and :meth:`from_released` read them; the image tokenizer has a file of its own
         (:meth:`TokenFlowTokenizer.save_released`).
@@ -460,7 +462,12 @@ class TextToImage(nn.Module):
         ``config.json`` is the one that the model was read with, or else a plain Llama's: what the
         original programs look up in theirs besides has to be added by hand.
 
+        Args:
+            max_shard_size: the largest file; what does not fit into one goes into several.
+            overwrite: whether to replace a model that is there.
+
         Raises:
+            OutputError: a model is there, or the files cannot be written.
             ConfigError: see :meth:`to_released`.
         """
         state = self.to_released()
@@ -472,7 +479,7 @@ class TextToImage(nn.Module):
             if backbone.rope != RopeConfig():
                 scaling = backbone.rope.to_transformers()
                 header["rope_scaling"] = {**scaling, "type": backbone.rope.rope_type}
-        return released.write(path, state, header, max_shard_size)
+        return released.write(path, state, header, max_shard_size, overwrite)
 
     @classmethod
     def from_language_model(

@@ -164,9 +164,8 @@ def generate_tokens(
     step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
     batch.
     """
-    codes = model.config.codebook_size
     sampler = MultiStepSampler(
-        top_k=[min(k, codes) for k in top_k],
+        top_k=tuple(top_k),
         top_p=tuple(top_p),
         guidance=guidance,
         scales=sequence.scales,

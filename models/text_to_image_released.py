@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenflow_ext.models import released
 from tokenflow_ext.models.config import CheckpointError, ConfigError
-from tokenflow_ext.models.files import brief, cannot_write, inside, read_json
+from tokenflow_ext.models.files import OutputError, brief, cannot_write, inside, read_json
 from tokenflow_ext.models.saved import read_safetensors
 from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, check_header
 
@@ -160,21 +160,29 @@ def _check_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
 
 
 def write(
-    folder: str | Path, state: Mapping[str, Tensor], header: Mapping[str, Any], shard: str
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    shard: str,
+    overwrite: bool,
 ) -> Path:
     """Saves a folder as :func:`read` and transformers read it; ``config.json`` comes last, and each
     file is complete before it takes its name.
 
     Args:
         shard: the largest file, such as ``5GB``; what does not fit into one goes into several.
+        overwrite: whether to replace a model that is there.
 
     Raises:
-        OutputError: a place that cannot be written to, or a full disk.
+        OutputError: a model is there, or a place that cannot be written to, or a full disk.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
     folder = Path(folder)
+    old = [file for name in (HEADER, "model*.safetensors*") for file in folder.glob(name)]
+    if old and not overwrite:
+        raise OutputError(f"{old[0]} is there already: nothing is written over it")
     content = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +190,8 @@ def write(
             save_torch_state_dict(content, partial, max_shard_size=shard)
             text = json.dumps(dict(header), indent=2) + "\n"
             (Path(partial) / HEADER).write_text(text, encoding="utf-8")
-            for old in folder.glob("model*.safetensors*"):  # of an earlier model, in other shards
-                old.unlink()
+            for file in old:  # of an earlier model, in other shards
+                file.unlink()
             for file in sorted(Path(partial).iterdir(), key=_weights_index_header):
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:

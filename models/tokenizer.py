@@ -314,11 +314,14 @@ class TokenFlowTokenizer(nn.Module):
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None) -> Path:
         """Writes ``config.json`` and ``model.safetensors`` into the directory ``path``.
 
-        Each file is complete before it takes its name.
+        Each file is complete before it takes its name. An earlier tokenizer there is replaced.
 
         Args:
             state: a state dict to write in the place of the tokenizer's own (weights that were
                 averaged, or gathered from several processes).
+
+        Raises:
+            OutputError: another kind of model is there, or the files cannot be written.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,15 +330,23 @@ class TokenFlowTokenizer(nn.Module):
         _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
-    def save_released(self, path: str | Path, left_aside_from: str | Path | None = None) -> Path:
+    def save_released(
+        self,
+        path: str | Path,
+        left_aside_from: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Path:
         """Writes one torch file with exactly the released checkpoints' names and shapes.
 
         Args:
             left_aside_from: a released file to take from what no module here holds (SigLIP's last
                 layer and head, usage statistics), for a tokenizer that was not read from one; None
                 is what :meth:`from_pretrained` kept.
+            overwrite: whether to replace a file that is there.
 
         Raises:
+            OutputError: the file is there, or cannot be written.
             ConfigError: a tokenizer that has no released form.
             CheckpointError: weights of the released form that neither source has.
         """
@@ -343,7 +354,8 @@ class TokenFlowTokenizer(nn.Module):
         aside = self.left_aside
         if left_aside_from is not None:
             aside = released.read_left_aside(left_aside_from, self.config)
-        return released.write(path, released.to_released(self.state_dict(), self.config, aside))
+        state = released.to_released(self.state_dict(), self.config, aside)
+        return released.write(path, state, overwrite)
 
     @classmethod
     def from_pretrained(

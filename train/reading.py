@@ -99,17 +99,12 @@ def inside(root: str | os.PathLike[str], name: Any) -> Path:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, see :func:`decode`.
+    """The text of a UTF-8 file of any length, see :func:`decode`.
 
     Raises:
         DataError: naming the file.
     """
-    try:
-        check_file(path)
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
-    return decode(content, os.fspath(path))
+    return files.read_text(Path(path), DataError, limit=None)
 
 
 def decode(content: bytes, name: str) -> str:
@@ -132,7 +127,7 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str) -> Any:
-    """What ``text`` means as JSON.
+    """What ``text`` means as JSON; ``NaN`` and ``Infinity`` too, which public listings hold.
 
     Raises:
         ValueError: it is not JSON, or nested too deeply to be read.
@@ -149,11 +144,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         DataError: naming the file.
     """
-    text = read_text(path)
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DataError(f"{os.fspath(path)} is not JSON: {error}") from error
+    return files.read_json(Path(path), DataError)
 
 
 def json_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -30,6 +30,7 @@ from tokenflow_ext.models import (
     TowerConfig,
     released,
 )
+from tokenflow_ext.models.files import OutputError
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.semantic import (
     CLIP_MEAN,
@@ -477,6 +478,10 @@ def test_layers_that_were_never_loaded_are_asked_for(tmp_path):
         model.save_released(tmp_path / "again.pt")
     assert not (tmp_path / "again.pt").exists()
     model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
+    same(released.read(tmp_path / "again.pt"), state)
+    with pytest.raises(OutputError, match=r"again\.pt is there already"):
+        model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
+    model.save_released(tmp_path / "again.pt", tmp_path / "released.pt", overwrite=True)
     same(released.read(tmp_path / "again.pt"), state)
     key = "encoder_vqkd.vision_model.head.probe"
     torch.save({"model": {**state, key: torch.zeros(1, 1, 23)}}, tmp_path / "other.pt")

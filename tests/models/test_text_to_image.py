@@ -33,6 +33,7 @@ from tokenflow_ext.models import (
     encode_prompts,
 )
 from tokenflow_ext.models import text_to_image_generation as generation
+from tokenflow_ext.models.files import OutputError
 from tokenflow_ext.models.text_to_image_rope import RopeConfig
 from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
 
@@ -999,7 +1000,11 @@ def test_released_folders_there_and_back(tmp_path, files):
     assert json.loads((written / "config.json").read_text()) == HEADER
     again = TextToImage.from_released(written, None, image_tokenizer())
     equal(again.to_released(), state)
-    again.save_released(written)  # in other shards: none of the old are left
+    before = {file.name: file.read_bytes() for file in written.iterdir()}
+    with pytest.raises(OutputError, match="nothing is written over it"):
+        again.save_released(written)
+    assert {file.name: file.read_bytes() for file in written.iterdir()} == before
+    again.save_released(written, overwrite=True)  # in other shards: none of the old are left
     equal(TextToImage.from_released(written, None, image_tokenizer()).to_released(), state)
     names = {"config.json", "model.safetensors"}
     assert {file.name for file in written.iterdir()} == names

@@ -21,6 +21,7 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TowerConfig,
 )
+from tokenflow_ext.models.files import OutputError
 from tokenflow_ext.models.losses import tokenizer_loss
 
 PIXEL = PixelConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, z_channels=16, groups=4)
@@ -438,3 +439,34 @@ def test_importing_stays_light():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_saving_replaces_an_earlier_save_and_nothing_else(tmp_path):
+    model = build("pixels")
+    weights, header = "model.safetensors", "config.json"
+    own, broken, theirs = tmp_path / "own", tmp_path / "broken off", tmp_path / "theirs"
+    model.save_pretrained(own)
+    model.save_pretrained(own)
+    model.save_pretrained(broken)
+    (broken / header).unlink()
+    model.save_pretrained(broken)
+    assert (broken / header).is_file()
+
+    theirs.mkdir()
+    for files in (
+        {header: b'{"model_type": "llama"}'},
+        {header: b"not JSON"},
+        {weights: b"something"},
+        {header: b'{"model_type": "llama"}', weights: b"something"},
+    ):
+        for old in theirs.iterdir():
+            old.unlink()
+        for name, content in files.items():
+            (theirs / name).write_bytes(content)
+        with pytest.raises(OutputError, match="holds another model"):
+            model.save_pretrained(theirs)
+        assert {file.name: file.read_bytes() for file in theirs.iterdir()} == files
+    (theirs / header).unlink()
+    save_file({"a": torch.zeros(1)}, theirs / weights, {"format": "pt"})
+    with pytest.raises(OutputError, match="holds another model"):
+        model.save_pretrained(theirs)

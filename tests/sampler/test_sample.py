@@ -212,7 +212,8 @@ def test_masked_codes_are_never_drawn(device: str, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     cond = (torch.randn(rows, codes, generator=generator) * 16).round().div(8).to(dtype)
     uncond = (torch.randn(rows, codes, generator=generator) * 8).round().div(8).to(dtype)
-    guidance = data.draw(st.sampled_from([0.0, 0.3, 1.0, 3.0, 7.5, 1e4, -0.4, -1.0, -2.5]))
+    # Sums of few bits: what is a tie in float64 is one in float32.
+    guidance = data.draw(st.sampled_from([0.0, 0.25, 1.0, 3.0, 7.5, 1e4, -0.5, -1.0, -2.5]))
     masked = torch.rand(rows, codes, generator=generator) < data.draw(st.floats(0.1, 0.95))
     masked[:, data.draw(st.integers(0, codes - 1))] = False  # something to draw
     where = data.draw(st.sampled_from(["cond", "uncond", "both"]))
