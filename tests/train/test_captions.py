@@ -355,7 +355,7 @@ def test_the_keys_of_a_caption_can_be_named(tmp_path):
         ("0.txt", "a cat".encode("utf-16"), r"0\.txt is not UTF-8 but UTF-16"),
         ("0.txt", b"one\ncaf\xe9", r"0\.txt, line 2: byte 0xe9"),
         ("0.json", b"{", r"0\.json is not JSON"),
-        ("0.json", b"[" * 99999, r"0\.json is not JSON: nested too deeply"),
+        ("0.json", b"[" * 99999, r"0\.json is nested too deeply"),
         (
             "metadata.jsonl",
             entry(file_name="0.png", text="\u2019").decode().encode("cp1252"),
@@ -421,7 +421,7 @@ def test_pipes_beside_pictures_are_not_waited_on(tmp_path):
     os.mkfifo(folder / "0.json")
     assert [caption for _, caption in Pictures(folder, 8).pairs] == ["a dog"]
     os.mkfifo(folder / "metadata.jsonl")
-    with pytest.raises(DataError, match=r"cannot read .*metadata\.jsonl: a pipe"):
+    with pytest.raises(DataError, match=r"metadata\.jsonl is no file but a pipe"):
         Pictures(folder, 8)
 
 
