@@ -125,9 +125,13 @@ def not_finite(values: Any, name: str = "") -> list[str]:
     elif isinstance(values, (list, tuple)):
         entries = enumerate(values)
     elif isinstance(values, Tensor):
+        if not values.is_floating_point() or not values.numel():
+            return []
+        storage = values.untyped_storage()
+        if values.nbytes > storage.nbytes():  # a file can say that one number is 2^40 of them
+            values = values.new_empty(0).set_(storage)
         # The largest magnitude: one pass, and no tensor of the same size.
-        given = values.is_floating_point() and values.numel() > 0
-        return [name] if given and not torch.linalg.vector_norm(values, math.inf).isfinite() else []
+        return [] if torch.linalg.vector_norm(values, math.inf).isfinite() else [name]
     else:
         return [name] if isinstance(values, float) and not math.isfinite(values) else []
     return [n for key, value in entries for n in not_finite(value, f"{name}.{key}".lstrip("."))]

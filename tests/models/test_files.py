@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -259,6 +260,14 @@ def test_numbers_that_are_not_finite_are_found_by_name(bad, dtype):
     value[777] = bad
     assert saved.not_finite(state) == ["a.1.b"]
     assert saved.not_finite({"c": bad, "e": torch.empty(0)}) == ["c"]
+
+
+def test_a_number_that_is_said_to_be_many_is_looked_at_once():
+    one = torch.zeros(3)
+    assert saved.not_finite({"a": one[:1].expand(1 << 20, 1 << 20)}) == []
+    assert saved.not_finite({"a": one.as_strided((1 << 20, 2), (0, 1))}) == []
+    one[1] = math.nan
+    assert saved.not_finite({"a": one.as_strided((1 << 30, 2), (0, 1))}) == ["a"]
 
 
 def test_the_largest_numbers_are_finite():

@@ -424,7 +424,6 @@ STATES = {
     "other generators": lambda s: s.update(random=[{"torch": 3, "numpy": [], "python": []}]),
     "a number for generators": lambda s: s.update(random=3),
     "no discriminator": lambda s: s.update(discriminator={}),
-    "another scaling": lambda s: s.update(scaler=[1]),
     "no mapping": lambda s: s.clear(),
 }
 

@@ -220,7 +220,7 @@ def test_what_a_run_leaves(arguments, tmp_path, capsys):
 def test_resuming_another_model_is_refused(arguments, tmp_path):
     given = arguments("run", "optim.steps=3")
     text_to_image.main(given)
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(SystemExit, match=r"model\.backbone\.intermediate_size: 64 -> 32"):
         text_to_image.main([*given, "--resume", "model.backbone.intermediate_size=32"])
     other = TokenFlowTokenizer.from_pretrained(given[1].removeprefix("tokenizer="))
     with torch.no_grad():
