@@ -157,7 +157,10 @@ def test_configurations_of_transformers_4():
         ({"full_attention": {"rope_type": "default"}}, r"unknown field rope\.full_attention"),
         ({"rope_type": "linear"}, r"rope\.factor must be given for rope_type 'linear'"),
         ({"rope_type": "linear", "factor": 0.0}, r"rope\.factor must be positive"),
-        ({"rope_type": "linear", "factor": math.nan}, r"rope\.factor must be a finite number, got nan"),
+        (
+            {"rope_type": "linear", "factor": math.nan},
+            r"rope\.factor must be a finite number, got nan",
+        ),
         ({"rope_type": "linear", "factor": "2"}, r"rope\.factor must be float, got '2'"),
         ({"rope_type": "default", "factor": 2.0}, r"factor is no parameter of rope_type 'default'"),
         ({"rope_type": 3}, r"rope\.rope_type must be str, got 3"),
