@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,6 +71,12 @@ def ending_in_one_line() -> Iterator[None]:
         sys.exit(not_installed(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: out of memory: {one_line(str(error) or 'a smaller batch needs less')}")
+    except RuntimeError as error:
+        # torch has a class of its own for the memory of accelerators alone.
+        asked = re.search(r"can't allocate memory.*?(\d+) bytes", str(error))
+        if asked is None:
+            raise
+        sys.exit(f"error: out of memory: asked for {int(asked[1]) / 2**30:.1f} GiB at once")
     except BrokenPipeError:
         # As of `tokenflow ... | head`. At its end Python would flush the output once more.
         print("stopped: nobody reads the output any more", file=sys.stderr)

@@ -19,6 +19,8 @@ from tokenflow_ext.train.config import DecoderConfig, TextConfig, TrainConfig, f
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+#: What a run writes besides, anew or line by line.
+OUTPUTS = ("log.jsonl", "summary.json", "pictures", "tensorboard")
 
 Config = TrainConfig | DecoderConfig | TextConfig
 
@@ -158,7 +160,8 @@ def begin(config: Config, resume: bool) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and lines on that for people.
 
     Raises:
-        CheckpointError: a run is in the folder already, and ``resume`` is false.
+        CheckpointError: a run is in the folder already, and ``resume`` is false; or no run, but
+            something that a run would write over.
         ConfigError: see :func:`changes`.
     """
     run = Path(config.run)
@@ -169,6 +172,14 @@ def begin(config: Config, resume: bool) -> tuple[Path | None, list[str]]:
             f"{run} already holds a run: continue it with --resume, or choose another folder "
             "with run=FOLDER"
         )
+    if not (existing or begun):
+        for name in OUTPUTS:
+            place = run / name
+            if os.path.lexists(place) and not _is_empty_folder(place):
+                raise CheckpointError(
+                    f"{place} is no run's, and a run would write over it: choose another folder "
+                    "with run=FOLDER"
+                )
     if not existing:
         what = "no checkpoint yet" if begun else "no run"
         said = f"--resume: {run} holds {what} to continue: the training starts from its first step"
@@ -176,6 +187,10 @@ def begin(config: Config, resume: bool) -> tuple[Path | None, list[str]]:
     newest = existing[-1]
     lines = changes(newest, checkpoint.saved_config(newest), config)
     return newest, [f"the resumed run changes {line}" for line in lines]
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def settle(run: Path, config: str) -> None:

@@ -167,6 +167,13 @@ def test_expected_errors_end_in_one_line(error, status):
     assert "\n" not in str(raised.value)
 
 
+def test_torch_out_of_memory_ends_in_one_line():
+    said = r"out of memory: asked for 4194304\.0 GiB"
+    with pytest.raises(SystemExit, match=said) as raised, messages.ending_in_one_line():
+        torch.empty(1 << 50)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), ValueError("a bug"), OSError("a bug")])
 def test_a_fault_of_the_program_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a bug"), messages.ending_in_one_line():

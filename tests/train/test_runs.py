@@ -144,6 +144,19 @@ def test_a_failed_start_leaves_the_folder_free(arguments, tmp_path):
     assert checkpoint.available(tmp_path / "run" / "checkpoints")
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "summary.json", "pictures/final.png"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_what_is_no_runs_is_not_written_over(arguments, tmp_path, name, resume):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(SystemExit, match=f"{name.split('/')[0]} is no run's") as end:
+        tokenizer.main([*arguments, *resume])
+    assert "\n" not in str(end.value)
+    assert mine.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([runs.LOCK_FILE, name.split("/")[0]])
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(copy, capsys):
     run, _ = copy
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
