@@ -112,21 +112,32 @@ class Codebook(nn.Module):
         self.sample_codebook_temp = sample_codebook_temp
         # With use_cosine_sim, whether codes may be of other lengths than 1, which then count.
         self.any_length = learnable
-        embed = torch.zeros(num_codebooks, codebook_size, dim)
-        if not kmeans_init:
-            nn.init.kaiming_uniform_(embed)
-            if use_cosine_sim:
-                embed = unit(embed)
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
-        self.register_buffer("embed_avg", embed.clone())
-        self.register_buffer("skipped_rows", torch.tensor(0), persistent=False)
+        embed = torch.empty(num_codebooks, codebook_size, dim)
+        self.register_buffer("initted", torch.empty((), dtype=torch.bool))
+        self.register_buffer("cluster_size", torch.empty(num_codebooks, codebook_size))
+        self.register_buffer("embed_avg", torch.empty_like(embed))
+        self.register_buffer("skipped_rows", torch.empty((), dtype=torch.int64), persistent=False)
         if learnable:
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
         self.register_load_state_dict_post_hook(_see_lengths)
         self._pending: tuple[Tensor, Tensor] | None = None  # sums and counts not yet averaged in
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Codes anew, zeros where k-means will set them; all statistics as at the start."""
+        self.embed.zero_()
+        if not self.kmeans_init:
+            nn.init.kaiming_uniform_(self.embed)
+            if self.use_cosine_sim:
+                self.embed.copy_(unit(self.embed))
+        self.embed_avg.copy_(self.embed)
+        self.cluster_size.fill_(1)
+        self.initted.fill_(not self.kmeans_init)
+        self.skipped_rows.zero_()
+        self._pending = None
 
     def forward(self, *_: Tensor) -> None:
         raise NotImplementedError(

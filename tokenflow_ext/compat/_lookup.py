@@ -59,15 +59,22 @@ class LookupQuantizer(nn.Module):
         self.split = list(widths.values())
         self._names = list(widths)
         for name, width in widths.items():
-            embedding = nn.Embedding(n_e, width)
-            with torch.no_grad():
-                embedding.weight.uniform_(-1 / n_e, 1 / n_e)
-                if l2_norm:
-                    embedding.weight.copy_(F.normalize(embedding.weight, dim=-1))
-            self.add_module(name, embedding)
+            self.add_module(name, nn.Embedding(n_e, width))
         if show_usage:
-            self.register_buffer("codebook_used", torch.zeros(window))
-        self.register_buffer("skipped_rows", torch.tensor(0), persistent=False)
+            self.register_buffer("codebook_used", torch.empty(window))
+        self.register_buffer("skipped_rows", torch.empty((), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Codes uniform in [-1/K, 1/K], of unit length with l2_norm; statistics zero."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+        for name in self._names:
+            codes = self.get_submodule(name).weight
+            codes.uniform_(-1 / self.n_e, 1 / self.n_e)
+            if self.l2_norm:
+                codes.copy_(F.normalize(codes, dim=-1))
 
     def get_codebook_entry(
         self,

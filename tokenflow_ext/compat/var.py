@@ -77,11 +77,17 @@ class VectorQuantizer2(nn.Module):
         self.quant_resi: PhiShared | PhiPartiallyShared | PhiNonShared = make_phis(
             Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums)
         )
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
-        self.register_buffer("skipped_rows", torch.tensor(0), persistent=False)
-        self.record_hit = 0
+        self.register_buffer("ema_vocab_hit_SV", torch.empty(len(self.v_patch_nums), vocab_size))
+        self.register_buffer("skipped_rows", torch.empty((), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
         self.embedding = nn.Embedding(vocab_size, Cvae)
         self.prog_si = -1  # last scale to encode; -1 for all of them
+
+    def reset_parameters(self) -> None:
+        """All statistics zero; the codes and the convolutions reset themselves."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+        self.record_hit = 0
 
     def eini(self, eini: float) -> None:
         """Initialises the codes: normal of deviation eini > 0, or uniform in +-|eini| / K."""

@@ -208,8 +208,13 @@ class VectorQuantize(nn.Module):
             self.in_place_codebook_optimizer = in_place_codebook_optimizer(
                 self._codebook.parameters()
             )
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self.register_buffer("zero", torch.empty(()), persistent=False)
+        self.reset_parameters()
         self.deferred = False  # ResidualVQ moves a shared codebook once, after all layers
+
+    def reset_parameters(self) -> None:
+        """The constant 0; the codebook and the projections reset themselves."""
+        self.zero.zero_()
 
     @property
     def ema_update(self) -> bool:

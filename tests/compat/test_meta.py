@@ -1,0 +1,55 @@
+"""Stand-ins made on the meta device are whole after ``to_empty`` and every ``reset_parameters``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenflow_ext import compat
+from tokenflow_ext.compat import llamagen
+
+BUILDERS = {
+    "VectorQuantize": lambda: compat.VectorQuantize(dim=12, codebook_size=8, codebook_dim=6),
+    "cosine": lambda: compat.VectorQuantize(dim=12, codebook_size=8, use_cosine_sim=True),
+    "learnable": lambda: compat.VectorQuantize(
+        dim=12, codebook_size=8, learnable_codebook=True, ema_update=False
+    ),
+    "k-means": lambda: compat.VectorQuantize(dim=12, codebook_size=8, kmeans_init=True),
+    "heads": lambda: compat.VectorQuantize(
+        dim=12, codebook_size=8, heads=2, separate_codebook_per_head=True
+    ),
+    "ResidualVQ": lambda: compat.ResidualVQ(dim=12, codebook_size=8, num_quantizers=2),
+    "HierarchicalVQ": lambda: compat.HierarchicalVQ(
+        dim=12, codebook_size=8, scales=(1, 2), accept_image_fmap=True
+    ),
+    "TokenFlow": lambda: compat.VectorQuantizer(8, 12, 0.25, 0.0, True, True, split=[8, 4]),
+    "VAR": lambda: compat.VectorQuantizer2(8, 12, True, v_patch_nums=(1, 2)),
+    "LlamaGen": lambda: llamagen.VectorQuantizer(8, 12, 0.25, 0.0, True, True),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_reset_parameters_fills_what_to_empty_made(name: str) -> None:
+    with torch.device("meta"):
+        module = BUILDERS[name]()
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    codes = {"embed", "embed_avg"}  # random, and what they are made into
+    for name_, parameter in module.named_parameters():
+        assert bool(parameter.isfinite().all()), name_
+    fresh = dict(BUILDERS[name]().named_buffers())
+    for name_, buffer in module.named_buffers():
+        if name_.rpartition(".")[2] in codes:
+            assert bool(buffer.isfinite().all()), name_
+        else:
+            assert torch.equal(buffer, fresh[name_]), name_
+
+    sides = {"TokenFlow": 4, "LlamaGen": 4, "HierarchicalVQ": 4, "VAR": 2}
+    side = sides.get(name)
+    x = torch.randn(2, 12, side, side) if side else torch.randn(2, 5, 12)
+    assert bool(module(x)[0].isfinite().all())
