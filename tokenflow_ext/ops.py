@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenflow_ext._build import load_library
 
@@ -288,7 +289,12 @@ def _call(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """The operator, with its gradient. `torch.func` and forward-mode differentiation take no
     gradient that is registered with an operator (forward mode would be zero without a word), and
     `torch.compile` takes no function inside a function's gradient."""
-    return function.forward(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+    if not torch.compiler.is_compiling():
+        return function.apply(*inputs)
+    for value in inputs:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError("forward mode (jvp) is not implemented by these operators")
+    return function.forward(*inputs)
 
 
 class _Quantize(torch.autograd.Function):

@@ -468,6 +468,20 @@ def test_forward_mode_is_refused_never_zero() -> None:
             function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+def test_compiled_forward_mode_is_refused() -> None:
+    codebook, h = torch.randn(9, 6), torch.randn(1, 6, 5, 4)
+
+    def derivative(h: torch.Tensor) -> torch.Tensor:
+        def run(h: torch.Tensor) -> torch.Tensor:
+            return ops.multiscale_quantize(h, codebook, [4, 2], SIZES).quantized
+
+        return torch.func.jvp(run, (h,), (torch.ones_like(h),))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.compile(derivative, backend="aot_eager")(h)
+
+
 def test_gradient_of_segment_sum() -> None:
     rows = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([0, 2, -1, 2, 3, 0, -1])
