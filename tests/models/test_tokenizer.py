@@ -426,8 +426,9 @@ def test_presets_build(preset, width):
 
 
 def run(code):
+    # -P: the package as it is installed, not what lies in the working folder.
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
 
 

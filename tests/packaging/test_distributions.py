@@ -65,6 +65,12 @@ class TestWheel:
         [name] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "tokenflow = tokenflow_ext.train.entry:main" in archive.read(name).decode()
 
+    def test_holds_the_configurations(self, wheel: Path) -> None:
+        names = set(zipfile.ZipFile(wheel).namelist())
+        configs = [path.relative_to(ROOT) for path in (ROOT / "train/configs").rglob("*.yaml")]
+        assert configs
+        assert {f"tokenflow_ext/{path}" for path in configs} <= names
+
     def test_runs_from_where_it_is_unpacked(self, wheel: Path, tmp_path: Path) -> None:
         zipfile.ZipFile(wheel).extractall(tmp_path)
         code = "import tokenflow_ext; print(tokenflow_ext.build_info()['library'])"
@@ -85,7 +91,7 @@ def test_source_distribution_holds_every_source(tmp_path: Path) -> None:
     for folder in ("csrc", "build_backend", "tokenflow_ext", "models", "train"):
         sources = {
             str(path.relative_to(ROOT))
-            for suffix in ("py", "h", "cpp", "cu", "cuh")
+            for suffix in ("py", "h", "cpp", "cu", "cuh", "yaml")
             for path in (ROOT / folder).rglob(f"*.{suffix}")
         }
         assert sources

@@ -140,7 +140,7 @@ for threads in (1, 2):
         line
         for name in ("", "portable")
         for line in subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-P", "-c", program],
             env={**os.environ, "TOKENFLOW_CPU": name},
             capture_output=True,
             text=True,

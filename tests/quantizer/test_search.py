@@ -260,7 +260,7 @@ for rows_size, codes_size in MAGNITUDES:
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "TOKENFLOW_CPU": instruction_set, "PYTHONPATH": tests}
     run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True
     )
     if "TOKENFLOW_CPU must be one of" in run.stderr:
         pytest.skip(f"this machine has no {instruction_set}")
@@ -313,7 +313,7 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     program = "import torch, tokenflow_ext as t; t.nearest_code(torch.ones(1, 2), torch.ones(1, 2))"
     run = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         env={**os.environ, "TOKENFLOW_CPU": "avx3"},
         capture_output=True,
         text=True,

@@ -576,7 +576,7 @@ def test_every_instruction_set_draws_the_same() -> None:
         pytest.skip("this machine has one instruction set")
     results = {
         name: subprocess.run(
-            [sys.executable, "-c", _ONE_SET, name],
+            [sys.executable, "-P", "-c", _ONE_SET, name],
             env={**os.environ, "TOKENFLOW_CPU": name},
             capture_output=True,
             text=True,

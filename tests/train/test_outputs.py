@@ -192,7 +192,7 @@ with messages.ending_in_one_line():
     for _ in range(10**6):
         print("a line")
 """
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-P", "-c", code]
     with subprocess.Popen(
         [*command, "pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -216,7 +216,7 @@ os.fsync = lambda _: os.kill(os.getpid(), signal.SIGTERM)
 with messages.ending_in_one_line():
     files.write_file(pathlib.Path({str(tmp_path)!r}) / "file", b"content")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "stopped by SIGTERM\n")
     assert not list(tmp_path.iterdir())
 

@@ -401,7 +401,7 @@ def test_captions_that_are_no_expression(make, setting, message):
         ("parallel=none", "parallel must be one of ddp, fsdp"),
         ("data.drop=2", r"data\.drop must be within"),
         ("data.streams=[1]", r"data\.streams must be two"),
-        ("model.vocabulary=100", r"model\.vocabulary must be 257"),
+        ("model.vocabulary=100", r"model\.vocabulary must be within \[257, 16777216\], got 100"),
         ("model.backbone.family=bert", r"backbone\.family"),
     ],
 )

@@ -167,7 +167,7 @@ def test_two_at_once_do_not_write_into_one_folder(tokenize, out, monkeypatch):
     code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True)"
     code += "; input()"
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(out / "unfinished.json")],
+        [sys.executable, "-P", "-c", code, str(out / "unfinished.json")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
