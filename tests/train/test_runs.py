@@ -560,7 +560,8 @@ def test_a_process_ends_with_its_launcher(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     launcher = Launcher()
     launcher.check()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    another = os.getppid() + 1
+    monkeypatch.setattr(os, "getppid", lambda: another)
     with pytest.raises(SystemExit, match=r"torchrun .* has ended"):
         launcher.check()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
