@@ -148,8 +148,8 @@ def read_safetensors(
     """The tensors of a safetensors file, and its metadata.
 
     Args:
-        names: of the tensors to read; all by default.
         check: is given the shapes, by name, before anything is read, and may refuse them.
+        names: of the tensors to read; all by default.
 
     Raises:
         CheckpointError: a file that cannot be read.

@@ -171,6 +171,13 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     return _call(_SegmentSum, rows, indices, num_segments)
 
 
+def normalize_groups(x: Tensor, dims: Sequence[int], l2_norm: bool) -> Tensor:
+    """Each group of the last dimension at unit length with `l2_norm`, otherwise x itself."""
+    if not l2_norm:
+        return x
+    return torch.cat([F.normalize(group, dim=-1) for group in x.split(list(dims), -1)], dim=-1)
+
+
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
     """How often each code stands in indices of any shape, [codebook_size] int64; -1 is no code."""
     hits = indices.new_zeros(codebook_size + 1)
@@ -355,21 +362,15 @@ def _frozen_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantized, code_error and row_error with the tokens given, in plain PyTorch: what the kernels
     differentiate, for derivatives of their gradient."""
-
-    def normalize(x: Tensor) -> Tensor:
-        if not l2_norm:
-            return x
-        groups = x.split(list(dims), dim=-1)
-        return torch.cat([F.normalize(group, dim=-1) for group in groups], dim=-1)
-
     sizes = list(zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
     tokens = indices.split([height * width for height, width in sizes], dim=1)
-    codes = normalize(codebook)
+    codes = normalize_groups(codebook, dims, l2_norm)
     residual, quantized, code_error, row_error = h, torch.zeros_like(h), [], []
     for size, index in zip(sizes, tokens, strict=True):
         # The tokens of a dropped scale are -1.
         present = (index >= 0).unsqueeze(-1).to(h.dtype)
-        z = normalize(F.interpolate(residual, size, mode="area").flatten(2).mT)
+        rows = F.interpolate(residual, size, mode="area").flatten(2).mT
+        z = normalize_groups(rows, dims, l2_norm)
         q = F.embedding(index.clamp(min=0), codes)
         code_error.append((present * (q - z.detach())).square().mean())
         row_error.append((present * (q.detach() - z)).square().mean())

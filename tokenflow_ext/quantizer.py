@@ -519,9 +519,7 @@ class MultiScaleQuantizer(nn.Module):
         return features[finite] if skipped else features
 
     def _normalize(self, rows: Tensor) -> Tensor:
-        if not self.l2_norm:
-            return rows
-        return torch.cat([F.normalize(g, dim=-1) for g in rows.split(self.dims, dim=-1)], dim=-1)
+        return ops.normalize_groups(rows, self.dims, self.l2_norm)
 
     def _set_codes(self, rows: Tensor, where: Tensor | None) -> None:
         """codebooks[where] = rows[where], normalised with l2_norm; rows [K, D], where [K]."""
