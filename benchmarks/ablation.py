@@ -3,7 +3,7 @@
 Trains each row for the same few steps on the photographs that ship inside scikit-image and
 scikit-learn, measures it with `tokenflow evaluate` on crops of held-out bands, and writes one table
 as Markdown, JSON and CSV. A row that is finished in the folder is kept, a broken-off one continued.
-docs/ablation.md says what the rows are and what such a table can show.
+docs/guides/ablation.md says what the rows are and what such a table can show.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 3.3), `SamplingLogitsProcessor` transformers' `generate`.
 
 Random numbers are counter-based (Philox 4x32-10): the same seed and offset give the same codes for
-any split of a batch, any number of threads, on the CPU and on CUDA. docs/sampling.md has the
+any split of a batch, any number of threads, on the CPU and on CUDA. docs/guides/sampling.md has the
 definition, the results for inputs that make no sense, and how to use seeds.
 """
 
@@ -189,7 +189,7 @@ def sample_top_k_top_p(
         return_probability: return a `Draw` with the drawn code's probability.
         check: look at the data and raise errors for it: on by default on the CPU; elsewhere it
             waits for the device. Without it every row's result is defined, and no row has an effect
-            on another: docs/sampling.md.
+            on another: docs/guides/sampling.md.
 
     Returns:
         Indices [...] int64, relative to vocab's start, or a `Draw`.

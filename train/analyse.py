@@ -2,7 +2,7 @@
 
 Every image's features are averaged over the grid and given their nearest code, in the semantic
 codebook alone, in the pixel codebook alone, and in both together, as the quantizer searches (arXiv
-2412.03069, figures 4 and 7). docs/analysis.md says what is written.
+2412.03069, figures 4 and 7). docs/guides/analysis.md says what is written.
 """
 
 from __future__ import annotations

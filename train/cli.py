@@ -105,7 +105,7 @@ def tokenize(
     Files that cannot be read are left out, and named in the index.
 
     The index (index.json) is written last: a folder without it is not finished, and is gone on
-    with by the same call. See docs/training.md for the format.
+    with by the same call. See docs/guides/training.md for the format.
 
     Raises:
         OutputError: ``out`` holds other things, or tokens of something else.

@@ -1,7 +1,7 @@
 """``tokenflow evaluate``: how well a tokenizer reconstructs, with everything that decides a figure.
 
 Preprocessing, definitions, weights, data and versions are printed or saved with the figures, so
-that somebody else's run can be the same one. docs/evaluation.md says what each figure is.
+that somebody else's run can be the same one. docs/guides/evaluation.md says what each figure is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Train text to image: ``torchrun train/text_to_image.py [--config FILE] [--resume] [key=value]``.
 
 With no argument: a small transformer on the emojis of ``tokenflow fetch-emoji runs/emoji``, over
-the image tokenizer in ``runs/emoji-tokenizer``. docs/text_to_image.md has the three commands.
+the image tokenizer in ``runs/emoji-tokenizer``. The three commands are in
+docs/guides/text_to_image.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ In a scratch environment with a CUDA torch (about 5.4 GB), this
 
     python tests/packaging/check_cuda_install.py --library tokenflow_ext/libtokenflow_ops.so
 
-pytest does not collect it: it downloads gigabytes. docs/installation.md says more.
+pytest does not collect it: it downloads gigabytes. docs/guides/installation.md says more.
 """
 
 from __future__ import annotations

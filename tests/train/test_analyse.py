@@ -124,7 +124,7 @@ def test_a_sheet_shows_the_clusters_in_rows():
 
 def test_photographs_are_cut_into_squares():
     images = analyse.PhotographSquares(SIZE)
-    assert len(images) == 3225  # as docs/analysis.md says
+    assert len(images) == 3225  # as docs/guides/analysis.md says
     sides = {"astronaut": 64, "coffee": 50, "rocket": 53, "chelsea": 37, "moon": 64}  # an eighth
     paths = {path.stem: path for path in data.photographs()}
     few = analyse.PhotographSquares(SIZE, limit=7)

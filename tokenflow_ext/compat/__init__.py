@@ -11,7 +11,7 @@ Constructors, return values and the names in a `state_dict` are theirs, so that 
 load. The search never forms the matrix of distances; an option that needs it, or that is not served
 for another reason, raises NotImplementedError naming the option and what was given. Running
 statistics are summed over all processes, by collectives that every process enters at every step.
-docs/migration.md shows each swap and lists what differs.
+docs/guides/migration.md shows each swap and lists what differs.
 """
 
 from tokenflow_ext.compat import llamagen
