@@ -387,9 +387,9 @@ def test_an_argument_for_each_row(device: str) -> None:
     assert torch.equal(pairs[1], sample_top_k_top_p(logits_[12:], top_k=9, seed=1, offset=12))
     assert torch.equal(pairs[:1], sample_top_k_top_p(logits_[None, :12], top_k=k[:1], seed=1))
     with pytest.raises(ValueError, match="top_k must be one number or one for each"):
-        sample_top_k_top_p(logits_, top_k=torch.ones(7, dtype=torch.int64))
+        sample_top_k_top_p(logits_, top_k=torch.ones(7, dtype=torch.int64, device=device))
     with pytest.raises(ValueError, match="top_k must hold integers"):
-        sample_top_k_top_p(logits_, top_k=torch.ones(rows))
+        sample_top_k_top_p(logits_, top_k=torch.ones(rows, device=device))
 
 
 # ------------------------------------------------------------------ memory
