@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
@@ -50,21 +51,21 @@ class BuildKernels(build_ext):
         link(self.plan, self.objects, Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
-# The sources of the models and of training lie beside the library, one folder each, and are
-# installed inside it: nothing called "models" or "train" gets into an environment.
-PACKAGES = {
-    "tokenflow_ext": "tokenflow_ext",
-    "tokenflow_ext.models": "models",
-    "tokenflow_ext.train": "train",
-}
+class SourceDistribution(sdist):
+    """Keeps the links that put models/ and train/ inside the package, in the place of copies."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        for link in LINKS:
+            os.symlink(os.readlink(ROOT / link), os.path.join(base_dir, link))
+
+
+# tokenflow_ext.models and tokenflow_ext.train lie beside the library, one folder each, and links
+# lead to them: nothing called "models" or "train" gets into an environment.
+LINKS = ("tokenflow_ext/models", "tokenflow_ext/train")
 
 setup(
-    packages=[
-        name
-        for package, folder in PACKAGES.items()
-        for name in [package, *(f"{package}.{sub}" for sub in find_packages(str(ROOT / folder)))]
-    ],
-    package_dir=PACKAGES,
+    packages=find_packages(include=["tokenflow_ext*"]),
     ext_modules=[Extension(OPS, sources=[]), Extension(BUILD_INFO, sources=[])],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "sdist": SourceDistribution},
 )

@@ -15,6 +15,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def installed_files(pattern: str) -> set[str]:
+    """Files of that name in the checkout, by where they are in an installation."""
+    places = {"tokenflow_ext": "", "models": "tokenflow_ext/", "train": "tokenflow_ext/"}
+    files = {
+        f"{place}{path.relative_to(ROOT)}"
+        for folder, place in places.items()
+        for path in (ROOT / folder).rglob(pattern)
+        # Python before 3.13 and after it differ in whether rglob follows links.
+        if not path.is_relative_to(ROOT / "tokenflow_ext/models")
+        and not path.is_relative_to(ROOT / "tokenflow_ext/train")
+    }
+    assert files
+    return files
+
+
 def call_backend(hook: str, folder: Path) -> Path:
     """Runs one hook of the back end as pip does, in a process of its own; returns the file made."""
     code = (
@@ -38,17 +53,7 @@ class TestWheel:
         names = set(zipfile.ZipFile(wheel).namelist())
         assert "tokenflow_ext/libtokenflow_ops.so" in names
         assert any(name.startswith("tokenflow_ext/_build_info.") for name in names)
-        for folder, package in [
-            ("tokenflow_ext", "tokenflow_ext"),
-            ("models", "tokenflow_ext/models"),
-            ("train", "tokenflow_ext/train"),
-        ]:
-            sources = {
-                f"{package}/{path.relative_to(ROOT / folder)}"
-                for path in (ROOT / folder).rglob("*.py")
-            }
-            assert sources
-            assert sources <= names
+        assert installed_files("*.py") <= names
 
     def test_no_other_top_level_name(self, wheel: Path) -> None:
         tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
@@ -66,10 +71,7 @@ class TestWheel:
         assert "tokenflow = tokenflow_ext.train.entry:main" in archive.read(name).decode()
 
     def test_holds_the_configurations(self, wheel: Path) -> None:
-        names = set(zipfile.ZipFile(wheel).namelist())
-        configs = [path.relative_to(ROOT) for path in (ROOT / "train/configs").rglob("*.yaml")]
-        assert configs
-        assert {f"tokenflow_ext/{path}" for path in configs} <= names
+        assert installed_files("*.yaml") <= set(zipfile.ZipFile(wheel).namelist())
 
     def test_runs_from_where_it_is_unpacked(self, wheel: Path, tmp_path: Path) -> None:
         zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -85,18 +87,42 @@ class TestWheel:
         assert result.stdout.strip() == str(expected), result.stderr
 
 
-def test_source_distribution_holds_every_source(tmp_path: Path) -> None:
-    with tarfile.open(call_backend("build_sdist", tmp_path)) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "build_backend", "tokenflow_ext", "models", "train"):
-        sources = {
-            str(path.relative_to(ROOT))
-            for suffix in ("py", "h", "cpp", "cu", "cuh", "yaml")
-            for path in (ROOT / folder).rglob(f"*.{suffix}")
-        }
-        assert sources
-        assert sources <= names
-    assert {"CMakeLists.txt", "Makefile", "LICENSE", "constraints.txt"} <= names
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(call_backend("build_sdist", folder)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")  # as pip does
+    [root] = (folder / "unpacked").iterdir()
+    return root
+
+
+class TestSourceDistribution:
+    def test_holds_every_source_once(self, unpacked: Path) -> None:
+        names = [
+            str((Path(folder) / file).relative_to(unpacked))
+            for folder, _, files in os.walk(unpacked)  # follows no link
+            for file in files
+        ]
+        for folder in ("csrc", "build_backend", "tokenflow_ext", "models", "train"):
+            sources = {
+                str((Path(found) / file).relative_to(ROOT))
+                for found, _, files in os.walk(ROOT / folder)
+                for file in files
+                if file.endswith((".py", ".h", ".cpp", ".cu", ".cuh", ".yaml"))
+            }
+            assert sources
+            assert sources <= set(names)
+        assert {"CMakeLists.txt", "Makefile", "LICENSE", "constraints.txt"} <= set(names)
+        assert not [name for name in names if name.startswith("tokenflow_ext/train/")]
+        assert not [name for name in names if name.startswith("tokenflow_ext/models/")]
+
+    def test_builds_the_packages_of_the_checkout(self, unpacked: Path, tmp_path: Path) -> None:
+        command = [sys.executable, "setup.py", "build_py", "--build-lib", str(tmp_path)]
+        result = subprocess.run(command, cwd=unpacked, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        for pattern in ("*.py", "*.yaml"):
+            built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob(pattern)}
+            assert built == installed_files(pattern)
 
 
 @pytest.mark.parametrize(
