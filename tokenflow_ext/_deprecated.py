@@ -1,0 +1,41 @@
+"""Names of before: each still works for one version, with a warning that says the new one."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+REMOVED_IN = "0.2.0"
+"""The version of tokenflow_ext in which the names of before are gone."""
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose public names have changed.
+
+        __getattr__ = renamed(__name__, {"Average": "EMA", "load": "tokenflow_ext.models:load"})
+
+    Args:
+        module: the module's `__name__`.
+        names: the new name of each old one: a name of the same module, or "package.module:name"
+            where it has moved. That module is imported when the old name is asked for.
+
+    Returns:
+        A function of an attribute's name. For an old name it gives the object under the new one,
+        with a DeprecationWarning at the caller. For any other it raises AttributeError.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = names[name].rpartition(":")
+        home = home or module
+        warnings.warn(
+            f"{module}.{name} is now {home}.{new}; the old name goes in tokenflow_ext {REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(home), new)
+
+    return __getattr__
