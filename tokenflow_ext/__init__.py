@@ -7,16 +7,11 @@ operators, `sampler` draws tokens from logits, `reference` is the same mathemati
 extras `models` and `train`.
 """
 
-from tokenflow_ext._build import build_info
-from tokenflow_ext.ops import nearest_code, segment_sum
-from tokenflow_ext.quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
-from tokenflow_ext.sampler import (
-    Draw,
-    MultiStepSampler,
-    SamplingLogitsProcessor,
-    sample_top_k_top_p,
-)
-from tokenflow_ext.stochastic import sample_code
+from ._build import build_info
+from .ops import nearest_code, segment_sum
+from .quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
+from .sampler import Draw, MultiStepSampler, SamplingLogitsProcessor, sample_top_k_top_p
+from .stochastic import sample_code
 
 __all__ = [
     "CodebookUsage",

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tokenflow_ext._build import load_library
+from ._build import load_library
 
 load_library()
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenflow_ext import ops
-from tokenflow_ext.collectives import all_reduce, sample_rows
-from tokenflow_ext.ops import Size
+from . import ops
+from .collectives import all_reduce, sample_rows
+from .ops import Size
 
 
 class CodebookUsage(NamedTuple):

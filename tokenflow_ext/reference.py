@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenflow_ext.ops import QuantizeResult, Size
+from .ops import QuantizeResult, Size
 
 
 def normalize_groups(x: Tensor, dims: Sequence[int], l2_norm: bool = True) -> Tensor:

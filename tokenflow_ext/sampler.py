@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenflow_ext import ops  # noqa: F401  (loads the operators)
-from tokenflow_ext.reference import filtered_logits
+from . import ops  # noqa: F401  (loads the operators)
+from .reference import filtered_logits
 
 _SEEDS = 2**63 - 1
 _INTEGERS = (

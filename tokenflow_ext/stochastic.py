@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenflow_ext.ops import check_devices
-from tokenflow_ext.sampler import _bits, _check_source, _float, _row_argument
+from .ops import check_devices
+from .sampler import _bits, _check_source, _float, _row_argument
 
 METRICS = ("l2", "squared_l2", "dot")  # in the order of csrc/common/gumbel.h
 

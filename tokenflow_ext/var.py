@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenflow_ext import ops
-from tokenflow_ext.ops import Size
-from tokenflow_ext.quantizer import MultiScaleQuantizer
+from . import ops
+from .ops import Size
+from .quantizer import MultiScaleQuantizer
 
 
 class Phi(nn.Conv2d):

@@ -14,12 +14,12 @@ statistics are summed over all processes, by collectives that every process ente
 docs/guides/migration.md shows each swap and lists what differs.
 """
 
-from tokenflow_ext.compat import llamagen
-from tokenflow_ext.compat.hierarchical_vq import HierarchicalVQ
-from tokenflow_ext.compat.residual_vq import ResidualVQ
-from tokenflow_ext.compat.tokenflow import VectorQuantizer
-from tokenflow_ext.compat.var import VectorQuantizer2
-from tokenflow_ext.compat.vector_quantize import VectorQuantize
+from . import llamagen
+from .hierarchical_vq import HierarchicalVQ
+from .residual_vq import ResidualVQ
+from .tokenflow import VectorQuantizer
+from .var import VectorQuantizer2
+from .vector_quantize import VectorQuantize
 
 __all__ = [
     "HierarchicalVQ",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._common import computable, refuse
 from tokenflow_ext.ops import Size
+
+from ._common import computable, refuse
 
 TEMPERATURE = 0.01  # of the softmax over codes in the entropy loss
 CHUNK = 1 << 22  # distances in memory at a time

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenflow_ext.compat._codebook import shared_seed
-from tokenflow_ext.compat._common import lens_to_mask, refuse, shown
-from tokenflow_ext.compat.vector_quantize import VectorQuantize
+from ._codebook import shared_seed
+from ._common import lens_to_mask, refuse, shown
+from .vector_quantize import VectorQuantize
 
 
 class _Phi(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenflow_ext.compat._lookup import LookupQuantizer
+from ._lookup import LookupQuantizer
 
 
 class VectorQuantizer(LookupQuantizer):

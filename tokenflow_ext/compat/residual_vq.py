@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._codebook import go_towards, shared_seed
-from tokenflow_ext.compat._common import NEEDS_DISTANCES, refuse, shown
-from tokenflow_ext.compat.vector_quantize import VectorQuantize
+
+from ._codebook import go_towards, shared_seed
+from ._common import NEEDS_DISTANCES, refuse, shown
+from .vector_quantize import VectorQuantize
 
 MOST_SCALES = 64  # kMaxScales of csrc/common/geometry.h
 

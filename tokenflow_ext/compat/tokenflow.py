@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._common import computable, refuse, shown
-from tokenflow_ext.compat._lookup import LookupQuantizer
 from tokenflow_ext.ops import Size
+
+from ._common import computable, refuse, shown
+from ._lookup import LookupQuantizer
 
 USAGE_WINDOW = 131072  # length of the release's `codebook_used` buffer
 

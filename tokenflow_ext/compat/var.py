@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tokenflow_ext import ops
 from tokenflow_ext.collectives import all_reduce
-from tokenflow_ext.compat._common import computable
 from tokenflow_ext.ops import Size
 from tokenflow_ext.var import (
     PhiNonShared,
@@ -22,6 +21,8 @@ from tokenflow_ext.var import (
     resize,
     walk,
 )
+
+from ._common import computable
 
 
 class VectorQuantizer2(nn.Module):

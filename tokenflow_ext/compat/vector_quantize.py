@@ -10,15 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext.collectives import all_reduce, world_size
-from tokenflow_ext.compat._codebook import (
-    Codebook,
-    Weight,
-    differentiated,
-    go_towards,
-    rotate,
-    unit,
-)
-from tokenflow_ext.compat._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, refuse
+
+from ._codebook import Codebook, Weight, differentiated, go_towards, rotate, unit
+from ._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, refuse
 
 
 class LossBreakdown(NamedTuple):
