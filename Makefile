@@ -25,8 +25,8 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text test test-oldest test-newest renew-newest benchmark report lint format \
-	cpp cuda-compile sass setup clean FORCE
+.PHONY: help train train-text test test-oldest test-newest renew-newest benchmark report docs lint \
+	format cpp cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo 'make renew-newest  write the newest versions of today into constraints-newest.txt'
 	@echo 'make benchmark     measure the kernels against their rivals'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
+	@echo 'make docs          the documentation as a site, in build/docs/index.html'
 	@echo 'make lint          check style; make format mends it'
 	@echo 'make cpp           build the C++ library without torch and run its tests'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
@@ -76,6 +77,9 @@ benchmark: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -122,7 +126,7 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch
-	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,eval,dev]'
+	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,eval,dev,docs]'
 	$(BIN)/python models/torchvision_shim.py
 	touch $@
 

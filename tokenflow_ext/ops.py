@@ -153,7 +153,7 @@ def multiscale_decode(
     output_size: Size,
     l2_norm: bool = True,
 ) -> Tensor:
-    """f^ [B, D, *output_size] from indices [B, L]: the sum over scales of upsampled codes.
+    """`f^ [B, D, *output_size]` from indices [B, L]: the sum over scales of upsampled codes.
 
     Not differentiable: tokens are data here.
     """

@@ -325,7 +325,7 @@ class MultiScaleQuantizer(nn.Module):
         *,
         check: bool = False,
     ) -> Tensor:
-        """f^ [B, D, *size] of token indices.
+        """`f^ [B, D, *size]` of token indices.
 
         Args:
             indices: [B, L] int64 of all scales, or the first scales' tokens alone.

@@ -130,7 +130,7 @@ def multiscale_decode(
     output_size: Size,
     l2_norm: bool = True,
 ) -> Tensor:
-    """f^ [B, D, *output_size] from indices [B, L]."""
+    """`f^ [B, D, *output_size]` from indices [B, L]."""
     codes = normalize_groups(codebook, dims, l2_norm)
     rows = codes[indices.clamp(min=0)] * (indices >= 0).unsqueeze(-1)
     total = rows.new_zeros((indices.shape[0], codes.shape[1], *output_size))

@@ -269,13 +269,13 @@ class MultiStepSampler:
 
     At every scale but the first, the tokens drawn with (top_k[0], top_p[0]) go back into the model
     as that scale's own input and are drawn again with (top_k[1], top_p[1]), and so on; the first
-    scale is drawn once. Guidance grows over the scales, t = guidance * k / (S - 1).
+    scale is drawn once. Guidance grows over the scales, t = guidance * k / (S - 1)::
 
         sampler = MultiStepSampler.three_step(scales=(1, 2, 4, 6, 8, 10, 12, 14, 16))
         for k in range(sampler.num_scales):
             tokens = sampler.sample_scale(k, model, seed=0)
 
-    where `model(k, tokens)` gives the logits of scale k, `tokens` being None or what was drawn.
+    Here `model(k, tokens)` gives the logits of scale k, `tokens` being None or what was drawn.
     """
 
     top_k: Sequence[int] = (1200, 100, 1)

@@ -18,7 +18,7 @@ from .quantizer import MultiScaleQuantizer
 
 
 class Phi(nn.Conv2d):
-    """h + r (conv(h) - h): a 3 x 3 convolution mixed in by |quant_resi| = r."""
+    """h + r (conv(h) - h): a 3 x 3 convolution mixed in by `|quant_resi| = r`."""
 
     def __init__(self, embed_dim: int, quant_resi: float) -> None:
         super().__init__(embed_dim, embed_dim, 3, padding=1)
@@ -102,7 +102,7 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def code_map(indices: Tensor, codebook: Tensor, size: Size) -> Tensor:
-    """Codes [B, D, *size] of a scale's tokens [B, h * w], as they are stored."""
+    """Codes `[B, D, *size]` of a scale's tokens [B, h * w], as they are stored."""
     return F.embedding(indices, codebook).unflatten(1, size).permute(0, 3, 1, 2)
 
 

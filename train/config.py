@@ -26,10 +26,10 @@ from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
 class DataConfig:
     """What is trained on.
 
-    ``path`` is a folder of images (searched in all its folders), or of WebDataset shards (*.tar);
-    without it the photographs that ship inside scikit-image and scikit-learn are used. ``held_out``
-    is a second such folder for the evaluation; without it, part of the data is set aside and never
-    trained on: some of the images, or the first shard.
+    ``path`` is a folder of images (searched in all its folders), or of WebDataset shards
+    (``*.tar``); without it the photographs that ship inside scikit-image and scikit-learn are used.
+    ``held_out`` is a second such folder for the evaluation; without it, part of the data is set
+    aside and never trained on: some of the images, or the first shard.
     """
 
     path: str | None = None

@@ -1,11 +1,9 @@
 """Stand-ins for other libraries' quantizers, on the fused search: swap the import, keep the rest.
 
-| class | stands in for |
-|---|---|
-| `VectorQuantizer` | TokenFlow's released quantizer (tokenflow/tokenizer/vq_model.py) |
-| `llamagen.VectorQuantizer` | LlamaGen's (tokenizer/tokenizer_image/vq_model.py) |
-| `VectorQuantizer2` | VAR's (models/quant.py), with its phi convolutions |
-| `VectorQuantize`, `ResidualVQ`, `HierarchicalVQ` | those of vector-quantize-pytorch 1.32 |
+- `VectorQuantizer`: TokenFlow's (tokenflow/tokenizer/vq_model.py)
+- `llamagen.VectorQuantizer`: LlamaGen's (tokenizer/tokenizer_image/vq_model.py)
+- `VectorQuantizer2`: VAR's (models/quant.py), with its phi convolutions
+- `VectorQuantize`, `ResidualVQ`, `HierarchicalVQ`: those of vector-quantize-pytorch 1.32
 
 Constructors, return values and the names in a `state_dict` are theirs, so that their checkpoints
 load. The search never forms the matrix of distances; an option that needs it, or that is not served

@@ -148,13 +148,13 @@ class HierarchicalVQ(nn.Module):
         Args:
             x: [B, dim, ...], or [B, ..., dim] with channel_first=False; one dimension
                 of space, two with accept_image_fmap or three with accept_3d_fmap.
-            mask: [B, *space] bool, False for padding, which counts in no mean; or
+            mask: `[B, *space]` bool, False for padding, which counts in no mean; or
             lens: [B], how many tokens of each sequence are not padding.
             sample_codebook_temp: temperature of this step's draws, with stochastic_sample_codes.
             return_cutoff: also return the last level kept by nested dropout, None for all.
 
         Returns:
-            quantized, like x, 0 for padding; a tuple of indices [B, *level's shape], -1 where a
+            quantized, like x, 0 for padding; a tuple of indices `[B, *level's shape]`, -1 where a
             cell holds padding alone; loss, a scalar.
 
         Raises:
@@ -193,7 +193,7 @@ class HierarchicalVQ(nn.Module):
     def get_output_from_indices(
         self, indices: Sequence[Tensor], full_shape: int | Sequence[int] | None = None
     ) -> Tensor:
-        """The quantized output of indices [B, *level's shape] by level; -1 adds nothing.
+        """The quantized output of indices `[B, *level's shape]` by level; -1 adds nothing.
 
         Args:
             full_shape: size of the result, the last level's by default.

@@ -42,10 +42,12 @@ class VectorQuantizer(LookupQuantizer):
             z: [B, e_dim, H, W].
 
         Returns:
-            z_q: [B, e_dim, H, W], with the straight-through gradient.
-            losses: (vq_loss, commit_loss, entropy_loss, codebook_usage); the first three are None
-                outside training.
-            info: (None, None, indices [B * H * W]).
+            Three parts, as theirs.
+
+            - z_q: [B, e_dim, H, W], with the straight-through gradient.
+            - losses: (vq_loss, commit_loss, entropy_loss, codebook_usage); the first three are None
+              outside training.
+            - info: (None, None, `indices [B * H * W]`).
         """
         z_q, losses, indices, _ = self._encode(z, [tuple(z.shape[2:])], with_rows=False)
         return z_q, tuple(losses), (None, None, indices.flatten())

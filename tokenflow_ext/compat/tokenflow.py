@@ -69,11 +69,13 @@ class VectorQuantizer(LookupQuantizer):
             z: [B, e_dim, H, W].
 
         Returns:
-            z_q: [B, e_dim, H, W], with the straight-through gradient.
-            losses: (vq_loss, commit_loss, entropy_loss, codebook_usage, vqkd_d_norm, vqgan_d_norm);
-                the first three are None outside training, the last two are the means over rows of
-                the sums over codes of the squared distances' squares, without gradient.
-            info: (None, None, indices [B * H * W]).
+            Three parts, as theirs.
+
+            - z_q: [B, e_dim, H, W], with the straight-through gradient.
+            - losses: (vq_loss, commit_loss, entropy_loss, codebook_usage, vqkd_d_norm,
+              vqgan_d_norm); the first three are None outside training, the last two are the means
+              over rows of the sums over codes of the squared distances' squares, without gradient.
+            - info: (None, None, `indices [B * H * W]`).
         """
         z_q, losses, indices = self.encode_scales(z, [tuple(z.shape[2:])])
         return z_q, tuple(losses), (None, None, indices.flatten())
@@ -110,7 +112,7 @@ class VectorQuantizer(LookupQuantizer):
     def decode_scales(
         self, indices: Tensor, scales: Sequence[int | Size], size: Size | None = None
     ) -> Tensor:
-        """f^ [B, e_dim, *size] of indices [B, L]; `size` is the last scale's by default."""
+        """`f^ [B, e_dim, *size]` of indices [B, L]; `size` is the last scale's by default."""
         sizes = ops.as_sizes(scales)
         codebook = computable(self._codebook())
         return ops.multiscale_decode(

@@ -91,7 +91,7 @@ class VectorQuantizer2(nn.Module):
         self.record_hit = 0
 
     def eini(self, eini: float) -> None:
-        """Initialises the codes: normal of deviation eini > 0, or uniform in +-|eini| / K."""
+        """Initialises the codes: normal of deviation eini > 0, or uniform in `+-|eini| / K`."""
         with torch.no_grad():
             if eini > 0:
                 nn.init.trunc_normal_(self.embedding.weight, std=eini)
