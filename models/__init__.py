@@ -5,25 +5,20 @@ Importing this package imports torch alone; timm, transformers, lpips and safete
 where they are used.
 """
 
-from tokenflow_ext.models.config import (
-    ConfigError,
-    PixelConfig,
-    QuantizerConfig,
-    SemanticConfig,
-    TokenizerConfig,
-    TowerConfig,
-)
-from tokenflow_ext.models.teachers import WeightsError
-from tokenflow_ext.models.text_to_image import TextToImage, TextToImageOutput
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
-from tokenflow_ext.models.text_to_image_sequence import (
+from .serialization.config import CheckpointError, ConfigError
+from .text_to_image.model import TextToImage, TextToImageOutput
+from .text_to_image.rope import RopeConfig
+from .text_to_image.sequence import (
     BackboneConfig,
     NextScaleSequence,
     TextToImageConfig,
     encode_prompts,
 )
-from tokenflow_ext.models.tokenizer import CheckpointError, TokenFlowTokenizer, TokenizerOutput
-from tokenflow_ext.models.torchvision_shim import register
+from .tokenizer.config import PixelConfig, QuantizerConfig, SemanticConfig, TokenizerConfig
+from .tokenizer.model import TokenFlowTokenizer, TokenizerOutput
+from .torchvision_shim import register
+from .towers.config import TowerConfig
+from .towers.teachers import WeightsError
 
 register()  # before any import of torchvision, on whichever way
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokenflow_ext.models import WeightsError
-from tokenflow_ext.models.teachers import find_efficientnet_lite0
+from tokenflow_ext.models.towers.teachers import find_efficientnet_lite0
 
 
 def _missing() -> str | None:

@@ -7,11 +7,14 @@ operators, `sampler` draws tokens from logits, `reference` is the same mathemati
 extras `models` and `train`.
 """
 
+from . import _moved
 from ._build import build_info
 from .ops import nearest_code, segment_sum
 from .quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
 from .sampler import Draw, MultiStepSampler, SamplingLogitsProcessor, sample_top_k_top_p
 from .stochastic import sample_code
+
+_moved.install()
 
 __all__ = [
     "CodebookUsage",

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from tokenflow_ext import nearest_code
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import code_usage
-from tokenflow_ext.models.semantic import MissingPackageError
-from tokenflow_ext.train import checkpoint, data
-from tokenflow_ext.train.distributed import Processes, processes
-from tokenflow_ext.train.evaluate import (
+from tokenflow_ext.models.towers.towers import MissingPackageError
+
+from . import checkpoint, data
+from .distributed import Processes, processes
+from .evaluate import (
     Squares,
     add_reading_arguments,
     digest_of,
@@ -38,11 +39,11 @@ from tokenflow_ext.train.evaluate import (
     thinned,
     to_float,
 )
-from tokenflow_ext.train.generate import tile
-from tokenflow_ext.train.logs import table
-from tokenflow_ext.train.outputs import Outputs, add_overwrite, distinct_names, png
-from tokenflow_ext.train.pictures import PREPROCESSING, open_image
-from tokenflow_ext.train.reading import printable
+from .generate import tile
+from .logs import table
+from .outputs import Outputs, add_overwrite, distinct_names, png
+from .pictures import PREPROCESSING, open_image
+from .reading import printable
 
 FORMAT = "tokenflow-analysis"
 VERSION = 1

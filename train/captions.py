@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenflow_ext.train import data, shards, tokens
-from tokenflow_ext.train.config import CaptionConfig
-from tokenflow_ext.train.data import Kept, counted_rng
-from tokenflow_ext.train.pictures import find_images, read_square, to_square, to_tensor
-from tokenflow_ext.train.reading import (
+from . import data, shards, tokens
+from .config import CaptionConfig
+from .data import Kept, counted_rng
+from .pictures import find_images, read_square, to_square, to_tensor
+from .reading import (
     METADATA,
     DataError,
     Tally,

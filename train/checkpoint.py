@@ -25,10 +25,22 @@ from typing import Any
 
 import torch
 
-import tokenflow_ext.models.files as on_disk
+import tokenflow_ext.models.serialization.files as on_disk
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
-from tokenflow_ext.models.files import OutputError, brief, inside, read_json, shown, write_file
-from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, read_torch, write_torch
+from tokenflow_ext.models.serialization.files import (
+    OutputError,
+    brief,
+    inside,
+    read_json,
+    shown,
+    write_file,
+)
+from tokenflow_ext.models.serialization.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_torch,
+    write_torch,
+)
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr, to_uint8
-from tokenflow_ext.train import (
+
+from . import (
     analyse,
     checkpoint,
     data,
@@ -27,12 +28,12 @@ from tokenflow_ext.train import (
     tokenizer,
     tokens,
 )
-from tokenflow_ext.train.captions import list_captions
-from tokenflow_ext.train.config import CaptionConfig
-from tokenflow_ext.train.distributed import find_device
-from tokenflow_ext.train.logs import over_under
-from tokenflow_ext.train.messages import ending_in_one_line
-from tokenflow_ext.train.pictures import open_image, read_square
+from .captions import list_captions
+from .config import CaptionConfig
+from .distributed import find_device
+from .logs import over_under
+from .messages import ending_in_one_line
+from .pictures import open_image, read_square
 
 
 @torch.no_grad()

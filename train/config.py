@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenflow_ext.models.config import ConfigError, TokenizerConfig, from_plain, to_plain
-from tokenflow_ext.models.discriminators import KINDS as DISCRIMINATORS
-from tokenflow_ext.models.files import brief, read_text, shown
-from tokenflow_ext.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
-from tokenflow_ext.models.text_to_image_sequence import BackboneConfig
+from tokenflow_ext.models.losses.discriminators import KINDS as DISCRIMINATORS
+from tokenflow_ext.models.losses.tokenizer import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from tokenflow_ext.models.serialization.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.serialization.files import brief, read_text, shown
+from tokenflow_ext.models.text_to_image.sequence import BackboneConfig
+from tokenflow_ext.models.tokenizer.config import TokenizerConfig
 
 
 @dataclass

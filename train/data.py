@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tokenflow_ext.train.config import DataConfig
-from tokenflow_ext.train.pictures import BrokenImageError, list_images, open_image, to_tensor
-from tokenflow_ext.train.reading import DataError, Tally, inside, json_lines, reason
+from .config import DataConfig
+from .pictures import BrokenImageError, list_images, open_image, to_tensor
+from .reading import DataError, Tally, inside, json_lines, reason
 
 # Where a large image set is not at hand, this vertical band of every photograph is held out: off
 # the middle, where most photographs keep their subject, so that the held-out part shows some of it.

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from tokenflow_ext import build_info
 from tokenflow_ext.models import ConfigError
-from tokenflow_ext.models.files import shown
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.models.serialization.files import shown
+
+from .reading import DataError
 
 
 @dataclass(frozen=True)

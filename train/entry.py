@@ -19,7 +19,7 @@ def not_installed(error: ModuleNotFoundError) -> str:
 def main() -> None:
     """Run the command."""
     try:
-        from tokenflow_ext.train.cli import main as command
+        from .cli import main as command
     except ModuleNotFoundError as error:
         sys.exit(not_installed(error))
     command()

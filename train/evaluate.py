@@ -34,7 +34,7 @@ from tokenflow_ext.models import (
     TowerConfig,
     WeightsError,
 )
-from tokenflow_ext.models.losses import LPIPS
+from tokenflow_ext.models.losses.tokenizer import LPIPS
 from tokenflow_ext.models.metrics import (
     FeatureSums,
     code_usage,
@@ -44,13 +44,14 @@ from tokenflow_ext.models.metrics import (
     ssim,
     to_uint8,
 )
-from tokenflow_ext.models.teachers import build_teacher
-from tokenflow_ext.train import checkpoint, data, fid
-from tokenflow_ext.train.distributed import Processes, processes
-from tokenflow_ext.train.logs import over_under, table
-from tokenflow_ext.train.outputs import Outputs, add_overwrite, json_text, png
-from tokenflow_ext.train.pictures import PREPROCESSING, open_image, to_square
-from tokenflow_ext.train.reading import printable
+from tokenflow_ext.models.towers.teachers import build_teacher
+
+from . import checkpoint, data, fid
+from .distributed import Processes, processes
+from .logs import over_under, table
+from .outputs import Outputs, add_overwrite, json_text, png
+from .pictures import PREPROCESSING, open_image, to_square
+from .reading import printable
 
 FORMAT = "tokenflow-evaluation"
 VERSION = 1

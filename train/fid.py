@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from tokenflow_ext.models import WeightsError
-from tokenflow_ext.models.saved import read_torch
-from tokenflow_ext.train.distributed import find_device
-from tokenflow_ext.train.pictures import check_depth, open_image
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.models.serialization.pretrained import read_torch
+
+from .distributed import find_device
+from .pictures import check_depth, open_image
+from .reading import DataError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 begins

@@ -17,20 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow_ext.models.text_to_image import TextToImage
-from tokenflow_ext.train import checkpoint
-from tokenflow_ext.train.distributed import find_device
-from tokenflow_ext.train.language import load_text_tokenizer
-from tokenflow_ext.train.outputs import Outputs, json_text, png
-from tokenflow_ext.train.reading import (
-    DataError,
-    check_file,
-    json_lines,
-    lines,
-    read_text,
-    reason,
-    say,
-)
+from tokenflow_ext.models.text_to_image.model import TextToImage
+
+from . import checkpoint
+from .distributed import find_device
+from .language import load_text_tokenizer
+from .outputs import Outputs, json_text, png
+from .reading import DataError, check_file, json_lines, lines, read_text, reason, say
 
 #: Filters (top_k, top_p) of each draw of a scale (arXiv 2412.03069, section 4.1).
 STEPS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenflow_ext.train import data
-from tokenflow_ext.train.config import DataConfig
-from tokenflow_ext.train.data import DataError, Picture, PictureSet, Source
-from tokenflow_ext.train.shards import Shards, beside, first_pictures, list_shards
+from . import data
+from .config import DataConfig
+from .data import DataError, Picture, PictureSet, Source
+from .shards import Shards, beside, first_pictures, list_shards
 
 
 def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list[Picture]]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.models.files import check_regular, inside, read_json
-from tokenflow_ext.models.saved import not_finite
-from tokenflow_ext.models.text_to_image_released import first_line
-from tokenflow_ext.models.text_to_image_sequence import FAMILIES, check_header
-from tokenflow_ext.train.reading import say
+from tokenflow_ext.models.serialization.files import check_regular, inside, read_json
+from tokenflow_ext.models.serialization.pretrained import not_finite
+from tokenflow_ext.models.text_to_image.original_checkpoint import first_line
+from tokenflow_ext.models.text_to_image.sequence import FAMILIES, check_header
+
+from .reading import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

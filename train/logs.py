@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from tokenflow_ext.models.files import (
+from tokenflow_ext.models.serialization.files import (
     OutputError,
     cannot_write,
     check_regular,
     replacing,
     write_file,
 )
-from tokenflow_ext.train.pictures import to_pixels
+
+from .pictures import to_pixels
 
 
 class RunLog:

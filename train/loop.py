@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tokenflow_ext.models import CheckpointError
-from tokenflow_ext.models.files import brief, shown
-from tokenflow_ext.models.saved import not_finite, read_weights
-from tokenflow_ext.train import checkpoint, data, parallel, runs
-from tokenflow_ext.train.config import OptimConfig, to_yaml
-from tokenflow_ext.train.distributed import Launcher, Processes, processes
-from tokenflow_ext.train.logs import RunLog, table
-from tokenflow_ext.train.messages import ending_in_one_line
+from tokenflow_ext.models.serialization.files import brief, shown
+from tokenflow_ext.models.serialization.pretrained import not_finite, read_weights
+
+from . import checkpoint, data, parallel, runs
+from .config import OptimConfig, to_yaml
+from .distributed import Launcher, Processes, processes
+from .logs import RunLog, table
+from .messages import ending_in_one_line
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,10 +15,11 @@ import torch
 
 from tokenflow_ext._build import InstructionSetError, build_info
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.models.semantic import MissingPackageError
-from tokenflow_ext.train.entry import not_installed
-from tokenflow_ext.train.outputs import OutputError
-from tokenflow_ext.train.reading import DataError, printable
+from tokenflow_ext.models.towers.towers import MissingPackageError
+
+from .entry import not_installed
+from .outputs import OutputError
+from .reading import DataError, printable
 
 #: What options, files and machines are to blame for. Their messages name the option or file.
 EXPECTED = (

@@ -26,8 +26,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tokenflow_ext.models.files import OutputError, write_file
-from tokenflow_ext.train.reading import reason
+from tokenflow_ext.models.serialization.files import OutputError, write_file
+
+from .reading import reason
 
 #: Bytes that a file's name may have, on every file system in use.
 _NAME_MAX = 255

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tokenflow_ext.models import saved
-from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.models.serialization import pretrained
+
+from .distributed import Processes
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -234,4 +235,4 @@ def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LambdaLR, state: di
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of weights and buffers whose part on this process holds a NaN or an infinity."""
-    return saved.not_finite({name: _local(v) for name, v in model.state_dict().items()})
+    return pretrained.not_finite({name: _local(v) for name, v in model.state_dict().items()})

@@ -12,7 +12,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.train.reading import METADATA, DataError, Tally, check_file, reason
+
+from .reading import METADATA, DataError, Tally, check_file, reason
 
 # What turns a picture upright, by its orientation tag.
 _TURNS = {

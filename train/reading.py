@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tokenflow_ext.models import files
+from tokenflow_ext.models.serialization import files
 
 #: The listing of a folder of pictures: {"file_name": ..., "text": ...} a line.
 METADATA = "metadata.jsonl"

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_ext.models import CheckpointError, ConfigError
-from tokenflow_ext.models.config import to_plain
-from tokenflow_ext.models.files import OutputError, brief, cannot_write, remove_parts, shown
-from tokenflow_ext.train import checkpoint
-from tokenflow_ext.train.config import DecoderConfig, TextConfig, TrainConfig, from_yaml, leaves
+from tokenflow_ext.models.serialization.config import to_plain
+from tokenflow_ext.models.serialization.files import (
+    OutputError,
+    brief,
+    cannot_write,
+    remove_parts,
+    shown,
+)
+
+from . import checkpoint
+from .config import DecoderConfig, TextConfig, TrainConfig, from_yaml, leaves
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tokenflow_ext.train import data
-from tokenflow_ext.train.data import Picture, counted_rng
-from tokenflow_ext.train.pictures import BrokenImageError, find_images, open_image, suffixes
-from tokenflow_ext.train.reading import DataError, Tally, check_file, decode, parse_json, reason
+from . import data
+from .data import Picture, counted_rng
+from .pictures import BrokenImageError, find_images, open_image, suffixes
+from .reading import DataError, Tally, check_file, decode, parse_json, reason
 
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 

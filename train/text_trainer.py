@@ -13,18 +13,14 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.text_to_image import TextToImage
-from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, encode_prompts
-from tokenflow_ext.train import captions, checkpoint, data, parallel, tokens
-from tokenflow_ext.train.config import TextConfig
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.language import (
-    TEXT_FOLDER,
-    load_language_model,
-    load_text_tokenizer,
-    make_text_tokenizer,
-)
-from tokenflow_ext.train.loop import BaseTrainer
+from tokenflow_ext.models.text_to_image.model import TextToImage
+from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig, encode_prompts
+
+from . import captions, checkpoint, data, parallel, tokens
+from .config import TextConfig
+from .distributed import Processes
+from .language import TEXT_FOLDER, load_language_model, load_text_tokenizer, make_text_tokenizer
+from .loop import BaseTrainer
 
 _CAPTIONS = 100_000  # of which a text tokenizer is made, at most
 

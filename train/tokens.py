@@ -27,9 +27,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.files import OutputError, remove_parts, utf8_name, write_file
-from tokenflow_ext.train.outputs import Outputs, check_folder, check_new_folder, json_text
-from tokenflow_ext.train.reading import DataError, inside, read_json, require_file
+from tokenflow_ext.models.serialization.files import (
+    OutputError,
+    remove_parts,
+    utf8_name,
+    write_file,
+)
+
+from .outputs import Outputs, check_folder, check_new_folder, json_text
+from .reading import DataError, inside, read_json, require_file
 
 FORMAT, VERSION = "tokenflow-tokens", 1
 INDEX, UNFINISHED = "index.json", "unfinished.json"

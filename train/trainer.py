@@ -19,16 +19,24 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TokenizerOutput,
 )
-from tokenflow_ext.models.discriminators import StyleGanDiscriminator, build_discriminator
-from tokenflow_ext.models.files import shown
-from tokenflow_ext.models.losses import LPIPS, discriminator_loss, tokenizer_loss
+from tokenflow_ext.models.losses.discriminators import (
+    StyleGanDiscriminator,
+    build_discriminator,
+)
+from tokenflow_ext.models.losses.tokenizer import (
+    LPIPS,
+    discriminator_loss,
+    tokenizer_loss,
+)
 from tokenflow_ext.models.metrics import code_usage, cosine, psnr
-from tokenflow_ext.models.teachers import build_teacher
-from tokenflow_ext.train import checkpoint, data, parallel
-from tokenflow_ext.train.config import TrainConfig, leaves
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.images import open_images
-from tokenflow_ext.train.loop import BaseTrainer
+from tokenflow_ext.models.serialization.files import shown
+from tokenflow_ext.models.towers.teachers import build_teacher
+
+from . import checkpoint, data, parallel
+from .config import TrainConfig, leaves
+from .distributed import Processes
+from .images import open_images
+from .loop import BaseTrainer
 
 
 def check_memory(config: TokenizerConfig) -> None:

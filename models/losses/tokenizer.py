@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tokenflow_ext.models.teachers import WeightsError, read_state
+from tokenflow_ext.models.towers.teachers import WeightsError, read_state
 
 
 def semantic_loss(pred: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:

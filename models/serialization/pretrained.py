@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tokenflow_ext.models.config import CheckpointError, ConfigError
-from tokenflow_ext.models.files import (
+from .config import CheckpointError, ConfigError
+from .files import (
     OutputError,
     brief,
     cannot_write,
@@ -175,7 +175,7 @@ def read_safetensors(
 def write_safetensors(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes the tensors by :func:`~tokenflow_ext.models.files.replacing`.
+    """Writes the tensors by :func:`.files.replacing`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -222,7 +222,7 @@ def read_torch(
 
 
 def write_torch(file: Path, content: Any, overwrite: bool = True) -> None:
-    """Writes ``content`` as a torch file by :func:`~tokenflow_ext.models.files.replacing`.
+    """Writes ``content`` as a torch file by :func:`.files.replacing`.
 
     Raises:
         OutputError: the file cannot be written, or is there and not to be written over.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from tokenflow_ext.models.text_to_image_sequence import ACTIVATIONS, BackboneConfig
+from .sequence import ACTIVATIONS, BackboneConfig
 
 QK_NORM_EPS = 1e-6
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from tokenflow_ext.sampler import MultiStepSampler
 
 if TYPE_CHECKING:
-    from tokenflow_ext.models.text_to_image import TextToImage
-    from tokenflow_ext.models.text_to_image_sequence import NextScaleSequence
+    from .model import TextToImage
+    from .sequence import NextScaleSequence
 
 
 class KeyValueCache:

@@ -16,25 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from tokenflow_ext.models import text_to_image_released as released
-from tokenflow_ext.models.config import CheckpointError, ConfigError
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.models.saved import WEIGHTS_FILE, SavedForm, not_finite, read_weights
-from tokenflow_ext.models.text_to_image_backbone import Backbone, Cache, Rotary, rotary
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
-from tokenflow_ext.models.text_to_image_sequence import (
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.pretrained import (
+    WEIGHTS_FILE,
+    SavedForm,
+    not_finite,
+    read_weights,
+)
+from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
+
+from . import original_checkpoint
+from .backbone import Backbone, Cache, Rotary, rotary
+from .rope import RopeConfig
+from .sequence import (
     BackboneConfig,
     NextScaleSequence,
     TextToImageConfig,
     TextTokenizer,
     encode_prompts,
 )
-from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from tokenflow_ext.models.text_to_image_generation import Session
+    from .generation import Session
 
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
@@ -343,7 +349,7 @@ class TextToImage(nn.Module):
         Raises:
             ValueError, TypeError: an argument that does not fit, named in the message.
         """
-        from tokenflow_ext.models.text_to_image_generation import generate_tokens
+        from .generation import generate_tokens
 
         text = self._check_ids("input_ids", input_ids, True)
         sequence = self.sequence(text)
@@ -391,7 +397,7 @@ class TextToImage(nn.Module):
 
         Args:
             source: a state dict, or where the weights are: a folder of transformers or one file
-                (:mod:`tokenflow_ext.models.text_to_image_released`). Every key is used: the
+                (:mod:`.original_checkpoint`). Every key is used: the
                 module's own, and ``image_token_start`` and ``image_token_end`` (with any prefix),
                 which are held against the vocabulary.
             llama_config: transformers configuration of the backbone; its vocabulary includes the
@@ -407,12 +413,12 @@ class TextToImage(nn.Module):
         """
         state, name, header = source, "the released weights", None
         if not isinstance(source, Mapping):
-            state, name = released.read(source), str(source)
+            state, name = original_checkpoint.read(source), str(source)
             if bad := not_finite(state):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
             if llama_config is None:
-                header = released.read_header(source)
-                llama_config = released.parse_header(header)
+                header = original_checkpoint.read_header(source)
+                llama_config = original_checkpoint.parse_header(header)
         if llama_config is None:
             raise ConfigError("llama_config must be given for a state dict, got None")
         backbone = BackboneConfig.from_transformers(llama_config)
@@ -426,7 +432,7 @@ class TextToImage(nn.Module):
                 f"id, got {llama_config.vocab_size}"
             )
         config = TextToImageConfig.for_tokenizer(backbone, tokenizer, text_vocab_size)
-        weights, aside = released.split_aside(state, config)
+        weights, aside = original_checkpoint.split_aside(state, config)
         embeddings = weights.get("model.embed_tokens.weight")
         if llama_config.tie_word_embeddings and embeddings is not None:
             # Two weights from now on: training reaches rows of one that it does not reach of the
@@ -479,7 +485,7 @@ class TextToImage(nn.Module):
             if backbone.rope != RopeConfig():
                 scaling = backbone.rope.to_transformers()
                 header["rope_scaling"] = {**scaling, "type": backbone.rope.rope_type}
-        return released.write(path, state, header, max_shard_size, overwrite)
+        return original_checkpoint.write(path, state, header, max_shard_size, overwrite)
 
     @classmethod
     def from_language_model(

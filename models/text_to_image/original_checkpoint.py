@@ -20,11 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tokenflow_ext.models import released
-from tokenflow_ext.models.config import CheckpointError, ConfigError
-from tokenflow_ext.models.files import OutputError, brief, cannot_write, inside, read_json
-from tokenflow_ext.models.saved import read_safetensors
-from tokenflow_ext.models.text_to_image_sequence import TextToImageConfig, check_header
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.files import (
+    OutputError,
+    brief,
+    cannot_write,
+    inside,
+    read_json,
+)
+from tokenflow_ext.models.serialization.pretrained import read_safetensors
+from tokenflow_ext.models.tokenizer import original_checkpoint
+
+from .sequence import TextToImageConfig, check_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,7 +66,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        return released.read(path)
+        return original_checkpoint.read(path)
     return read_safetensors(path)[0]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenflow_ext.models.config import ConfigError, from_plain
+from tokenflow_ext.models.serialization.config import ConfigError, from_plain
 
 _ORIGINAL = "original_max_position_embeddings"
 # What each kind needs, and what it takes besides.

@@ -1,7 +1,7 @@
 """What a text-to-image sequence is: vocabulary, prompts, and which place holds and sees what.
 
 Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
-:mod:`tokenflow_ext.models.config` has them for the tokenizer.
+:mod:`tokenflow_ext.models.tokenizer.config` has them for the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from tokenflow_ext.models.config import ConfigError, from_plain, to_plain
-from tokenflow_ext.models.files import shown
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
-from tokenflow_ext.models.tokenizer import TokenFlowTokenizer
+from tokenflow_ext.models.serialization.config import ConfigError, from_plain, to_plain
+from tokenflow_ext.models.serialization.files import shown
+from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
+
+from .rope import RopeConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,133 +7,27 @@ weights; ``tiny`` is small enough to train on two CPU cores.
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenflow_ext.models.files import shown
+from tokenflow_ext.models.serialization.config import (
+    CODES_LIMIT,
+    DEPTH_LIMIT,
+    GRID_LIMIT,
+    SCALES_LIMIT,
+    SIDE_LIMIT,
+    WIDTH_LIMIT,
+    ConfigError,
+    from_plain,
+    need,
+    to_plain,
+    within,
+)
+from tokenflow_ext.models.serialization.files import shown
+from tokenflow_ext.models.towers.config import TowerConfig
 
 QUANTIZER_KINDS = ("tokenflow", "var")
-TOWER_KINDS = ("none", "clip", "vitamin", "siglip", "efficientnet_lite0")
 PRESETS = ("tiny", "B", "B-256", "L", "XL")
-
-
-# Sizes far beyond any model's: a configuration with larger ones is no model, and building it would
-# take all memory before anything could be said.
-SIDE_LIMIT = 1 << 14  # pixels
-WIDTH_LIMIT = 1 << 16  # channels
-DEPTH_LIMIT = 1 << 10  # layers
-CODES_LIMIT = 1 << 24
-SCALES_LIMIT = 1 << 8
-GRID_LIMIT = 1 << 10  # tokens a side
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built: the message names the field and what was got."""
-
-
-class CheckpointError(RuntimeError):
-    """A saved tokenizer that is missing, incomplete, truncated or not one of ours."""
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _within(owner: str, low: float, high: float, **values: float) -> None:
-    for name, value in values.items():
-        if low == 1:
-            _need(value > 0, f"{owner}.{name} must be positive, got {shown(value)}")
-        # Of NaN every comparison is false.
-        _need(
-            low <= value <= high,
-            f"{owner}.{name} must be within [{low}, {high}], got {shown(value)}",
-        )
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """A vision tower: the teacher's, or the one that the semantic encoder starts from.
-
-    Attributes:
-        kind: ``clip`` (ViT), ``vitamin``, ``siglip``, ``efficientnet_lite0``, or ``none``.
-        image_size: side in pixels that the tower's positions are made for.
-        patch_size: pixels of the tower's input a token covers, per side.
-        width: channels of the tower's tokens.
-        depth, heads, mlp_width: the transformer's shape (``clip`` and ``siglip``). ``depth`` counts
-            the published model's layers; SigLIP's features leave before the last one.
-        variant: the timm model's name (``vitamin``).
-        projection: width after the visual projection (``clip`` as a teacher); 0 is none.
-        input_scale: factor of a bicubic upsampling of the images before the tower.
-    """
-
-    kind: str = "none"
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
-    variant: str = ""
-    projection: int = 0
-    input_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _need(
-            self.kind in TOWER_KINDS,
-            f"tower kind must be one of {', '.join(TOWER_KINDS)}, got {self.kind!r}",
-        )
-        if self.kind == "none":
-            return
-        sides = {"image_size": self.image_size, "patch_size": self.patch_size}
-        _within("tower", 1, SIDE_LIMIT, **sides)
-        _within("tower", 1, WIDTH_LIMIT, width=self.width)
-        _within("tower", 0, WIDTH_LIMIT, projection=self.projection)
-        _within("tower", 1 / 64, 64, input_scale=self.input_scale)
-        if self.kind in ("clip", "siglip"):
-            _within("tower", 1, DEPTH_LIMIT, depth=self.depth)
-            _within("tower", 1, WIDTH_LIMIT, heads=self.heads, mlp_width=self.mlp_width)
-            _need(
-                self.width % self.heads == 0,
-                f"tower.width must be a multiple of tower.heads, got {self.width} and {self.heads}",
-            )
-        if self.kind == "siglip":
-            _need(self.depth >= 2, f"tower.depth must be 2 or more for siglip, got {self.depth}")
-        if self.kind == "vitamin":
-            # A plain name: timm would fetch "hf-hub:..." from the network and read "local-dir:...",
-            # and a checkpoint's configuration must lead to neither.
-            _need(
-                re.fullmatch(r"vitamin_\w+", self.variant, re.ASCII) is not None,
-                "tower.variant must be the name of one of timm's ViTamin models, such as "
-                f"vitamin_xlarge_256, for kind 'vitamin', got {self.variant!r}",
-            )
-        else:
-            _need(
-                self.variant == "",
-                f"tower.variant is for kind 'vitamin' alone, got {self.variant!r} with "
-                f"{self.kind!r}",
-            )
-        _need(
-            self.projection == 0 or self.kind == "clip",
-            f"tower.projection is for kind 'clip' alone, got {self.projection} with {self.kind!r}",
-        )
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there is a tower at all."""
-        return self.kind != "none"
-
-    @property
-    def out_dim(self) -> int:
-        """Channels of the tokens that leave the tower."""
-        return self.projection or self.width
-
-    def grid(self, size: int) -> int:
-        """Tokens a side for an image ``size`` pixels wide, as handed to the tokenizer."""
-        return round(size * self.input_scale) // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -169,22 +63,22 @@ class PixelConfig:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        _need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
-        _need(
+        need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
+        need(
             len(self.multipliers) <= 12,  # each but the first halves the side
             f"pixel.multipliers must name 12 levels at most, got {len(self.multipliers)}",
         )
         for value in self.multipliers:
-            _within("pixel", 1, 256, multipliers=value)
+            within("pixel", 1, 256, multipliers=value)
         widths = ("channels", "z_channels", "code_dim", "groups")
-        _within("pixel", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
-        _within("pixel", 1, DEPTH_LIMIT, res_blocks=self.res_blocks)
-        _within("pixel", 1, 256, patch=self.patch)
-        _within("pixel", 0, WIDTH_LIMIT, decoder_channels=self.decoder_channels)
-        _within("pixel", 0, DEPTH_LIMIT, decoder_res_blocks=self.decoder_res_blocks)
-        _within("pixel", 0, SIDE_LIMIT, input_size=self.input_size)
+        within("pixel", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
+        within("pixel", 1, DEPTH_LIMIT, res_blocks=self.res_blocks)
+        within("pixel", 1, 256, patch=self.patch)
+        within("pixel", 0, WIDTH_LIMIT, decoder_channels=self.decoder_channels)
+        within("pixel", 0, DEPTH_LIMIT, decoder_res_blocks=self.decoder_res_blocks)
+        within("pixel", 0, SIDE_LIMIT, input_size=self.input_size)
         widest = max(self.channels, self.decoder_channels) * max(self.multipliers)
-        _need(
+        need(
             widest <= WIDTH_LIMIT,
             f"pixel.channels times the largest of pixel.multipliers must be {WIDTH_LIMIT} at most, "
             f"got {widest}",
@@ -219,16 +113,16 @@ class SemanticConfig:
     def __post_init__(self) -> None:
         if not self.enabled:
             return
-        _need(
+        need(
             self.tower.projection == 0,
             f"semantic.tower.projection must be 0, got {self.tower.projection}: the encoder reads "
             "the tokens before the visual projection",
         )
         widths = ("code_dim", "decoder_width", "decoder_heads")
-        _within("semantic", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
-        _within("semantic", 1, DEPTH_LIMIT, decoder_depth=self.decoder_depth)
-        _within("semantic", 1, GRID_LIMIT, decoder_grid=self.decoder_grid)
-        _need(
+        within("semantic", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
+        within("semantic", 1, DEPTH_LIMIT, decoder_depth=self.decoder_depth)
+        within("semantic", 1, GRID_LIMIT, decoder_grid=self.decoder_grid)
+        need(
             self.decoder_width % self.decoder_heads == 0,
             "semantic.decoder_width must be a multiple of semantic.decoder_heads, got "
             f"{self.decoder_width} and {self.decoder_heads}",
@@ -266,24 +160,24 @@ class QuantizerConfig:
     phi_shared: int = 4
 
     def __post_init__(self) -> None:
-        _within("quantizer", 1, CODES_LIMIT, codebook_size=self.codebook_size)
-        _need(len(self.scales) > 0, "quantizer.scales must name one scale or more, got ()")
-        _need(
+        within("quantizer", 1, CODES_LIMIT, codebook_size=self.codebook_size)
+        need(len(self.scales) > 0, "quantizer.scales must name one scale or more, got ()")
+        need(
             len(self.scales) <= SCALES_LIMIT,
             f"quantizer.scales must name {SCALES_LIMIT} scales at most, got {len(self.scales)}",
         )
         for value in self.scales:
-            _within("quantizer", 1, GRID_LIMIT, scales=value)
+            within("quantizer", 1, GRID_LIMIT, scales=value)
         shares = {"usage_decay": self.usage_decay, "scale_drop": self.scale_drop}
-        _within("quantizer", 0, 1, **shares)
-        _within("quantizer", 0, 1e6, beta=self.beta)
+        within("quantizer", 0, 1, **shares)
+        within("quantizer", 0, 1e6, beta=self.beta)
         for value in self.weights or ():
-            _within("quantizer", 0, 1e6, weights=value)
-        _need(
+            within("quantizer", 0, 1e6, weights=value)
+        need(
             self.codebook_update in ("gradient", "ema"),
             f"quantizer.codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}",
         )
-        _need(
+        need(
             self.kind in QUANTIZER_KINDS,
             f"quantizer.kind must be one of {', '.join(QUANTIZER_KINDS)}, got {self.kind!r}",
         )
@@ -291,17 +185,17 @@ class QuantizerConfig:
             self._check_var()
 
     def _check_var(self) -> None:
-        _need(
+        need(
             self.codebook_update == "gradient",
             "quantizer.codebook_update must be 'gradient' with quantizer.kind 'var', got "
             f"{self.codebook_update!r}",
         )
-        _need(
+        need(
             self.weights is None,
             f"quantizer.weights is not for quantizer.kind 'var', got {self.weights!r}",
         )
-        _need(0 <= self.phi <= 1, f"quantizer.phi must be within [0, 1], got {self.phi!r}")
-        _need(
+        need(0 <= self.phi <= 1, f"quantizer.phi must be within [0, 1], got {self.phi!r}")
+        need(
             0 <= self.phi_shared <= len(self.scales),
             f"quantizer.phi_shared must be 0 to {len(self.scales)}, the number of scales, got "
             f"{self.phi_shared!r}",
@@ -313,7 +207,8 @@ class TokenizerConfig:
     """Everything that decides a :class:`~tokenflow_ext.models.TokenFlowTokenizer`'s shape.
 
     ``teacher`` is the tower whose features the semantic branch is distilled from; it is built apart
-    (:func:`tokenflow_ext.models.teachers.build_teacher`), and only its width shapes the tokenizer.
+    (:func:`tokenflow_ext.models.towers.teachers.build_teacher`), and only its width shapes the
+    tokenizer.
     """
 
     image_size: int = 224
@@ -323,24 +218,24 @@ class TokenizerConfig:
     teacher: TowerConfig = field(default_factory=TowerConfig)
 
     def __post_init__(self) -> None:
-        _within("tokenizer", 1, SIDE_LIMIT, image_size=self.image_size)
-        _need(
+        within("tokenizer", 1, SIDE_LIMIT, image_size=self.image_size)
+        need(
             self.pixel.enabled or self.semantic.enabled,
             "pixel.enabled is false and semantic.tower.kind is 'none': a tokenizer has one of the "
             "two branches at least",
         )
-        _need(
+        need(
             self.semantic.enabled or not self.teacher.enabled,
             f"teacher.kind is {self.teacher.kind!r} but semantic.tower.kind is 'none': switch both "
             "off or neither",
         )
-        _need(
+        need(
             self.quantizer.kind != "var" or len(self.dims) == 1,
             "quantizer.kind 'var' is for one branch: its convolutions would mix the other's "
             "channels in; set pixel.enabled to false or semantic.tower.kind to 'none'",
         )
         weights = self.quantizer.weights
-        _need(
+        need(
             weights is None or len(weights) == len(self.dims),
             f"quantizer.weights must hold a number for each of {', '.join(self.branches)}, got "
             f"{shown(weights)}",
@@ -349,7 +244,7 @@ class TokenizerConfig:
             self._check_pixel()
         if self.teacher.enabled:
             grid = self.teacher.grid(self.image_size)
-            _need(
+            need(
                 grid == self.grid,
                 f"the teacher's grid ({grid}) and the {self._measure} ({self.grid}) differ at "
                 f"image_size {self.image_size}",
@@ -357,14 +252,14 @@ class TokenizerConfig:
 
     def _check_pixel(self) -> None:
         side = self.pixel.input_size or self.image_size
-        _need(
+        need(
             side % self.pixel.factor == 0,
             f"the pixel encoder's input side must be a multiple of {self.pixel.factor} "
             f"(pixel.patch, and 2 a level of pixel.multipliers after the first), got {side}",
         )
         if self.semantic.enabled:
             grid = self.semantic.tower.grid(self.image_size)
-            _need(
+            need(
                 grid == self.grid,
                 f"the semantic tower's grid ({grid}) and the {self._measure} ({self.grid}) differ "
                 f"at image_size {self.image_size}",
@@ -440,64 +335,6 @@ class TokenizerConfig:
             ConfigError: an unknown field or a value of the wrong type, named by its path.
         """
         return from_plain(cls, values)
-
-
-def to_plain(value: Any) -> Any:
-    """A dataclass as nested dicts, lists and scalars, ready for JSON or YAML."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [to_plain(v) for v in value]
-    return value
-
-
-def from_plain(cls: type, values: Any, path: str = "") -> Any:
-    """Inverse of :func:`to_plain`; ``path`` is what comes before a field's name in messages.
-
-    Raises:
-        ConfigError: an unknown field or a value of the wrong type, named by its path.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'configuration'} must be a mapping, got {shown(values)}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    unknown = [k for k in values if k not in names]
-    if unknown:
-        where = f"{path}." if path else ""
-        name = shown(unknown[0])
-        name = name[1:-1] if isinstance(unknown[0], str) else name
-        raise ConfigError(f"unknown field {where}{name}; known here: {', '.join(sorted(names))}")
-    made = {
-        name: _convert(hints[name], value, f"{path}.{name}" if path else name)
-        for name, value in values.items()
-    }
-    return cls(**made)
-
-
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_plain(kind, value, path)
-    options = typing.get_args(kind)
-    if type(None) in options:
-        if value is None:
-            return None
-        return _convert(next(o for o in options if o is not type(None)), value, path)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} must be a list, got {shown(value)}")
-        return tuple(_convert(options[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    # bool is a subclass of int: ask for the exact type.
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ConfigError(f"{path} must be {kind.__name__}, got {shown(value)}")
-    if kind is not float:
-        return value
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConfigError(f"{path} must be a finite number, got {shown(value)}")
-    return number
 
 
 def _tiny() -> TokenizerConfig:

@@ -13,13 +13,21 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
-from tokenflow_ext.models import released
-from tokenflow_ext.models.config import CheckpointError, TokenizerConfig
-from tokenflow_ext.models.saved import CONFIG_FILE, WEIGHTS_FILE, SavedForm, read_weights
-from tokenflow_ext.models.semantic import SemanticDecoder, build_tower, task_layer
-from tokenflow_ext.models.teachers import load_tower
-from tokenflow_ext.models.vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
+from tokenflow_ext.models.serialization.config import CheckpointError
+from tokenflow_ext.models.serialization.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    SavedForm,
+    read_weights,
+)
+from tokenflow_ext.models.towers.teachers import load_tower
+from tokenflow_ext.models.towers.towers import build_tower
 from tokenflow_ext.var import VarQuantizer, resize
+
+from . import original_checkpoint
+from .config import TokenizerConfig
+from .semantic_decoder import SemanticDecoder, task_layer
+from .vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
 
@@ -60,8 +68,8 @@ class TokenFlowTokenizer(nn.Module):
 
     Attributes:
         left_aside: by the release's names, what a released file had that no module here has (see
-            :mod:`tokenflow_ext.models.released`); empty for any other tokenizer. Not part of the
-            state dict: :meth:`save_released` alone writes it.
+            :mod:`.original_checkpoint`); empty for any other tokenizer. Not part of the state dict:
+            :meth:`save_released` alone writes it.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -165,7 +173,7 @@ class TokenFlowTokenizer(nn.Module):
             The path read; None without a semantic branch.
 
         Raises:
-            WeightsError: see :func:`tokenflow_ext.models.teachers.load_tower`.
+            WeightsError: see :func:`tokenflow_ext.models.towers.teachers.load_tower`.
         """
         if not self.config.semantic.enabled:
             return None
@@ -350,12 +358,12 @@ class TokenFlowTokenizer(nn.Module):
             ConfigError: a tokenizer that has no released form.
             CheckpointError: weights of the released form that neither source has.
         """
-        released.check(self.config)
+        original_checkpoint.check(self.config)
         aside = self.left_aside
         if left_aside_from is not None:
-            aside = released.read_left_aside(left_aside_from, self.config)
-        state = released.to_released(self.state_dict(), self.config, aside)
-        return released.write(path, state, overwrite)
+            aside = original_checkpoint.read_left_aside(left_aside_from, self.config)
+        state = original_checkpoint.to_released(self.state_dict(), self.config, aside)
+        return original_checkpoint.write(path, state, overwrite)
 
     @classmethod
     def from_pretrained(
@@ -368,7 +376,7 @@ class TokenFlowTokenizer(nn.Module):
 
         Args:
             path: a directory written by :meth:`save_pretrained`, or a file: one of the released
-                checkpoints (see :mod:`tokenflow_ext.models.released`).
+                checkpoints (see :mod:`.original_checkpoint`).
             resolution: side of the images in pixels, None for the tokenizer's own. A released B
                 (224) can be read for 256; anywhere else it must be the tokenizer's own.
             config: for a file with the released names but other sizes, its configuration; None
@@ -408,9 +416,11 @@ class TokenFlowTokenizer(nn.Module):
     ) -> TokenFlowTokenizer:
         if config is not None and resolution is not None:
             raise ValueError("config says the resolution: give one of the two")
-        state = released.read(path)
-        model = cls(config or released.recognise(state, resolution, path))
-        weights, aside = released.from_released(state, model.config, model.state_dict(), path)
+        state = original_checkpoint.read(path)
+        model = cls(config or original_checkpoint.recognise(state, resolution, path))
+        weights, aside = original_checkpoint.from_released(
+            state, model.config, model.state_dict(), path
+        )
         model.load_state_dict(weights)
         model.left_aside = {key: value.clone() for key, value in aside.items()}
         return model

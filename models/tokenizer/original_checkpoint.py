@@ -38,9 +38,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenflow_ext.models.config import CheckpointError, ConfigError, TokenizerConfig
-from tokenflow_ext.models.saved import read_torch, write_torch
-from tokenflow_ext.models.semantic import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.pretrained import read_torch, write_torch
+from tokenflow_ext.models.towers.towers import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
+
+from .config import TokenizerConfig
 
 CONTAINERS = ("ema", "model", "state_dict")  # the first that a file has is read
 USAGE = "quantize.codebook_used"

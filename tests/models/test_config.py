@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig
-from tokenflow_ext.models.config import PRESETS, PixelConfig, SemanticConfig
+from tokenflow_ext.models.tokenizer.config import PRESETS, PixelConfig, SemanticConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)

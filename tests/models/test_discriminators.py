@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenflow_ext.models.discriminators import (
+from tokenflow_ext.models.losses.discriminators import (
     BlurHalve,
     PatchDiscriminator,
     StyleGanDiscriminator,

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflow_ext.models import files, saved
-from tokenflow_ext.models.config import CheckpointError
-from tokenflow_ext.models.files import OutputError
+from tokenflow_ext.models.serialization import files, pretrained
+from tokenflow_ext.models.serialization.config import CheckpointError
+from tokenflow_ext.models.serialization.files import OutputError
 
 
 class Refused(Exception):
@@ -69,11 +69,11 @@ def test_only_files_are_read_and_nothing_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name, said in (("pipe", "pipe"), ("link", "pipe"), ("", "folder"), ("none", "missing")):
-        for reader in (files.read_text, files.read_json, saved.read_torch):
+        for reader in (files.read_text, files.read_json, pretrained.read_torch):
             with pytest.raises(Refused, match=said):
                 reader(tmp_path / name, Refused)
     with pytest.raises(CheckpointError, match="pipe"):
-        saved.read_safetensors(tmp_path / "pipe")
+        pretrained.read_safetensors(tmp_path / "pipe")
 
 
 def test_no_more_than_the_limit_is_read(tmp_path):
@@ -119,8 +119,8 @@ def test_lists_of_lists_are_shown_briefly():
 
 WRITERS = {
     "bytes": lambda path: files.write_file(path, b"new " * 5000, overwrite=True),
-    "torch": lambda path: saved.write_torch(path, {"a": torch.zeros(5000)}),
-    "safetensors": lambda path: saved.write_safetensors(path, {"a": torch.zeros(5000)}),
+    "torch": lambda path: pretrained.write_torch(path, {"a": torch.zeros(5000)}),
+    "safetensors": lambda path: pretrained.write_safetensors(path, {"a": torch.zeros(5000)}),
 }
 
 
@@ -203,22 +203,23 @@ def test_objects_are_refused_without_advice_to_run_them(tmp_path, monkeypatch, w
     monkeypatch.chdir(tmp_path)
     writer({"a": Dangerous()}, tmp_path / "a.pt")
     with pytest.raises(Refused) as caught:
-        saved.read_torch(tmp_path / "a.pt", Refused)
+        pretrained.read_torch(tmp_path / "a.pt", Refused)
     assert "weights_only" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
 @pytest.mark.parametrize(
-    ("name", "read"), [("a.pt", saved.read_torch), ("a.safetensors", saved.read_safetensors)]
+    ("name", "read"),
+    [("a.pt", pretrained.read_torch), ("a.safetensors", pretrained.read_safetensors)],
 )
 def test_damaged_files_end_in_one_line(tmp_path, name, read):
     good = tmp_path / "good"
     tensors = {"a": torch.arange(300.0), "b": torch.ones(2, dtype=torch.bfloat16)}
     if name == "a.pt":
-        saved.write_torch(good, tensors)
+        pretrained.write_torch(good, tensors)
     else:
-        saved.write_safetensors(good, tensors)
+        pretrained.write_safetensors(good, tensors)
     content, file = good.read_bytes(), tmp_path / name
     generator = torch.Generator().manual_seed(0)
     messages = []
@@ -241,14 +242,14 @@ def test_damaged_files_end_in_one_line(tmp_path, name, read):
 
 
 def test_shapes_are_seen_before_tensors_are_read(tmp_path):
-    saved.write_safetensors(tmp_path / "a", {"w": torch.zeros(2, 3), "b": torch.zeros(())})
+    pretrained.write_safetensors(tmp_path / "a", {"w": torch.zeros(2, 3), "b": torch.zeros(())})
 
     def check(shapes):
         assert shapes == {"w": (2, 3), "b": ()}
         raise CheckpointError("too large")
 
     with pytest.raises(CheckpointError, match=r"^too large$"):
-        saved.read_safetensors(tmp_path / "a", check)
+        pretrained.read_safetensors(tmp_path / "a", check)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -256,20 +257,20 @@ def test_shapes_are_seen_before_tensors_are_read(tmp_path):
 def test_numbers_that_are_not_finite_are_found_by_name(bad, dtype):
     value = torch.zeros(1000, dtype=dtype)
     state = {"a": [torch.ones(3), {"b": value}], "c": 1.0, "d": torch.ones(2, dtype=torch.int64)}
-    assert saved.not_finite(state) == []
+    assert pretrained.not_finite(state) == []
     value[777] = bad
-    assert saved.not_finite(state) == ["a.1.b"]
-    assert saved.not_finite({"c": bad, "e": torch.empty(0)}) == ["c"]
+    assert pretrained.not_finite(state) == ["a.1.b"]
+    assert pretrained.not_finite({"c": bad, "e": torch.empty(0)}) == ["c"]
 
 
 def test_a_number_that_is_said_to_be_many_is_looked_at_once():
     one = torch.zeros(3)
-    assert saved.not_finite({"a": one[:1].expand(1 << 20, 1 << 20)}) == []
-    assert saved.not_finite({"a": one.as_strided((1 << 20, 2), (0, 1))}) == []
+    assert pretrained.not_finite({"a": one[:1].expand(1 << 20, 1 << 20)}) == []
+    assert pretrained.not_finite({"a": one.as_strided((1 << 20, 2), (0, 1))}) == []
     one[1] = math.nan
-    assert saved.not_finite({"a": one.as_strided((1 << 30, 2), (0, 1))}) == ["a"]
+    assert pretrained.not_finite({"a": one.as_strided((1 << 30, 2), (0, 1))}) == ["a"]
 
 
 def test_the_largest_numbers_are_finite():
     state = {"a": torch.full((1000,), torch.finfo(torch.float32).max)}
-    assert saved.not_finite(state) == []
+    assert pretrained.not_finite(state) == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenizerOutput, WeightsError
-from tokenflow_ext.models.losses import (
+from tokenflow_ext.models.losses.tokenizer import (
     DISCRIMINATOR_LOSSES,
     GENERATOR_LOSSES,
     LPIPS,

@@ -17,9 +17,9 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TowerConfig,
 )
-from tokenflow_ext.models.losses import tokenizer_loss
-from tokenflow_ext.models.teachers import build_teacher
-from tokenflow_ext.models.tokenizer import PARTS
+from tokenflow_ext.models.losses.tokenizer import tokenizer_loss
+from tokenflow_ext.models.tokenizer.model import PARTS
+from tokenflow_ext.models.towers.teachers import build_teacher
 
 TOWERS = {
     "clip": TowerConfig("clip", 32, 8, width=16, depth=2, heads=2, mlp_width=32),

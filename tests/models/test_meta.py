@@ -19,8 +19,8 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TowerConfig,
 )
-from tokenflow_ext.models.discriminators import KINDS, build_discriminator
-from tokenflow_ext.models.semantic import build_tower
+from tokenflow_ext.models.losses.discriminators import KINDS, build_discriminator
+from tokenflow_ext.models.towers.towers import build_tower
 
 TOWERS = {
     "clip": TowerConfig("clip", 32, 8, width=16, depth=2, heads=2, mlp_width=24, projection=12),

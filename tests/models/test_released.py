@@ -28,18 +28,13 @@ from tokenflow_ext.models import (
     TokenFlowTokenizer,
     TokenizerConfig,
     TowerConfig,
-    released,
 )
-from tokenflow_ext.models.files import OutputError
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.models.semantic import (
-    CLIP_MEAN,
-    CLIP_STD,
-    PixelNorm,
-    SemanticDecoder,
-    resample_positions,
-)
-from tokenflow_ext.models.vqgan import Downsample
+from tokenflow_ext.models.serialization.files import OutputError
+from tokenflow_ext.models.tokenizer import original_checkpoint
+from tokenflow_ext.models.tokenizer.semantic_decoder import SemanticDecoder
+from tokenflow_ext.models.tokenizer.vqgan import Downsample
+from tokenflow_ext.models.towers.towers import CLIP_MEAN, CLIP_STD, PixelNorm, resample_positions
 
 LISTS = {
     "clipb_224": ("B", False),
@@ -81,7 +76,7 @@ def test_key_lists(name):
     state = published_meta(name)
     assert len(state) == {"B": 549, "L": 972, "XL": 848}[LISTS[name][0]] + 100 * LISTS[name][1]
     preset, enhanced = LISTS[name]
-    config = released.recognise(state)
+    config = original_checkpoint.recognise(state)
     expected = TokenizerConfig.preset(preset)
     assert config == (expected.with_enhanced_decoder() if enhanced else expected)
     assert (config.pixel.decoder_channels, config.pixel.decoder_res_blocks) == (
@@ -89,9 +84,9 @@ def test_key_lists(name):
     )
     with torch.device("meta"):
         own = TokenFlowTokenizer(config).state_dict()
-    weights, aside = released.from_released(state, config, own)
+    weights, aside = original_checkpoint.from_released(state, config, own)
     assert set(weights) == set(own)
-    assert set(aside) == set(released.left_aside(config))
+    assert set(aside) == set(original_checkpoint.left_aside(config))
     read = {id(v) for v in (*weights.values(), *aside.values())}
     assert {k for k, v in state.items() if id(v) not in read} == {
         k for k in state if k.startswith("scaling_layer.")
@@ -108,7 +103,7 @@ def test_key_lists(name):
     for group, part in enumerate(("vqkd", "vqgan")):
         source = names[id(weights[f"quantizer.codebooks.{group}"])]
         assert source == f"quantize.embedding_{part}.weight"
-    back = released.to_released(weights, config, aside)
+    back = original_checkpoint.to_released(weights, config, aside)
     assert {k: tuple(v.shape) for k, v in back.items()} == published_shapes(name)
     assert all(v.dtype == torch.float32 for v in back.values())
     for key, value in state.items():
@@ -120,8 +115,8 @@ def test_key_lists(name):
 
 def test_what_is_left_aside():
     for preset in ("B", "L"):
-        assert released.left_aside(TokenizerConfig.preset(preset)) == {USED: (131072,)}
-    xl = released.left_aside(TokenizerConfig.preset("XL"))
+        assert original_checkpoint.left_aside(TokenizerConfig.preset(preset)) == {USED: (131072,)}
+    xl = original_checkpoint.left_aside(TokenizerConfig.preset("XL"))
     stem = "encoder_vqkd.vision_model."
     parts = ("encoder.layers.26.", "post_layernorm.", "head.")
     assert {k for k in xl if not k.startswith(tuple(stem + part for part in parts))} == {USED}
@@ -232,7 +227,7 @@ def test_by_value(variant, tmp_path):
     assert torch.equal(codebooks[0], state["quantize.embedding_vqkd.weight"])
     assert torch.equal(codebooks[1], state["quantize.embedding_vqgan.weight"])
     assert not model.quantizer.usage_ema.any()
-    same(model.left_aside, {k: state[k] for k in released.left_aside(config)})
+    same(model.left_aside, {k: state[k] for k in original_checkpoint.left_aside(config)})
 
     x = picture(config.image_size)
     with torch.no_grad():
@@ -264,7 +259,7 @@ def test_enhanced_by_value(tmp_path):
     assert state["decoder.conv_blocks.0.res.2.conv1.weight"].shape == (64, 64, 3, 3)
     torch.save({"model": state}, tmp_path / "released.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "released.pt", config=config)
-    same(released.to_released(model.state_dict(), config, model.left_aside), state)
+    same(original_checkpoint.to_released(model.state_dict(), config, model.left_aside), state)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -279,21 +274,21 @@ def test_containers(container, prefix, tmp_path):
         content[container] = named
     torch.save(content, tmp_path / "released.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "released.pt", config=config)
-    same(released.to_released(model.state_dict(), config, model.left_aside), state)
+    same(original_checkpoint.to_released(model.state_dict(), config, model.left_aside), state)
 
 
 def test_average_comes_before_the_last_weights(tmp_path):
     _, state, _ = fabricate("B")
     old = {k: v + 1 for k, v in state.items()}
     torch.save({"model": old, "ema": state, "state_dict": old}, tmp_path / "released.pt")
-    same(released.read(tmp_path / "released.pt"), state)
+    same(original_checkpoint.read(tmp_path / "released.pt"), state)
 
 
 def test_old_file_format(tmp_path):
     _, state, _ = fabricate("B")
     file = tmp_path / "old.pt"
     torch.save({"model": state}, file, _use_new_zipfile_serialization=False)
-    same(released.read(file), state)
+    same(original_checkpoint.read(file), state)
 
 
 def available_memory():
@@ -316,7 +311,7 @@ def test_full_size_b_enhanced(tmp_path):
     source.left_aside[USED] = torch.randint(0, 32768, (131072,)).float()
     try:
         source.save_released(first)
-        state = released.read(first)
+        state = original_checkpoint.read(first)
         shapes = published_shapes("clipb_224_enhanced")
         assert {k: tuple(v.shape) for k, v in state.items()} == shapes
         model = TokenFlowTokenizer.from_pretrained(first, resolution=256)
@@ -329,7 +324,7 @@ def test_full_size_b_enhanced(tmp_path):
         assert indices.shape == (1, 817)
         model.save_released(second)
         del model
-        same(released.read(second), state)
+        same(original_checkpoint.read(second), state)
     finally:  # three gigabytes that pytest would keep
         first.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
@@ -371,12 +366,12 @@ def test_wrong_names_are_named(tmp_path):
 def test_a_released_list_of_other_sizes_is_refused():
     """Without a configuration the sizes must be the released ones."""
     state = published_meta("clipb_224")
-    config = released.recognise(state)
+    config = original_checkpoint.recognise(state)
     with torch.device("meta"):
         own = TokenFlowTokenizer(config).state_dict()
     state["encoder.conv_in.weight"] = torch.empty(64, 3, 3, 3, device="meta")
     with pytest.raises(CheckpointError, match=r"conv_in\.weight is \(64, 3, 3, 3\).*\(128, 3, 3"):
-        released.from_released(state, config, own, "some.pt")
+        original_checkpoint.from_released(state, config, own, "some.pt")
 
 
 @pytest.mark.parametrize("variant", ["L", "XL"])
@@ -391,10 +386,10 @@ def test_normalisation_must_be_the_towers(variant, tmp_path):
 def test_variants_are_told_apart():
     mark = "encoder_vqkd.class_embedding"
     with pytest.raises(CheckpointError, match=r"some\.pt is no released tokenizer.*none of them"):
-        released.recognise({"encoder.conv_in.weight": torch.zeros(1)}, source="some.pt")
+        original_checkpoint.recognise({"encoder.conv_in.weight": torch.zeros(1)}, source="some.pt")
     both = published_meta("siglip_384") | {mark: torch.zeros(1)}
     with pytest.raises(CheckpointError, match="has B and XL of them"):
-        released.recognise(both)
+        original_checkpoint.recognise(both)
 
 
 @pytest.mark.parametrize(
@@ -407,11 +402,11 @@ def test_variants_are_told_apart():
 )
 def test_resolutions(name, good, bad, message):
     state = published_meta(name)
-    assert released.recognise(state).image_size == good[0]
+    assert original_checkpoint.recognise(state).image_size == good[0]
     for side in good:
-        assert released.recognise(state, side).image_size == side
+        assert original_checkpoint.recognise(state, side).image_size == side
     with pytest.raises(ValueError, match=message):
-        released.recognise(state, bad)
+        original_checkpoint.recognise(state, bad)
 
 
 class Payload:
@@ -439,7 +434,7 @@ def test_unreadable_files(tmp_path, capsys):
         with pytest.raises(CheckpointError, match=r"no state dict of tensors.*ema, model, state"):
             TokenFlowTokenizer.from_pretrained(file)
     with pytest.raises(CheckpointError, match=r"gone\.pt is missing"):
-        released.read(tmp_path / "gone.pt")
+        original_checkpoint.read(tmp_path / "gone.pt")
 
 
 def test_one_entry_for_files_and_directories(tmp_path):
@@ -461,7 +456,7 @@ def test_one_entry_for_files_and_directories(tmp_path):
 
 def test_usage_that_was_never_loaded_is_empty(tmp_path):
     model = TokenFlowTokenizer(tiny("B"))
-    state = released.read(model.save_released(tmp_path / "new" / "file.pt"))
+    state = original_checkpoint.read(model.save_released(tmp_path / "new" / "file.pt"))
     assert state[USED].shape == (131072,)
     assert not state[USED].any()
 
@@ -478,17 +473,17 @@ def test_layers_that_were_never_loaded_are_asked_for(tmp_path):
         model.save_released(tmp_path / "again.pt")
     assert not (tmp_path / "again.pt").exists()
     model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
-    same(released.read(tmp_path / "again.pt"), state)
+    same(original_checkpoint.read(tmp_path / "again.pt"), state)
     with pytest.raises(OutputError, match=r"again\.pt is there already"):
         model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
     model.save_released(tmp_path / "again.pt", tmp_path / "released.pt", overwrite=True)
-    same(released.read(tmp_path / "again.pt"), state)
+    same(original_checkpoint.read(tmp_path / "again.pt"), state)
     key = "encoder_vqkd.vision_model.head.probe"
     torch.save({"model": {**state, key: torch.zeros(1, 1, 23)}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"head\.probe is \(1, 1, 23\)"):
         model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "other.pt")
     # A file without what nothing here reads is read all the same, and is not made up later.
-    lean = {k: v for k, v in state.items() if k not in released.left_aside(config)}
+    lean = {k: v for k, v in state.items() if k not in original_checkpoint.left_aside(config)}
     torch.save({"model": lean}, tmp_path / "lean.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "lean.pt", config=config)
     with pytest.raises(CheckpointError, match="29 weights"):

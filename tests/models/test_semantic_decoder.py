@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenizerConfig
-from tokenflow_ext.models.semantic import SemanticDecoder, task_layer
+from tokenflow_ext.models.tokenizer.semantic_decoder import SemanticDecoder, task_layer
 
 
 def plain(state, x, depth, heads):

@@ -32,9 +32,9 @@ from tokenflow_ext.models import (
     TowerConfig,
     encode_prompts,
 )
-from tokenflow_ext.models import text_to_image_generation as generation
-from tokenflow_ext.models.files import OutputError
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
+from tokenflow_ext.models.serialization.files import OutputError
+from tokenflow_ext.models.text_to_image import generation
+from tokenflow_ext.models.text_to_image.rope import RopeConfig
 from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
 
 SCALES = (1, 2, 3, 4)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tokenflow_ext.models import BackboneConfig
-from tokenflow_ext.models.text_to_image_backbone import Backbone, rotary
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
+from tokenflow_ext.models.text_to_image.backbone import Backbone, rotary
+from tokenflow_ext.models.text_to_image.rope import RopeConfig
 
 VARIANTS = {
     "llama": {},

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel
 
 from tokenflow_ext.models import BackboneConfig, ConfigError
-from tokenflow_ext.models.text_to_image_backbone import rotary, rotate
-from tokenflow_ext.models.text_to_image_rope import RopeConfig
+from tokenflow_ext.models.text_to_image.backbone import rotary, rotate
+from tokenflow_ext.models.text_to_image.rope import RopeConfig
 
 WIDTH, THETA, LONGEST = 16, 500.0, 96
 ORIGINAL = "original_max_position_embeddings"

@@ -21,8 +21,8 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TowerConfig,
 )
-from tokenflow_ext.models.files import OutputError
-from tokenflow_ext.models.losses import tokenizer_loss
+from tokenflow_ext.models.losses.tokenizer import tokenizer_loss
+from tokenflow_ext.models.serialization.files import OutputError
 
 PIXEL = PixelConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, z_channels=16, groups=4)
 CLIP = TowerConfig("clip", 32, 4, width=16, depth=1, heads=2, mlp_width=32)

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from weights import needs_lite0
 
 from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig, WeightsError
-from tokenflow_ext.models.semantic import build_tower, resample_positions
-from tokenflow_ext.models.teachers import (
+from tokenflow_ext.models.towers.teachers import (
     Teacher,
     build_teacher,
     efficientnet_from_package,
@@ -19,6 +18,7 @@ from tokenflow_ext.models.teachers import (
     load_tower,
     read_state,
 )
+from tokenflow_ext.models.towers.towers import build_tower, resample_positions
 
 CLIP = TowerConfig("clip", 64, 16, width=32, depth=2, heads=4, mlp_width=64)
 SIGLIP = TowerConfig("siglip", 56, 14, width=32, depth=3, heads=4, mlp_width=48)

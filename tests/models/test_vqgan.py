@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tokenflow_ext.models.config import PixelConfig, TokenizerConfig
-from tokenflow_ext.models.vqgan import Decoder, Encoder, group_norm
+from tokenflow_ext.models.tokenizer.config import PixelConfig, TokenizerConfig
+from tokenflow_ext.models.tokenizer.vqgan import Decoder, Encoder, group_norm
 from tokenflow_ext.var import resize
 
 

@@ -11,9 +11,9 @@ import torch
 from weights import needs_lite0
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerConfig
-from tokenflow_ext.models.config import to_plain
 from tokenflow_ext.models.metrics import cosine
-from tokenflow_ext.models.teachers import build_teacher
+from tokenflow_ext.models.serialization.config import to_plain
+from tokenflow_ext.models.towers.teachers import build_teacher
 from tokenflow_ext.train import checkpoint, cli, evaluate, tokenizer
 from tokenflow_ext.train.config import load_config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenflow_ext.models.files import OutputError
+from tokenflow_ext.models.serialization.files import OutputError
 from tokenflow_ext.train import checkpoint
 from tokenflow_ext.train.checkpoint import CheckpointError
 

@@ -9,7 +9,7 @@ import pytest
 
 import tokenflow_ext.train as configs
 from tokenflow_ext.models import ConfigError, TokenizerConfig
-from tokenflow_ext.models.config import to_plain
+from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.train import config
 from tokenflow_ext.train.config import TrainConfig, load_config, parse_overrides, to_yaml
 

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenflow_ext.models import ConfigError, files
+from tokenflow_ext.models import ConfigError
+from tokenflow_ext.models.serialization import files
 from tokenflow_ext.train import checkpoint, distributed, messages, outputs
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.outputs import OutputError, Outputs

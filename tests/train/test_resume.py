@@ -71,7 +71,7 @@ def test_resuming_a_run_without_a_checkpoint_starts_it(micro, images, tmp_path):
 # Training whose files reach the disk slowly, so that a kill lands inside a write.
 SLOW = """
 import os, sys, time
-import tokenflow_ext.models.files as files
+import tokenflow_ext.models.serialization.files as files
 flush = files.flush
 def slow(path):
     print("writing", path, flush=True)

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenflow_ext.models import CheckpointError, ConfigError
-from tokenflow_ext.models.config import to_plain
-from tokenflow_ext.models.files import OutputError
-from tokenflow_ext.models.saved import not_finite
+from tokenflow_ext.models.serialization.config import to_plain
+from tokenflow_ext.models.serialization.files import OutputError
+from tokenflow_ext.models.serialization.pretrained import not_finite
 from tokenflow_ext.train import checkpoint, logs, runs, text_to_image, tokenizer
 from tokenflow_ext.train.config import (
     DecoderConfig,

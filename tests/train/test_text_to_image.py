@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.config import ConfigError
-from tokenflow_ext.models.text_to_image import TextToImage
-from tokenflow_ext.models.text_to_image_sequence import encode_prompts
+from tokenflow_ext.models.serialization.config import ConfigError
+from tokenflow_ext.models.text_to_image.model import TextToImage
+from tokenflow_ext.models.text_to_image.sequence import encode_prompts
 from tokenflow_ext.train import checkpoint, cli, language, text_to_image
 from tokenflow_ext.train.captions import list_captions, some
 from tokenflow_ext.train.config import load_text_config
@@ -157,7 +157,7 @@ def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
 # Training whose files reach the disk slowly, so that a kill lands inside a write.
 SLOW = """
 import sys, time
-import tokenflow_ext.models.files as files
+import tokenflow_ext.models.serialization.files as files
 flush = files.flush
 def slow(path):
     print("writing", path, flush=True)

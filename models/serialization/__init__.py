@@ -1,0 +1,1 @@
+"""How models are written and read: files, configurations, and the form they are saved in."""
