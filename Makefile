@@ -41,7 +41,7 @@ help:
 	@echo 'make benchmark     measure the kernels against their rivals'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
 	@echo 'make docs          the documentation as a site, in build/docs/index.html'
-	@echo 'make lint          check style; make format mends it'
+	@echo 'make lint          check style and types; make format mends the style'
 	@echo 'make cpp           build the C++ library without torch and run its tests'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
@@ -85,6 +85,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
