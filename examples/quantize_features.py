@@ -19,8 +19,8 @@ SEMANTIC, PIXEL, GRID = 32, 8, 8
 
 
 def smooth_fields(count: int, mixing: torch.Tensor) -> torch.Tensor:
-    """Features [count, 40, 8, 8] with two traits of an encoder's: they vary slowly over the grid, and
-    their channels are mixtures of a few causes."""
+    """Features [count, 40, 8, 8] with two traits of an encoder's: they vary slowly over the grid
+    and their channels are mixtures of a few causes."""
     causes = F.interpolate(torch.randn(count, len(mixing), 3, 3), (GRID, GRID), mode="bicubic")
     return torch.einsum("bchw,cd->bdhw", causes, mixing)
 
