@@ -26,11 +26,13 @@ from PIL import Image
 from benchmarks import machine
 from benchmarks.tables import Table
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
-from tokenflow_ext.train import checkpoint, data, evaluate, tokenizer
+from tokenflow_ext.train import data, tokenizer
 from tokenflow_ext.train.config import TrainConfig, load_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.pictures import to_pixels
-from tokenflow_ext.train.runs import CONFIG_FILE
+from tokenflow_ext.train.data.image_files import to_pixels
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.runs import CONFIG_FILE
+from tokenflow_ext.train.evaluation import evaluate
 
 CONFIGS = machine.ROOT / "train" / "configs" / "ablation"
 RESULT = "result.json"

@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import commit, cpu_model
 from tokenflow_ext.train.config import load_config, to_yaml
-from tokenflow_ext.train.distributed import processes
-from tokenflow_ext.train.trainer import Trainer
+from tokenflow_ext.train.engine.distributed import processes
+from tokenflow_ext.train.tasks.tokenizer import Trainer
 
 #: The ranges that training marks by record_function, in the order of a step.
 PARTS = (

@@ -66,7 +66,7 @@ class CaptionConfig:
     evaluated: int = 64  # pairs of each of the two that an evaluation looks at
     drop: float = 0.1  # share of the captions replaced by the empty string
     truncate: float = 0.2  # share of the others that are cut to their first sentence
-    # How shards are dealt out (train/captions.py): processes and workers that read shards of their
+    # How shards are dealt out (data/captions.py): processes and workers that read shards of their
     # own. It decides the order of the samples, so a run keeps it on any number of processes.
     streams: tuple[int, ...] = (1, 1)
     workers: int = 0  # processes that decode pictures; none: in the training process itself

@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from tokenflow_ext.train import loop
 from tokenflow_ext.train.config import DecoderConfig, load_decoder_config
-from tokenflow_ext.train.decoder_trainer import DecoderTrainer
-from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.engine import loop
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.tasks.decoder import DecoderTrainer
 from tokenflow_ext.train.tokenizer import notice
 
 

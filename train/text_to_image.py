@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from tokenflow_ext.train import loop
 from tokenflow_ext.train.config import TextConfig, load_text_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.text_trainer import TextTrainer
+from tokenflow_ext.train.engine import loop
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.tasks.text_to_image import TextTrainer
 
 
 def train(config: TextConfig, group: Processes, resume: bool = False) -> dict[str, Any]:

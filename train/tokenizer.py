@@ -9,10 +9,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from tokenflow_ext.train import data, loop
+from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig, TrainConfig, load_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.trainer import Trainer
+from tokenflow_ext.train.engine import loop
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.tasks.tokenizer import Trainer
 
 
 def notice(config: DataConfig) -> str:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import ablation
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.towers.teachers import find_efficientnet_lite0
-from tokenflow_ext.train import checkpoint
+from tokenflow_ext.train.engine import checkpoint
 
 SETTINGS = ("optim.batch=2", "data.held_out_crops=8", "codebook.kmeans_batches=2")
 

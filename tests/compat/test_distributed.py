@@ -15,7 +15,7 @@ from tokenflow_ext.compat import (
     VectorQuantize,
     VectorQuantizer2,
 )
-from tokenflow_ext.train.distributed import processes
+from tokenflow_ext.train.engine.distributed import processes
 
 DIM = 6
 SEQUENCE, IMAGE = (4, 24, DIM), (4, DIM, 6, 6)

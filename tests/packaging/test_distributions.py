@@ -68,7 +68,7 @@ class TestWheel:
         assert metadata["License-Expression"] == "Apache-2.0"
         assert {"models", "train", "dev"} <= set(metadata.get_all("Provides-Extra"))
         [name] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "tokenflow = tokenflow_ext.train.entry:main" in archive.read(name).decode()
+        assert "tokenflow = tokenflow_ext.train.cli.entry:main" in archive.read(name).decode()
 
     def test_holds_the_configurations(self, wheel: Path) -> None:
         assert installed_files("*.yaml") <= set(zipfile.ZipFile(wheel).namelist())

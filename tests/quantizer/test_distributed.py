@@ -10,7 +10,7 @@ import torch
 from torchrun import finish, group_threads, launch
 
 from tokenflow_ext import MultiScaleQuantizer
-from tokenflow_ext.train.distributed import processes
+from tokenflow_ext.train.engine.distributed import processes
 
 
 class Model(torch.nn.Module):

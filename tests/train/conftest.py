@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import language
+from tokenflow_ext.train.tasks import language
 
 
 def _load_micro() -> ModuleType:

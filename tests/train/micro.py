@@ -14,8 +14,8 @@ from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import checkpoint
 from tokenflow_ext.train.config import load_config
+from tokenflow_ext.train.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tokenizer.py"

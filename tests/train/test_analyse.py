@@ -18,11 +18,13 @@ from PIL import Image
 
 from tokenflow_ext import MultiScaleQuantizer
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import analyse, cli, data, evaluate
-from tokenflow_ext.train.analyse import Clusters
+from tokenflow_ext.train import data
+from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.config import load_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.outputs import OutputError
+from tokenflow_ext.train.data.outputs import OutputError
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.evaluation import analyse, evaluate
+from tokenflow_ext.train.evaluation.analyse import Clusters
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 16
@@ -177,7 +179,7 @@ def test_the_command(joint_tokenizer, image_tokenizer, images, tmp_path, capsys)
     out = tmp_path / "out"
     arguments = ["--data", str(images), "--out", str(out), "--device", "cpu", "--members", "2"]
     arguments += ["--checkpoint", str(joint_tokenizer), "--checkpoint", str(image_tokenizer)]
-    cli.main(["analyse", *arguments])
+    commands.main(["analyse", *arguments])
     report = json.loads((out / "analysis.json").read_text())
     expected = {
         ("joint", "joint"): by_distances(joint_tokenizer, images, slice(0, 2)),
@@ -247,7 +249,7 @@ def test_checkpoints_and_pictures_of_any_name(image_tokenizer, images, tmp_path)
 
 
 def test_two_processes_are_one(micro, joint_tokenizer, images, tmp_path):
-    script = Path(cli.__file__)
+    script = Path(commands.__file__).with_name("__main__.py")
     outs = {world: tmp_path / f"out{world}" for world in (1, 2)}
     runs = []
     for world, out in outs.items():
@@ -271,7 +273,7 @@ def test_errors_end_with_one_line(image_tokenizer, images, tmp_path, monkeypatch
         (["--data", str(images), "--limit", "0"], "--limit must be 1 or more, got 0"),
     ):
         with pytest.raises(SystemExit, match=message):
-            cli.main([*common, *more])
+            commands.main([*common, *more])
     assert not (tmp_path / "out").exists()
 
     there = builtins.__import__
@@ -283,4 +285,4 @@ def test_errors_end_with_one_line(image_tokenizer, images, tmp_path, monkeypatch
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(SystemExit, match="needs matplotlib: pip install matplotlib"):
-        cli.main([*common, "--data", str(images)])
+        commands.main([*common, "--data", str(images)])

@@ -16,12 +16,13 @@ import torch
 from archives import write_tar
 from PIL import Image
 
-from tokenflow_ext.train import captions, cli, data, emojis
-from tokenflow_ext.train import shards as tars
-from tokenflow_ext.train.captions import Captioned, Form, Pictures, Shards, Tokens
+from tokenflow_ext.train import data
+from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.config import CaptionConfig, ConfigError, load_text_config
-from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.pictures import open_image
+from tokenflow_ext.train.data import captions, emojis, webdataset
+from tokenflow_ext.train.data.captions import Captioned, Form, Pictures, Shards, Tokens
+from tokenflow_ext.train.data.image_files import open_image
+from tokenflow_ext.train.data.text_files import DataError
 
 FORM = Form(image_size=8, scales=[(1, 1), (2, 2)], codebook_size=16)
 
@@ -230,10 +231,10 @@ def test_broken_shards_are_named(tmp_path):
     shard = write_tar(tmp_path / "a.tar", {"x.png": bytes(5000), "x.txt": b"x"})
     shard.write_bytes(shard.read_bytes()[:4000])
     with pytest.raises(DataError, match=r"cannot read the shard .*a\.tar.*unexpected end"):
-        tars.read_members(shard)
+        webdataset.read_members(shard)
     (tmp_path / "a.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"cannot read the shard .*a\.tar"):
-        tars.read_members(tmp_path / "a.tar")
+        webdataset.read_members(tmp_path / "a.tar")
     write_tar(tmp_path / "a.tar", {"x.png": b"no picture", "x.txt": b"x", "y.png": encoded(1)})
     pairs = Captioned(tmp_path, FORM, CaptionConfig(), 4, seed=0)
     with pytest.raises(DataError, match=r"a\.tar/x\.png"):
@@ -429,7 +430,7 @@ def test_tokenize_takes_the_keys_of_captions(image_tokenizer, tmp_path, capsys):
     described = {"0.json": entry(TEXT="a cat"), "1.txt": b""}
     folder, out = folder_of(tmp_path / "folder", described), tmp_path / "out"
     words = ["tokenize", str(folder), "--checkpoint", str(image_tokenizer), "--out", str(out)]
-    cli.main([*words, "--caption-keys", "prompt", "TEXT"])
+    commands.main([*words, "--caption-keys", "prompt", "TEXT"])
     rows = json.loads((out / "tokens-00000.json").read_text())
     assert [row["caption"] for row in rows] == ["a cat", None]
     said = capsys.readouterr().err
@@ -452,7 +453,7 @@ def tokens(micro, image_tokenizer, tmp_path) -> Path:
     (images / "picture0.txt").write_text("Waves.")
     (images / "picture2.txt").write_text("More waves.")
     out = tmp_path / "tokens"
-    cli.tokenize(str(images), str(image_tokenizer), str(out), batch=2, shard=2)
+    commands.tokenize(str(images), str(image_tokenizer), str(out), batch=2, shard=2)
     return out
 
 
@@ -508,14 +509,14 @@ def test_emojis_are_named_by_their_code_points(package, tmp_path):
 def test_fetching_says_what_is_missing(package, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "emoji"
     with pytest.raises(SystemExit, match="is not @lobehub"):
-        cli.main(["fetch-emoji", str(folder), "--tarball", str(package)])
+        commands.main(["fetch-emoji", str(folder), "--tarball", str(package)])
     monkeypatch.setattr(emojis.shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match="npm is not installed"):
-        cli.main(["fetch-emoji", str(folder)])
+        commands.main(["fetch-emoji", str(folder)])
     monkeypatch.setattr(emojis, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
-    cli.main(["fetch-emoji", str(folder), "--tarball", str(package)])
+    commands.main(["fetch-emoji", str(folder), "--tarball", str(package)])
     assert "3 pictures" in capsys.readouterr().out
-    cli.main(["fetch-emoji", str(folder)])  # already there: nothing is fetched
+    commands.main(["fetch-emoji", str(folder)])  # already there: nothing is fetched
     assert "already" in capsys.readouterr().out
 
 
@@ -527,13 +528,13 @@ def test_fetched_pictures_take_no_other_files_place(package, tmp_path, monkeypat
     (mine / "1f600.webp").write_bytes(b"mine")
     for more in (given, []):
         with pytest.raises(SystemExit, match=r"holds other things, such as 1f600\.webp"):
-            cli.main(["fetch-emoji", str(mine), *more])
+            commands.main(["fetch-emoji", str(mine), *more])
     assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
     with pytest.raises(SystemExit, match=r"cannot write into .* is no folder"):
-        cli.main(["fetch-emoji", str(package), *given])
+        commands.main(["fetch-emoji", str(package), *given])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit, match=r"cannot read .*pipe"):
-        cli.main(["fetch-emoji", str(tmp_path / "new"), "--tarball", str(tmp_path / "pipe")])
+        commands.main(["fetch-emoji", str(tmp_path / "new"), "--tarball", str(tmp_path / "pipe")])
 
     def full(self, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -541,13 +542,13 @@ def test_fetched_pictures_take_no_other_files_place(package, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(SystemExit, match=r"cannot write .*/new: No space left"):
-            cli.main(["fetch-emoji", str(tmp_path / "new"), *given])
+            commands.main(["fetch-emoji", str(tmp_path / "new"), *given])
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob("*.part"))
     (tmp_path / "new").mkdir()
-    cli.main(["fetch-emoji", str(tmp_path / "new"), *given, "--skin-tones"])
+    commands.main(["fetch-emoji", str(tmp_path / "new"), *given, "--skin-tones"])
     with pytest.raises(SystemExit, match="already holds pictures, with variants by skin tone"):
-        cli.main(["fetch-emoji", str(tmp_path / "new")])
+        commands.main(["fetch-emoji", str(tmp_path / "new")])
 
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tokenflow_ext.models.serialization.files import OutputError
-from tokenflow_ext.train import checkpoint
-from tokenflow_ext.train.checkpoint import CheckpointError
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.checkpoint import CheckpointError
 
 
 def save_model(folder):

@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 
 from tokenflow_ext._build import InstructionSetError
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import checkpoint, cli, messages, pictures, tokenizer
-from tokenflow_ext.train.logs import over_under
+from tokenflow_ext.train import tokenizer
+from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.data import image_files
+from tokenflow_ext.train.engine import checkpoint, messages
+from tokenflow_ext.train.engine.logs import over_under
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def run(micro, images, tmp_path_factory) -> Path:
 def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
     names = [str(p) for p in sorted(images.iterdir())[:2]]
     out = tmp_path / "out"
-    cli.main(["reconstruct", *names, "--checkpoint", str(run), "--out", str(out)])
+    commands.main(["reconstruct", *names, "--checkpoint", str(run), "--out", str(out)])
     assert capsys.readouterr().out.count(" dB") == 2
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
     for name in names:
@@ -42,7 +45,7 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
         with Image.open(stem.with_suffix(".png")) as picture:
             assert picture.width < picture.height  # one above the other
         tokens = load_file(stem.with_suffix(".safetensors"))["tokens"]
-        original = cli.read_square(Path(name), 32)[None]
+        original = commands.read_square(Path(name), 32)[None]
         assert torch.equal(tokens.long(), model.encode(original))
 
 
@@ -57,7 +60,7 @@ def test_commands_take_released_files(run, images, tmp_path, released):
         ("evaluate", "--data", folder),
         ("analyse", "--data", folder),
     ):
-        cli.main([name, *more, *source, "--out", str(tmp_path / name)])
+        commands.main([name, *more, *source, "--out", str(tmp_path / name)])
     assert asked == [(file, 256)] * 4
     expected = checkpoint.digest(file)
     metrics = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
@@ -71,7 +74,7 @@ def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
     (images / "broken.png").write_bytes(b"no image")
     out = tmp_path / "tokens"
     arguments = ["--checkpoint", str(run), "--out", str(out), "--shard", "2", "--batch", "1"]
-    cli.main(["tokenize", str(images), *arguments])
+    commands.main(["tokenize", str(images), *arguments])
     index = json.loads((out / "index.json").read_text())
     assert (index["images"], index["codebook_size"], index["tokens_per_image"]) == (3, 64, 21)
     assert [shard["count"] for shard in index["shards"]] == [1, 2]
@@ -86,7 +89,7 @@ def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
         assert len(rows) == len(tokens)
         for row, line in zip(rows, tokens, strict=True):
             captions[row["image"]] = row["caption"]
-            original = cli.read_square(images / row["image"], 32)[None]
+            original = commands.read_square(images / row["image"], 32)[None]
             assert torch.equal(line.long(), model.encode(original)[0])
     (images / "picture1.txt").unlink()
     (images / "broken.png").unlink()
@@ -101,7 +104,7 @@ def test_every_kind_of_checkpoint_path(run, images, tmp_path, place):
     if place == "saved":
         source = TokenFlowTokenizer.from_pretrained(source).save_pretrained(tmp_path / "saved")
     image = str(sorted(images.iterdir())[0])
-    cli.main(["reconstruct", image, "--checkpoint", str(source), "--out", str(tmp_path / "o")])
+    commands.main(["reconstruct", image, "--checkpoint", str(source), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o").iterdir())) == 2
 
 
@@ -116,13 +119,13 @@ def test_errors_end_with_one_line(run, tmp_path):
         (["tokenize", str(broken), "--checkpoint", str(run)], "can be read"),
     ):
         with pytest.raises(SystemExit, match=message):
-            cli.main([*arguments, "--out", str(tmp_path / "out")])
+            commands.main([*arguments, "--out", str(tmp_path / "out")])
 
 
 def test_train_is_the_entry_point(monkeypatch):
     called = []
     monkeypatch.setattr(tokenizer, "main", called.append)
-    cli.main(["train", "--resume", "optim.lr=1e-4"])
+    commands.main(["train", "--resume", "optim.lr=1e-4"])
     assert called == [["--resume", "optim.lr=1e-4"]]
 
 
@@ -149,7 +152,7 @@ def reconstruct(image_tokenizer, tmp_path):
 
     def call(images: list[Path], *more: str) -> None:
         common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
-        cli.main(["reconstruct", *map(str, images), *common, *more])
+        commands.main(["reconstruct", *map(str, images), *common, *more])
 
     return call
 
@@ -172,7 +175,7 @@ def test_pictures_of_one_name_get_names_of_their_own(reconstruct, images, tmp_pa
             source = json.loads(file.metadata()["image"])
         assert Path(source).stem == name[:-4].partition("~")[0]
         with Image.open(source) as image:
-            above = np.array(pictures.to_square(image.convert("RGB"), 32))
+            above = np.array(image_files.to_square(image.convert("RGB"), 32))
         sheet = np.array(Image.open(tmp_path / "out" / name))
         assert np.array_equal(sheet[: 8 * 32 : 8, : 8 * 32 : 8], above)
 
@@ -241,9 +244,9 @@ def test_one_picture_has_one_psnr(image_tokenizer, images, tmp_path, capsys):
     """What reconstruct prints is what evaluate measures."""
     common = ["--checkpoint", str(image_tokenizer), "--device", "cpu"]
     paths = sorted(images.glob("*.png"))
-    cli.main(["reconstruct", *map(str, paths), *common, "--out", str(tmp_path / "a")])
+    commands.main(["reconstruct", *map(str, paths), *common, "--out", str(tmp_path / "a")])
     printed = re.findall(r"([\d.]+) dB", capsys.readouterr().out)
-    cli.main(["evaluate", "--data", str(images), *common, "--out", str(tmp_path / "b")])
+    commands.main(["evaluate", "--data", str(images), *common, "--out", str(tmp_path / "b")])
     rows = [json.loads(line) for line in (tmp_path / "b" / "images.jsonl").read_text().splitlines()]
     assert [f"{row['psnr']:.2f}" for row in rows] == printed
 
@@ -291,7 +294,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
         words.remove(str(image_tokenizer))
     monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", lambda *_: pytest.fail("read"))
     with pytest.raises(SystemExit, match=message) as raised:
-        cli.main(words)
+        commands.main(words)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -317,7 +320,7 @@ def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
     given = [str(tmp_path / "pipe") if word == "PIPE" else word for word in words]
     common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=message) as raised:
-        cli.main([given[0], *common, *given[1:]])
+        commands.main([given[0], *common, *given[1:]])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -325,7 +328,7 @@ def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
 @pytest.mark.parametrize("words", [["nonsense"], ["reconstruct", "--nonsense"], ["fid", "a"], []])
 def test_unknown_words_are_named_by_argparse(words, capsys):
     with pytest.raises(SystemExit) as raised:
-        cli.main(words)
+        commands.main(words)
     assert raised.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -350,12 +353,12 @@ def test_a_full_disk_is_named_and_nothing_looks_finished(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             with pytest.raises(SystemExit, match=f"error: cannot write {out}/.*: No space left"):
-                cli.main([*words, *common])
+                commands.main([*words, *common])
         left = sorted(os.listdir(out)) if out.exists() else []
         # Tokens are gone on with.
         begun = ["tokens-00000.safetensors", "unfinished.json"]
         assert left == (begun if command == "tokenize" and room else [])
-    cli.main([*words, *common])
+    commands.main([*words, *common])
 
 
 def test_an_unknown_instruction_set_is_one_line(monkeypatch):
@@ -364,13 +367,13 @@ def test_an_unknown_instruction_set_is_one_line(monkeypatch):
 
     monkeypatch.setattr(messages, "build_info", refuse)
     with pytest.raises(SystemExit, match="error: TOKENFLOW_CPU must be one of"):
-        cli.main(["fid", "here", "there"])
+        commands.main(["fid", "here", "there"])
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     for name in [name for name in sys.modules if name.startswith("tokenflow_ext.train")]:
         monkeypatch.delitem(sys.modules, name)
-    entry = importlib.import_module("tokenflow_ext.train.entry")
+    entry = importlib.import_module("tokenflow_ext.train.cli.entry")
     with pytest.raises(SystemExit, match=r"error: tqdm is not installed: pip install 'tokenflow"):
         entry.main()

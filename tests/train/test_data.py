@@ -15,8 +15,9 @@ from PIL import Image
 
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig
-from tokenflow_ext.train.images import open_images
-from tokenflow_ext.train.pictures import open_image, to_pixels, to_tensor
+from tokenflow_ext.train.data import crops
+from tokenflow_ext.train.data.image_files import open_image, to_pixels, to_tensor
+from tokenflow_ext.train.data.images import open_images
 
 
 def dataset(images, seed=0, **config) -> data.RandomCrops:
@@ -149,7 +150,7 @@ def test_held_out_crops_of_large_pictures_are_not_held_at_once(tmp_path, monkeyp
         Image.new("RGB", (64, 48 + i), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     every = [data.Picture(path) for path in data.list_images(tmp_path)]
     expected = data.held_out_crops(every, 8, 20)
-    monkeypatch.setattr(data, "_memory", lambda regions: 100 << 20)  # two fit
+    monkeypatch.setattr(crops, "_memory", lambda regions: 100 << 20)  # two fit
     kept, add = [], data.Kept.add
     monkeypatch.setattr(data.Kept, "add", lambda *a: kept.append(add(*a)) or kept[-1])
     assert torch.equal(data.held_out_crops(every, 8, 20), expected)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tokenflow_ext.models import TokenFlowTokenizer, TokenizerConfig
-from tokenflow_ext.train import checkpoint, cli, decoder
+from tokenflow_ext.train import decoder
+from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.config import load_config, load_decoder_config
-from tokenflow_ext.train.decoder_trainer import DecoderTrainer, with_enhanced_decoder
-from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.tasks.decoder import DecoderTrainer, with_enhanced_decoder
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TOGETHER = Path(__file__).with_name("together.py")
@@ -151,7 +153,7 @@ def test_a_run_ends_with_a_whole_tokenizer(micro, released_file, images, tmp_pat
     folder = source.save_pretrained(tmp_path / "source")
     run = tmp_path / "run"
     given = micro.decoder_overrides(run, folder, images, "decoder=enhanced", "optim.steps=2")
-    cli.main(["train-decoder", *given])
+    commands.main(["train-decoder", *given])
     text = capsys.readouterr().out
     assert "decoder: enhanced" in text
     assert "PSNR" in text

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from weights import LITE0_MISSING
 
-from tokenflow_ext.train import checkpoint
+from tokenflow_ext.train.engine import checkpoint
 
 TOGETHER = Path(__file__).with_name("together.py")
 STEPS = {

@@ -21,9 +21,10 @@ from weights import needs_lite0
 from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
-from tokenflow_ext.train import cli, evaluate, fid
-from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.distributed import Processes
+from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.evaluation import evaluate, fid
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 32
@@ -291,7 +292,7 @@ def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, c
     out = tmp_path / "out"
     arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
     arguments += ["--device", "cpu", "--out", str(out), "--batch-size", "4", "--pictures", "3"]
-    cli.main(arguments)
+    commands.main(arguments)
     said = capsys.readouterr().out
     report = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
     model = TokenFlowTokenizer.from_pretrained(image_tokenizer)
@@ -340,13 +341,13 @@ def test_a_report_is_not_written_over(image_tokenizer, folder, cache, tmp_path):
     out = tmp_path / "out"
     arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
     arguments += ["--device", "cpu", "--out", str(out)]
-    cli.main(arguments)
+    commands.main(arguments)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(before) == sorted(evaluate.FILES)
     with pytest.raises(SystemExit, match="is there already"):
-        cli.main([*arguments, "--limit", "2"])
+        commands.main([*arguments, "--limit", "2"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    cli.main([*arguments, "--limit", "2", "--overwrite", "--pictures", "0"])
+    commands.main([*arguments, "--limit", "2", "--overwrite", "--pictures", "0"])
     assert json.loads((out / "metrics.json").read_text())["data"]["images"] == 2
     assert not (out / "pictures.png").exists()  # the earlier report's would be of other images
 
@@ -391,7 +392,7 @@ def test_errors_end_with_one_line(image_tokenizer, folder, cache, tmp_path):
         ([str(folder), "--vgg16", "none.pth"], r"no file at none\.pth"),
     ):
         with pytest.raises(SystemExit, match=message):
-            cli.main([*arguments, *more])
+            commands.main([*arguments, *more])
     assert not (tmp_path / "out").exists()
 
 
@@ -453,7 +454,7 @@ def test_processes_with_other_weights_are_told(image_tokenizer, folder, cache, t
 
 def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
     """Seven images for two processes, and one for two: dealt out, none twice."""
-    script = Path(cli.__file__)
+    script = Path(commands.__file__).with_name("__main__.py")
     runs = []
     for world, limit in ((1, 7), (2, 7), (2, 1)):
         out = tmp_path / f"out{world}{limit}"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.train import language
+from tokenflow_ext.train.tasks import language
 
 # What a folder's own code would be: importing it leaves a file.
 CODE = """

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from tokenflow_ext.models import ConfigError
 from tokenflow_ext.models.serialization import files
-from tokenflow_ext.train import checkpoint, distributed, messages, outputs
-from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.outputs import OutputError, Outputs
+from tokenflow_ext.train.data import outputs
+from tokenflow_ext.train.data.outputs import OutputError, Outputs
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.engine import checkpoint, distributed, messages
 
 # What a file system allows in a name: any byte but these two.
 NAMES = st.binary(min_size=1, max_size=60).filter(lambda raw: not set(raw) & {0, ord("/")})
@@ -184,7 +185,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 def test_a_reader_that_has_gone_and_a_missing_package():
     code = """
 import sys
-from tokenflow_ext.train import messages
+from tokenflow_ext.train.engine import messages
 with messages.ending_in_one_line():
     if sys.argv[1] == "package":
         import no_such_package
@@ -211,8 +212,8 @@ with messages.ending_in_one_line():
 def test_sigterm_removes_what_is_half_written(tmp_path):
     code = f"""
 import os, pathlib, signal
-from tokenflow_ext.models import files
-from tokenflow_ext.train import messages
+from tokenflow_ext.models.serialization import files
+from tokenflow_ext.train.engine import messages
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGTERM)
 with messages.ending_in_one_line():
     files.write_file(pathlib.Path({str(tmp_path)!r}) / "file", b"content")

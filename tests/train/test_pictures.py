@@ -14,9 +14,11 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from tokenflow_ext.train import captions, cli, evaluate, fid, pictures
-from tokenflow_ext.train.pictures import BrokenImageError, open_image
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.data import captions, image_files
+from tokenflow_ext.train.data.image_files import BrokenImageError, open_image
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.evaluation import evaluate, fid
 
 RAMP = np.linspace(0, 1, 300).reshape(12, 25)
 
@@ -28,19 +30,19 @@ def test_every_command_takes_the_same_square(tmp_path, sides):
     (tmp_path / "a.txt").write_text("noise")
     _, evaluated, _, _ = evaluate.Squares([tmp_path / "a.png"], 32)[0]
     expected = evaluate.to_float(evaluated)
-    assert torch.equal(cli.read_square(tmp_path / "a.png", 32), expected)
+    assert torch.equal(commands.read_square(tmp_path / "a.png", 32), expected)
     assert torch.equal(captions.Pictures(tmp_path, 32)[0].picture, expected)
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (1, 40), (30000, 1), (2, 9000), (1, 65000)])
 def test_a_square_of_any_shape(sides):
     """Enlarged as a whole, the longest would be 256 x 16,640,000 pixels."""
-    plain = np.array(pictures.to_square(Image.new("RGB", sides, (9, 99, 199)), 256))
+    plain = np.array(image_files.to_square(Image.new("RGB", sides, (9, 99, 199)), 256))
     assert (plain == (9, 99, 199)).all()
     ends = np.zeros((*sides[::-1], 3), np.uint8)
     middle = tuple(slice(max(0, n // 2 - 20), n // 2 + 20) for n in sides[::-1])
     ends[middle] = 255
-    square = np.array(pictures.to_square(Image.fromarray(ends), 64))
+    square = np.array(image_files.to_square(Image.fromarray(ends), 64))
     assert square.shape == (64, 64, 3)
     assert (square == 255).all()
 
@@ -110,7 +112,7 @@ PACKED = (TWELVE[:, ::2] << 12 | TWELVE[:, 1::2]).astype(">u4").view(np.uint8)
             lambda: b"Pf 25 12 -1.0\n" + RAMP[::-1].astype("<f4").tobytes(),
             RAMP,
             marks=pytest.mark.skipif(
-                ".pfm" not in pictures.suffixes(), reason="this Pillow reads no PFM"
+                ".pfm" not in image_files.suffixes(), reason="this Pillow reads no PFM"
             ),
         ),
         (lambda: pgm(65535), RAMP),
@@ -350,7 +352,7 @@ def test_linked_folders_are_followed_once(tmp_path, capsys):
     (other / "self").symlink_to(other / "self")
     (root / "up").symlink_to(tmp_path)
     (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    found = pictures.list_images(root)
+    found = image_files.list_images(root)
     assert [p.relative_to(root).as_posix() for p in found] == ["cats/a.png", "dogs/more/a.png"]
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -371,7 +373,7 @@ def test_every_suffix_of_pillow_is_found_and_the_rest_is_counted(tmp_path, capsy
     Image.new("L", (4, 4)).save(tmp_path / ".thumbnails" / "t.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    found = [p.name for p in pictures.list_images(tmp_path)]
+    found = [p.name for p in image_files.list_images(tmp_path)]
     assert found == sorted(f"x.{suffix}" for suffix in kinds)
     said = capsys.readouterr().err
     for words in (
@@ -386,8 +388,8 @@ def test_every_suffix_of_pillow_is_found_and_the_rest_is_counted(tmp_path, capsy
         assert words in said
     assert "links to nothing, pipes or devices" in said
     assert said.count("\n") == 1
-    assert {".webp", ".bmp", ".tiff", ".jp2", ".apng"} <= pictures.suffixes()
-    assert not {".eps", ".h5", ".mpg", ".pdf"} & pictures.suffixes()
+    assert {".webp", ".bmp", ".tiff", ".jp2", ".apng"} <= image_files.suffixes()
+    assert not {".eps", ".h5", ".mpg", ".pdf"} & image_files.suffixes()
 
 
 def test_a_folder_that_cannot_be_read_is_counted(tmp_path, capsys, monkeypatch):
@@ -400,26 +402,26 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path, capsys, monkeypatch):
             raise PermissionError(13, "Permission denied", place)
         return scan(place)
 
-    monkeypatch.setattr(pictures.os, "scandir", refuse)
-    assert len(pictures.list_images(tmp_path)) == 1
+    monkeypatch.setattr(image_files.os, "scandir", refuse)
+    assert len(image_files.list_images(tmp_path)) == 1
     assert "1 folders that cannot be read, Permission denied" in capsys.readouterr().err
     (tmp_path / "whole").mkdir()
     with pytest.raises(DataError, match=r"cannot read .*whole: Permission denied"):
-        pictures.list_images(tmp_path / "whole")
+        image_files.list_images(tmp_path / "whole")
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     for name in ("0.tar", "1.tar", ".x.png"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"no image below .*2 \.tar files .*1 hidden"):
-        pictures.list_images(tmp_path)
+        image_files.list_images(tmp_path)
 
 
 def test_names_may_be_any_bytes(tmp_path, capsys):
     for name in (b"caf\xe9.png", b"line\nend.png", b"\xff\xfe.txt.gz"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(saved(Image.new("L", (4, 4)), "PNG"))
-    found = pictures.list_images(tmp_path)
+    found = image_files.list_images(tmp_path)
     assert [open_image(path).size for path in found] == [(4, 4)] * 2
     assert capsys.readouterr().err.count("\n") == 1
     found[0].write_bytes(b"")

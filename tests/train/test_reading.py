@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenflow_ext.train import reading
-from tokenflow_ext.train.reading import DataError, Tally, printable
+from tokenflow_ext.train.data import text_files
+from tokenflow_ext.train.data.text_files import DataError, Tally, printable
 
 
 @given(st.binary(max_size=60))
@@ -29,7 +29,7 @@ def test_printable_leaves_what_prints():
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")))
 def test_utf8_is_read_with_and_without_a_mark(text):
     for content in (text.encode(), text.encode("utf-8-sig")):
-        assert reading.decode(content, "a.txt") == text
+        assert text_files.decode(content, "a.txt") == text
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_utf8_is_read_with_and_without_a_mark(text):
 )
 def test_other_encodings_are_named(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
-        reading.decode(content, "a.txt")
+        text_files.decode(content, "a.txt")
     (tmp_path / "b.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"b\.txt"):
-        reading.read_text(tmp_path / "b.txt")
+        text_files.read_text(tmp_path / "b.txt")
 
 
 def test_lines_end_at_line_feeds_alone():
     text = "a\u2028b\r\n\n \r\nc\x85d\x0be\x1cf\n"
-    assert list(reading.lines(text)) == [(1, "a\u2028b"), (4, "c\x85d\x0be\x1cf")]
+    assert list(text_files.lines(text)) == [(1, "a\u2028b"), (4, "c\x85d\x0be\x1cf")]
 
 
 def test_what_is_no_file_is_not_waited_on(tmp_path):
@@ -69,13 +69,13 @@ def test_what_is_no_file_is_not_waited_on(tmp_path):
         ("nowhere.txt", "is missing"),
     ):
         with pytest.raises(DataError, match=rf"{name} {what}$"):
-            reading.read_text(tmp_path / name)
+            text_files.read_text(tmp_path / name)
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "{", "[1]", '"text"', "3", "nonsense"])
 def test_lines_that_are_no_objects_are_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f'\ufeff{{"text": "a\u2028b"}}\r\n\n{line}\n')
-    rows = reading.json_lines(tmp_path / "a.jsonl", "an object")
+    rows = text_files.json_lines(tmp_path / "a.jsonl", "an object")
     assert next(rows) == (1, {"text": "a\u2028b"})
     with pytest.raises(DataError, match=r"a\.jsonl, line 3: expected an object, got ") as error:
         next(rows)
@@ -83,11 +83,11 @@ def test_lines_that_are_no_objects_are_named(tmp_path, line):
 
 
 def test_listings_stay_in_their_folder(tmp_path):
-    assert reading.inside(tmp_path, "a/b.png") == tmp_path / "a" / "b.png"
-    assert reading.inside(tmp_path, "a..b/..c") == tmp_path / "a..b" / "..c"
+    assert text_files.inside(tmp_path, "a/b.png") == tmp_path / "a" / "b.png"
+    assert text_files.inside(tmp_path, "a..b/..c") == tmp_path / "a..b" / "..c"
     for name in ("/etc/passwd", "../x", "a/../../x", "..", "", "a\0b", "\ud800", 3, None, ["a"]):
         with pytest.raises(ValueError, match=r"the listing (names|must name)"):
-            reading.inside(tmp_path, name)
+            text_files.inside(tmp_path, name)
 
 
 def test_tallies_say_how_many_and_why(capsys, monkeypatch):

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from tokenflow_ext.train import checkpoint, tokenizer
+from tokenflow_ext.train import tokenizer
+from tokenflow_ext.train.engine import checkpoint
 
 
 @pytest.mark.parametrize(

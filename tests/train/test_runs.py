@@ -20,7 +20,7 @@ from tokenflow_ext.models import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.models.serialization.files import OutputError
 from tokenflow_ext.models.serialization.pretrained import not_finite
-from tokenflow_ext.train import checkpoint, logs, runs, text_to_image, tokenizer
+from tokenflow_ext.train import text_to_image, tokenizer
 from tokenflow_ext.train.config import (
     DecoderConfig,
     TextConfig,
@@ -30,9 +30,10 @@ from tokenflow_ext.train.config import (
     load_text_config,
     to_yaml,
 )
-from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.distributed import Launcher, Processes
-from tokenflow_ext.train.trainer import Trainer
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.engine import checkpoint, logs, runs
+from tokenflow_ext.train.engine.distributed import Launcher, Processes
+from tokenflow_ext.train.tasks.tokenizer import Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -17,12 +17,13 @@ import torch
 from archives import write_tar
 from PIL import Image
 
-from tokenflow_ext.train import checkpoint, data, tokenizer
+from tokenflow_ext.train import data, tokenizer
 from tokenflow_ext.train.config import ConfigError, DataConfig, load_config
-from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.images import open_images
-from tokenflow_ext.train.pictures import open_image, to_tensor
-from tokenflow_ext.train.shards import Shards, read_members
+from tokenflow_ext.train.data.image_files import open_image, to_tensor
+from tokenflow_ext.train.data.images import open_images
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.data.webdataset import Shards, read_members
+from tokenflow_ext.train.engine import checkpoint
 
 
 def encoded(value: int) -> bytes:

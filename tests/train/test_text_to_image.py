@@ -16,11 +16,14 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import encode_prompts
-from tokenflow_ext.train import checkpoint, cli, language, text_to_image
-from tokenflow_ext.train.captions import list_captions, some
+from tokenflow_ext.train import text_to_image
+from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.config import load_text_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.text_trainer import TextTrainer
+from tokenflow_ext.train.data.captions import list_captions, some
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.tasks import language
+from tokenflow_ext.train.tasks.text_to_image import TextTrainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TOGETHER = Path(__file__).with_name("together_text.py")
@@ -30,7 +33,7 @@ TOGETHER = Path(__file__).with_name("together_text.py")
 def tokens(image_tokenizer, pairs, tmp_path_factory) -> Path:
     """The pairs as `tokenflow tokenize` writes them."""
     out = tmp_path_factory.mktemp("pair_tokens")
-    cli.tokenize(str(pairs), str(image_tokenizer), str(out), shard=5)
+    commands.tokenize(str(pairs), str(image_tokenizer), str(out), shard=5)
     return out
 
 

@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 
 from tokenflow_ext.models import WeightsError
-from tokenflow_ext.train import captions, cli, fid, generate, text_to_image, tokenizer
-from tokenflow_ext.train.outputs import OutputError
-from tokenflow_ext.train.pictures import to_pixels
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.train import text_to_image, tokenizer
+from tokenflow_ext.train.cli import commands, generate
+from tokenflow_ext.train.data import captions
+from tokenflow_ext.train.data.image_files import to_pixels
+from tokenflow_ext.train.data.outputs import OutputError
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.evaluation import fid
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
     out = tmp_path / "out"
     prompts = ["A red disc. On grey.", "Ça! / ..?"]
     command = ["--checkpoint", str(learned), "--out", str(out), "--seed", "3", "--guidance", "0"]
-    cli.main(["generate", *prompts, *command, "--grid", "--each", "2", "--steps", "one"])
+    commands.main(["generate", *prompts, *command, "--grid", "--each", "2", "--steps", "one"])
     assert "5 pictures" in capsys.readouterr().out
     names = ["00000_a_red_disc_on_grey.png", "00000_a_red_disc_on_grey_1.png"]
     names += ["00001_a.png", "00001_a_1.png", "grid.png"]
@@ -94,7 +97,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
         assert image.size == (32, 32)
         assert (image.text["prompt"], image.text["seed"]) == (prompts[0], "3")
     before = (out / names[1]).read_bytes()
-    cli.main(["generate", *prompts, *command, "--each", "2", "--steps", "one"])
+    commands.main(["generate", *prompts, *command, "--each", "2", "--steps", "one"])
     assert (out / names[1]).read_bytes() == before  # the seed decides
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 128
@@ -103,7 +106,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
 def test_prompts_from_a_file(learned, tmp_path):
     (tmp_path / "prompts.txt").write_text("A red disc.\n\nA blue square.\n")
     command = ["--checkpoint", str(learned), "--out", str(tmp_path / "out"), "--steps", "one"]
-    cli.main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *command])
+    commands.main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *command])
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["00000_a_red_disc.png", "00001_a_blue_square.png"]
 
@@ -117,7 +120,7 @@ def test_the_layout_of_geneval(learned, tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["generate", "--prompts", str(file), "--layout", "geneval", "--steps", "one"]
     command += ["--checkpoint", str(learned), "--out", str(out)]
-    cli.main(command)
+    commands.main(command)
     for number, line in enumerate(lines):
         folder = out / f"{number:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == line
@@ -127,7 +130,7 @@ def test_the_layout_of_geneval(learned, tmp_path):
     kept, lost = out / "00000/samples/00001.png", out / "00001/samples/00002.png"
     content, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    cli.main(command)
+    commands.main(command)
     assert lost.read_bytes() == content
     assert kept.stat().st_mtime_ns == stamp
 
@@ -138,7 +141,7 @@ def test_the_layout_of_dpg(learned, tmp_path):
     (source / "COCOval2014_1.txt").write_text("A red disc.\n")
     (source / "drawtext_2.txt").write_text("A blue square.")
     command = ["--checkpoint", str(learned), "--out", str(out), "--steps", "one"]
-    cli.main(["generate", "--prompts", str(source), "--layout", "dpg", *command])
+    commands.main(["generate", "--prompts", str(source), "--layout", "dpg", *command])
     assert sorted(p.name for p in out.iterdir()) == ["COCOval2014_1.png", "drawtext_2.png"]
     with Image.open(out / "COCOval2014_1.png") as image:
         assert image.size == (64, 64)  # two by two, nothing between them
@@ -170,7 +173,9 @@ def test_generate_says_what_is_wrong(learned, tmp_path, monkeypatch, arguments, 
     given = [str(tmp_path / "plain.txt") if a == "PLAIN" else a for a in arguments]
     monkeypatch.setattr(generate.Painter, "load", lambda *_, **__: pytest.fail("a model was read"))
     with pytest.raises(SystemExit, match=message):
-        cli.main(["generate", "--checkpoint", str(learned), "--out", str(tmp_path / "o"), *given])
+        commands.main(
+            ["generate", "--checkpoint", str(learned), "--out", str(tmp_path / "o"), *given]
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -178,11 +183,11 @@ def test_what_is_there_is_drawn_once_and_never_written_over(learned, tmp_path, c
     out = tmp_path / "out"
     command = ["--checkpoint", str(learned), "--out", str(out), "--guidance", "0", "--grid"]
     command += ["--steps", "one"]
-    cli.main(["generate", "peach", "peach", *command])
+    commands.main(["generate", "peach", "peach", *command])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(before) == ["00000_peach.png", "00001_peach.png", "grid.png"]
     assert before["00000_peach.png"] != before["00001_peach.png"]  # seeds of their own
-    cli.main(["generate", "peach", "peach", *command])
+    commands.main(["generate", "peach", "peach", *command])
     said = capsys.readouterr()
     assert "2 pictures are in" in said.err
     assert "0 pictures in" in said.out
@@ -196,11 +201,11 @@ def test_what_is_there_is_drawn_once_and_never_written_over(learned, tmp_path, c
         ["Peach"],
     ):
         with pytest.raises(SystemExit, match=r"00000_peach\.png is there already"):
-            cli.main(["generate", *command, *more])
+            commands.main(["generate", *command, *more])
     with pytest.raises(SystemExit, match=r"grid\.png is there already"):
-        cli.main(["generate", "peach", *command])
+        commands.main(["generate", "peach", *command])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    cli.main(["generate", "peach", "peach", *command, "--seed", "1", "--overwrite"])
+    commands.main(["generate", "peach", "peach", *command, "--seed", "1", "--overwrite"])
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(after) == sorted(before)
     assert all(after[name] != before[name] for name in after)
@@ -298,7 +303,7 @@ def test_prompts_of_every_encoding_that_is_utf8(tmp_path):
 
 def test_a_tokenizer_is_no_model_that_draws(image_tokenizer, tmp_path):
     with pytest.raises(SystemExit, match="text_tokenizer"):
-        cli.main(["generate", "a", "--checkpoint", str(image_tokenizer)])
+        commands.main(["generate", "a", "--checkpoint", str(image_tokenizer)])
 
 
 def test_tiles_and_labels():
@@ -316,7 +321,7 @@ def test_train_text_is_the_entry_point(monkeypatch):
     called = []
     monkeypatch.setattr(text_to_image, "main", called.append)
     monkeypatch.setattr(tokenizer, "main", lambda _: pytest.fail("the tokenizer's"))
-    cli.main(["train-text", "--resume", "optim.lr=1e-4"])
+    commands.main(["train-text", "--resume", "optim.lr=1e-4"])
     assert called == [["--resume", "optim.lr=1e-4"]]
 
 
@@ -336,7 +341,7 @@ def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
     find = fid.importlib.util.find_spec
     monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install 'tokenflow_ext"):
-        cli.main(["fid", *folders])
+        commands.main(["fid", *folders])
     monkeypatch.setattr(fid.importlib.util, "find_spec", find)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsError, match=rf"no file {tmp_path}/checkpoints/{fid.WEIGHTS}"):
@@ -349,9 +354,9 @@ def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
         fid.find_weights(other)
     Path(folders[1], "0.png").unlink()
     with pytest.raises(SystemExit, match="holds 1"):
-        cli.main(["fid", *folders])
+        commands.main(["fid", *folders])
     with pytest.raises(SystemExit, match="no folder at nowhere"):
-        cli.main(["fid", folders[0], "nowhere"])
+        commands.main(["fid", folders[0], "nowhere"])
 
 
 def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
@@ -368,11 +373,11 @@ def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
     library.calculate_metrics = calculate_metrics
     library.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "torch_fidelity", library)
-    cli.main(["fid", *folders, "--weights", str(weights)])
+    commands.main(["fid", *folders, "--weights", str(weights)])
     assert capsys.readouterr().out == "FID 12.5000\n"
     assert given["feature_extractor_weights_path"] == str(weights)
     assert (given["input1"], given["input2"], given["fid"]) == (*folders, True)
     weights.write_bytes(b"not a pickle")
     monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(b"not a pickle").hexdigest()[:8])
     with pytest.raises(SystemExit, match="cannot be read as a torch file"):
-        cli.main(["fid", *folders, "--weights", str(weights)])
+        commands.main(["fid", *folders, "--weights", str(weights)])

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train import captions, cli, tokens
-from tokenflow_ext.train.outputs import OutputError
-from tokenflow_ext.train.reading import DataError
+from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.data import captions, tokens
+from tokenflow_ext.train.data.outputs import OutputError
+from tokenflow_ext.train.data.text_files import DataError
 
 SCALES = [(1, 1), (2, 2), (4, 4)]
 
@@ -42,7 +43,7 @@ def tokenize(folder, image_tokenizer, out):
     """tokenize(): two images a shard, one at a time; other arguments of ``cli.tokenize``."""
 
     def run(source: Path = image_tokenizer, **options) -> Path:
-        return cli.tokenize(
+        return commands.tokenize(
             str(folder), str(source), str(out), **{"shard": 2, "batch": 1} | options
         )
 
@@ -186,16 +187,16 @@ def test_a_folder_of_other_things_is_left_alone(tokenize, out, folder, image_tok
         other.mkdir()
         (other / name).write_text(content)
         with pytest.raises(OutputError, match="name another"):
-            cli.tokenize(str(folder), str(image_tokenizer), str(other))
+            commands.tokenize(str(folder), str(image_tokenizer), str(other))
         assert contents(other) == {name: content.encode()}
         shutil.rmtree(other)
     with pytest.raises(OutputError, match="holds other things, such as "):
-        cli.tokenize(str(folder), str(image_tokenizer), str(folder))
+        commands.tokenize(str(folder), str(image_tokenizer), str(folder))
     (tmp_path / "mine").write_text("mine")
     other.mkdir()
     (other / "unfinished.json").symlink_to(tmp_path / "mine")
     with pytest.raises(OutputError, match=r"cannot write .*unfinished\.json"):
-        cli.tokenize(str(folder), str(image_tokenizer), str(other))
+        commands.tokenize(str(folder), str(image_tokenizer), str(other))
     assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -16,12 +16,13 @@ from weights import LITE0_MISSING
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import cosine
-from tokenflow_ext.train import checkpoint, tokenizer
+from tokenflow_ext.train import tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
-from tokenflow_ext.train.distributed import Processes
-from tokenflow_ext.train.loop import learning_rate
-from tokenflow_ext.train.parallel import Average
-from tokenflow_ext.train.trainer import Trainer
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.loop import learning_rate
+from tokenflow_ext.train.engine.parallel import Average
+from tokenflow_ext.train.tasks.tokenizer import Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torchrun import group_threads
 
-from tokenflow_ext.train import checkpoint, decoder, tokenizer
+from tokenflow_ext.train import decoder, tokenizer
 from tokenflow_ext.train.config import load_config, load_decoder_config
-from tokenflow_ext.train.decoder_trainer import DecoderTrainer
-from tokenflow_ext.train.distributed import Processes, processes
-from tokenflow_ext.train.parallel import whole
-from tokenflow_ext.train.trainer import Trainer
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.parallel import whole
+from tokenflow_ext.train.tasks.decoder import DecoderTrainer
+from tokenflow_ext.train.tasks.tokenizer import Trainer
 
 PROGRAMS = {
     "tokenizer": (load_config, Trainer, tokenizer.train),

@@ -15,9 +15,9 @@ import torch
 
 from tokenflow_ext.train import text_to_image
 from tokenflow_ext.train.config import load_text_config
-from tokenflow_ext.train.distributed import Processes, processes
-from tokenflow_ext.train.parallel import whole
-from tokenflow_ext.train.text_trainer import TextTrainer
+from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.parallel import whole
+from tokenflow_ext.train.tasks.text_to_image import TextTrainer
 
 
 def two_steps(output: str, overrides: list[str], group: Processes) -> None:

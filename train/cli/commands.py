@@ -12,28 +12,18 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr, to_uint8
+from tokenflow_ext.train import data, decoder, text_to_image, tokenizer
+from tokenflow_ext.train.config import CaptionConfig
+from tokenflow_ext.train.data import emojis, outputs, text_files, tokens
+from tokenflow_ext.train.data.captions import list_captions
+from tokenflow_ext.train.data.image_files import open_image, read_square
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import find_device
+from tokenflow_ext.train.engine.logs import over_under
+from tokenflow_ext.train.engine.messages import ending_in_one_line
+from tokenflow_ext.train.evaluation import analyse, evaluate, fid
 
-from . import (
-    analyse,
-    checkpoint,
-    data,
-    decoder,
-    emojis,
-    evaluate,
-    fid,
-    generate,
-    outputs,
-    reading,
-    text_to_image,
-    tokenizer,
-    tokens,
-)
-from .captions import list_captions
-from .config import CaptionConfig
-from .distributed import find_device
-from .logs import over_under
-from .messages import ending_in_one_line
-from .pictures import open_image, read_square
+from . import generate
 
 
 @torch.no_grad()
@@ -58,7 +48,7 @@ def reconstruct(
     place_of_work = find_device(device)
     checkpoint.check_there(source)
     for name in images:  # each is read once before the first is written
-        reading.require_file(name)
+        text_files.require_file(name)
         open_image(Path(name))
     stems = outputs.distinct_names([Path(name).stem for name in images], ".safetensors")
     target = outputs.Outputs(Path(out), overwrite)
@@ -84,7 +74,7 @@ def reconstruct(
             picture = target.write(f"{stem}.png", sheet)
         likeness = psnr(to_uint8(made), to_uint8(original)).item()  # as `tokenflow evaluate`
         said = f"{codes.shape[1]} tokens, {likeness:.2f} dB"
-        print(f"{reading.printable(name)}: {said}, {reading.printable(picture)}")
+        print(f"{text_files.printable(name)}: {said}, {text_files.printable(picture)}")
         written.append(picture)
     return written
 
@@ -354,7 +344,3 @@ def _run(known: argparse.Namespace) -> None:
             shard=known.shard,
             caption_keys=known.caption_keys,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -18,12 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenflow_ext.models.text_to_image.model import TextToImage
-
-from . import checkpoint
-from .distributed import find_device
-from .language import load_text_tokenizer
-from .outputs import Outputs, json_text, png
-from .reading import DataError, check_file, json_lines, lines, read_text, reason, say
+from tokenflow_ext.train.data.image_files import tile
+from tokenflow_ext.train.data.outputs import Outputs, json_text, png
+from tokenflow_ext.train.data.text_files import (
+    DataError,
+    check_file,
+    json_lines,
+    lines,
+    read_text,
+    reason,
+    say,
+)
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import find_device
+from tokenflow_ext.train.tasks.language import load_text_tokenizer
 
 #: Filters (top_k, top_p) of each draw of a scale (arXiv 2412.03069, section 4.1).
 STEPS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
@@ -346,17 +354,6 @@ def _holds(path: Path, content: bytes) -> bool:
         return path.read_bytes() == content
     except OSError:
         return False
-
-
-def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Images [H, W, 3] in rows, without gaps; missing ones at the end are white."""
-    height, width, _ = images[0].shape
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height, i % columns * width
-        sheet[top : top + height, left : left + width] = image
-    return sheet
 
 
 def labelled(images: Sequence[np.ndarray], labels: Sequence[str], least: int = 128) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pictures with captions: which sample is which, and what becomes of its caption.
 
-As in :mod:`tokenflow_ext.train.data`, samples are counted from 0 over the whole run and every
+As in :mod:`.crops`, samples are counted from 0 over the whole run and every
 process, and sample ``g`` depends on nothing but (seed, g): the data position of a run is one
 integer, and the joined batch of several processes is the batch of one.
 
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import data, shards, tokens
-from .config import CaptionConfig
-from .data import Kept, counted_rng
-from .pictures import find_images, read_square, to_square, to_tensor
-from .reading import (
+from tokenflow_ext.train.config import CaptionConfig
+
+from . import crops, tokens, webdataset
+from .crops import Kept, counted_rng
+from .image_files import find_images, read_square, to_square, to_tensor
+from .text_files import (
     METADATA,
     DataError,
     Tally,
@@ -137,7 +138,7 @@ def _described(root: Path, keys: Sequence[str], seen: Counter[str]) -> dict[Path
     """
     file = root / METADATA
     if not os.path.lexists(file):
-        return {path: _beside(path, keys, seen) for path in data.list_images(root)}
+        return {path: _beside(path, keys, seen) for path in crops.list_images(root)}
     found: dict[Path, tuple[str, str]] = {}
     left, expected = Tally(file), '{"file_name": ..., "text": ...}'
     for number, entry in json_lines(file, expected):
@@ -319,7 +320,7 @@ class Tokens:
             yield f"{sum_} {caption}"
 
 
-class Shards(shards.Shards):
+class Shards(webdataset.Shards):
     """The pairs in a folder of WebDataset shards: pictures with a caption in ``.txt`` or ``.json``.
 
     Others are left out, those whose description cannot be read too.
@@ -339,14 +340,16 @@ class Shards(shards.Shards):
         seed: int,
         keys: Sequence[str] = CaptionConfig.caption_keys,
     ) -> None:
-        super().__init__(shards.list_shards(folder), streams, joint, seed)
+        super().__init__(webdataset.list_shards(folder), streams, joint, seed)
         self.size, self.keys = size, keys
         self._seen: Counter[str] = Counter()  # keys of descriptions without a caption
 
     def hint(self) -> str:
         return _keys_found(self._seen)
 
-    def select(self, path: Path, members: list[shards.Member], left: Tally) -> list[shards.Member]:
+    def select(
+        self, path: Path, members: list[webdataset.Member], left: Tally
+    ) -> list[webdataset.Member]:
         """The samples with a caption, which they are given."""
         found = []
         for member in members:
@@ -357,9 +360,9 @@ class Shards(shards.Shards):
                 left.add(f"pictures {why}", f"{path}/{member.name}")
         return found
 
-    def _caption(self, path: Path, member: shards.Member) -> tuple[str, str]:
-        txt = None if member.txt is None else data.read_span(path, member.txt)
-        listing = None if member.json is None else data.read_span(path, member.json)
+    def _caption(self, path: Path, member: webdataset.Member) -> tuple[str, str]:
+        txt = None if member.txt is None else crops.read_span(path, member.txt)
+        listing = None if member.json is None else crops.read_span(path, member.json)
         entry = None
         try:
             txt = None if txt is None else decode(txt, "its text")
@@ -488,14 +491,14 @@ def open_source(
         raise DataError(f"no folder at {folder}")
     if tokens.is_tokens(folder):
         return Tokens(folder, form.scales, form.codebook_size, choice, form.tokenizer)
-    if shards.list_shards(folder):
+    if webdataset.list_shards(folder):
         if choice != _ALL:
             raise DataError(
                 f"data.match, unseen and limit are not for shards, which {folder} holds"
             )
         across, along = config.streams
         source = Shards(folder, form.image_size, (across, along), joint, seed, config.caption_keys)
-        source.beside = shards.beside(folder)
+        source.beside = webdataset.beside(folder)
         return source
     return Pictures(folder, form.image_size, choice, config.caption_keys, config.cache)
 

@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .config import DataConfig
-from .pictures import BrokenImageError, list_images, open_image, to_tensor
-from .reading import DataError, Tally, inside, json_lines, reason
+from tokenflow_ext.train.config import DataConfig
+
+from .image_files import BrokenImageError, list_images, open_image, to_tensor
+from .text_files import DataError, Tally, inside, json_lines, reason
 
 # Where a large image set is not at hand, this vertical band of every photograph is held out: off
 # the middle, where most photographs keep their subject, so that the held-out part shows some of it.
@@ -514,7 +515,7 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
         except BrokenImageError as error:
             if picture.span is None:
                 raise
-            left.add("images that cannot be read", str(error))  # as in training, train/shards.py
+            left.add("images that cannot be read", str(error))  # as in training, webdataset.py
             continue
         if not regions:
             left.add("images too small to hold a band of them out", picture.path)

@@ -9,9 +9,8 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from .data import DataError
 from .outputs import check_new_folder, json_text, write_folder
-from .reading import METADATA, json_lines, require_file
+from .text_files import METADATA, DataError, json_lines, require_file
 
 PACKAGE, VERSION = "@lobehub/fluent-emoji-3d", "1.1.0"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenflow_ext.models.metrics import to_uint8
 
-from .reading import METADATA, DataError, Tally, check_file, reason
+from .text_files import METADATA, DataError, Tally, check_file, reason
 
 # What turns a picture upright, by its orientation tag.
 _TURNS = {
@@ -324,3 +325,14 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def to_pixels(images: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] (127.5 x + 128, clamped, truncated)."""
     return to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images [H, W, 3] in rows, without gaps; missing ones at the end are white."""
+    height, width, _ = images[0].shape
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = image
+    return sheet

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import data
-from .config import DataConfig
-from .data import DataError, Picture, PictureSet, Source
-from .shards import Shards, beside, first_pictures, list_shards
+from tokenflow_ext.train.config import DataConfig
+
+from . import crops
+from .crops import Picture, PictureSet, Source
+from .text_files import DataError
+from .webdataset import Shards, beside, first_pictures, list_shards
 
 
 def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list[Picture]]:
@@ -46,12 +48,12 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
             f"data.weight_key is for shards, and data.path={config.path} holds none: name a file "
             "of weights with data.weights"
         )
-    train, held_out = data.split(config)
+    train, held_out = crops.split(config)
     weights = None
     if config.weights is not None:
         if config.path is None:
             raise DataError("data.weights is for a folder of images: name it with data.path")
-        weights = data.read_weights(config.weights, config.path)
+        weights = crops.read_weights(config.weights, config.path)
         known = {p.path for p in (*train, *held_out)}
         if strangers := sorted(set(weights) - known):
             raise DataError(
@@ -77,4 +79,4 @@ def _held_out(config: DataConfig) -> list[Picture]:
     if paths:
         beside(Path(config.held_out))
         return first_pictures(paths, config.held_out_crops)
-    return [Picture(path) for path in data.list_images(config.held_out)]
+    return [Picture(path) for path in crops.list_images(config.held_out)]

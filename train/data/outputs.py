@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tokenflow_ext.models.serialization.files import OutputError, write_file
 
-from .reading import reason
+from .text_files import reason
 
 #: Bytes that a file's name may have, on every file system in use.
 _NAME_MAX = 255

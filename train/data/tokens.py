@@ -35,7 +35,7 @@ from tokenflow_ext.models.serialization.files import (
 )
 
 from .outputs import Outputs, check_folder, check_new_folder, json_text
-from .reading import DataError, inside, read_json, require_file
+from .text_files import DataError, inside, read_json, require_file
 
 FORMAT, VERSION = "tokenflow-tokens", 1
 INDEX, UNFINISHED = "index.json", "unfinished.json"

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import data
-from .data import Picture, counted_rng
-from .pictures import BrokenImageError, find_images, open_image, suffixes
-from .reading import DataError, Tally, check_file, decode, parse_json, reason
+from . import crops
+from .crops import Picture, counted_rng
+from .image_files import BrokenImageError, find_images, open_image, suffixes
+from .text_files import DataError, Tally, check_file, decode, parse_json, reason
 
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 
@@ -339,9 +339,9 @@ class Shards:
         if member.json is None:
             return 1.0
         name = f"{path}/{member.name}"
-        entry = decode(data.read_span(path, member.json), f"the JSON of {name}")
+        entry = decode(crops.read_span(path, member.json), f"the JSON of {name}")
         try:
-            return data.checked_weight(parse_json(entry).get(self.weight_key, 1.0))
+            return crops.checked_weight(parse_json(entry).get(self.weight_key, 1.0))
         except (ValueError, AttributeError) as error:
             raise DataError(f"data.weight_key={self.weight_key} of {name}: {error}") from error
 
@@ -398,7 +398,7 @@ class Shards:
         def make() -> np.ndarray:
             members, weights = self._open(path)
             rng = counted_rng(self.seed, 5 + 2 * stream, number)
-            return data.draw_round(rng, len(members), weights, visits)
+            return crops.draw_round(rng, len(members), weights, visits)
 
         return self._kept((5 + 2 * stream, number), make)
 
@@ -444,7 +444,7 @@ class Shards:
             DataError: naming shard and member.
         """
         member = self.members(path)[number]
-        return open_image(f"{path}/{member.name}", data.read_span(path, member.picture))
+        return open_image(f"{path}/{member.name}", crops.read_span(path, member.picture))
 
     def regions(self, index: int) -> list[Image.Image]:
         """What sample ``index`` of the run may be cut from (see :class:`data.RandomCrops`)."""

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from tokenflow_ext import build_info
 from tokenflow_ext.models import ConfigError
 from tokenflow_ext.models.serialization.files import shown
-
-from .reading import DataError
+from tokenflow_ext.train.data.text_files import DataError
 
 
 @dataclass(frozen=True)

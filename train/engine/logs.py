@@ -22,8 +22,7 @@ from tokenflow_ext.models.serialization.files import (
     replacing,
     write_file,
 )
-
-from .pictures import to_pixels
+from tokenflow_ext.train.data.image_files import to_pixels
 
 
 class RunLog:

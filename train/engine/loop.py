@@ -23,9 +23,10 @@ from torch.profiler import record_function
 from tokenflow_ext.models import CheckpointError
 from tokenflow_ext.models.serialization.files import brief, shown
 from tokenflow_ext.models.serialization.pretrained import not_finite, read_weights
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import OptimConfig, to_yaml
 
-from . import checkpoint, data, parallel, runs
-from .config import OptimConfig, to_yaml
+from . import checkpoint, parallel, runs
 from .distributed import Launcher, Processes, processes
 from .logs import RunLog, table
 from .messages import ending_in_one_line

@@ -20,9 +20,9 @@ from tokenflow_ext.models.serialization.files import (
     remove_parts,
     shown,
 )
+from tokenflow_ext.train.config import DecoderConfig, TextConfig, TrainConfig, from_yaml, leaves
 
 from . import checkpoint
-from .config import DecoderConfig, TextConfig, TrainConfig, from_yaml, leaves
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"

@@ -26,9 +26,14 @@ from tokenflow_ext import nearest_code
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import code_usage
 from tokenflow_ext.models.towers.towers import MissingPackageError
+from tokenflow_ext.train import data
+from tokenflow_ext.train.data.image_files import PREPROCESSING, open_image, tile
+from tokenflow_ext.train.data.outputs import Outputs, add_overwrite, distinct_names, png
+from tokenflow_ext.train.data.text_files import printable
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.logs import table
 
-from . import checkpoint, data
-from .distributed import Processes, processes
 from .evaluate import (
     Squares,
     add_reading_arguments,
@@ -39,11 +44,6 @@ from .evaluate import (
     thinned,
     to_float,
 )
-from .generate import tile
-from .logs import table
-from .outputs import Outputs, add_overwrite, distinct_names, png
-from .pictures import PREPROCESSING, open_image
-from .reading import printable
 
 FORMAT = "tokenflow-analysis"
 VERSION = 1

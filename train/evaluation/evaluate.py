@@ -45,13 +45,15 @@ from tokenflow_ext.models.metrics import (
     to_uint8,
 )
 from tokenflow_ext.models.towers.teachers import build_teacher
+from tokenflow_ext.train import data
+from tokenflow_ext.train.data.image_files import PREPROCESSING, open_image, to_square
+from tokenflow_ext.train.data.outputs import Outputs, add_overwrite, json_text, png
+from tokenflow_ext.train.data.text_files import printable
+from tokenflow_ext.train.engine import checkpoint
+from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.logs import over_under, table
 
-from . import checkpoint, data, fid
-from .distributed import Processes, processes
-from .logs import over_under, table
-from .outputs import Outputs, add_overwrite, json_text, png
-from .pictures import PREPROCESSING, open_image, to_square
-from .reading import printable
+from . import fid
 
 FORMAT = "tokenflow-evaluation"
 VERSION = 1

@@ -10,10 +10,9 @@ import torch
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.serialization.pretrained import read_torch
-
-from .distributed import find_device
-from .pictures import check_depth, open_image
-from .reading import DataError
+from tokenflow_ext.train.data.image_files import check_depth, open_image
+from tokenflow_ext.train.data.text_files import DataError
+from tokenflow_ext.train.engine.distributed import find_device
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 begins

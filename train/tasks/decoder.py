@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tokenflow_ext import QuantizerOutput
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerOutput
+from tokenflow_ext.train.config import DecoderConfig
+from tokenflow_ext.train.engine import checkpoint, parallel
 
-from . import checkpoint, parallel
-from .config import DecoderConfig
-from .trainer import Trainer
+from .tokenizer import Trainer
 
 
 class _PixelBranch(nn.Module):

@@ -16,8 +16,7 @@ from tokenflow_ext.models.serialization.files import check_regular, inside, read
 from tokenflow_ext.models.serialization.pretrained import not_finite
 from tokenflow_ext.models.text_to_image.original_checkpoint import first_line
 from tokenflow_ext.models.text_to_image.sequence import FAMILIES, check_header
-
-from .reading import say
+from tokenflow_ext.train.data.text_files import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -15,12 +15,14 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig, encode_prompts
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import TextConfig
+from tokenflow_ext.train.data import captions, tokens
+from tokenflow_ext.train.engine import checkpoint, parallel
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.loop import BaseTrainer
 
-from . import captions, checkpoint, data, parallel, tokens
-from .config import TextConfig
-from .distributed import Processes
 from .language import TEXT_FOLDER, load_language_model, load_text_tokenizer, make_text_tokenizer
-from .loop import BaseTrainer
 
 _CAPTIONS = 100_000  # of which a text tokenizer is made, at most
 

@@ -31,12 +31,12 @@ from tokenflow_ext.models.losses.tokenizer import (
 from tokenflow_ext.models.metrics import code_usage, cosine, psnr
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.towers.teachers import build_teacher
-
-from . import checkpoint, data, parallel
-from .config import TrainConfig, leaves
-from .distributed import Processes
-from .images import open_images
-from .loop import BaseTrainer
+from tokenflow_ext.train import data
+from tokenflow_ext.train.config import TrainConfig, leaves
+from tokenflow_ext.train.data.images import open_images
+from tokenflow_ext.train.engine import checkpoint, parallel
+from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.loop import BaseTrainer
 
 
 def check_memory(config: TokenizerConfig) -> None:

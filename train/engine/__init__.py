@@ -1,0 +1,1 @@
+"""How a run goes: the loop, processes, checkpoints, logs, and how a command ends."""

@@ -1,0 +1,1 @@
+"""How good a tokenizer is: reconstruction, FID, and what its codes stand for."""

@@ -1,0 +1,1 @@
+"""What is trained: a tokenizer, a pixel decoder, text to image."""
