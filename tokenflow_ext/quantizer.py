@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .codebook import (
+    kmeans,
+    reduce_counts,
+    reset_running,
+    running_means,
+    sum_by_code,
+    update_running,
+)
 from .collectives import all_reduce, sample_rows
 from .ops import Size
 
@@ -282,25 +290,27 @@ class MultiScaleQuantizer(nn.Module):
         """Running statistics after a training step; returns the hits over all processes."""
         searched = result.indices >= 0
         finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
+        rows = None
         if self.codebook_update == "ema":
             rows = self._rows(features.detach(), codebook, result.indices)
             finite = finite & rows.isfinite().all(dim=-1)
         tokens = torch.where(finite, result.indices, -1)
-        skipped = (searched & (tokens < 0)).sum().unsqueeze(0)
-        counts = all_reduce(torch.cat([ops.count_codes(tokens, self.codebook_size), skipped]))
-        hits = counts[:-1]
-        self.skipped_rows.add_(counts[-1])
+        hits, skipped = reduce_counts(
+            ops.count_codes(tokens, self.codebook_size), (searched & (tokens < 0)).sum()
+        )
+        self.skipped_rows.add_(skipped)
         # A step without a row is no step.
         stepped = hits.any()
-        weight = (stepped * (1 - self.usage_decay)).to(self.usage_ema.dtype)
-        self.usage_ema.lerp_(hits.to(self.usage_ema.dtype), weight)
+        rate = stepped * (1 - self.usage_decay)
         self.window_hits.add_(hits)
-        if self.codebook_update == "ema":
-            sums, _ = ops.segment_sum(rows.flatten(0, 1), tokens.flatten(), self.codebook_size)
-            sums = all_reduce(sums).to(self.codebook_sums.dtype)
-            self.codebook_sums.lerp_(sums, weight.to(sums.dtype))
-            means = self.codebook_sums / self.usage_ema.clamp(min=1e-12).unsqueeze(1)
+        sums = None
+        if rows is not None:
+            sums, _ = sum_by_code(rows.flatten(0, 1), tokens.flatten(), self.codebook_size)
+            sums = all_reduce(sums)
+        update_running(self.usage_ema, self.codebook_sums, hits, sums, rate)
+        if self.codebook_sums is not None:
             # A code that was never hit, or not for so long that its mean is noise, stays.
+            means = running_means(self.usage_ema, self.codebook_sums)
             self._set_codes(means, stepped & (self.usage_ema > 1e-5))
         return hits
 
@@ -465,17 +475,26 @@ class MultiScaleQuantizer(nn.Module):
             ValueError: a wrong shape, or a process without a finite row (on every process).
         """
         features = self._features(features)
-        rows = self._normalize(features)
-        self._set_codes(sample_rows(features, self.codebook_size), None)
-        for _ in range(iterations):
-            index = ops.nearest_code(
-                features, self.joint_codebook(), self.dims, self.weights, self.l2_norm
-            )
-            sums, counts = ops.segment_sum(rows, index, self.codebook_size)
-            sums, counts = all_reduce(sums), all_reduce(counts)
-            means = sums / counts.clamp(min=1).unsqueeze(1)
-            spare = sample_rows(features, self.codebook_size)
-            self._set_codes(torch.where(counts.unsqueeze(1) > 0, means, spare), None)
+
+        def sample() -> Tensor:
+            return sample_rows(features, self.codebook_size)
+
+        def stored(rows: Tensor) -> Tensor:
+            """As the codebooks hold them, in their dtype."""
+            return self._normalize(rows).to(self.codebooks[0].dtype).to(rows.dtype)
+
+        def assign(centres: Tensor) -> Tensor:
+            return ops.nearest_code(features, centres, self.dims, self.weights, self.l2_norm)
+
+        centres, _ = kmeans(
+            self._normalize(features),
+            stored(sample()),
+            iterations,
+            assign=assign,
+            normalize=stored,
+            spare=sample,
+        )
+        self._copy_codes(centres, None)
         self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
 
     @torch.no_grad()
@@ -523,14 +542,14 @@ class MultiScaleQuantizer(nn.Module):
 
     def _set_codes(self, rows: Tensor, where: Tensor | None) -> None:
         """codebooks[where] = rows[where], normalised with l2_norm; rows [K, D], where [K]."""
-        rows = self._normalize(rows)
+        self._copy_codes(self._normalize(rows), where)
+
+    def _copy_codes(self, rows: Tensor, where: Tensor | None) -> None:
         for codebook, group in zip(self.codebooks, rows.split(self.dims, dim=-1), strict=True):
             group = group.to(codebook.dtype)
             keep = group if where is None else torch.where(where.unsqueeze(1), group, codebook)
             codebook.copy_(keep)
 
     def _reset_statistics(self, where: Tensor, hits: Tensor | float) -> None:
-        self.usage_ema.copy_(torch.where(where, hits, self.usage_ema))
-        if self.codebook_sums is not None:
-            rows = self._normalize(self.joint_codebook()) * self.usage_ema.unsqueeze(1)
-            self.codebook_sums.copy_(torch.where(where.unsqueeze(1), rows, self.codebook_sums))
+        codes = self._normalize(self.joint_codebook())
+        reset_running(where, codes, hits, self.usage_ema, self.codebook_sums)

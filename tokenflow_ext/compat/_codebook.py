@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tokenflow_ext import ops
+from tokenflow_ext.codebook import (
+    kmeans,
+    reduce_counts,
+    reset_running,
+    smoothed_means,
+    sum_by_code,
+    update_running,
+)
 from tokenflow_ext.collectives import all_reduce, sample_rows
 from tokenflow_ext.stochastic import sample_code
 
@@ -191,6 +200,10 @@ class Codebook(nn.Module):
             return rows.new_empty(0, dtype=torch.int64)
         return ops.nearest_code(rows, codes, l2_norm=self.use_cosine_sim)
 
+    def _assign(self, rows: Tensor, finite: Tensor, codes: Tensor) -> Tensor:
+        """The nearest of codes [K, D] for rows [N, D] that are finite, -1 for others."""
+        return torch.where(finite, self._nearest(rows, codes), -1)
+
     @torch.no_grad()
     def init_embed_(self, data: Tensor, mask: Tensor | None = None) -> bool:
         """k-means on the first rows that come, of all processes, where it was asked for.
@@ -212,15 +225,17 @@ class Codebook(nn.Module):
         for number, (rows, means) in enumerate(zip(data, samples, strict=True)):
             finite = rows.isfinite().all(dim=-1)
             self.skipped_rows.add_(all_reduce((~finite).sum()))
-            for _ in range(self.kmeans_iters):
-                index = torch.where(finite, self._nearest(rows, means), -1)
-                sums, counts = map(all_reduce, _segment_sum(rows, index, len(means)))
-                new = sums / counts.clamp(min=1).unsqueeze(1)
-                if self.use_cosine_sim:
-                    new = unit(new)
-                means = torch.where(counts.unsqueeze(1) > 0, new, means)
-            self.cluster_size[number].copy_(counts)
-            self.embed_avg[number].copy_(means * counts.unsqueeze(1))
+            means, counts = kmeans(
+                rows,
+                means,
+                self.kmeans_iters,
+                assign=partial(self._assign, rows, finite),
+                normalize=unit if self.use_cosine_sim else lambda means: means,
+            )
+            everywhere = torch.ones_like(counts, dtype=torch.bool)
+            reset_running(
+                everywhere, means, counts, self.cluster_size[number], self.embed_avg[number]
+            )
         self.update_ema()
         self.initted.fill_(True)
         return True
@@ -272,11 +287,10 @@ class Codebook(nn.Module):
         finite = rows.isfinite().all(dim=-1)
         first = self.codebook_size * torch.arange(self.num_codebooks, device=rows.device)
         flat = torch.where(finite & (indices >= 0), indices + first.unsqueeze(1), -1).flatten()
-        sums, counts = _segment_sum(rows.flatten(0, 1), flat, self.cluster_size.numel())
-        skipped = (~finite & (indices >= 0)).sum().unsqueeze(0)
-        counts, skipped = all_reduce(torch.cat([counts, skipped])).split([len(counts), 1])
+        sums, counts = sum_by_code(rows.flatten(0, 1), flat, self.cluster_size.numel())
+        counts, skipped = reduce_counts(counts, (~finite & (indices >= 0)).sum())
         if not counted:
-            self.skipped_rows.add_(skipped[0])
+            self.skipped_rows.add_(skipped)
         sums = all_reduce(sums).view(self.embed_avg.shape)
         counts = counts.view(self.cluster_size.shape).to(sums)
         if callable(weight):
@@ -286,7 +300,7 @@ class Codebook(nn.Module):
         self._pending = (sums, counts) if accumulate else None
         if accumulate:
             return
-        rate = of_sums = 1 - self.decay
+        rate: float | Tensor = 1 - self.decay
         if weight is not None:
             size = self.cluster_size
             if weight.shape not in (size.shape, size.shape[1:]):
@@ -295,16 +309,12 @@ class Codebook(nn.Module):
                     f"{tuple(size.shape[1:])}, got {tuple(weight.shape)}"
                 )
             rate = (weight * rate).to(size).expand_as(size)
-            of_sums = rate.unsqueeze(-1)
-        self.cluster_size.lerp_(counts.to(self.cluster_size), rate)
-        self.embed_avg.lerp_(sums.to(self.embed_avg), of_sums)
+        update_running(self.cluster_size, self.embed_avg, counts, sums, rate)
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Codes from the running statistics, the counts smoothed after Laplace."""
-        total = self.cluster_size.sum(dim=-1, keepdim=True)
-        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps)
-        codes = self.embed_avg / (smoothed * total).unsqueeze(-1)
+        codes = smoothed_means(self.cluster_size, self.embed_avg, self.eps)
         self.embed.copy_(unit(codes) if self.use_cosine_sim else codes)
         self.any_length = isinstance(self.embed, nn.Parameter)
 
@@ -331,11 +341,10 @@ class Codebook(nn.Module):
         if self.use_cosine_sim:
             samples = unit(samples)
         dead = dead & samples.isfinite().all(dim=-1)
-        to = self.threshold_ema_dead_code
-        self.cluster_size.masked_fill_(dead, to)
-        dead = dead.unsqueeze(-1)
-        self.embed.copy_(torch.where(dead, samples, self.embed))
-        self.embed_avg.copy_(torch.where(dead, samples * to, self.embed_avg))
+        self.embed.copy_(torch.where(dead.unsqueeze(-1), samples, self.embed))
+        reset_running(
+            dead, samples, self.threshold_ema_dead_code, self.cluster_size, self.embed_avg
+        )
 
 
 def _see_lengths(book: Codebook, _: object) -> None:
@@ -348,10 +357,3 @@ def _by_book(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function of each codebook's part of tensors [H, ...], joined: [H, ...]."""
     parts = [function(*each) for each in zip(*tensors, strict=True)]
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-
-
-def _segment_sum(rows: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`ops.segment_sum`, also of no rows."""
-    if len(rows) == 0:
-        return rows.new_zeros(count, rows.shape[1]), indices.new_zeros(count)
-    return ops.segment_sum(rows, indices, count)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.collectives import all_reduce
+from tokenflow_ext.codebook import reduce_counts, update_running
+from tokenflow_ext.collectives import world_size
 from tokenflow_ext.ops import Size
 from tokenflow_ext.var import (
     PhiNonShared,
@@ -144,19 +144,21 @@ class VectorQuantizer2(nn.Module):
         Images whose features hold a NaN or an infinity are left out, and counted.
         """
         finite = f.isfinite().flatten(1).all(dim=1, keepdim=True)
-        tokens = [torch.where(finite, index, -1) for index in indices]
-        hits = [ops.count_codes(index, self.vocab_size) for index in tokens]
-        skipped = sum((index < 0).sum() for index in tokens)
-        counts = all_reduce(torch.cat([*hits, skipped.unsqueeze(0)]))
-        self.skipped_rows.add_(counts[-1])
-        hits = counts[:-1].view(self.ema_vocab_hit_SV.shape).to(self.ema_vocab_hit_SV)
+        tokens = torch.cat(
+            [index + scale * self.vocab_size for scale, index in enumerate(indices)], dim=1
+        )
+        tokens = torch.where(finite, tokens, -1)
+        hits, skipped = reduce_counts(
+            ops.count_codes(tokens, self.ema_vocab_hit_SV.numel()), (tokens < 0).sum()
+        )
+        self.skipped_rows.add_(skipped)
+        hits = hits.view(self.ema_vocab_hit_SV.shape)
         momentum = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
-        self.ema_vocab_hit_SV.lerp_(hits, 1 - momentum)
+        update_running(self.ema_vocab_hit_SV, None, hits, None, 1 - momentum)
         self.record_hit += 1
 
     def _usages(self, f: Tensor) -> list[float]:
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        margin = world * (f.numel() / f.shape[1]) / self.vocab_size * 0.08
+        margin = world_size() * (f.numel() / f.shape[1]) / self.vocab_size * 0.08
         return [100 * share for share in (self.ema_vocab_hit_SV >= margin).float().mean(1).tolist()]
 
     # ------------------------------------------------------------------ tokens
