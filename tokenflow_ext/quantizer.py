@@ -393,12 +393,15 @@ class MultiScaleQuantizer(nn.Module):
         rows = torch.cat([F.embedding(indices, group) for group in self.codebooks], dim=-1)
         return self._normalize(rows)
 
+    # What a next-scale predictor sees: `accumulate` carries f^ from scale to scale, `scale_input`
+    # gives the map that a scale's input is made of.
+
     @torch.no_grad()
     def accumulate(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
-        """One step of what a next-scale predictor sees (arXiv 2412.03069, section 3.3).
+        """f^ with one more scale (arXiv 2412.03069, section 3.3), to be carried to the next.
 
-        The scale's codes are added at the scale's own size and the sum is resized bicubically to
-        the next: the input of scale + 1.
+        The scale's codes are added at the scale's own size, and the sum is resized bicubically to
+        the next scale's.
 
         Args:
             f_hat: what the last call returned, [B, D, h, w] at this scale's size; None for scale 0.
@@ -411,24 +414,67 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: `scale` out of range, or a shape that does not fit it.
         """
-        if not 0 <= scale < len(self.scales):
-            raise ValueError(f"scale must be 0 to {len(self.scales) - 1}, got {scale}")
-        size = self.scales[scale]
+        self._check_scale(scale, 0)
+        total = self._add_scale(f_hat, indices, scale)
+        return total if scale + 1 == len(self.scales) else self._carry(total, scale + 1)
+
+    @torch.no_grad()
+    def scale_input(self, f_hat: Tensor, scale: int, indices: Tensor | None = None) -> Tensor:
+        """What the input of a scale is made of, [B, D, h, w] at the scale's size.
+
+        Args:
+            f_hat: what `accumulate` returned for the scale before.
+            scale: which scale, from 1: the first has no input.
+            indices: tokens [B, h * w] of the scale itself, where it refines what it has drawn. They
+                are added.
+
+        Raises:
+            ValueError: `scale` out of range, or a shape that does not fit it.
+        """
+        self._check_scale(scale, 1)
+        if indices is None:
+            self._check_f_hat(f_hat, scale)
+            return self._view(f_hat, scale)
+        return self._view(self._add_scale(f_hat, indices, scale), scale)
+
+    def _check_scale(self, scale: int, first: int) -> None:
+        if not first <= scale < len(self.scales):
+            raise ValueError(f"scale must be {first} to {len(self.scales) - 1}, got {scale}")
+
+    def _check_f_hat(self, f_hat: Tensor, scale: int, batch: int | None = None) -> None:
+        size = (self.dim, *self._carried_size(scale))
+        if f_hat.dim() != 4 or f_hat.shape[1:] != size or batch not in (None, len(f_hat)):
+            expected = ", ".join(map(str, ("B" if batch is None else batch, *size)))
+            raise ValueError(f"f_hat must have shape ({expected}), got {tuple(f_hat.shape)}")
+
+    def _add_scale(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
         if indices.dim() != 2 or indices.shape[1] != self.tokens_per_scale[scale]:
             raise ValueError(
                 f"indices must have shape [B, {self.tokens_per_scale[scale]}] at scale {scale}, "
                 f"got {tuple(indices.shape)}"
             )
-        grid = self.codes(indices).unflatten(1, size).permute(0, 3, 1, 2)
-        if f_hat is not None:
-            if f_hat.shape != grid.shape:
-                raise ValueError(
-                    f"f_hat must have shape {tuple(grid.shape)}, got {tuple(f_hat.shape)}"
-                )
-            grid = f_hat + grid
-        if scale + 1 == len(self.scales):
-            return grid
-        return F.interpolate(grid, self.scales[scale + 1], mode="bicubic", align_corners=False)
+        if f_hat is None:
+            return self._added(indices, scale)
+        self._check_f_hat(f_hat, scale, len(indices))
+        return f_hat + self._added(indices, scale)
+
+    # The four that differ from pyramid to pyramid; `tokenflow_ext.var` has others.
+
+    def _carried_size(self, scale: int) -> Size:
+        """Size of the f^ that comes to a scale."""
+        return self.scales[scale]
+
+    def _added(self, indices: Tensor, scale: int) -> Tensor:
+        """What a scale's tokens [B, h * w] add to the f^ that came to it."""
+        return self.codes(indices).unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
+
+    def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
+        """The f^ that comes to a scale, of that left by the scale before."""
+        return F.interpolate(f_hat, self.scales[scale], mode="bicubic", align_corners=False)
+
+    def _view(self, f_hat: Tensor, scale: int) -> Tensor:
+        """f^ that came to a scale, at the scale's size."""
+        return f_hat
 
     def next_scale_inputs(self, indices: Tensor) -> Tensor:
         """Inputs of scales 2 to S for teacher forcing, [B, L - h_1 * w_1, D].
@@ -439,7 +485,7 @@ class MultiScaleQuantizer(nn.Module):
         f_hat, inputs = None, []
         for scale, tokens in enumerate(self.split(indices)[:-1]):
             f_hat = self.accumulate(f_hat, tokens, scale)
-            inputs.append(f_hat.flatten(2).mT)
+            inputs.append(self.scale_input(f_hat, scale + 1).flatten(2).mT)
         if not inputs:
             return self.codes(indices)[:, :0]
         return torch.cat(inputs, dim=1)

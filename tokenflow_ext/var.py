@@ -235,7 +235,9 @@ class VarQuantizer(MultiScaleQuantizer):
 
     def _contribution(self, tokens: Tensor, codebook: Tensor, scale: int, size: Size) -> Tensor:
         """What a scale's tokens [B, h * w] add to f^, [B, D, *size]."""
-        return self._phi(scale)(resize(code_map(tokens, codebook, self.scales[scale]), size))
+        with torch.autocast(codebook.device.type, enabled=False):
+            codes = code_map(tokens, codebook, self.scales[scale])
+            return self._phi(scale)(resize(codes, size))
 
     def _sum_codes(self, indices: Tensor, codebook: Tensor, upto: int, size: Size) -> Tensor:
         parts = indices.split(self.tokens_per_scale[:upto], dim=1)
@@ -250,14 +252,35 @@ class VarQuantizer(MultiScaleQuantizer):
             rest = rest - self._contribution(tokens, codebook, scale, features.shape[2:])
         return torch.cat(rows, dim=1)
 
+    # f^ is carried at the size of the last scale; each scale sees its means (algorithm 2).
+
+    @torch.no_grad()
     def accumulate(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
-        """Not served: VAR pools the next scale's input from f^ at full size, which the maps that
-        `MultiScaleQuantizer.accumulate` hands on do not hold.
+        """f^ with one more scale, at the size of the last scale: [B, D, H, W].
+
+        The scale's codes are upsampled, pass the scale's convolution and are added. What the next
+        scale sees of f^ is `scale_input`.
+
+        Args:
+            f_hat: what the last call returned, [B, D, H, W]; None for scale 0.
+            indices: this scale's tokens [B, h * w].
+            scale: which scale, from 0.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: `scale` out of range, or a shape that does not fit it.
         """
-        raise NotImplementedError(
-            "VarQuantizer has no accumulate: the next scale's input is pooled from the f^ that "
-            "decode(indices, upto) gives"
-        )
+        return super().accumulate(f_hat, indices, scale)
+
+    def _carried_size(self, scale: int) -> Size:
+        return self.scales[-1]
+
+    def _added(self, indices: Tensor, scale: int) -> Tensor:
+        wide = self.codebooks[0].dtype == torch.float64
+        codebook = self.joint_codebook(torch.float64 if wide else torch.float32)
+        return self._contribution(indices, codebook, scale, self.scales[-1])
+
+    def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
+        return f_hat
+
+    def _view(self, f_hat: Tensor, scale: int) -> Tensor:
+        return F.interpolate(f_hat, self.scales[scale], mode="area")

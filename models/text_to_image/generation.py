@@ -189,12 +189,12 @@ def generate_tokens(
     drawn, f_hat = [tokens], None
     for scale in range(1, len(sequence.scales)):
         f_hat = quantizer.accumulate(f_hat, tokens, scale - 1)
-        tokens = draw(run_scale(scale, f_hat), scale, 0)
+        tokens = draw(run_scale(scale, quantizer.scale_input(f_hat, scale)), scale, 0)
         if sampler.steps(scale) > 1:
             session.cache.keep(*sequence.places(scale))
             for step in range(1, sampler.steps(scale)):
-                own = quantizer.codes(tokens).mT.reshape(f_hat.shape)
-                tokens = draw(run_scale(scale, f_hat + own), scale, step)
+                own = quantizer.scale_input(f_hat, scale, tokens)
+                tokens = draw(run_scale(scale, own), scale, step)
             session.cache.put_back(*sequence.places(scale))
         drawn.append(tokens)
     return torch.cat(drawn, dim=1)

@@ -618,11 +618,6 @@ def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -
             "the image tokenizer decodes no images (pixel.enabled is false): text to image needs "
             "one with a pixel branch"
         )
-    if quantizer.kind != "tokenflow":
-        raise ConfigError(
-            f"the image tokenizer's quantizer.kind is {quantizer.kind!r}: text to image needs "
-            "'tokenflow', whose next input comes from the scale before it"
-        )
     for name, asked, got in (
         ("codebook_size", config.codebook_size, quantizer.codebook_size),
         ("feature_dim", config.feature_dim, sum(tokenizer.config.dims)),

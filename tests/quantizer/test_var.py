@@ -153,6 +153,103 @@ def test_bad_arguments(options: dict, message: str) -> None:
         VarQuantizer(CODES, DIM, SCALES, **options)
 
 
-def test_accumulate_is_not_served() -> None:
-    with pytest.raises(NotImplementedError, match=r"decode\(indices, upto\)"):
-        build().accumulate(None, torch.zeros(1, 1, dtype=torch.int64), 0)
+def inputs_plainly(module: VarQuantizer, tokens: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """VAR's `get_next_autoregressive_input` in float64, one image at a time: what each
+    scale after the first sees, and f^ in the end."""
+    codes = module.codebooks[0].detach().double()
+    phis = [parameter.detach().double() for parameter in module.phis.parameters()]
+    side = SCALES[-1]
+    f_hat = torch.zeros(len(tokens[0]), DIM, side, side, dtype=torch.float64)
+    seen = []
+    for number, (scale, index) in enumerate(zip(SCALES, tokens, strict=True)):
+        if number:
+            seen.append(torch.stack([pooled_plainly(image, scale) for image in f_hat]))
+        for image, own in zip(f_hat, index, strict=True):
+            grid = torch.stack([codes[code] for code in own.tolist()], dim=1).view(
+                1, DIM, scale, -1
+            )
+            up = F.interpolate(grid, (side, side), mode="bicubic")
+            weight, bias = phis[2 * PHI_OF_SCALE[number]], phis[2 * PHI_OF_SCALE[number] + 1]
+            image += (0.5 * up + 0.5 * F.conv2d(up, weight, bias, padding=1))[0]
+    return seen, f_hat
+
+
+def pooled_plainly(image: Tensor, side: int) -> Tensor:
+    """Means of [D, H, H] over side x side bins, whose borders are rounded outwards."""
+    full = image.shape[1]
+    bins = [(i * full // side, -(-(i + 1) * full // side)) for i in range(side)]
+    rows = [
+        torch.stack([image[:, y0:y1, x0:x1].mean(dim=(1, 2)) for x0, x1 in bins], dim=1)
+        for y0, y1 in bins
+    ]
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_accumulate_is_the_next_scale_input_of_var(dtype: torch.dtype, error: float) -> None:
+    module = build(dtype)
+    tokens = [torch.randint(CODES, (3, side * side)) for side in SCALES]
+    seen, total = inputs_plainly(module, tokens)
+    f_hat = None
+    for scale, index in enumerate(tokens):
+        if scale:
+            found = module.scale_input(f_hat, scale)
+            assert found.shape == (3, DIM, SCALES[scale], SCALES[scale])
+            torch.testing.assert_close(found.double(), seen[scale - 1], rtol=0, atol=error)
+        f_hat = module.accumulate(f_hat, index, scale)
+        assert f_hat.dtype == dtype
+        assert f_hat.shape == (3, DIM, 5, 5)
+    torch.testing.assert_close(f_hat.double(), total, rtol=0, atol=error)
+    inputs = module.next_scale_inputs(torch.cat(tokens, dim=1))
+    expected = torch.cat([part.flatten(2).mT for part in seen], dim=1)
+    torch.testing.assert_close(inputs.double(), expected, rtol=0, atol=error)
+    assert not inputs.requires_grad
+
+
+def test_a_scale_that_refines_its_tokens_sees_them() -> None:
+    module = build()
+    tokens = [torch.randint(CODES, (2, side * side)) for side in SCALES]
+    f_hat = module.accumulate(module.accumulate(None, tokens[0], 0), tokens[1], 1)
+    before = f_hat.clone()
+    found = module.scale_input(f_hat, 2, tokens[2])
+    assert torch.equal(f_hat, before)
+    own = module.accumulate(f_hat, tokens[2], 2)
+    expected = torch.stack([pooled_plainly(image, 3) for image in own])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_accumulate_computes_half_weights_and_autocast_in_float32() -> None:
+    module = build(torch.float32)
+    tokens = torch.randint(CODES, (2, 4))
+    f_hat = torch.randn(2, DIM, 5, 5)
+    expected = module.accumulate(f_hat, tokens, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.accumulate(f_hat, tokens, 1), expected)
+    found = module.bfloat16().accumulate(f_hat, tokens, 1)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, module.float().accumulate(f_hat, tokens, 1))
+
+
+def test_bad_steps() -> None:
+    module = build()
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    f_hat = torch.zeros(2, DIM, 5, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="scale must be 0 to 3, got 4"):
+        module.accumulate(None, tokens, 4)
+    with pytest.raises(ValueError, match="scale must be 1 to 3, got 0"):
+        module.scale_input(f_hat, 0)
+    with pytest.raises(ValueError, match=r"indices must have shape \[B, 9\] at scale 2"):
+        module.accumulate(f_hat, tokens, 2)
+    # At the scale's own size, as TokenFlow's quantizer carries it.
+    with pytest.raises(
+        ValueError, match=r"f_hat must have shape \(2, 5, 5, 5\), got \(2, 5, 2, 2\)"
+    ):
+        module.accumulate(f_hat[:, :, :2, :2], tokens, 1)
+    with pytest.raises(
+        ValueError, match=r"f_hat must have shape \(B, 5, 5, 5\), got \(2, 5, 2, 2\)"
+    ):
+        module.scale_input(f_hat[:, :, :2, :2], 1)
+    with pytest.raises(
+        ValueError, match=r"f_hat must have shape \(2, 5, 5, 5\), got \(1, 5, 5, 5\)"
+    ):
+        module.scale_input(f_hat[:1], 1, tokens)
