@@ -12,7 +12,7 @@ from weights import LITE0_MISSING
 
 from tokenflow_ext.train.engine import checkpoint
 
-TOGETHER = Path(__file__).with_name("together.py")
+TOGETHER = Path(__file__).parents[1] / "together.py"
 STEPS = {
     "adversarial": ("loss.gan=0.5", "loss.gan_start=0"),
     "stylegan": (

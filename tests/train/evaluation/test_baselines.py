@@ -20,7 +20,7 @@ from tokenflow_ext.train.config import load_config
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.evaluation import evaluate
 
-CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs" / "ablation"
+CONFIGS = Path(__file__).resolve().parents[3] / "train" / "configs" / "ablation"
 SEMANTIC_ONLY = ("model.pixel.enabled=no",)
 VAR = (
     "model.semantic.tower.kind=none",

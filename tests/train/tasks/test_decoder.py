@@ -17,7 +17,7 @@ from tokenflow_ext.train.engine.distributed import Processes
 from tokenflow_ext.train.tasks.decoder import DecoderTrainer, with_enhanced_decoder
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).with_name("together.py")
+TOGETHER = Path(__file__).parents[1] / "together.py"
 GAN = ("loss.gan=0.5", "loss.gan_start=0")
 
 

@@ -26,7 +26,7 @@ from tokenflow_ext.train.tasks import language
 from tokenflow_ext.train.tasks.text_to_image import TextTrainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).with_name("together_text.py")
+TOGETHER = Path(__file__).parents[1] / "together_text.py"
 
 
 @pytest.fixture(scope="module")
