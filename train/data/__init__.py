@@ -1,13 +1,15 @@
 """Images, captions and tokens to train on, and the files that commands read and write."""
 
+from tokenflow_ext._deprecated import renamed
+
 from .crops import (
     HELD_OUT_BAND,
     PHOTOGRAPHS,
+    BatchPartition,
     Kept,
     Picture,
     PictureSet,
     RandomCrops,
-    Shard,
     Source,
     check_counts,
     checked_weight,
@@ -29,13 +31,13 @@ from .text_files import DataError
 __all__ = [
     "HELD_OUT_BAND",
     "PHOTOGRAPHS",
+    "BatchPartition",
     "BrokenImageError",
     "DataError",
     "Kept",
     "Picture",
     "PictureSet",
     "RandomCrops",
-    "Shard",
     "Source",
     "check_counts",
     "checked_weight",
@@ -54,3 +56,5 @@ __all__ = [
     "split",
     "to_tensor",
 ]
+
+__getattr__ = renamed(__name__, {"Shard": "BatchPartition"})

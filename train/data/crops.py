@@ -379,8 +379,8 @@ class RandomCrops(Dataset):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The share of one process in the samples of a run.
+class BatchPartition:
+    """The part of one process in the batches of a run.
 
     Optimizer step t takes the samples from ``position = t * batch`` on: micro-batch m of process r
     is the (m * world + r)-th of equal consecutive parts, so that the joined batch of all processes
@@ -414,20 +414,20 @@ class Shard:
 class _Positions:
     """Batch sampler: the micro-batches of a process from ``position`` on, without an end."""
 
-    def __init__(self, shard: Shard, position: int) -> None:
-        self.shard, self.position = shard, position
+    def __init__(self, partition: BatchPartition, position: int) -> None:
+        self.partition, self.position = partition, position
 
     def __iter__(self) -> Iterator[list[int]]:
         position = self.position
         while True:
-            for micro in range(self.shard.accumulate):
-                yield self.shard.indices(position, micro)
-            position += self.shard.batch
+            for micro in range(self.partition.accumulate):
+                yield self.partition.indices(position, micro)
+            position += self.partition.batch
 
 
 def loader(
     dataset: Dataset,
-    shard: Shard,
+    partition: BatchPartition,
     position: int,
     workers: int = 0,
     collate: Callable[[list], Any] | None = None,
@@ -441,7 +441,7 @@ def loader(
     return read_batches(
         dataset,
         collate or torch.stack,
-        batch_sampler=_Positions(shard, position),
+        batch_sampler=_Positions(partition, position),
         num_workers=workers,
         # The loader draws a seed for its workers, by default from the global generator, whose
         # state a resumed run must find as it was.

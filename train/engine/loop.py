@@ -75,7 +75,7 @@ class BaseTrainer:
         self.seconds = 0.0
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.shard = data.Shard(
+        self.partition = data.BatchPartition(
             config.optim.batch, config.optim.accumulate, group.rank, group.world
         )
         self.dtype = PRECISIONS[config.optim.precision]

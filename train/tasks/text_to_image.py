@@ -121,7 +121,7 @@ class TextTrainer(BaseTrainer):
         """Wrap the model for its processes and start reading."""
         self.parallel = parallel.distribute(self.model, self.group)
         workers = self.config.data.workers
-        loader = data.loader(self.dataset, self.shard, self.position, workers, captions.collate)
+        loader = data.loader(self.dataset, self.partition, self.position, workers, captions.collate)
         self._start_reading(iter(loader))
 
     def _autocast(self) -> Any:
@@ -171,7 +171,7 @@ class TextTrainer(BaseTrainer):
     def _fixed(self, source: Any) -> tuple[Tensor, list[str]]:
         """Tokens and captions of pairs spread evenly over a source."""
         pictures, texts = captions.collate(captions.some(source, self.config.data.evaluated))
-        parts = [self._tokens(part).cpu() for part in pictures.split(self.shard.local)]
+        parts = [self._tokens(part).cpu() for part in pictures.split(self.partition.local)]
         return torch.cat(parts), texts
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class TextTrainer(BaseTrainer):
         return values
 
     def _score(self, model: TextToImage, tokens: Tensor, texts: list[str]) -> tuple[float, float]:
-        group, local = self.group, self.shard.local
+        group, local = self.group, self.partition.local
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
         for start in range(0, len(texts), local * group.world):
             # A process without a share still takes part: its weights may be needed elsewhere.

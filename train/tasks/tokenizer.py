@@ -134,11 +134,11 @@ class Trainer(BaseTrainer):
     def _build_discriminator(self, size: int) -> nn.Module:
         loss = self.config.loss
         model = build_discriminator(loss.discriminator, size, loss.discriminator_channels)
-        if isinstance(model, StyleGanDiscriminator) and self.shard.local % model.group:
+        if isinstance(model, StyleGanDiscriminator) and self.partition.local % model.group:
             raise ConfigError(
                 f"loss.discriminator=stylegan compares images in groups of {model.group}: "
                 "optim.batch must give each process and accumulation step a multiple of that, got "
-                f"{self.shard.local}"
+                f"{self.partition.local}"
             )
         return model
 
@@ -197,7 +197,7 @@ class Trainer(BaseTrainer):
         self._start_reading(self._read(self.position, self.config.data.workers))
 
     def _read(self, position: int, workers: int = 0) -> Iterator[Tensor]:
-        return iter(data.loader(self.dataset, self.shard, position, workers))
+        return iter(data.loader(self.dataset, self.partition, position, workers))
 
     def _next_batch(self) -> tuple[Tensor, Tensor | None]:
         """The next micro-batch, and the teacher's tokens of it."""
@@ -346,7 +346,7 @@ class Trainer(BaseTrainer):
         """The averaged weights on the held-out crops: PSNR in dB (mean over images) with a pixel
         branch, cosine of decoded and teacher's tokens with a teacher, share of the codes in use and
         their perplexity."""
-        group, local = self.group, self.shard.local
+        group, local = self.group, self.partition.local
         codes = self.model.config.quantizer.codebook_size
         hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
