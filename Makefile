@@ -102,7 +102,7 @@ cuda-compile:
 	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS) --target cuda_compile
 
 sass: $(VENV)/.installed cuda-compile
-	$(BIN)/python -m benchmarks.sass --build $(CMAKE_DIR)/cuda $(ARGS)
+	$(BIN)/python -m tools.sass --build $(CMAKE_DIR)/cuda $(ARGS)
 
 setup: $(VENV)/.installed
 	$(BIN)/python tokenflow_ext/doctor.py

@@ -1,4 +1,4 @@
-"""benchmarks/sass.py: what it reads out of disassembly, and where its check fails."""
+"""tools/sass: what it reads out of disassembly, and where its check fails."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from sass import objects
+from sass.__main__ import main
+from sass.control_flow import find_loops, hot_loop
+from sass.disassembly import Instruction, parse_sass
+from sass.errors import SassError
+from sass.kernels import make_kernel, parse_resources, short_name
+from sass.objects import PACKAGES, find_tool, read_objects
+from sass.occupancy import MULTIPROCESSORS, blocks_resident, shared_budget
+from sass.report import BEGIN, END, replace_block
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_sass():
-    # The benchmarks are no part of the package, and no folder of the tests.
-    spec = importlib.util.spec_from_file_location("sass", ROOT / "benchmarks" / "sass.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-sass = load_sass()
 KERNEL = "_ZN4demo6kernelILi8EEEvPKfPf"
 
 
@@ -43,7 +42,7 @@ def disassembly(body: str, name: str = KERNEL) -> str:
 
 
 def code_of(body: str):
-    return sass.parse_sass(disassembly(body))[KERNEL]
+    return parse_sass(disassembly(body))[KERNEL]
 
 
 def instruction(text: str):
@@ -177,7 +176,7 @@ class TestInstructions:
         ],
     )
     def test_multiply_adds(self, opcode: str, multiply_adds: int) -> None:
-        assert sass.Instruction(0, opcode).multiply_adds == multiply_adds
+        assert Instruction(0, opcode).multiply_adds == multiply_adds
 
     @pytest.mark.parametrize(
         ("opcode", "bytes_warp"),
@@ -193,7 +192,7 @@ class TestInstructions:
         ],
     )
     def test_shared_bytes(self, opcode: str, bytes_warp: int) -> None:
-        assert sass.Instruction(0, opcode).shared_bytes == bytes_warp
+        assert Instruction(0, opcode).shared_bytes == bytes_warp
 
     @pytest.mark.parametrize(
         ("text", "falls_through", "targets"),
@@ -217,7 +216,7 @@ class TestInstructions:
 
 class TestLoops:
     def test_nested(self) -> None:
-        outer, inner = sass.find_loops(code_of(NESTED))
+        outer, inner = find_loops(code_of(NESTED))
         assert [loop.innermost for loop in (outer, inner)] == [False, True]
         # The rare path returns into the inner loop and is part of it.
         assert inner.kinds == {
@@ -233,53 +232,53 @@ class TestLoops:
         assert inner.lines == "demo.cu:43-44"
 
     def test_straight_code(self) -> None:
-        assert sass.find_loops(code_of("MOV R0, R1\nEXIT\n.L_x_0:\nBRA `(.L_x_0)")) == []
+        assert find_loops(code_of("MOV R0, R1\nEXIT\n.L_x_0:\nBRA `(.L_x_0)")) == []
 
     def test_loops_one_after_the_other(self) -> None:
         first = ".L_x_0:\nFADD R0, R0, R1\n@P0 BRA `(.L_x_0)\n"
         second = ".L_x_1:\nFFMA R0, R0, R1, R2\n@P0 BRA `(.L_x_1)\nEXIT"
-        loops = sass.find_loops(code_of(first + second))
+        loops = find_loops(code_of(first + second))
         assert [len(loop.instructions) for loop in loops] == [2, 2]
-        assert sass.hot_loop(loops) == loops[1]
+        assert hot_loop(loops) == loops[1]
 
     def test_tensor_before_length(self) -> None:
         tensor = ".L_x_0:\nHMMA.16816.F32 R0, R4, R8, R0\n@P0 BRA `(.L_x_0)\n"
         longer = ".L_x_1:\n" + "FFMA R0, R0, R1, R2\n" * 9 + "@P0 BRA `(.L_x_1)\nEXIT"
-        assert sass.hot_loop(sass.find_loops(code_of(tensor + longer))).kinds["tensor"] == 1
+        assert hot_loop(find_loops(code_of(tensor + longer))).kinds["tensor"] == 1
 
     def test_tensor_outside_an_inner_loop(self) -> None:
         body = ".L_x_0:\nHMMA.16816.F32 R0, R4, R8, R0\n.L_x_1:\nLDG.E R4, [R8.64]\n"
         body += "@P1 BRA `(.L_x_1)\n@P0 BRA `(.L_x_0)\nEXIT"
-        assert sass.hot_loop(sass.find_loops(code_of(body))).kinds["tensor"] == 1
+        assert hot_loop(find_loops(code_of(body))).kinds["tensor"] == 1
 
     def test_integer_lanes(self) -> None:
         body = (
             ".L_x_0:\nFMNMX R0, R1, R2, PT\nIADD3 R0, R0, R1, RZ\nISETP.GE.AND P0, PT, R0, R1, PT\n"
         )
         body += "IMAD R0, R0, R1, R2\nUIADD3 UR0, UR0, UR1, URZ\n@P0 BRA `(.L_x_0)\nEXIT"
-        (loop,) = sass.find_loops(code_of(body))
-        assert loop.cycles(sass.MULTIPROCESSORS["sm_90"])["integer"] == 6
+        (loop,) = find_loops(code_of(body))
+        assert loop.cycles(MULTIPROCESSORS["sm_90"])["integer"] == 6
 
     def test_cycles(self) -> None:
         body = ".L_x_0:\n" + "FFMA R0, R0, R1, R2\n" * 7 + "@P0 BRA `(.L_x_0)\nEXIT"
-        (loop,) = sass.find_loops(code_of(body))
-        assert loop.cycles(sass.MULTIPROCESSORS["sm_80"]) == {
+        (loop,) = find_loops(code_of(body))
+        assert loop.cycles(MULTIPROCESSORS["sm_80"]) == {
             "issue": 8,
             "float32": 14,
             "integer": 0,
             "tensor": 0,
         }
         body = ".L_x_0:\n" + "HMMA.16816.F32 R0, R4, R8, R0\n" * 3 + "@P0 BRA `(.L_x_0)\nEXIT"
-        (loop,) = sass.find_loops(code_of(body))
-        assert loop.cycles(sass.MULTIPROCESSORS["sm_80"])["tensor"] == 24
-        assert loop.cycles(sass.MULTIPROCESSORS["sm_90"])["tensor"] == 12
+        (loop,) = find_loops(code_of(body))
+        assert loop.cycles(MULTIPROCESSORS["sm_80"])["tensor"] == 24
+        assert loop.cycles(MULTIPROCESSORS["sm_90"])["tensor"] == 12
 
 
 class TestKernel:
     def kernel(self, body: str = SPILLING):
-        resources = sass.parse_resources(USAGE, ELF)
+        resources = parse_resources(USAGE, ELF)
         assert resources.keys() == {KERNEL}
-        return sass.make_kernel("sm_90", KERNEL, "kernel<8>", resources[KERNEL], code_of(body))
+        return make_kernel("sm_90", KERNEL, "kernel<8>", resources[KERNEL], code_of(body))
 
     def test_resources(self) -> None:
         kernel = self.kernel()
@@ -308,7 +307,7 @@ class TestKernel:
         ],
     )
     def test_short_name(self, demangled: str, name: str) -> None:
-        assert sass.short_name(demangled) == name
+        assert short_name(demangled) == name
 
     @pytest.mark.parametrize(
         ("architecture", "threads", "registers", "shared", "blocks"),
@@ -327,33 +326,33 @@ class TestKernel:
     def test_blocks(
         self, architecture: str, threads: int, registers: int, shared: int, blocks: int
     ) -> None:
-        sm = sass.MULTIPROCESSORS[architecture]
-        assert sass.blocks_resident(sm, threads, registers, shared) == blocks
+        sm = MULTIPROCESSORS[architecture]
+        assert blocks_resident(sm, threads, registers, shared) == blocks
 
     def test_shared_budget_keeps_the_blocks(self) -> None:
-        for sm in sass.MULTIPROCESSORS.values():
+        for sm in MULTIPROCESSORS.values():
             for blocks in range(1, 33):
-                budget = sass.shared_budget(sm, blocks)
-                assert sass.blocks_resident(sm, 32, 16, budget) >= blocks
+                budget = shared_budget(sm, blocks)
+                assert blocks_resident(sm, 32, 16, budget) >= blocks
                 if budget < sm.shared_bytes_block:
-                    assert sass.blocks_resident(sm, 32, 16, budget + 128) < blocks
+                    assert blocks_resident(sm, 32, 16, budget + 128) < blocks
 
 
 class TestDocument:
     def test_replaces_what_is_between(self) -> None:
-        text = f"before\n{sass.BEGIN}\nold\n{sass.END}\nafter\n"
-        expected = f"before\n{sass.BEGIN}\n\nnew\n\n{sass.END}\nafter\n"
-        assert sass.replace_block(text, "new") == expected
-        assert sass.replace_block(expected, "new") == expected
+        text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+        expected = f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+        assert replace_block(text, "new") == expected
+        assert replace_block(expected, "new") == expected
 
-    @pytest.mark.parametrize("text", ["", sass.BEGIN, f"{sass.END}{sass.BEGIN}"])
+    @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}"])
     def test_markers_missing(self, text: str) -> None:
-        with pytest.raises(sass.SassError, match="once each"):
-            sass.replace_block(text, "new")
+        with pytest.raises(SassError, match="once each"):
+            replace_block(text, "new")
 
     def test_kernels_document_has_the_block(self) -> None:
         text = (ROOT / "docs" / "kernels.md").read_text()
-        assert sass.replace_block(text, "new") != text
+        assert replace_block(text, "new") != text
 
 
 class TestTools:
@@ -361,13 +360,13 @@ class TestTools:
         def no_package(name: str) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
 
-        monkeypatch.setattr(sass.shutil, "which", lambda name, path=None: None)
-        monkeypatch.setattr(sass.importlib.metadata, "files", no_package)
-        with pytest.raises(sass.SassError, match="pip install nvidia-cuda-nvdisasm"):
-            sass.find_tool("nvdisasm")
+        monkeypatch.setattr(objects.shutil, "which", lambda name, path=None: None)
+        monkeypatch.setattr(objects.importlib.metadata, "files", no_package)
+        with pytest.raises(SassError, match="pip install nvidia-cuda-nvdisasm"):
+            find_tool("nvdisasm")
 
     def test_missing_object(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert sass.main(["--check", str(tmp_path / "none.o")]) == 2
+        assert main(["--check", str(tmp_path / "none.o")]) == 2
         assert "make cuda-compile" in capsys.readouterr().err
 
 
@@ -427,9 +426,9 @@ def nvcc() -> str:
     if path is None:
         pytest.skip("no nvcc here")
     try:
-        for tool in sass.PACKAGES:
-            sass.find_tool(tool)
-    except sass.SassError as error:
+        for tool in PACKAGES:
+            find_tool(tool)
+    except SassError as error:
         pytest.skip(str(error))
     return path
 
@@ -455,7 +454,7 @@ class TestCompiled:
     def test_check_fails_by_name(
         self, compiled: tuple[Path, str], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert sass.main(["--check", str(compiled[0])]) == 1
+        assert main(["--check", str(compiled[0])]) == 1
         lines = capsys.readouterr().err.splitlines()
         named = {tuple(line.split(":")[1].split()) for line in lines}
         assert len(lines) == 4
@@ -478,7 +477,7 @@ class TestCompiled:
             (architecture, symbol): tuple(map(int, numbers))
             for symbol, architecture, *numbers in re.findall(pattern, said)
         }
-        kernels, compiler = sass.read_objects([path])
+        kernels, compiler = read_objects([path])
         assert len(expected) == 8
         assert {
             (k.architecture, k.symbol): (k.stack, k.spill_stores, k.spill_loads, k.registers)
@@ -487,7 +486,7 @@ class TestCompiled:
         assert re.fullmatch(r"ptxas \d+\.\d+\.\d+", compiler)
 
     def test_kernels(self, compiled: tuple[Path, str], tmp_path: Path) -> None:
-        assert sass.main(["--json", str(tmp_path / "sass.json"), str(compiled[0])]) == 0
+        assert main(["--json", str(tmp_path / "sass.json"), str(compiled[0])]) == 0
         kernels = json.loads((tmp_path / "sass.json").read_text())["kernels"]
         assert len(kernels) == 8
         for kernel in kernels:
@@ -508,13 +507,13 @@ class TestCompiled:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         subprocess.run(
-            [sass.find_tool("cuobjdump"), "-xelf", "sm_90", str(compiled[0])],
+            [find_tool("cuobjdump"), "-xelf", "sm_90", str(compiled[0])],
             cwd=tmp_path,
             check=True,
             capture_output=True,
         )
         (cubin,) = tmp_path.iterdir()
-        assert sass.main(["--markdown", str(cubin)]) == 0
+        assert main(["--markdown", str(cubin)]) == 0
         printed = capsys.readouterr().out
         assert "sm_90, resources" in printed
         assert "sm_80" not in printed
