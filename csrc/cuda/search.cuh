@@ -13,7 +13,7 @@
 #pragma once
 
 #include "../common/codebook.h"
-#include "../common/rank_bound.h"
+#include "../common/coarse_bound.h"
 #include "device.cuh"
 #include "workspace.h"
 

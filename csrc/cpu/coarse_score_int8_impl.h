@@ -1,4 +1,4 @@
-// Body of rank_int8_avx2.cpp and rank_int8_avx512vnni.cpp: ranking in 8-bit integers.
+// Body of coarse_score_int8_avx2.cpp and coarse_score_int8_avx512vnni.cpp: ranking in 8-bit integers.
 // TF_RANK_KERNELS names the function that the including file defines. Internal linkage, as in
 // kernels_impl.h.
 //
