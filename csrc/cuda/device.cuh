@@ -47,6 +47,16 @@ __device__ __forceinline__ double sum_over_lanes(double value) {
   return value;
 }
 
+// Largest over the warp's lanes `step` apart.
+template <typename T>
+__device__ __forceinline__ T max_over_warp(T x, int step) {
+  for (int mask = kWarpSize / 2; mask >= step; mask /= 2) {
+    const T other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle_up(T value, int delta) {
   return __shfl_up_sync(kFullMask, value, delta);

@@ -1,6 +1,6 @@
 // Entry points of the residual pyramid: quantize, pyramid_rows and decode.
-#include "pyramid.cuh"
 #include "quantizer.h"
+#include "residual_pass.cuh"
 
 namespace tokenflow::cuda {
 namespace {

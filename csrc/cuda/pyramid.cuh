@@ -5,7 +5,8 @@
 #include "../common/geometry.h"
 #include "../common/normalize.h"
 #include "../common/quantizer_args.h"
-#include "search.cuh"
+#include "device.cuh"
+#include "workspace.h"
 
 namespace tokenflow::cuda {
 
@@ -63,87 +64,5 @@ inline int choose_channels(int64_t batch, int dim, size_t bytes_per_channel) {
   }
   return channels;
 }
-
-// What becomes of the pooled rows once an image has all of its channels.
-enum class Finish {
-  kNothing,    // left as they are
-  kNormalize,  // normalised in place
-  kPack,       // left as they are, and packed for the search of scale `last + 1`
-};
-
-// One walk along the residual pyramid for known indices: adds the codes of scales
-// [first, last] one after the other, and pools the plane to scale s + 1 after scale s.
-// first = -1 begins with pooling to scale 0.
-struct WalkArgs {
-  Pyramid pyramid;
-  CodebookLayout layout;
-  int first;
-  int last;
-  int channels;               // a block owns this many
-  const float* codebook;      // [codes, dim]
-  const double* code_scales;  // [codes, groups]
-  const int64_t* indices;     // [batch, tokens]
-  const float* plane_in;      // [batch, dim, height, width] or null: zeros
-  float* plane_out;           // the same or null; may be plane_in
-  float sign;                 // the plane gains sign * u at every scale
-  float* sum;                 // [batch, dim, height, width] gains u at every scale, or null
-  bool sum_is_empty;          // `sum` holds nothing yet
-  float* rows;                // out [batch, tokens, dim]: pooled rows; null: no pooling
-  Finish finish;
-  int* images_done;   // [batch] zeros, left as zeros; used unless finish is kNothing
-  PackedRows packed;  // used if finish is kPack
-};
-
-// The walk that recomputes the rows of every scale from h and known indices, unfinished.
-template <typename Args>
-WalkArgs recompute_rows(const Args& args, const double* code_scales, float* rows) {
-  WalkArgs walk = {};
-  walk.pyramid = args.pyramid;
-  walk.layout = args.layout;
-  walk.first = -1;
-  walk.last = args.pyramid.num_scales - 2;
-  walk.codebook = args.codebook;
-  walk.code_scales = code_scales;
-  walk.indices = args.indices;
-  walk.plane_in = args.h;
-  walk.sign = -1;
-  walk.rows = rows;
-  walk.finish = Finish::kNothing;
-  return walk;
-}
-
-// `args.channels` is chosen here.
-cudaError_t launch_walk(WalkArgs args, cudaStream_t stream);
-
-// A row of `grad`, the gradient of a normalised row of the codebook, becomes the gradient of the
-// row itself; the work of a warp. Lane l reads and writes channels l, l + 32, ... of `grad` alone.
-__device__ __forceinline__ void code_gradient_by_warp(const CodebookLayout& layout,
-                                                      const float* code, float* grad) {
-  for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const int skip = (lane_index() - begin) & (kWarpSize - 1);  // to this lane's first channel
-    double squared = 0, dot = 0;
-#pragma unroll 1  // a group is seldom wider than the warp
-    for (int d = begin + skip; d < end; d += kWarpSize) {
-      const double channel = static_cast<double>(code[d]);
-      squared += channel * channel;
-      dot += channel * static_cast<double>(grad[d]);
-    }
-    squared = sum_over_lanes<kWarpSize>(squared);
-    dot = sum_over_lanes<kWarpSize>(dot);
-    const GroupTranspose transpose = group_transpose(squared, dot, layout.l2_norm);
-#pragma unroll 1
-    for (int d = begin + skip; d < end; d += kWarpSize) {
-      grad[d] = static_cast<float>(
-          apply(transpose, static_cast<double>(code[d]), static_cast<double>(grad[d])));
-    }
-  }
-}
-
-// launch_segment_sum, and what a code has received goes back through the normalisation of its row
-// of `codebook`. args.counts may be null.
-cudaError_t launch_codebook_gradient(const SegmentSumArgs<float>& args,
-                                     const CodebookLayout& layout, const float* codebook,
-                                     void* workspace, cudaStream_t stream);
 
 }  // namespace tokenflow::cuda

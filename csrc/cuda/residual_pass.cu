@@ -3,8 +3,8 @@
 #include <climits>
 
 #include "../common/normalize.h"
-#include "pyramid.cuh"
 #include "quantizer.h"
+#include "residual_pass.cuh"
 
 namespace tokenflow::cuda {
 namespace {

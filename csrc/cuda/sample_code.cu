@@ -2,9 +2,9 @@
 // is never in memory.
 #include <cmath>
 
+#include "pack.cuh"
 #include "quantizer.h"
 #include "sample_code.h"
-#include "search.cuh"
 
 namespace tokenflow::cuda {
 namespace {

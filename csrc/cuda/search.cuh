@@ -1,39 +1,10 @@
-// What the search shares with the kernels that prepare its operands.
-//
-// Rows and codes are operands of the tensor cores, packed in half precision in the order in which a
-// warp holds them (device.cuh, multiply_add_16x8x16): tiles of 128 vectors, steps of 16 columns,
-// fragments of 16 vectors, and for each lane the 16 bytes it takes from the fragment,
-//
-//   [tile][step][fragment of 8][lane of 32]{four words of two columns}
-//
-// With g = lane / 4 and t = lane % 4, the words are columns 2t and 2t + 1, and 8 further, of
-// vectors g and g + 8 of the fragment, in the order of `operand_word`. A warp reads a fragment by
-// one load of 512 bytes in a row, from shared memory without conflicts, and a tile is copied as it
-// lies.
+// The search for the nearest codes: a coarse score of every row and code, then a closer look at the
+// few codes that may be the nearest.
 #pragma once
 
-#include "../common/codebook.h"
-#include "../common/coarse_bound.h"
-#include "device.cuh"
-#include "workspace.h"
+#include "pack.cuh"
 
 namespace tokenflow::cuda {
-
-// Codes are ranked in tiles of this many; a row keeps one maximum for each tile.
-constexpr int kTileCodes = 128;
-
-constexpr int kTileVectors = 128;
-constexpr int kFragmentVectors = 16;
-constexpr int kTileFragments = kTileVectors / kFragmentVectors;
-constexpr int kStepColumns = 16;
-static_assert(kTileCodes == kTileVectors, "a tile of codes is one of packed vectors");
-
-// Operands of up to this many steps are held in registers; wider ones pass in chunks of kWideSteps.
-constexpr int kMostSteps = 5;
-constexpr int kWideSteps = 2;
-
-// Rows are ranked in blocks of at most this many, and their storage is padded to it.
-constexpr int kBlockRows = 256;
 
 // Blocks that rank: several waves of them on the largest machine, and few enough that a block's
 // rows are loaded for more than one tile of codes.
@@ -41,46 +12,6 @@ constexpr int64_t kRankBlocks = 2048;
 
 // Rows whose tile maxima are held at once: bounds the scratch of a search.
 constexpr int64_t kRowsAtOnce = 8192;
-
-// Steps of a packed vector: its channels and kRankSpareColumns more.
-__host__ __device__ __forceinline__ int operand_steps(int dim) {
-  const int steps = (dim + kRankSpareColumns + kStepColumns - 1) / kStepColumns;
-  return steps <= kMostSteps ? steps : (steps + kWideSteps - 1) / kWideSteps * kWideSteps;
-}
-
-// Where the fragment of vector n begins in a step; lane l's part is l further.
-__host__ __device__ __forceinline__ int64_t fragment_index(int64_t n, int step, int steps) {
-  return ((n / kTileVectors * steps + step) * kTileFragments +
-          n % kTileVectors / kFragmentVectors) *
-         kWarpSize;
-}
-
-// The instruction takes the words of rows by columns and those of codes by vectors.
-enum class Operand { kRows, kCodes };
-
-// Which of a lane's words holds the half `column / 8` of a step's columns for vector n.
-template <Operand kOperand>
-__device__ __forceinline__ int operand_word(int64_t n, int half) {
-  const int upper = static_cast<int>(n % kFragmentVectors / 8);
-  return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
-}
-
-// What ranking needs to know of the whole codebook; all zero before it is packed.
-struct CodebookSummary {
-  RankRange range;
-  RankCodeBounds bounds;
-};
-
-struct PackedCodes {
-  uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
-  CodebookSummary* summary;
-};
-
-struct PackedRows {
-  uint4* fragments;  // what follows the last row is never used
-  RankRowBounds* bounds;
-  const CodebookSummary* codes;
-};
 
 // Where row n of a scale lies among all tokens.
 struct TokenMap {
@@ -111,150 +42,51 @@ struct SearchArgs {
   int64_t rank_blocks = kRankBlocks;
 };
 
-__host__ __device__ __forceinline__ int64_t padded_rows(int64_t num_rows) {
-  return (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
-}
-
-inline int64_t packed_vectors(int64_t padded, int dim) {
-  return padded / kFragmentVectors * operand_steps(dim) * kWarpSize;
-}
-
-inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
-  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
-  return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
-          workspace.take<CodebookSummary>(1)};
-}
-
-inline PackedRows take_packed_rows(Workspace& workspace, int dim, int64_t num_rows,
-                                   const PackedCodes& codes) {
-  const int64_t padded = padded_rows(num_rows);
-  return {workspace.take<uint4>(packed_vectors(padded, dim)), workspace.take<RankRowBounds>(padded),
-          codes.summary};
-}
-
 // [tiles of codes][rows at once].
 inline float* take_tile_max(Workspace& workspace, const CodebookLayout& layout, int64_t num_rows) {
   return workspace.take<float>(padded_rows(num_rows < kRowsAtOnce ? num_rows : kRowsAtOnce) *
                                ceil_div(layout.codes, kTileCodes));
 }
 
-// scales [codes, groups]: reciprocal lengths of the codebook's rows.
-cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
-                               cudaStream_t stream);
+// tile_max for rows [first_row, first_row + num_rows) of the search.
+cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+                        cudaStream_t stream);
 
-// Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it. `scales` as
-// above, or null.
-cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, double* scales, const float* rows,
-                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
+// Indices, hits and row errors of these rows from their tile_max.
+cudaError_t launch_settle(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+                          cudaStream_t stream);
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 
-// What stands beside the channels in a packed vector.
-struct SpareColumns {
-  uint16_t bias[2];
-  uint16_t block;
+__device__ __forceinline__ float infinity() { return INFINITY; }
 
-  __device__ __forceinline__ uint16_t at(int column) const {
-    return column == 0 ? bias[0] : column == 1 ? bias[1] : column == 2 ? block : uint16_t{0};
-  }
-};
-
-// Operands are packed by four neighbouring lanes a vector.
-constexpr int kPackLanes = 4;
-
-// squared_norm of columns [begin, end), by kPackLanes lanes.
-__device__ __forceinline__ double quad_squared_norm(const float* vector, int begin, int end) {
-  double sum = 0;
-  for (int d = begin + lane_index() % kPackLanes; d < end; d += kPackLanes) {
-    sum += static_cast<double>(vector[d]) * static_cast<double>(vector[d]);
-  }
-  return sum_over_lanes<kPackLanes>(sum);
+__device__ __forceinline__ bool is_dropped(const SearchArgs& args) {
+  return args.dropped != nullptr && *args.dropped == args.scale;
 }
 
-// A vector in float64 as it is ranked, normalised by groups and times the square roots of the
-// weights. A vector that is not finite is measured as one of no length.
-struct VectorSize {
-  double length;
-  double bias;  // of a code
-  bool finite;
-};
-
-__device__ __forceinline__ VectorSize measure_vector(const float* vector,
-                                                     const CodebookLayout& layout) {
-  double square = 0, bias = 0;
-  for (int g = 0; g < layout.groups; ++g) {
-    const double squared = quad_squared_norm(vector, layout.begin[g], layout.begin[g + 1]);
-    const double scale = inverse_norm(squared, layout.l2_norm);
-    square += layout.weight[g] * squared * scale * scale;
-    bias += group_bias(squared, layout.weight[g], layout.l2_norm);
-  }
-  const double infinity = static_cast<double>(INFINITY);
-  if (!(square < infinity && fabs(bias) < infinity)) return {0, 0, false};
-  return {sqrt(square), bias, true};
+__device__ __forceinline__ int num_tiles(const SearchArgs& args) {
+  return static_cast<int>((args.layout.codes + kTileCodes - 1) / kTileCodes);
 }
 
-// Squares of lengths in scaled units, as packed and of the difference from the exact vector.
-struct PackedSquares {
-  double packed;
-  double error;
-};
-
-// Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent,
-// if `write`; a vector that is not `finite` as zeros. The sums of squares are in every lane.
-template <Operand kOperand>
-__device__ __forceinline__ PackedSquares pack_vector(const float* vector, bool finite,
-                                                     const CodebookLayout& layout, int exponent,
-                                                     const SpareColumns& spare, int64_t n,
-                                                     bool write, uint4* fragments) {
-  const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
-  unsigned* words =
-      reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
-  // This lane's columns in ascending order, four a step, and the halves of them in pairs.
-  const auto column = [&](int i) { return i / 4 * kStepColumns + i % 4 / 2 * 8 + 2 * t + i % 2; };
-  unsigned pair = 0;
-  const auto put = [&](int i, uint16_t half) {
-    pair = i % 2 == 0 ? half : pair | static_cast<unsigned>(half) << 16;
-    if (write && i % 2 == 1) {
-      words[i / 4 * (4 * kTileFragments * kWarpSize) + operand_word<kOperand>(n, i % 4 / 2)] = pair;
-    }
-  };
-  const double power = ldexp(1.0, exponent);
-  PackedSquares squares = {0, 0};
-  int i = 0;
-  for (int g = 0; g < layout.groups; ++g) {
-    const int end = layout.begin[g + 1];
-    const double squared = quad_squared_norm(vector, layout.begin[g], end);
-    const double factor = sqrt(layout.weight[g]) * power * inverse_norm(squared, layout.l2_norm);
-    for (; column(i) < end; ++i) {
-      const double exact = finite ? static_cast<double>(vector[column(i)]) * factor : 0;
-      const uint16_t half = to_half(static_cast<float>(exact));
-      const double rounded = static_cast<double>(from_half(half));
-      squares.packed += rounded * rounded;
-      squares.error += (rounded - exact) * (rounded - exact);
-      put(i, half);
+// The lanes of a quad hold kCount values each. Combines them over the quad: lane t is left with
+// values t, 4 + t, ... in the first kCount / 4 places.
+template <int kCount, typename Combine>
+__device__ __forceinline__ void reduce_quad(float (&values)[kCount], const Combine& combine) {
+  static_assert(kCount % 4 == 0, "as many for each lane");
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (lane_index() & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2 / bit; ++i) {
+      const float keep = upper ? values[2 * i + 1] : values[2 * i];
+      const float send = upper ? values[2 * i] : values[2 * i + 1];
+      values[i] = combine(keep, shuffle_xor(send, bit));
     }
   }
-  for (; i < 4 * steps; ++i) put(i, spare.at(column(i) - layout.dim));
-  return {sum_over_lanes<kPackLanes>(squares.packed), sum_over_lanes<kPackLanes>(squares.error)};
 }
 
-// Packs one row as row n, if `write`; the work of kPackLanes lanes. The codes' range must be known.
-__device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
-                                         bool write, const PackedRows& packed) {
-  const VectorSize size = measure_vector(row, layout);
-  const RankRange range = packed.codes->range;
-  const RankRowScale scale = rank_row_scale(size.length, range);
-  const float factor = rank_bias_factor(scale, range);
-  const uint16_t half = to_half(factor);
-  const PackedSquares squares =
-      pack_vector<Operand::kRows>(row, size.finite, layout, scale.length,
-                                  {{half, half}, to_half(kRankBlock)}, n, write, packed.fragments);
-  if (write && lane_index() % kPackLanes == 0) {
-    packed.bounds[n] = {size.finite ? round_up(sqrt(squares.packed)) : NAN,
-                        round_up(sqrt(squares.error)), factor,
-                        rank_distance_error(layout.dim, size.length, scale, range)};
-  }
-}
+// Where reduce_quad leaves a lane's values when value j is that of vector 8 j + lane / 4: place i
+// is vector 32 i + quad_vector().
+__device__ __forceinline__ int quad_vector() { return lane_index() % 4 * 8 + lane_index() / 4; }
 
 }  // namespace tokenflow::cuda
