@@ -175,8 +175,8 @@ def _bound(title: str, records: Sequence[Record]) -> Table:
 
 _SHARES = (
     "A share is the least possible time at that ceiling over the time taken: the median over "
-    "rounds, with the ceiling of the same round. Ours may rank codes in int8 where the CPU "
-    "multiplies it faster, and settle the close ones in float32: it can then exceed 100% of "
+    "rounds, with the ceiling of the same round. Ours may score codes in int8 where the CPU "
+    "multiplies it faster, and decide close ones in float64: it can then exceed 100% of "
     "float32's ceiling, and int8's is the one to look at."
 )
 

@@ -1,4 +1,4 @@
-// Ranking codes by scores of half-precision operands: how the operands are scaled, and the proven
+// Coarse scores, of operands in half precision: how the operands are scaled, and the proven
 // bound on how far such a score may be from what float64 arithmetic sees.
 //
 // Row z and codes c_i, normalised if the layout says so and both times the square roots of the
@@ -6,8 +6,8 @@
 //
 //   zq = 2^b z + ez,    cq_i = 2^a c_i + ec_i,    2^e bias_i = h_i + l_i + r_i,
 //
-// with a and e the same for all codes and b the row's own. What is ranked is one dot product: rows
-// hold the power of two f = 2^(a + b - e) against h and l, so that
+// with a and e the same for all codes and b the row's own. The coarse score is one dot product:
+// rows hold the power of two f = 2^(a + b - e) against h and l, so that
 //
 //   S_i = <zq, cq_i> + f (h_i + l_i)   stands for   2^(a + b) (<z, c_i> + bias_i).
 //
@@ -16,7 +16,7 @@
 //   1. Rounding the vectors: <zq, cq> - <2^b z, 2^a c> = <ez, 2^a c> + <zq, ec>, which is at most
 //      |ez| |2^a c| + |zq| |ec|.
 //   2. Summing: products of halves are exact in float32. A tensor core adds groups of 4 to 16
-//      products and the sum so far after cutting each to the place of the largest, and cuts the
+//      products and the sum so far after cutting each to the last bit of the largest, and cuts the
 //      result. That is at most 6 cuts for 4 products, each of at most 2^-23 of the sum of all
 //      magnitudes: 0.75 width 2^-22 of it in all. Float32 additions in any order stay below that.
 //      The sum of magnitudes is at most M = |zq| |cq| + f (|h| + |l|), and the bound taken is
@@ -43,33 +43,33 @@ namespace tokenflow {
 
 // Columns beside the channels: the bias in two parts, and one against which only codes that must
 // not win (missing or not finite) hold a number.
-constexpr int kRankSpareColumns = 3;
+constexpr int kSpareColumns = 3;
 
 // What lengths and biases are scaled to: below 2^10 and 2^13. Entries 2^-24 times as large are
 // still normal numbers of half precision (from 2^-14), and a score is at most 2^20 + 2^(15 + 13).
-constexpr int kRankLengthExponent = 10;
-constexpr int kRankBiasExponent = 13;
-constexpr int kRankLargestFactor = 15;
-constexpr int kRankSmallestFactor = -24;
+constexpr int kLengthExponent = 10;
+constexpr int kBiasExponent = 13;
+constexpr int kLargestFactorExponent = 15;
+constexpr int kSmallestFactorExponent = -24;
 
 // A code that must not win: -2^15 against the 2^15 of every row, below every other score.
-constexpr float kRankBlock = 32768.0f;
+constexpr float kExclusion = 32768.0f;
 
 // The largest length and |bias| of the codes that are finite.
-struct RankRange {
+struct CodebookRange {
   double length;
   double bias;
 };
 
 // Largest over the codes, in scaled units.
-struct RankCodeBounds {
+struct CoarseCodeBounds {
   float length;  // |2^a c|
   float error;   // |ec|
   float bias;    // |h| + |l|
 };
 
 // Of one row, in scaled units.
-struct RankRowBounds {
+struct CoarseRowBounds {
   float length;          // |zq|; NaN for a row that is not finite
   float error;           // |ez|
   float bias_factor;     // f
@@ -77,59 +77,60 @@ struct RankRowBounds {
 };
 
 // Exponents a and e.
-struct RankCodeScale {
+struct CodeExponents {
   int length;
   int bias;
 };
 
 // e with 2^e x in [2^(target - 1), 2^target), kept to what float64 can multiply by.
-TF_HOST_DEVICE int exponent_towards(int target, double x) {
+TOKENFLOW_HOST_DEVICE int exponent_towards(int target, double x) {
   int exponent = 0;
   (void)frexp(x, &exponent);
   exponent = target - exponent;
   return exponent > 1000 ? 1000 : (exponent < -1000 ? -1000 : exponent);
 }
 
-TF_HOST_DEVICE RankCodeScale rank_code_scale(const RankRange& range) {
-  return {exponent_towards(kRankLengthExponent, range.length),
-          exponent_towards(kRankBiasExponent, range.bias)};
+TOKENFLOW_HOST_DEVICE CodeExponents code_exponents(const CodebookRange& range) {
+  return {exponent_towards(kLengthExponent, range.length),
+          exponent_towards(kBiasExponent, range.bias)};
 }
 
 // Exponents b and a + b - e for a row of this length. Where the bias would need a factor above
 // half precision, it is the row that is scaled less.
-struct RankRowScale {
+struct RowExponents {
   int length;
   int factor;
 };
 
-TF_HOST_DEVICE RankRowScale rank_row_scale(double length, const RankRange& range) {
-  const RankCodeScale codes = rank_code_scale(range);
-  const int most = kRankLargestFactor + codes.bias - codes.length;
-  int exponent = exponent_towards(kRankLengthExponent, length);
+TOKENFLOW_HOST_DEVICE RowExponents row_exponents(double length, const CodebookRange& range) {
+  const CodeExponents codes = code_exponents(range);
+  const int most = kLargestFactorExponent + codes.bias - codes.length;
+  int exponent = exponent_towards(kLengthExponent, length);
   if (range.bias > 0 && (exponent > most || length == 0)) exponent = most;
   return {exponent, exponent + codes.length - codes.bias};
 }
 
 // f as it is stored: exact, or 0 below half precision.
-TF_HOST_DEVICE float rank_bias_factor(const RankRowScale& scale, const RankRange& range) {
-  if (range.bias == 0 || scale.factor < kRankSmallestFactor) return 0;
-  return static_cast<float>(ldexp(1.0, scale.factor));
+TOKENFLOW_HOST_DEVICE float bias_factor(const RowExponents& exponents, const CodebookRange& range) {
+  if (range.bias == 0 || exponents.factor < kSmallestFactorExponent) return 0;
+  return static_cast<float>(ldexp(1.0, exponents.factor));
 }
 
 // A bound that was measured in float64, rounded up.
-TF_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.000001f; }
+TOKENFLOW_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.000001f; }
 
 // Part 3 for a row of this length.
-TF_HOST_DEVICE float rank_distance_error(int dim, double length, const RankRowScale& scale,
-                                         const RankRange& range) {
+TOKENFLOW_HOST_DEVICE float coarse_distance_error(int dim, double length,
+                                                  const RowExponents& exponents,
+                                                  const CodebookRange& range) {
   const double squares = length * length + range.length * range.length;
   return round_up(
-      ldexp(distance_error(dim, squares), scale.length + rank_code_scale(range).length));
+      ldexp(distance_error(dim, squares), exponents.length + code_exponents(range).length));
 }
 
 // E for a row, with operands of `width` columns.
-TF_HOST_DEVICE float rank_error_bound(int width, const RankRowBounds& row,
-                                      const RankCodeBounds& codes) {
+TOKENFLOW_HOST_DEVICE float coarse_error_bound(int width, const CoarseRowBounds& row,
+                                               const CoarseCodeBounds& codes) {
   const float rounding = row.error * codes.length + row.length * codes.error;
   const float magnitudes = row.length * (codes.length + codes.error) + row.bias_factor * codes.bias;
   const float summing = static_cast<float>(width + 8) / 4194304.0f * magnitudes;  // 2^-22

@@ -7,11 +7,11 @@
 //
 //   s_i = <z, weight * c_i> + bias_i,    bias_i = -1/2 * sum_g weight_g * |c_{i,g}|^2 (+ constant),
 //
-// one dot product of width dim. Back ends rank codes by the score in a faster format and decide
-// between codes whose scores are closer than a proven bound by the distance in float64: the index
-// is the one float64 arithmetic picks for the same float32 inputs, the lowest on a tie. To stay
-// within the faster format at every magnitude that float32 holds, they multiply rows and codes by
-// powers of two first, which changes no order.
+// one dot product of width dim. Back ends compute a coarse score of every code in a faster format
+// and decide between codes whose scores are closer than a proven bound by the distance in float64:
+// the index is the one float64 arithmetic picks for the same float32 inputs, the lowest on a tie.
+// To stay within the faster format at every magnitude that float32 holds, they multiply rows and
+// codes by powers of two first, which changes no order.
 #pragma once
 
 #include <cmath>
@@ -38,19 +38,19 @@ struct CodebookLayout {
 
 // What a group is divided by: its length as F.normalize takes it, 1 where rows are used as they
 // are.
-TF_HOST_DEVICE double group_norm(double squared_norm, bool l2_norm) {
+TOKENFLOW_HOST_DEVICE double group_norm(double squared_norm, bool l2_norm) {
   if (!l2_norm) return 1.0;
   const double norm = sqrt(squared_norm);
   return norm > kNormEpsilon ? norm : kNormEpsilon;
 }
 
-TF_HOST_DEVICE double inverse_norm(double squared_norm, bool l2_norm) {
+TOKENFLOW_HOST_DEVICE double inverse_norm(double squared_norm, bool l2_norm) {
   return 1.0 / group_norm(squared_norm, l2_norm);
 }
 
 // a * b, rounded: nvcc would fuse it with the sum that it goes into, and two codes that tie in
 // float64 might no longer.
-TF_HOST_DEVICE double product(double a, double b) {
+TOKENFLOW_HOST_DEVICE double product(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __dmul_rn(a, b);
 #else
@@ -60,7 +60,7 @@ TF_HOST_DEVICE double product(double a, double b) {
 
 // Squared length of columns [begin, end) of a row.
 template <typename T>
-TF_HOST_DEVICE double squared_norm(const T* row, int begin, int end) {
+TOKENFLOW_HOST_DEVICE double squared_norm(const T* row, int begin, int end) {
   double sum = 0;
   for (int d = begin; d < end; ++d) {
     const double v = static_cast<double>(row[d]);
@@ -71,7 +71,7 @@ TF_HOST_DEVICE double squared_norm(const T* row, int begin, int end) {
 
 // Score bias of one group of a code. With l2_norm the constant is chosen so that a unit row's bias
 // vanishes; only a row shorter than epsilon keeps one.
-TF_HOST_DEVICE double group_bias(double squared_norm, double weight, bool l2_norm) {
+TOKENFLOW_HOST_DEVICE double group_bias(double squared_norm, double weight, bool l2_norm) {
   if (!l2_norm) return -0.5 * weight * squared_norm;
   const double scale = inverse_norm(squared_norm, true);
   return 0.5 * weight * (1.0 - squared_norm * scale * scale);
@@ -80,7 +80,7 @@ TF_HOST_DEVICE double group_bias(double squared_norm, double weight, bool l2_nor
 // d_i in float64, rows normalised in float64 from what is stored. By division, as F.normalize
 // does: a row and its multiple by a power of two then tie exactly.
 template <typename T>
-TF_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout& layout) {
+TOKENFLOW_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout& layout) {
   double sum = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const int begin = layout.begin[g], end = layout.begin[g + 1];
@@ -100,7 +100,8 @@ TF_HOST_DEVICE double distance(const T* row, const T* code, const CodebookLayout
 // How far a float32 score may be from the exact one: the standard bound of a recursive sum of
 // dim + 1 terms, (dim + 1) u sum |z_d| |w c_d|, by Cauchy-Schwarz with the lengths of the two
 // vectors, plus the rounding of the packed operands (2 u each). `bias` bounds |bias_i|.
-TF_HOST_DEVICE double score_error_bound(int dim, double row_norm, double code_norm, double bias) {
+TOKENFLOW_HOST_DEVICE double score_error_bound(int dim, double row_norm, double code_norm,
+                                               double bias) {
   return (dim + 8) * 0x1p-24 * (row_norm * code_norm + bias) * 1.0001;
 }
 
@@ -110,7 +111,7 @@ TF_HOST_DEVICE double score_error_bound(int dim, double row_norm, double code_no
 // lacks the constant and its bias is rounded within dim 2^-53 |c|^2. Together at most
 // (dim + 8) 2^-51 `squares`. The 2^-940 stands for products with weights so small that they
 // underflow. `unit` is what a distance of 1 counts as in `squares` and in the result.
-TF_HOST_DEVICE double distance_error(int dim, double squares, double unit = 1) {
+TOKENFLOW_HOST_DEVICE double distance_error(int dim, double squares, double unit = 1) {
   return (dim + 8) * 0x1p-51 * (squares + 0x1p-940 * unit);
 }
 

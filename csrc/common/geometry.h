@@ -1,7 +1,7 @@
 // Geometry of the residual pyramid: area bins (down) and bicubic taps (up), both separable.
 //
 // Sampling positions are exact integer ratios; only the interpolation weights are rounded, so
-// every back end samples at the same place. The definitions are those of
+// every back end samples at the same positions. The definitions are those of
 // torch.nn.functional.interpolate(mode="area") and (mode="bicubic", align_corners=False).
 #pragma once
 
@@ -30,7 +30,7 @@ struct Pyramid {
   int64_t first_token[kMaxScales + 1];
 };
 
-TF_HOST_DEVICE int64_t tokens_per_image(const Pyramid& pyramid) {
+TOKENFLOW_HOST_DEVICE int64_t tokens_per_image(const Pyramid& pyramid) {
   return pyramid.first_token[pyramid.num_scales];
 }
 
@@ -40,13 +40,13 @@ struct AreaBin {
   int end;
 };
 
-TF_HOST_DEVICE AreaBin area_bin(int i, int input, int output) {
+TOKENFLOW_HOST_DEVICE AreaBin area_bin(int i, int input, int output) {
   return {static_cast<int>(static_cast<int64_t>(i) * input / output),
           static_cast<int>((static_cast<int64_t>(i + 1) * input + output - 1) / output)};
 }
 
 // Outputs whose area bin contains input position `i`: the transpose of area_bin.
-TF_HOST_DEVICE AreaBin area_bins_of(int i, int input, int output) {
+TOKENFLOW_HOST_DEVICE AreaBin area_bins_of(int i, int input, int output) {
   // begin(o) <= i  <=>  o * input < (i + 1) * output;  end(o) > i  <=>  (o + 1) * input > i *
   // output.
   return {static_cast<int>(static_cast<int64_t>(i) * output / input),
@@ -61,7 +61,7 @@ struct CubicTaps {
 };
 
 template <typename T>
-TF_HOST_DEVICE CubicTaps<T> cubic_taps(int i, int input, int output) {
+TOKENFLOW_HOST_DEVICE CubicTaps<T> cubic_taps(int i, int input, int output) {
   // Source position ((2i + 1) * input / output - 1) / 2 as the fraction numerator / (2 * output).
   const int64_t numerator = static_cast<int64_t>(2 * i + 1) * input - output;
   const int64_t denominator = 2 * static_cast<int64_t>(output);

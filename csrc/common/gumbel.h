@@ -4,7 +4,7 @@
 //
 // is largest has the probability softmax(score / temperature)_i, where the g_i are independent and
 // have the standard Gumbel distribution. The noise of a row and a code depends on the seed, the
-// row's place and the code alone, so that a draw does not depend on how the work is shared out.
+// row's position and the code alone, so that a draw does not depend on how the work is shared out.
 //
 // Scores are computed in float64, from differences, so that nothing cancels.
 #pragma once
@@ -39,24 +39,24 @@ struct SampleCodeArgs {
   int64_t* indices;  // out [num_rows]; 0 for a row that is not finite
 };
 
-// One block of random words serves this many codes.
+// One block of random words is enough for this many codes.
 constexpr int kGumbelCodes = 4;
 
-// The words of codes [4 group, 4 group + 4) for a row at `place` of a seed's stream. The last
+// The words of codes [4 group, 4 group + 4) for a row at `position` of a seed's stream. The last
 // number keeps them apart from `random_bits`.
-TF_HOST_DEVICE PhiloxBlock gumbel_words(uint64_t seed, uint64_t place, int64_t group) {
-  return philox_4x32_10({{static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32),
+TOKENFLOW_HOST_DEVICE PhiloxBlock gumbel_words(uint64_t seed, uint64_t position, int64_t group) {
+  return philox_4x32_10({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
                           static_cast<uint32_t>(group), 1}},
                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
 // -log(-log u) of the uniform number u = (word + 1/2) 2^-32: from -3.2 to 22.9.
-TF_HOST_DEVICE double gumbel(uint32_t word) {
+TOKENFLOW_HOST_DEVICE double gumbel(uint32_t word) {
   return -log(-log((static_cast<double>(word) + 0.5) * 0x1p-32));
 }
 
 // At least gumbel(word), and cheap: -log u >= 1 - u, whose leading zeros say how small it is.
-TF_HOST_DEVICE double gumbel_bound(int leading_zeros_of_complement) {
+TOKENFLOW_HOST_DEVICE double gumbel_bound(int leading_zeros_of_complement) {
   return 0.6931472 * (leading_zeros_of_complement + 1);
 }
 
@@ -66,17 +66,17 @@ struct GumbelChoice {
   int64_t index;
 };
 
-TF_HOST_DEVICE bool beats(const GumbelChoice& a, const GumbelChoice& b) {
+TOKENFLOW_HOST_DEVICE bool beats(const GumbelChoice& a, const GumbelChoice& b) {
   return a.value > b.value || (a.value == b.value && a.index < b.index);
 }
 
 // A code's score from its sum over channels: of squared differences, or of products.
-TF_HOST_DEVICE double score_of(double sum, Metric metric) {
+TOKENFLOW_HOST_DEVICE double score_of(double sum, Metric metric) {
   return metric == Metric::kDot ? sum : metric == Metric::kL2 ? -sqrt(sum) : -sum;
 }
 
 // A channel's factor in a group of that length. Rows and codes are multiplied by it.
-TF_HOST_DEVICE double channel_scale(double squared_norm, double weight, bool l2_norm) {
+TOKENFLOW_HOST_DEVICE double channel_scale(double squared_norm, double weight, bool l2_norm) {
   return sqrt(weight) * inverse_norm(squared_norm, l2_norm);
 }
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define TF_HOST_DEVICE __host__ __device__ __forceinline__
+#define TOKENFLOW_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 // Internal linkage: the CPU kernels are compiled once per instruction set, and a shared inline
 // symbol would let the linker hand AVX-512 code to a machine without it.
-#define TF_HOST_DEVICE static inline __attribute__((always_inline))
+#define TOKENFLOW_HOST_DEVICE static inline __attribute__((always_inline))
 #endif

@@ -13,7 +13,8 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-TF_HOST_DEVICE PhiloxBlock philox_4x32_10(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
+TOKENFLOW_HOST_DEVICE PhiloxBlock philox_4x32_10(PhiloxBlock counter, uint32_t key0,
+                                                 uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
     const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
@@ -25,11 +26,11 @@ TF_HOST_DEVICE PhiloxBlock philox_4x32_10(PhiloxBlock counter, uint32_t key0, ui
   return counter;
 }
 
-// 64 random bits for a place in a seed's stream.
-TF_HOST_DEVICE uint64_t random_bits(uint64_t seed, uint64_t place) {
-  const PhiloxBlock block =
-      philox_4x32_10({{static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32), 0, 0}},
-                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+// 64 random bits for a position in a seed's stream.
+TOKENFLOW_HOST_DEVICE uint64_t random_bits(uint64_t seed, uint64_t position) {
+  const PhiloxBlock block = philox_4x32_10(
+      {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0}},
+      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return uint64_t{block.word[1]} << 32 | block.word[0];
 }
 

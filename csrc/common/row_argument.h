@@ -16,22 +16,22 @@ struct RowArgument {
 };
 
 template <typename T>
-TF_HOST_DEVICE T value_at(const RowArgument<T>& argument, int64_t row) {
+TOKENFLOW_HOST_DEVICE T value_at(const RowArgument<T>& argument, int64_t row) {
   return argument.values ? argument.values[row * argument.stride] : argument.value;
 }
 
 template <typename T>
-TF_HOST_DEVICE bool is_one_for_all(const RowArgument<T>& argument) {
+TOKENFLOW_HOST_DEVICE bool is_one_for_all(const RowArgument<T>& argument) {
   return argument.values == nullptr || argument.stride == 0;
 }
 
 // Where in its seed's stream a row draws. With one seed and one offset for all rows, row r draws at
 // offset + r.
-TF_HOST_DEVICE uint64_t random_place(const RowArgument<int64_t>& seed,
-                                     const RowArgument<int64_t>& offset, int64_t row) {
-  const uint64_t place = static_cast<uint64_t>(value_at(offset, row));
+TOKENFLOW_HOST_DEVICE uint64_t stream_position(const RowArgument<int64_t>& seed,
+                                               const RowArgument<int64_t>& offset, int64_t row) {
+  const uint64_t position = static_cast<uint64_t>(value_at(offset, row));
   const bool shared = is_one_for_all(seed) && is_one_for_all(offset);
-  return shared ? place + static_cast<uint64_t>(row) : place;
+  return shared ? position + static_cast<uint64_t>(row) : position;
 }
 
 }  // namespace tokenflow

@@ -84,9 +84,9 @@ struct Guidance {
   bool on;              // else z is the logits as they are
 };
 
-TF_HOST_DEVICE bool is_finite_guidance(double t) { return t >= -1.0e30 && t <= 1.0e30; }
+TOKENFLOW_HOST_DEVICE bool is_finite_guidance(double t) { return t >= -1.0e30 && t <= 1.0e30; }
 
-TF_HOST_DEVICE Guidance guidance_of(const SampleArgs& args, int64_t row) {
+TOKENFLOW_HOST_DEVICE Guidance guidance_of(const SampleArgs& args, int64_t row) {
   const double t = value_at(args.guidance, row);
   if (args.uncond.data == nullptr || t == 0) return {1.0f, 0.0f, 1.0, false};
   if (!is_finite_guidance(t)) return {NAN, NAN, 1.0, true};
@@ -111,7 +111,7 @@ struct RowSettings {
   uint8_t status;
 };
 
-TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
+TOKENFLOW_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
   RowSettings settings = {};
   const int64_t top_k = value_at(args.top_k, row);
   const double top_p = value_at(args.top_p, row);
@@ -137,25 +137,25 @@ TF_HOST_DEVICE RowSettings row_settings(const SampleArgs& args, int64_t row) {
     settings.status |= kGuidanceNotFinite;
   }
   settings.random = random_bits(static_cast<uint64_t>(value_at(args.seed, row)),
-                                random_place(args.seed, args.offset, row));
+                                stream_position(args.seed, args.offset, row));
   return settings;
 }
 
 // Where a row begins, in elements.
-TF_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner, int64_t row) {
+TOKENFLOW_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner, int64_t row) {
   return row / inner * rows.outer_stride + row % inner * rows.inner_stride;
 }
 
 // Conditions on codes are words, all ones or zero: loops over selects of floats are left scalar by
 // compilers for all but AVX-512.
-TF_HOST_DEVICE uint32_t word_of(bool condition) { return condition ? ~0u : 0u; }
+TOKENFLOW_HOST_DEVICE uint32_t word_of(bool condition) { return condition ? ~0u : 0u; }
 
 // Keys are ordered as the numbers are; both zeros have one key, a NaN has that of -infinity. Codes
 // with that key are masked: they are never drawn.
 constexpr uint32_t kMaskedKey = 0x007fffffu;
 constexpr uint32_t kInfinityKey = 0xff800000u;
 
-TF_HOST_DEVICE uint32_t key_of(float z, uint32_t masked = 0) {
+TOKENFLOW_HOST_DEVICE uint32_t key_of(float z, uint32_t masked = 0) {
   masked |= word_of(z != z);
   z += 0.0f;
   uint32_t bits;
@@ -173,25 +173,25 @@ struct Combined {
 };
 
 template <LogitType kType>
-TF_HOST_DEVICE Combined unguided(float logit) {
+TOKENFLOW_HOST_DEVICE Combined unguided(float logit) {
   return {logit, word_of(logit <= (kType == LogitType::kHalf ? -65504.0f : -3.38953139e38f))};
 }
 
 // The product is rounded, then one fused multiply-add: the same bits everywhere.
 template <LogitType kType>
-TF_HOST_DEVICE Combined guided(float logit, float uncond, const Guidance& guidance) {
+TOKENFLOW_HOST_DEVICE Combined guided(float logit, float uncond, const Guidance& guidance) {
   return {fmaf(guidance.cond_factor, logit, guidance.uncond_factor * uncond),
           unguided<kType>(logit).masked | unguided<kType>(uncond).masked};
 }
 
-TF_HOST_DEVICE uint32_t key_of(const Combined& code) { return key_of(code.z, code.masked); }
+TOKENFLOW_HOST_DEVICE uint32_t key_of(const Combined& code) { return key_of(code.z, code.masked); }
 
 // Whether z is a NaN that makes the row's inputs wrong, as a word.
-TF_HOST_DEVICE uint32_t is_nan(const Combined& code) {
+TOKENFLOW_HOST_DEVICE uint32_t is_nan(const Combined& code) {
   return word_of(code.z != code.z) & ~code.masked;
 }
 
-TF_HOST_DEVICE float value_of(uint32_t key) {
+TOKENFLOW_HOST_DEVICE float value_of(uint32_t key) {
   const uint32_t bits = key ^ (((key >> 31) - 1u) | 0x80000000u);
   float z;
   memcpy(&z, &bits, sizeof(z));
@@ -205,8 +205,8 @@ constexpr float kWeightlessBelow = 30.0f;
 // rounded, n = rint(d / ln 2) and r = d - n ln 2, exp(r) is a polynomial of degree 6 (minimax on
 // |r| <= ln 2 / 2, off by 2^-27.9) whose 24 bits are shifted into place: within 2^-23 of exp(d),
 // and 2^-40 for what the shift cuts off. Neither operand may be a NaN.
-TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest,
-                                           float twice_inverse_temperature) {
+TOKENFLOW_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest,
+                                                  float twice_inverse_temperature) {
   const float toward_integer = 12582912.0f;  // 1.5 2^23: adding it leaves no fractional bits
   // Half the difference: the difference of two float32 need not be one.
   float d = fmaf(0.5f, z, -0.5f * largest) * twice_inverse_temperature;
@@ -228,21 +228,21 @@ TF_HOST_DEVICE uint64_t fixed_point_weight(float z, float largest,
 }
 
 // A key that no code with a weight lies below.
-TF_HOST_DEVICE uint32_t least_weighted_key(float largest, float twice_inverse_temperature) {
+TOKENFLOW_HOST_DEVICE uint32_t least_weighted_key(float largest, float twice_inverse_temperature) {
   const float least = largest - 2.0f * kWeightlessBelow / twice_inverse_temperature;
   const uint32_t key = key_of(least);  // that of -infinity for a NaN
   return key > kMaskedKey ? key : kMaskedKey + 1;
 }
 
 // How much may be dropped from weights that sum to `total` > 0: the last always stays.
-TF_HOST_DEVICE uint64_t droppable(double share, uint64_t total) {
+TOKENFLOW_HOST_DEVICE uint64_t droppable(double share, uint64_t total) {
   const double limit = share * static_cast<double>(total);
   const uint64_t whole = static_cast<uint64_t>(limit);
   return whole < total ? whole : total - 1;
 }
 
 // random / 2^64 * total, rounded down: below total.
-TF_HOST_DEVICE uint64_t scaled_random(uint64_t random, uint64_t total) {
+TOKENFLOW_HOST_DEVICE uint64_t scaled_random(uint64_t random, uint64_t total) {
   const uint64_t a = random >> 32, b = random & 0xffffffffu;
   const uint64_t c = total >> 32, d = total & 0xffffffffu;
   const uint64_t low = b * d, middle = a * d + (low >> 32);
@@ -253,7 +253,7 @@ TF_HOST_DEVICE uint64_t scaled_random(uint64_t random, uint64_t total) {
 // --- Half precision, exactly
 // -----------------------------------------------------------------------
 
-TF_HOST_DEVICE float from_bfloat16(uint16_t bits) {
+TOKENFLOW_HOST_DEVICE float from_bfloat16(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
   float value;
   memcpy(&value, &word, sizeof(value));
@@ -261,7 +261,7 @@ TF_HOST_DEVICE float from_bfloat16(uint16_t bits) {
 }
 
 // IEEE half, without subnormal float32 in between (which a thread may flush to zero).
-TF_HOST_DEVICE float from_float16(uint16_t bits) {
+TOKENFLOW_HOST_DEVICE float from_float16(uint16_t bits) {
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
   const uint32_t exponent = magnitude & 0x0f800000u;
   const uint32_t subnormal = word_of(exponent == 0), not_finite = word_of(exponent == 0x0f800000u);

@@ -1,6 +1,7 @@
-// Body of coarse_score_int8_avx2.cpp and coarse_score_int8_avx512vnni.cpp: ranking in 8-bit integers.
-// TF_RANK_KERNELS names the function that the including file defines. Internal linkage, as in
-// kernels_impl.h.
+// Body of coarse_score_int8_avx2.cpp and coarse_score_int8_avx512vnni.cpp: coarse scores in
+// 8-bit integers.
+// TOKENFLOW_COARSE_SCORE_KERNELS names the function that the including file defines. Internal
+// linkage, as in kernels_impl.h.
 //
 // Rows z and codes c, normalised and each scaled by the square root of the weight, are rounded to
 // integers Z and C with z = a Z + e, c = b C + f: a is the row's own step, b the codebook's. Then
@@ -10,7 +11,7 @@
 // where the integer sum is exact. |e| and |a Z| are measured for every row, max |c| and max |f|
 // over the codes, so the bound follows what rounding really did. The bias, if any code has one that
 // matters, is rounded to units of a b. Codes are stored with 128 added, as unsigned bytes, which is
-// what the instructions multiply with signed ones; it adds 128 sum Z to every rank of a row alike.
+// what the instructions multiply with signed ones; it adds 128 sum Z to every score of a row alike.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -255,8 +256,8 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
 }
 
 template <int kRows, bool kHasBias>
-void rank_rows(const int8_t* tile, int quads, const RowScale* scales, const uint8_t* panels,
-               int64_t num_panels, float* block_max, int64_t stride) {
+void score_rows(const int8_t* tile, int quads, const RowScale* scales, const uint8_t* panels,
+                int64_t num_panels, float* block_max, int64_t stride) {
   Ints best[kRows];
   for (int r = 0; r < kRows; ++r) best[r] = broadcast(INT32_MIN);
   for (int64_t p = 0; p < num_panels; ++p) {
@@ -292,30 +293,31 @@ void rank_rows(const int8_t* tile, int quads, const RowScale* scales, const uint
 }
 
 template <int kRows>
-void rank_tile_from(const int8_t* tile, int count, int quads, const RowScale* scales, bool has_bias,
-                    const uint8_t* panels, int64_t num_panels, float* block_max, int64_t stride) {
+void score_tile_from(const int8_t* tile, int count, int quads, const RowScale* scales,
+                     bool has_bias, const uint8_t* panels, int64_t num_panels, float* block_max,
+                     int64_t stride) {
   if constexpr (kRows > 0) {
     if (count != kRows) {
-      rank_tile_from<kRows - 1>(tile, count, quads, scales, has_bias, panels, num_panels, block_max,
-                                stride);
+      score_tile_from<kRows - 1>(tile, count, quads, scales, has_bias, panels, num_panels,
+                                 block_max, stride);
     } else if (has_bias) {
-      rank_rows<kRows, true>(tile, quads, scales, panels, num_panels, block_max, stride);
+      score_rows<kRows, true>(tile, quads, scales, panels, num_panels, block_max, stride);
     } else {
-      rank_rows<kRows, false>(tile, quads, scales, panels, num_panels, block_max, stride);
+      score_rows<kRows, false>(tile, quads, scales, panels, num_panels, block_max, stride);
     }
   }
 }
 
-void rank_tile(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
-               const void* panels, int64_t num_panels, float* block_max, int64_t stride) {
-  rank_tile_from<kTileRows>(static_cast<const int8_t*>(tile), count, quads_of(dim), scales,
-                            has_bias, static_cast<const uint8_t*>(panels), num_panels, block_max,
-                            stride);
+void score_tile(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
+                const void* panels, int64_t num_panels, float* block_max, int64_t stride) {
+  score_tile_from<kTileRows>(static_cast<const int8_t*>(tile), count, quads_of(dim), scales,
+                             has_bias, static_cast<const uint8_t*>(panels), num_panels, block_max,
+                             stride);
 }
 
 int scan_block(const void* tile, int count, int r, int dim, const RowScale* scales, bool has_bias,
                const void* panels, int64_t num_panels, float threshold, int* codes) {
-  // Ranks are integers above -2^31.
+  // Scores are integers above -2^31.
   const Ints lowest = broadcast(
       threshold > -0x1p31f ? static_cast<int32_t>(__builtin_floorf(threshold)) : INT32_MIN + 1);
   const int quads = quads_of(dim);
@@ -327,7 +329,7 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
   for (int64_t p = 0; p < num_panels; p += kPanels) {
     const int64_t last = num_panels - 1 - p;
     const uint8_t* code[kPanels];
-    Ints ranks[kPanels][kVectors];
+    Ints scores[kPanels][kVectors];
 #pragma GCC unroll 4
     for (int k = 0; k < kPanels; ++k) {
       const uint8_t* panel =
@@ -335,7 +337,7 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
       const float* bias = reinterpret_cast<const float*>(panel);
       code[k] = panel + sizeof(float) * kPanelWidth;
       for (int v = 0; v < kVectors; ++v) {
-        ranks[k][v] =
+        scores[k][v] =
             has_bias ? scaled_bias(bias + v * kLanes, scales[r].bias_scale) : broadcast(0);
       }
     }
@@ -345,8 +347,8 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
       const Ints value = broadcast(four);
 #pragma GCC unroll 4
       for (int k = 0; k < kPanels; ++k) {
-        ranks[k][0] = dot4(ranks[k][0], load(code[k]), value);
-        ranks[k][1] = dot4(ranks[k][1], load(code[k] + sizeof(Ints)), value);
+        scores[k][0] = dot4(scores[k][0], load(code[k]), value);
+        scores[k][1] = dot4(scores[k][1], load(code[k] + sizeof(Ints)), value);
         code[k] += 4 * kPanelWidth;
       }
     }
@@ -354,7 +356,7 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
     for (int k = 0; k < kPanels; ++k) {
       if (k > last) continue;
       for (int v = 0; v < kVectors; ++v) {
-        for (unsigned near = at_least(ranks[k][v], lowest); near != 0; near &= near - 1) {
+        for (unsigned near = at_least(scores[k][v], lowest); near != 0; near &= near - 1) {
           codes[found++] = static_cast<int>(p + k) * kPanelWidth + v * kLanes + __builtin_ctz(near);
         }
       }
@@ -365,9 +367,10 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
 
 }  // namespace
 
-const RankKernels& TF_RANK_KERNELS() {
-  static constexpr RankKernels kernels = {kPanelWidth, kTileRows, panel_bytes, row_bytes, step,
-                                          pack_panel,  pack_tile, rank_tile,   scan_block};
+const CoarseScoreKernels& TOKENFLOW_COARSE_SCORE_KERNELS() {
+  static constexpr CoarseScoreKernels kernels = {kPanelWidth, kTileRows,  panel_bytes,
+                                                 row_bytes,   step,       pack_panel,
+                                                 pack_tile,   score_tile, scan_block};
   return kernels;
 }
 

@@ -26,12 +26,12 @@ InstructionSet choose() {
   const InstructionSet best = best_available();
   const char* wanted = std::getenv("TOKENFLOW_CPU");
   if (!wanted || *wanted == '\0') return best;
-  std::string served;
+  std::string supported;
   for (int i = 0; i <= static_cast<int>(best); ++i) {
     if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<InstructionSet>(i);
-    served += (i ? ", " : "") + std::string(kNames[i]);
+    supported += (i ? ", " : "") + std::string(kNames[i]);
   }
-  throw std::runtime_error("TOKENFLOW_CPU must be one of what this machine runs (" + served +
+  throw std::runtime_error("TOKENFLOW_CPU must be one of what this machine runs (" + supported +
                            "), got " + wanted);
 }
 

@@ -11,41 +11,41 @@
 
 namespace tokenflow::cpu {
 
-// Codes are ranked in blocks of this many; a row keeps one maximum for each block.
+// Codes get their coarse scores in blocks of this many; a row keeps one maximum for each block.
 constexpr int kBlockCodes = 256;
 
 // Alignment of packed codes and rows.
 constexpr size_t kAlignment = 64;
 
-// What ranking needs to know of the codebook. Its codes c, and the rows z, are normalised and each
-// scaled by the square root of the weight and by `scale`; `packed` is what became of them. Biases
-// are those of such codes.
+// What coarse scores need to know of the codebook. Its codes c, and the rows z, are normalised and
+// each scaled by the square root of the weight and by `scale`; `packed` is what became of them.
+// Biases are those of such codes.
 struct CodeBounds {
   double scale;   // a power of two, which brings the largest number among the codes below 1
   double step;    // value of one unit of a packed number
   double norm;    // largest |c|
   double error;   // largest |c - packed|
   double bias;    // largest |bias|
-  bool has_bias;  // whether biases are ranked with; if not, the margin covers them
+  bool has_bias;  // whether scores count the biases; if not, the margin covers them
 };
 
 // `distance_error` in units of the packed numbers, which the margins count.
-TF_HOST_DEVICE double packed_distance_error(int dim, double squared_length,
-                                            const CodeBounds& bounds) {
+TOKENFLOW_HOST_DEVICE double packed_distance_error(int dim, double squared_length,
+                                                   const CodeBounds& bounds) {
   return distance_error(dim, squared_length + bounds.norm * bounds.norm,
                         bounds.scale * bounds.scale);
 }
 
-// What ranking needs to know of a packed row.
+// What coarse scores need to know of a packed row.
 struct RowScale {
-  float margin;      // twice the proven bound on a rank's error, in units of the rank
-  float bias_scale;  // units of the rank in one unit of the bias
+  float margin;      // twice the proven bound on a coarse score's error, in units of the score
+  float bias_scale;  // units of the score in one unit of the bias
 };
 
-// Ranks every code for every row by a number that is within a proven bound of the code's score
-// (common/codebook.h), in units of each row's own. A block of codes whose largest rank is more than
+// The coarse score of every row and code: a number within a proven bound of the score
+// (common/codebook.h), in units of each row's own. A block of codes whose largest one is more than
 // `margin` below the row's best cannot hold the nearest code.
-struct RankKernels {
+struct CoarseScoreKernels {
   int panel_width;  // codes in a panel
   int tile_rows;    // rows in a full tile
 
@@ -61,11 +61,11 @@ struct RankKernels {
   // so long beside the codes that float64 tells none of them apart, need not be finite either.
   void (*pack_tile)(const float* rows, int count, const CodebookLayout& layout,
                     const CodeBounds& bounds, void* tile, RowScale* scales);
-  // block_max[r * stride] = the largest rank of tile row r in `num_panels` panels.
+  // block_max[r * stride] = the largest coarse score of tile row r in `num_panels` panels.
   // Integers leave the biases out unless `has_bias`.
-  void (*rank_tile)(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
-                    const void* panels, int64_t num_panels, float* block_max, int64_t stride);
-  // The codes of a block (counted from its first) whose rank for tile row r is at least
+  void (*score_tile)(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
+                     const void* panels, int64_t num_panels, float* block_max, int64_t stride);
+  // The codes of a block (counted from its first) whose coarse score for tile row r is at least
   // `threshold`, in ascending order; returns how many.
   int (*scan_block)(const void* tile, int count, int r, int dim, const RowScale* scales,
                     bool has_bias, const void* panels, int64_t num_panels, float threshold,
@@ -89,7 +89,7 @@ struct PlaneKernels {
 };
 
 struct KernelTable {
-  RankKernels rank;
+  CoarseScoreKernels coarse_score;
   PlaneKernels<float> plane_float;
   PlaneKernels<double> plane_double;
   // The blocks that may hold a row's nearest code, those whose maximum is within `margin` of the
@@ -106,8 +106,8 @@ const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 
-// Ranking in 8-bit integers: coarser, with a wider margin, and faster.
-const RankKernels& int8_rank_avx2();
-const RankKernels& int8_rank_avx512vnni();
+// Scores in 8-bit integers: coarser, with a wider margin, and faster.
+const CoarseScoreKernels& int8_coarse_score_avx2();
+const CoarseScoreKernels& int8_coarse_score_avx512vnni();
 
 }  // namespace tokenflow::cpu

@@ -1,10 +1,11 @@
 // Body of kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp: one source, compiled with
-// each instruction set's flags. TF_KERNEL_TABLE names the table that the including file defines.
+// each instruction set's flags. TOKENFLOW_KERNEL_TABLE names the table that the including file
+// defines.
 //
 // Everything here has internal linkage and calls no inline library function, so that no symbol
 // compiled with wider instructions can replace its twin elsewhere at link time.
 //
-// Ranking, the loop that takes nearly all the time: a tile of rows is held against a panel of
+// Coarse scores, the loop that takes nearly all the time: a tile of rows is held against a panel of
 // codes, `kTileRows` x 2 vectors of scores in registers, one fused multiply-add a score and
 // channel. The argmax is not carried along: each row keeps one maximum for each block of
 // kBlockCodes codes, and the blocks that may hold the nearest code are scanned again (search.cpp).
@@ -152,8 +153,8 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
 }
 
 template <int kRows>
-void rank_rows(const float* tile, int dim, const float* panels, int64_t num_panels,
-               float* block_max, int64_t stride) {
+void score_rows(const float* tile, int dim, const float* panels, int64_t num_panels,
+                float* block_max, int64_t stride) {
   Vector best[kRows];
   for (int r = 0; r < kRows; ++r) best[r] = broadcast(-kInfinity);
   for (int64_t p = 0; p < num_panels; ++p) {
@@ -184,21 +185,21 @@ void rank_rows(const float* tile, int dim, const float* panels, int64_t num_pane
 }
 
 template <int kRows>
-void rank_tile_from(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
-                    float* block_max, int64_t stride) {
+void score_tile_from(const float* tile, int count, int dim, const float* panels, int64_t num_panels,
+                     float* block_max, int64_t stride) {
   if constexpr (kRows > 0) {
     if (count == kRows) {
-      rank_rows<kRows>(tile, dim, panels, num_panels, block_max, stride);
+      score_rows<kRows>(tile, dim, panels, num_panels, block_max, stride);
     } else {
-      rank_tile_from<kRows - 1>(tile, count, dim, panels, num_panels, block_max, stride);
+      score_tile_from<kRows - 1>(tile, count, dim, panels, num_panels, block_max, stride);
     }
   }
 }
 
-void rank_tile(const void* tile, int count, int dim, const RowScale*, bool, const void* panels,
-               int64_t num_panels, float* block_max, int64_t stride) {
-  rank_tile_from<kTileRows>(static_cast<const float*>(tile), count, dim,
-                            static_cast<const float*>(panels), num_panels, block_max, stride);
+void score_tile(const void* tile, int count, int dim, const RowScale*, bool, const void* panels,
+                int64_t num_panels, float* block_max, int64_t stride) {
+  score_tile_from<kTileRows>(static_cast<const float*>(tile), count, dim,
+                             static_cast<const float*>(panels), num_panels, block_max, stride);
 }
 
 int scan_block(const void* tile, int count, int r, int dim, const RowScale*, bool,
@@ -461,9 +462,9 @@ constexpr PlaneKernels<T> plane_kernels() {
 
 }  // namespace
 
-const KernelTable& TF_KERNEL_TABLE() {
+const KernelTable& TOKENFLOW_KERNEL_TABLE() {
   static constexpr KernelTable table = {
-      {kPanelWidth, kTileRows, panel_bytes, row_bytes, step, pack_panel, pack_tile, rank_tile,
+      {kPanelWidth, kTileRows, panel_bytes, row_bytes, step, pack_panel, pack_tile, score_tile,
        scan_block},
       plane_kernels<float>(),
       plane_kernels<double>(),

@@ -1,3 +1,3 @@
 // Compiled with the compiler's default flags; see kernels_impl.h.
-#define TF_KERNEL_TABLE portable_kernels
+#define TOKENFLOW_KERNEL_TABLE portable_kernels
 #include "kernels_impl.h"

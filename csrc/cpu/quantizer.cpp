@@ -26,10 +26,10 @@ int64_t area(Extent e) { return static_cast<int64_t>(e.height) * e.width; }
 // The residual pyramid of one call, image by image: an image's planes are channels-last and belong
 // to one thread at a time.
 template <typename T>
-class Walk {
+class ResidualPass {
  public:
-  Walk(const Pyramid& pyramid, const CodebookLayout& layout, const T* codebook,
-       const Executor& executor)
+  ResidualPass(const Pyramid& pyramid, const CodebookLayout& layout, const T* codebook,
+               const Executor& executor)
       : pyramid_(pyramid),
         layout_(layout),
         codebook_(codebook),
@@ -140,20 +140,20 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
   const int64_t tokens = tokens_per_image(pyramid);
-  const Walk<T> walk(pyramid, args.layout, args.codebook, executor);
-  const int64_t plane = walk.plane_size();
+  const ResidualPass<T> pass(pyramid, args.layout, args.codebook, executor);
+  const int64_t plane = pass.plane_size();
   Searcher<T> searcher(args.layout, args.codebook, executor);
   std::vector<T> residual(pyramid.batch * plane), sum(pyramid.batch * plane), rows, next_rows;
   std::vector<int64_t> found;
   std::vector<double> error(pyramid.batch);
 
-  const auto size_rows = [&](int s) { next_rows.resize(pyramid.batch * walk.row_size(s)); };
+  const auto size_rows = [&](int s) { next_rows.resize(pyramid.batch * pass.row_size(s)); };
   const auto pool = [&](int64_t b, int s) {
-    walk.pool(residual.data() + b * plane, s, next_rows.data() + b * walk.row_size(s));
+    pass.pool(residual.data() + b * plane, s, next_rows.data() + b * pass.row_size(s));
   };
   if (pyramid.num_scales > 0) size_rows(0);
-  walk.each_image(0, [&](int64_t b, T*) {
-    walk.load(args.h, b, residual.data() + b * plane);
+  pass.each_image(0, [&](int64_t b, T*) {
+    pass.load(args.h, b, residual.data() + b * plane);
     if (pyramid.num_scales > 0) pool(b, 0);
   });
   for (int s = 0; s < pyramid.num_scales; ++s) {
@@ -166,16 +166,16 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
       found.resize(pyramid.batch * count);
       searcher.search(rows.data(), pyramid.batch * count, found.data());
     }
-    walk.each_image(2, [&](int64_t b, T* scratch) {
+    pass.each_image(2, [&](int64_t b, T* scratch) {
       int64_t* indices = args.indices + b * tokens + first;
       error[b] = 0;
       if (is_dropped) {
         std::fill_n(indices, count, int64_t{-1});
       } else {
         std::copy_n(found.data() + b * count, count, indices);
-        T* codes = scratch + walk.scratch_size();
-        walk.gather(args.indices, b, s, codes);
-        T* row = rows.data() + b * walk.row_size(s);
+        T* codes = scratch + pass.scratch_size();
+        pass.gather(args.indices, b, s, codes);
+        T* row = rows.data() + b * pass.row_size(s);
         for (int64_t n = 0; n < count; ++n, row += dim) {
           normalize_row(row, args.layout, row);
           for (int d = 0; d < dim; ++d) {
@@ -183,7 +183,7 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
             error[b] += difference * difference;
           }
         }
-        walk.add(codes, s, scratch, sum.data() + b * plane, residual.data() + b * plane);
+        pass.add(codes, s, scratch, sum.data() + b * plane, residual.data() + b * plane);
       }
       if (!is_last) pool(b, s + 1);
     });
@@ -192,7 +192,7 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
     args.squared_error[s] =
         is_dropped ? T(0) : static_cast<T>(total / (pyramid.batch * count * dim));
   }
-  walk.each_image(0, [&](int64_t b, T*) { walk.store(sum.data() + b * plane, b, args.quantized); });
+  pass.each_image(0, [&](int64_t b, T*) { pass.store(sum.data() + b * plane, b, args.quantized); });
   std::fill_n(args.hits, args.layout.codes, int64_t{0});
   for (int64_t n = 0; n < pyramid.batch * tokens; ++n) {
     if (args.indices[n] >= 0) ++args.hits[args.indices[n]];
@@ -205,26 +205,26 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
   const CodebookLayout& layout = args.layout;
   const int dim = layout.dim;
   const int64_t tokens = tokens_per_image(pyramid);
-  const Walk<T> walk(pyramid, layout, args.codebook, executor);
-  const int64_t plane = walk.plane_size();
+  const ResidualPass<T> pass(pyramid, layout, args.codebook, executor);
+  const int64_t plane = pass.plane_size();
   const bool want_codes = args.grad_codebook && args.grad_code_error;
   const bool want_h = args.grad_h != nullptr;
   std::vector<T> code_rows;  // gradient of each token's (normalised) codebook row
   if (want_codes) code_rows.resize(pyramid.batch * tokens * dim);
 
   if (want_h || want_codes) {
-    walk.each_image(4, [&](int64_t b, T* scratch) {
+    pass.each_image(4, [&](int64_t b, T* scratch) {
       thread_local std::vector<T> planes, unit;
       planes.resize(3 * plane);
       unit.resize(dim);
       T* residual = planes.data();
       T* grad_quantized = residual + plane;
       T* grad_h = grad_quantized + plane;
-      T* codes = scratch + walk.scratch_size();
-      T* rows = codes + walk.scratch_size();
-      T* grad_rows = rows + walk.scratch_size();
-      walk.load(args.h, b, residual);
-      if (args.grad_quantized) walk.load(args.grad_quantized, b, grad_quantized);
+      T* codes = scratch + pass.scratch_size();
+      T* rows = codes + pass.scratch_size();
+      T* grad_rows = rows + pass.scratch_size();
+      pass.load(args.h, b, residual);
+      if (args.grad_quantized) pass.load(args.grad_quantized, b, grad_quantized);
       std::fill_n(grad_h, plane, T(0));
       for (int s = 0; s < pyramid.num_scales; ++s) {
         if (args.indices[pyramid.first_token[s]] < 0) continue;  // dropped
@@ -232,13 +232,13 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
         const T share = T(2) / static_cast<T>(pyramid.batch * count * dim);
         const T row_share = args.grad_row_error ? share * args.grad_row_error[s] : T(0);
         const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
-        walk.pool(residual, s, rows);
-        walk.gather(args.indices, b, s, codes);
-        walk.add(codes, s, scratch, static_cast<T*>(nullptr), residual);
+        pass.pool(residual, s, rows);
+        pass.gather(args.indices, b, s, codes);
+        pass.add(codes, s, scratch, static_cast<T*>(nullptr), residual);
         if (want_h && args.grad_quantized) {
-          walk.add_transpose(grad_quantized, s, scratch, grad_rows);
+          pass.add_transpose(grad_quantized, s, scratch, grad_rows);
         } else {
-          std::fill_n(grad_rows, walk.row_size(s), T(0));
+          std::fill_n(grad_rows, pass.row_size(s), T(0));
         }
         T* code_grad =
             want_codes ? code_rows.data() + (b * tokens + pyramid.first_token[s]) * dim : nullptr;
@@ -253,9 +253,9 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
           }
           if (want_h) normalize_row_backward(row, grad, layout, grad);
         }
-        if (want_h) walk.pool_transpose_add(grad_rows, s, grad_h);
+        if (want_h) pass.pool_transpose_add(grad_rows, s, grad_h);
       }
-      if (want_h) walk.store(grad_h, b, args.grad_h);
+      if (want_h) pass.store(grad_h, b, args.grad_h);
     });
   }
   if (args.grad_codebook && !want_codes) {
@@ -280,37 +280,37 @@ template <typename T>
 void pyramid_rows(const PyramidRowsArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
-  const Walk<T> walk(pyramid, args.layout, args.codebook, executor);
-  walk.each_image(3, [&](int64_t b, T* scratch) {
+  const ResidualPass<T> pass(pyramid, args.layout, args.codebook, executor);
+  pass.each_image(3, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> residual;
-    residual.resize(walk.plane_size());
-    T* codes = scratch + walk.scratch_size();
-    T* rows = codes + walk.scratch_size();
-    walk.load(args.h, b, residual.data());
+    residual.resize(pass.plane_size());
+    T* codes = scratch + pass.scratch_size();
+    T* rows = codes + pass.scratch_size();
+    pass.load(args.h, b, residual.data());
     for (int s = 0; s < pyramid.num_scales; ++s) {
-      walk.pool(residual.data(), s, rows);
+      pass.pool(residual.data(), s, rows);
       T* out = args.rows + (b * tokens_per_image(pyramid) + pyramid.first_token[s]) * dim;
       for (int64_t n = 0; n < area(pyramid.extent[s]); ++n) {
         normalize_row(rows + n * dim, args.layout, out + n * dim);
       }
-      walk.gather(args.indices, b, s, codes);
-      walk.add(codes, s, scratch, static_cast<T*>(nullptr), residual.data());
+      pass.gather(args.indices, b, s, codes);
+      pass.add(codes, s, scratch, static_cast<T*>(nullptr), residual.data());
     }
   });
 }
 
 template <typename T>
 void decode(const DecodeArgs<T>& args, const Executor& executor) {
-  const Walk<T> walk(args.pyramid, args.layout, args.codebook, executor);
-  walk.each_image(2, [&](int64_t b, T* scratch) {
+  const ResidualPass<T> pass(args.pyramid, args.layout, args.codebook, executor);
+  pass.each_image(2, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> sum;
-    sum.assign(walk.plane_size(), T(0));
-    T* codes = scratch + walk.scratch_size();
+    sum.assign(pass.plane_size(), T(0));
+    T* codes = scratch + pass.scratch_size();
     for (int s = 0; s < args.pyramid.num_scales; ++s) {
-      walk.gather(args.indices, b, s, codes);
-      walk.add(codes, s, scratch, sum.data(), static_cast<T*>(nullptr));
+      pass.gather(args.indices, b, s, codes);
+      pass.add(codes, s, scratch, sum.data(), static_cast<T*>(nullptr));
     }
-    walk.store(sum.data(), b, args.quantized);
+    pass.store(sum.data(), b, args.quantized);
   });
 }
 
@@ -341,7 +341,7 @@ void segment_sum(const SegmentSumArgs<T>& args, const Executor& executor) {
   });
 }
 
-#define TF_INSTANTIATE(T)                                                                     \
+#define TOKENFLOW_INSTANTIATE(T)                                                              \
   template int64_t first_nonfinite_code<T>(const CodebookLayout&, const T*, const Executor&); \
   template void nearest_code<T>(const NearestCodeArgs<T>&, const Executor&);                  \
   template void quantize<T>(const QuantizeArgs<T>&, const Executor&);                         \
@@ -350,9 +350,9 @@ void segment_sum(const SegmentSumArgs<T>& args, const Executor& executor) {
   template void decode<T>(const DecodeArgs<T>&, const Executor&);                             \
   template void segment_sum<T>(const SegmentSumArgs<T>&, const Executor&);
 
-TF_INSTANTIATE(float)
-TF_INSTANTIATE(double)
+TOKENFLOW_INSTANTIATE(float)
+TOKENFLOW_INSTANTIATE(double)
 
-#undef TF_INSTANTIATE
+#undef TOKENFLOW_INSTANTIATE
 
 }  // namespace tokenflow::cpu

@@ -1,6 +1,6 @@
 // The quantizer on the CPU: entry points over plain memory (see common/quantizer_args.h), T float
-// or double. float ranks codes with the machine's widest vectors and decides close ones in
-// float64; double is the plain algorithm, for gradient checks.
+// or double. float computes coarse scores with the machine's widest vectors and decides close ones
+// in float64; double is the plain algorithm, for gradient checks.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ constexpr int kTileRows = 4;
 static_assert(kCodes % kGumbelCodes == 0, "a group of codes has one block of random words");
 
 // A vector of float64, normalised by groups and times the square roots of the weights, into every
-// `stride`-th place of `out`; returns whether it is finite.
+// `stride`-th position of `out`; returns whether it is finite.
 template <typename T>
 bool scale_vector(const T* vector, const CodebookLayout& layout, double* out, int stride) {
   double total = 0;
@@ -67,14 +67,14 @@ void sample_code(const SampleCodeArgs<T>& args, const Executor& executor) {
     codes.assign(static_cast<size_t>(kCodes) * dim, 0.0);
     bool finite[kRows];
     GumbelChoice best[kRows];
-    uint64_t seeds[kRows], places[kRows];
+    uint64_t seeds[kRows], positions[kRows];
     for (int r = 0; r < count; ++r) {
       const int64_t n = first_row + r;
       double* tile = rows.data() + static_cast<int64_t>(r / kTileRows) * kTileRows * dim;
       finite[r] = scale_vector(args.rows + n * dim, layout, tile + r % kTileRows, kTileRows);
       best[r] = {-std::numeric_limits<double>::infinity(), 0};
       seeds[r] = static_cast<uint64_t>(value_at(args.seed, n));
-      places[r] = random_place(args.seed, args.offset, n);
+      positions[r] = stream_position(args.seed, args.offset, n);
     }
     for (int64_t first = 0; first < layout.codes; first += kCodes) {
       const int some = static_cast<int>(std::min<int64_t>(kCodes, layout.codes - first));
@@ -92,7 +92,7 @@ void sample_code(const SampleCodeArgs<T>& args, const Executor& executor) {
           }
           for (int r = t; r < std::min(count, t + kTileRows); ++r) {
             PhiloxBlock random = {};
-            if (noisy) random = gumbel_words(seeds[r], places[r], (first + c) / kGumbelCodes);
+            if (noisy) random = gumbel_words(seeds[r], positions[r], (first + c) / kGumbelCodes);
             for (int i = 0; i < kGumbelCodes && c + i < some; ++i) {
               double value = score_of(sums[r - t][i], metric);
               if (noisy) {

@@ -55,7 +55,8 @@ void sample(const SampleArgs& args, const Executor& executor) {
 size_t sampler_scratch_bytes(int64_t codes) {
   const size_t keys = static_cast<size_t>(ceil_div(codes, kBlockOfKeys) * kBlockOfKeys);
   const size_t with_a_vector = keys + kBlockGroups;  // room for one that is stored whole
-  // Keys of all codes and the maxima of groups; candidates' keys, places and weights; open weights.
+  // Keys of all codes and the maxima of groups; candidates' keys, positions and weights; open
+  // weights.
   return with_a_vector * (4 + 4 + 4 + 8 + 8) + keys / kGroupCodes * 4;
 }
 

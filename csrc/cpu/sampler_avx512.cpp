@@ -1,5 +1,5 @@
 // Compiled with the flags of its instruction set; see sampler_impl.h.
 #if defined(__x86_64__)
-#define TF_SAMPLE_ROW sample_row_avx512
+#define TOKENFLOW_SAMPLE_ROW sample_row_avx512
 #include "sampler_impl.h"
 #endif

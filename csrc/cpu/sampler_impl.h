@@ -1,8 +1,8 @@
 // Body of sampler_portable.cpp, sampler_avx2.cpp and sampler_avx512.cpp: one source, compiled with
-// each instruction set's flags. TF_SAMPLE_ROW names the function that the including file defines.
-// Everything else has internal linkage (see kernels_impl.h).
+// each instruction set's flags. TOKENFLOW_SAMPLE_ROW names the function that the including file
+// defines. Everything else has internal linkage (see kernels_impl.h).
 //
-// A row of V codes: one pass over the logits leaves 4 V bytes of keys in the second-level cache and
+// A row of V codes: one pass over the logits leaves 4 V bytes of keys in the L2 and
 // the maxima of groups of 8 of them in the first. The k-th largest maximum is a lower bound of the
 // k-th largest key: k groups hold a key that is no smaller. What is above it, some 5% more than k
 // codes as a rule, is gathered, and all that follows runs over these: the k-th largest key,
@@ -39,9 +39,9 @@ struct HalfLogit {
 struct Scratch {
   uint32_t* keys;       // [codes], then masked keys up to a whole block
   uint32_t* group_max;  // [groups]
-  // Candidates, in order of their places.
+  // Candidates, in order of their positions.
   uint32_t* candidate_keys;
-  uint32_t* places;
+  uint32_t* positions;
   uint64_t* weights;
   uint64_t* open_weights;  // with `keys`, once they are gathered: where top-p's boundary may lie
 };
@@ -233,44 +233,44 @@ static Boundary find_weight_boundary(const uint32_t* keys, const uint64_t* weigh
       });
 }
 
-// Keeps those of `count` keys that are at least `bound`, with their places (`from_places`, or null
-// for 0, 1, ...), in order; returns how many. In place where `keys` is `to_keys`. Reads and writes
-// whole vectors: of `keys`, there must be a multiple of 16.
-static int64_t gather(const uint32_t* keys, const uint32_t* from_places, int64_t count,
-                      uint32_t bound, uint32_t* to_keys, uint32_t* to_places) {
+// Keeps those of `count` keys that are at least `bound`, with their positions (`from_positions`, or
+// null for 0, 1, ...), in order; returns how many. In place where `keys` is `to_keys`. Reads and
+// writes whole vectors: of `keys`, there must be a multiple of 16.
+static int64_t gather(const uint32_t* keys, const uint32_t* from_positions, int64_t count,
+                      uint32_t bound, uint32_t* to_keys, uint32_t* to_positions) {
   int64_t found = 0;
 #if defined(__AVX512F__)
   const __m512i least = _mm512_set1_epi32(static_cast<int>(bound));
-  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t i = 0; i < count; i += 16) {
     const __m512i key = _mm512_loadu_si512(keys + i);
-    if (from_places) place = _mm512_loadu_si512(from_places + i);
+    if (from_positions) position = _mm512_loadu_si512(from_positions + i);
     __mmask16 keep = _mm512_cmpge_epu32_mask(key, least);
     if (count - i < 16) keep &= static_cast<__mmask16>((1u << (count - i)) - 1u);
     // Compressed in registers and stored whole: to memory it is slow on many processors.
     _mm512_storeu_si512(to_keys + found, _mm512_maskz_compress_epi32(keep, key));
-    _mm512_storeu_si512(to_places + found, _mm512_maskz_compress_epi32(keep, place));
+    _mm512_storeu_si512(to_positions + found, _mm512_maskz_compress_epi32(keep, position));
     found += __builtin_popcount(keep);
-    if (!from_places) place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    if (!from_positions) position = _mm512_add_epi32(position, _mm512_set1_epi32(16));
   }
 #else
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t key = keys[i];
     to_keys[found] = key;
-    to_places[found] = from_places ? from_places[i] : static_cast<uint32_t>(i);
+    to_positions[found] = from_positions ? from_positions[i] : static_cast<uint32_t>(i);
     found += key >= bound ? 1 : 0;
   }
 #endif
   return found;
 }
 
-static int64_t first_place_of(const uint32_t* keys, int64_t count, uint32_t key) {
+static int64_t first_position_of(const uint32_t* keys, int64_t count, uint32_t key) {
   int64_t i = 0;
   while (i + 1 < count && keys[i] != key) ++i;
   return i;
 }
 
-// Place of the candidate at which the running sum exceeds `target`.
+// Position of the candidate at which the running sum exceeds `target`.
 static int64_t find_in_running_sum(const uint64_t* weights, int64_t count, uint64_t target) {
   constexpr int64_t kStride = 64;
   int64_t i = 0;
@@ -289,7 +289,7 @@ static int64_t find_in_running_sum(const uint64_t* weights, int64_t count, uint6
 static void draw(const SampleArgs& args, const RowSettings& settings, const Scratch& scratch,
                  uint32_t largest, int64_t* index, float* probability) {
   if (settings.top_k == 1) {
-    *index = first_place_of(scratch.keys, args.codes, largest);
+    *index = first_position_of(scratch.keys, args.codes, largest);
     *probability = 1.0f;
     return;
   }
@@ -309,13 +309,13 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
   }
   uint32_t* keys = scratch.candidate_keys;
   uint64_t* weights = scratch.weights;
-  int64_t count = gather(scratch.keys, nullptr, padded, bound, keys, scratch.places);
+  int64_t count = gather(scratch.keys, nullptr, padded, bound, keys, scratch.positions);
 
   if (k < count) {
     bound = find_boundary(bound, end, static_cast<uint64_t>(count - k), 0, [&](uint32_t middle) {
               return count_below(keys, count, middle);
             }).key;
-    count = gather(keys, scratch.places, count, bound, keys, scratch.places);
+    count = gather(keys, scratch.positions, count, bound, keys, scratch.positions);
   }
 
   uint64_t total = 0;
@@ -349,14 +349,14 @@ static void draw(const SampleArgs& args, const RowSettings& settings, const Scra
   }
 
   const int64_t chosen = find_in_running_sum(weights, count, scaled_random(settings.random, total));
-  *index = scratch.places[chosen];
+  *index = scratch.positions[chosen];
   *probability =
       static_cast<float>(static_cast<double>(weights[chosen]) / static_cast<double>(total));
 }
 
 }  // namespace
 
-void TF_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
+void TOKENFLOW_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
   const int64_t padded = (args.codes + kBlockOfKeys - 1) / kBlockOfKeys * kBlockOfKeys;
   Scratch scratch;
   scratch.weights = reinterpret_cast<uint64_t*>(memory);
@@ -364,7 +364,7 @@ void TF_SAMPLE_ROW(const SampleArgs& args, int64_t row, std::byte* memory) {
   scratch.keys = reinterpret_cast<uint32_t*>(scratch.open_weights + padded + kBlockGroups);
   scratch.group_max = scratch.keys + padded + kBlockGroups;
   scratch.candidate_keys = scratch.group_max + padded / kGroupCodes;
-  scratch.places = scratch.candidate_keys + padded + kBlockGroups;
+  scratch.positions = scratch.candidate_keys + padded + kBlockGroups;
 
   const RowSettings settings = row_settings(args, row);
   const KeySummary summary = make_keys(args, row, guidance_of(args, row), scratch);

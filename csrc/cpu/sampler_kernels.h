@@ -19,7 +19,7 @@ void sample_row_avx2(const SampleArgs& args, int64_t row, std::byte* scratch);
 void sample_row_avx512(const SampleArgs& args, int64_t row, std::byte* scratch);
 
 // Groups that a row's codes are cut into: the codes of a block of kGroupCodes * kBlockGroups whose
-// places are the same modulo kBlockGroups.
+// positions are the same modulo kBlockGroups.
 constexpr int64_t kBlockGroups = 16;
 constexpr int64_t kGroupCodes = 8;
 constexpr int64_t kBlockOfKeys = kBlockGroups * kGroupCodes;

@@ -1,2 +1,2 @@
-#define TF_SAMPLE_ROW sample_row_portable
+#define TOKENFLOW_SAMPLE_ROW sample_row_portable
 #include "sampler_impl.h"

@@ -11,7 +11,7 @@ namespace tokenflow::cpu {
 namespace {
 
 // Rows that share a pass over the codebook: at least, so that reading it costs little beside the
-// work, and at most, so that their tiles stay in the first-level cache and threads share evenly.
+// work, and at most, so that their tiles stay in the L1 and threads share evenly.
 constexpr int64_t kFewestRows = 48;
 constexpr int64_t kMostRows = 192;
 
@@ -19,20 +19,20 @@ constexpr int64_t kMostRows = 192;
 constexpr int kMostInt8Channels = 32768;
 
 // Normalised codes have a bias of float64's rounding, but for those without a length. So small a
-// one is not worth ranking with.
+// one is not worth counting.
 constexpr double kLeastBias = 0x1p-40;
 
 // Integers are tried on this many rows before what they leave to look at again is judged.
 constexpr int64_t kTrialRows = 64;
 
-const RankKernels* int8_rank(int dim) {
+const CoarseScoreKernels* int8_coarse_score(int dim) {
   if (dim > kMostInt8Channels) return nullptr;
 #if defined(__x86_64__)
   switch (detect_instruction_set()) {
     case InstructionSet::kAvx512Vnni:
-      return &int8_rank_avx512vnni();
+      return &int8_coarse_score_avx512vnni();
     case InstructionSet::kAvx2:
-      return &int8_rank_avx2();
+      return &int8_coarse_score_avx2();
     default:
       break;
   }
@@ -98,15 +98,16 @@ struct Searcher<float>::Scratch {
   std::vector<int64_t> candidates;
 
   Tiles pack(const Searcher& searcher, const float* rows, int64_t num_rows) {
-    const RankKernels& rank = *searcher.packed_.rank;
+    const CoarseScoreKernels& coarse = *searcher.packed_.coarse;
     const CodebookLayout& layout = searcher.layout_;
-    const size_t row_bytes = rank.row_bytes(layout.dim);
+    const size_t row_bytes = coarse.row_bytes(layout.dim);
     if (tiles.size() < num_rows * row_bytes) tiles.resize(num_rows * row_bytes);
     if (scales.size() < static_cast<size_t>(num_rows)) scales.resize(num_rows);
-    const Tiles packed = {rows, num_rows, tiles.data(), scales.data(), row_bytes, rank.tile_rows};
+    const Tiles packed = {rows, num_rows, tiles.data(), scales.data(), row_bytes, coarse.tile_rows};
     for (int64_t t = 0; t < packed.num_tiles(); ++t) {
-      rank.pack_tile(rows + packed.first_row(t) * layout.dim, packed.count(t), layout,
-                     searcher.packed_.bounds, packed.tile(t), scales.data() + packed.first_row(t));
+      coarse.pack_tile(rows + packed.first_row(t) * layout.dim, packed.count(t), layout,
+                       searcher.packed_.bounds, packed.tile(t),
+                       scales.data() + packed.first_row(t));
     }
     return packed;
   }
@@ -122,8 +123,9 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
     : layout_(layout),
       codebook_(codebook),
       executor_(executor),
-      packed_(pack(int8_rank(layout.dim) ? *int8_rank(layout.dim) : kernels().rank)),
-      coarse_(packed_.rank != &kernels().rank) {}
+      packed_(pack(int8_coarse_score(layout.dim) ? *int8_coarse_score(layout.dim)
+                                                 : kernels().coarse_score)),
+      int8_(packed_.coarse != &kernels().coarse_score) {}
 
 // A bound of the numbers among the codes, normalised and times the square root of the weight.
 double Searcher<float>::largest_entry() const {
@@ -146,15 +148,15 @@ double Searcher<float>::largest_entry() const {
   return largest;
 }
 
-Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
-  const int dim = layout_.dim, width = rank.panel_width;
+Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) const {
+  const int dim = layout_.dim, width = coarse.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
-  const size_t panel_bytes = rank.panel_bytes(dim);
-  Packed packed = {&rank, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}};
+  const size_t panel_bytes = coarse.panel_bytes(dim);
+  Packed packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}};
   int exponent = 0;
   const double largest = std::frexp(largest_entry(), &exponent);
   packed.bounds.scale = std::ldexp(1.0, -exponent);
-  packed.bounds.step = rank.step(largest);
+  packed.bounds.step = coarse.step(largest);
   std::atomic<double> norm{0}, error{0}, bias{0};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
     std::vector<float>& lines = scratch().lines;
@@ -166,7 +168,7 @@ Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
         const float* code = codebook_ + std::min(p * width + lane, layout_.codes - 1) * dim;
         for (int d = 0; d < dim; ++d) lines[d * width + lane] = code[d];
       }
-      rank.pack_panel(lines.data(), layout_, packed.panels.get() + p * panel_bytes, &bounds);
+      coarse.pack_panel(lines.data(), layout_, packed.panels.get() + p * panel_bytes, &bounds);
     }
     raise(norm, bounds.norm);
     raise(error, bounds.error);
@@ -181,16 +183,16 @@ Searcher<float>::Packed Searcher<float>::pack(const RankKernels& rank) const {
 
 void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {
   int64_t done = 0;
-  if (coarse_ && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
+  if (int8_ && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
   search_some(rows, done, indices);
-  if (coarse_ && rows_seen_ >= kTrialRows) {
+  if (int8_ && rows_seen_ >= kTrialRows) {
     const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
     // Integers take a quarter to a half of the time of float32, and a block scanned again three
-    // times as much as a block ranked; comparing a code in float64 takes as long as ranking 64.
+    // times as much as a block scored; comparing a code in float64 takes as long as scoring 64.
     if (4 * blocks_scanned_ > rows_seen_ * blocks ||
         64 * codes_compared_ > rows_seen_ * layout_.codes) {
-      packed_ = pack(kernels().rank);
-      coarse_ = false;
+      packed_ = pack(kernels().coarse_score);
+      int8_ = false;
     }
   }
   search_some(rows + done * layout_.dim, num_rows - done, indices + done);
@@ -200,7 +202,7 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
   if (num_rows == 0) return;
   const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
   const int64_t workers = std::max(1, executor_.workers);
-  const int64_t tile_rows = packed_.rank->tile_rows;
+  const int64_t tile_rows = packed_.coarse->tile_rows;
 
   if (num_rows >= kFewestRows * workers || workers == 1) {
     const int64_t share = ceil_div(num_rows, 8 * workers);
@@ -211,12 +213,12 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
       Scratch& mine = scratch();
       const Tiles tiles = mine.pack(*this, rows + first * layout_.dim, count);
       mine.block_max.resize(std::max<size_t>(mine.block_max.size(), count * blocks));
-      rank_blocks(tiles, 0, blocks, mine.block_max.data());
-      settle_rows(tiles, mine.block_max.data(), indices + first);
+      score_blocks(tiles, 0, blocks, mine.block_max.data());
+      refine_rows(tiles, mine.block_max.data(), indices + first);
     });
     return;
   }
-  // Few rows: the codebook is shared out instead, and whoever ranks the last part settles.
+  // Few rows: the codebook is shared out instead, and whoever scores the last part refines.
   Scratch& mine = scratch();
   const Tiles tiles = mine.pack(*this, rows, num_rows);
   mine.block_max.resize(std::max<size_t>(mine.block_max.size(), num_rows * blocks));
@@ -225,32 +227,32 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
   std::atomic<int64_t> left{ceil_div(blocks, task_blocks)};
   executor_.for_each(left, [&](int64_t task) {
     const int64_t first = task * task_blocks;
-    rank_blocks(tiles, first, std::min(blocks, first + task_blocks), block_max);
-    if (left.fetch_sub(1) == 1) settle_rows(tiles, block_max, indices);
+    score_blocks(tiles, first, std::min(blocks, first + task_blocks), block_max);
+    if (left.fetch_sub(1) == 1) refine_rows(tiles, block_max, indices);
   });
 }
 
 // block_max [rows, blocks] for some blocks.
-void Searcher<float>::rank_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
-                                  float* block_max) const {
-  const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
+void Searcher<float>::score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
+                                   float* block_max) const {
+  const int64_t block_panels = kBlockCodes / packed_.coarse->panel_width;
   const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
   for (int64_t b = first_block; b < end_block; ++b) {
     const int64_t panel = b * block_panels;
     for (int64_t t = 0; t < tiles.num_tiles(); ++t) {
-      packed_.rank->rank_tile(tiles.tile(t), tiles.count(t), layout_.dim,
-                              tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
-                              packed_.panels.get() + panel * packed_.panel_bytes,
-                              std::min(block_panels, packed_.num_panels - panel),
-                              block_max + tiles.first_row(t) * blocks + b, blocks);
+      packed_.coarse->score_tile(tiles.tile(t), tiles.count(t), layout_.dim,
+                                 tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
+                                 packed_.panels.get() + panel * packed_.panel_bytes,
+                                 std::min(block_panels, packed_.num_panels - panel),
+                                 block_max + tiles.first_row(t) * blocks + b, blocks);
     }
   }
 }
 
-void Searcher<float>::settle_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
+void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
   const int dim = layout_.dim;
   const int blocks = static_cast<int>(ceil_div(layout_.codes, kBlockCodes));
-  const int64_t block_panels = kBlockCodes / packed_.rank->panel_width;
+  const int64_t block_panels = kBlockCodes / packed_.coarse->panel_width;
   std::vector<int64_t>& candidates = scratch().candidates;
   std::vector<int> near(blocks);
   int64_t scanned = 0, compared = 0;
@@ -266,13 +268,13 @@ void Searcher<float>::settle_rows(const Tiles& tiles, const float* block_max, in
         indices[n] = 0;
         continue;
       }
-      // The row is too long for ranks in float32: every code is compared.
+      // The row is too long for scores in float32: every code is compared.
       for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
     }
     for (int k = 0; k < found; ++k) {
       int codes[kBlockCodes];
       const int64_t panel = near[k] * block_panels;
-      const int count = packed_.rank->scan_block(
+      const int count = packed_.coarse->scan_block(
           tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
           tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
           packed_.panels.get() + panel * packed_.panel_bytes,

@@ -18,10 +18,10 @@ const KernelTable& kernels();
 template <typename T>
 class Searcher;
 
-// float32: a tile of rows is ranked against every code (RankKernels), in 8-bit integers where the
-// machine is fast at them. What is kept of the ranks is one maximum for a row and kBlockCodes
-// codes. Codes of the blocks that may hold the nearest one are ranked again; of those that may be
-// it, nearly always one to five, the distance in float64 decides.
+// float32: a tile of rows gets its coarse scores with every code \(CoarseScoreKernels\), in 8-bit
+// integers where the machine is fast at them. What is kept of the scores is one maximum for a row
+// and kBlockCodes codes. Codes of the blocks that may hold the nearest one are scored again; of
+// those that may be it, nearly always one to five, the distance in float64 decides.
 template <>
 class Searcher<float> {
  public:
@@ -32,7 +32,7 @@ class Searcher<float> {
 
  private:
   struct Packed {
-    const RankKernels* rank;
+    const CoarseScoreKernels* coarse;
     std::unique_ptr<std::byte[], void (*)(std::byte*)> panels;
     size_t panel_bytes;
     int64_t num_panels;
@@ -41,12 +41,12 @@ class Searcher<float> {
   struct Tiles;
   struct Scratch;
 
-  Packed pack(const RankKernels& rank) const;
+  Packed pack(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
   double largest_entry() const;
-  void rank_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
-                   float* block_max) const;
-  void settle_rows(const Tiles& tiles, const float* block_max, int64_t* indices);
+  void score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
+                    float* block_max) const;
+  void refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices);
   int64_t nearest_of(const float* row, const std::vector<int64_t>& candidates) const;
   static Scratch& scratch();
 
@@ -54,8 +54,8 @@ class Searcher<float> {
   const float* codebook_;
   const Executor& executor_;
   Packed packed_;
-  bool coarse_;  // packed_ is ranked in integers
-  // Whether integers pay: what ranking in them has left to look at again so far.
+  bool int8_;  // packed_ holds integers
+  // Whether integers pay: what scoring in them has left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
 };
 

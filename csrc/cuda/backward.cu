@@ -1,5 +1,5 @@
 // Gradients of the residual loop. Nothing was saved but the indices: the rows of every scale are
-// recomputed by the walk of the forward pass. Every transposed operation gathers, so that no float
+// recomputed by the residual pass. Every transposed operation gathers, so that no float
 // is added by two threads in an unknown order; the sum over a code's rows does so only where the
 // caller asks for it.
 #include "quantizer.h"
@@ -21,7 +21,7 @@ struct RowGradientArgs {
   Pyramid pyramid;
   CodebookLayout layout;
   const float* codebook;
-  const double* code_scales;
+  const double* code_inverse_norms;
   const int64_t* indices;
   const float* grad_code_error;  // [scales] or null
   const float* grad_row_error;   // [scales] or null
@@ -36,9 +36,9 @@ struct RowGradientArgs {
 // Grid: kTokenLanes lanes a token, kTokensPerBlock tokens a block; a lane owns every eighth channel
 // of each group. No shared memory.
 // Bytes: 8 a token, 4 dim each of rows, grad_rows and the codebook read, 4 dim of grad_rows and
-// 4 dim of rows written: 20 dim + 8. The second look at a channel is served by the first-level
-// cache. Operations: about 12 dim in float64. With code_sums dim atomics instead of the rows
-// written; they wait for each other where many tokens have one code. Bound by memory.
+// 4 dim of rows written: 20 dim + 8. The second look at a channel hits L1. Operations: about 12 dim
+// in float64. With code_sums dim atomics instead of the rows written; they wait for each other
+// where many tokens have one code. Bound by memory.
 __global__ void __launch_bounds__(kTokenThreads)
     row_gradient_kernel(const __grid_constant__ RowGradientArgs args) {
   const Pyramid& pyramid = args.pyramid;
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kTokenThreads)
     }
     // z and q: the normalised row and code; y: the row; u: the gradient from f^.
     const auto code = [&](int d) {
-      return static_cast<double>(unit_code(args.codebook, args.code_scales, layout, index, d, g));
+      return static_cast<double>(
+          unit_code(args.codebook, args.code_inverse_norms, layout, index, d, g));
     };
     const auto upsampled = [&](int d) {
       return args.has_grad_rows ? static_cast<double>(grad_rows[d]) : 0.0;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kCodeThreads)
 struct BackwardScratch {
   bool wants_codes;  // more than zeros
   bool sorts;
-  double* code_scales;
+  double* code_inverse_norms;
   float* rows;
   float* grad_rows;
   SegmentSumArgs<float> segments;
@@ -142,7 +143,7 @@ struct BackwardScratch {
     const int64_t tokens = args.pyramid.batch * tokens_per_image(args.pyramid);
     wants_codes = args.grad_codebook && args.grad_code_error && tokens > 0;
     sorts = wants_codes && !args.atomic_codebook_gradient;
-    code_scales = workspace.take<double>(layout.codes * layout.groups);
+    code_inverse_norms = workspace.take<double>(layout.codes * layout.groups);
     rows = workspace.take<float>(tokens * layout.dim);
     grad_rows = args.grad_h ? workspace.take<float>(tokens * layout.dim) : nullptr;
     segments = {layout.codes, layout.dim, tokens, rows, args.indices, args.grad_codebook, nullptr};
@@ -169,19 +170,21 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   Workspace workspace(workspace_memory);
   const BackwardScratch scratch(workspace, args);
   if (args.grad_codebook && !scratch.sorts) {
-    TF_CUDA_TRY(cudaMemsetAsync(args.grad_codebook, 0,
-                                static_cast<size_t>(layout.codes * layout.dim) * sizeof(float),
-                                stream));
+    TOKENFLOW_CUDA_TRY(
+        cudaMemsetAsync(args.grad_codebook, 0,
+                        static_cast<size_t>(layout.codes * layout.dim) * sizeof(float), stream));
   }
   if (tokens == 0 || (!scratch.wants_codes && !args.grad_h)) return cudaSuccess;
-  TF_CUDA_TRY(launch_scale_codes(layout, args.codebook, scratch.code_scales, stream));
-  TF_CUDA_TRY(launch_walk(recompute_rows(args, scratch.code_scales, scratch.rows), stream));
+  TOKENFLOW_CUDA_TRY(
+      launch_inverse_norms(layout, args.codebook, scratch.code_inverse_norms, stream));
+  TOKENFLOW_CUDA_TRY(
+      launch_residual_pass(recompute_rows(args, scratch.code_inverse_norms, scratch.rows), stream));
 
   RowGradientArgs row_gradient = {};
   row_gradient.pyramid = pyramid;
   row_gradient.layout = layout;
   row_gradient.codebook = args.codebook;
-  row_gradient.code_scales = scratch.code_scales;
+  row_gradient.code_inverse_norms = scratch.code_inverse_norms;
   row_gradient.indices = args.indices;
   row_gradient.grad_code_error = scratch.wants_codes ? args.grad_code_error : nullptr;
   row_gradient.grad_row_error = args.grad_row_error;
@@ -190,14 +193,15 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   row_gradient.has_grad_rows = args.grad_h && args.grad_quantized;
   row_gradient.grad_rows = scratch.grad_rows;
   if (row_gradient.has_grad_rows) {
-    TF_CUDA_TRY(launch_upsample_transpose(pyramid, layout.dim, args.grad_quantized,
-                                          scratch.grad_rows, stream));
+    TOKENFLOW_CUDA_TRY(launch_upsample_transpose(pyramid, layout.dim, args.grad_quantized,
+                                                 scratch.grad_rows, stream));
   }
-  TF_CUDA_TRY(launch(row_gradient_kernel,
-                     dim3(static_cast<unsigned>(ceil_div(tokens, kTokensPerBlock))), kTokenThreads,
-                     0, stream, row_gradient));
+  TOKENFLOW_CUDA_TRY(launch(row_gradient_kernel,
+                            dim3(static_cast<unsigned>(ceil_div(tokens, kTokensPerBlock))),
+                            kTokenThreads, 0, stream, row_gradient));
   if (args.grad_h) {
-    TF_CUDA_TRY(launch_pool_transpose(pyramid, layout.dim, scratch.grad_rows, args.grad_h, stream));
+    TOKENFLOW_CUDA_TRY(
+        launch_pool_transpose(pyramid, layout.dim, scratch.grad_rows, args.grad_h, stream));
   }
   if (scratch.sorts) {
     return launch_codebook_gradient(scratch.segments, layout, args.codebook, scratch.sort, stream);

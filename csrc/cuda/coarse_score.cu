@@ -5,8 +5,8 @@
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kRankThreads = 128;
-constexpr int kRankWarps = kRankThreads / kWarpSize;
+constexpr int kScoreThreads = 128;
+constexpr int kScoreWarps = kScoreThreads / kWarpSize;
 
 // Tiles of codes on their way to a block: one is multiplied while the next two are loaded.
 constexpr int kStages = 3;
@@ -25,8 +25,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kFragments][4],
 
 // A thread's scores of 16 codes go into its running maxima, [8 j + lane / 4] as in quad_vector.
 template <int kFragments>
-__device__ __forceinline__ void take_maxima(const float (&sums)[2][kFragments][4],
-                                            float (&best)[2 * kFragments]) {
+__device__ __forceinline__ void update_maxima(const float (&sums)[2][kFragments][4],
+                                              float (&best)[2 * kFragments]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -45,13 +45,13 @@ __device__ __forceinline__ void store_maxima(float (&best)[2 * kFragments], floa
   for (int i = 0; i < kFragments / 2; ++i) tile_max[32 * i + quad_vector()] = best[i];
 }
 
-// What a block of ranking kernels owns: its rows, and a run of tiles of codes.
-struct RankBlock {
+// What a CUDA block of the coarse scores owns: its rows, and a run of tiles of codes.
+struct ScoreBlock {
   int64_t row;  // from the first of the launch
   int64_t first_tile;
   int tiles;
 
-  __device__ __forceinline__ RankBlock(const SearchArgs& args, int rows, int tiles_per_block)
+  __device__ __forceinline__ ScoreBlock(const SearchArgs& args, int rows, int tiles_per_block)
       : row(static_cast<int64_t>(blockIdx.x) * rows),
         first_tile(static_cast<int64_t>(blockIdx.y) * tiles_per_block) {
     const int64_t left = num_tiles(args) - first_tile;
@@ -62,11 +62,11 @@ struct RankBlock {
 // Copies kCount times 16 bytes to shared memory with the whole block.
 template <int kCount>
 __device__ __forceinline__ void copy_block(uint4* to, const uint4* from) {
-  static_assert(kCount % kRankThreads == 0, "as many for each thread");
+  static_assert(kCount % kScoreThreads == 0, "as many for each thread");
   to += threadIdx.x;
   from += threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < kCount; i += kRankThreads) copy_async(to + i, from + i);
+  for (int i = 0; i < kCount; i += kScoreThreads) copy_async(to + i, from + i);
 }
 
 // The stage after `stage`, of kCount that take turns.
@@ -81,15 +81,15 @@ __device__ __forceinline__ int next_stage(int stage) {
 // them with each fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to
 // kSteps loads of shared memory and 8 kFragments maxima.
 // Shared memory: kStages tiles of 4 kSteps KiB, 36 KiB for TokenFlow's 40 channels.
-// Bytes: 32 kSteps (rows * runs + codes * blocks of rows) read, from the second-level cache, and
+// Bytes: 32 kSteps (rows * runs + codes * blocks of rows) read, from the L2, and
 // 4 rows * tiles written. Operations: 32 kSteps rows codes; bound by the tensor cores.
 template <int kSteps, int kFragments>
-__global__ void __launch_bounds__(kRankThreads, kSteps <= 3 ? 4 : (kSteps == 4 ? 3 : 2))
-    rank_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
-                int tiles_per_block) {
+__global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 ? 3 : 2))
+    coarse_score_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
+                        int64_t num_rows, int tiles_per_block) {
   constexpr int kTile = kSteps * kTileFragments * kWarpSize;
   if (is_dropped(args)) return;
-  const RankBlock block(args, kRankWarps * kFragments * kFragmentVectors, tiles_per_block);
+  const ScoreBlock block(args, kScoreWarps * kFragments * kFragmentVectors, tiles_per_block);
   const int64_t warp_row = block.row + warp_index() * kFragments * kFragmentVectors;
   const bool has_rows = warp_row < num_rows;
   uint4 rows[kSteps][kFragments];
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kRankThreads, kSteps <= 3 ? 4 : (kSteps == 4 ?
       for (int s = 0; s < kSteps; ++s) {
         multiply_step(sums, rows[s], codes[(s * kTileFragments + c) * kWarpSize]);
       }
-      take_maxima(sums, best);
+      update_maxima(sums, best);
     }
     store_maxima<kFragments>(best, tile_max);
     tile_max += stride;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kRankThreads, kSteps <= 3 ? 4 : (kSteps == 4 ?
 }
 
 constexpr int kWideFragments = 2;
-constexpr int kWideRows = kRankWarps * kWideFragments * kFragmentVectors;
+constexpr int kWideRows = kScoreWarps * kWideFragments * kFragmentVectors;
 constexpr int kWideStages = 4;
 constexpr int kWideChunk = kWideSteps * kTileFragments * kWarpSize;  // of rows, and of codes
 static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed vectors");
@@ -151,13 +151,13 @@ static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed ve
 // Grid: (blocks of kWideRows rows, runs of `tiles_per_block` tiles of codes). A warp holds the
 // scores of 32 rows and a tile of codes. Shared memory: kWideStages chunks of both operands, 64
 // KiB. Bytes: a block reads its rows again for each of its tiles. Bound by the tensor cores, or by
-// the second-level cache (32 bytes a clock and multiprocessor at the rate of compute
+// the L2 (32 bytes a clock and multiprocessor at the rate of compute
 // capability 8.0).
-__global__ void __launch_bounds__(kRankThreads, 2)
-    rank_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
-                     int tiles_per_block) {
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    coarse_score_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
+                             int64_t num_rows, int tiles_per_block) {
   if (is_dropped(args)) return;
-  const RankBlock block(args, kWideRows, tiles_per_block);
+  const ScoreBlock block(args, kWideRows, tiles_per_block);
   const int warp_row = warp_index() * kWideFragments * kFragmentVectors;
   const int chunks = operand_steps(args.layout.dim) / kWideSteps;
   uint4* shared = shared_memory<uint4>();
@@ -209,52 +209,52 @@ __global__ void __launch_bounds__(kRankThreads, 2)
 #pragma unroll
     for (float& value : best) value = -infinity();
 #pragma unroll
-    for (int c = 0; c < kTileFragments; ++c) take_maxima(sums[c], best);
+    for (int c = 0; c < kTileFragments; ++c) update_maxima(sums[c], best);
     store_maxima<kWideFragments>(best, tile_max);
     tile_max += stride;
   }
 }
 
-using RankKernel = void (*)(SearchArgs, int64_t, int64_t, int);
+using CoarseScoreKernel = void (*)(SearchArgs, int64_t, int64_t, int);
 
 template <int kFragments>
-RankKernel rank_kernel_for(int steps) {
+CoarseScoreKernel coarse_score_kernel_for(int steps) {
   switch (steps) {
     case 1:
-      return rank_kernel<1, kFragments>;
+      return coarse_score_kernel<1, kFragments>;
     case 2:
-      return rank_kernel<2, kFragments>;
+      return coarse_score_kernel<2, kFragments>;
     case 3:
-      return rank_kernel<3, kFragments>;
+      return coarse_score_kernel<3, kFragments>;
     case 4:
-      return rank_kernel<4, kFragments>;
+      return coarse_score_kernel<4, kFragments>;
     default:
       static_assert(kMostSteps == 5, "a kernel for every number of steps");
-      return rank_kernel<5, kFragments>;
+      return coarse_score_kernel<5, kFragments>;
   }
 }
 
 }  // namespace
 
-cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                        cudaStream_t stream) {
+cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+                                cudaStream_t stream) {
   const int steps = operand_steps(args.layout.dim);
-  RankKernel kernel = rank_wide_kernel;
+  CoarseScoreKernel kernel = coarse_score_wide_kernel;
   int rows = kWideRows, shared_vectors = 2 * kWideChunk * kWideStages;
   if (steps <= kMostSteps) {
     // A coarse scale has few rows: fewer of a block's would be there.
     const bool few = num_rows <= kBlockRows / 2;
-    kernel = few ? rank_kernel_for<2>(steps) : rank_kernel_for<4>(steps);
+    kernel = few ? coarse_score_kernel_for<2>(steps) : coarse_score_kernel_for<4>(steps);
     rows = few ? kBlockRows / 2 : kBlockRows;
     shared_vectors = steps * kTileFragments * kWarpSize * kStages;
   }
   const int64_t row_blocks = ceil_div(num_rows, rows);
   const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
-  // At most rank_blocks runs, and the second grid dimension ends at 65,535.
-  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(args.rank_blocks, row_blocks));
+  // At most coarse_score_blocks runs, and the second grid dimension ends at 65,535.
+  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(args.coarse_score_blocks, row_blocks));
   const dim3 grid(static_cast<unsigned>(row_blocks),
                   static_cast<unsigned>(ceil_div(tiles, tiles_per_block)));
-  return launch(kernel, grid, kRankThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
+  return launch(kernel, grid, kScoreThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
                 stream, args, first_row, num_rows, static_cast<int>(tiles_per_block));
 }
 

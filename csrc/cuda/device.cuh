@@ -168,7 +168,7 @@ __device__ __forceinline__ void multiply_add_16x8x16(float (&sum)[4], unsigned a
 
 // --- Copies to shared memory that run beside the thread ---
 
-// 16 bytes, both places aligned to 16.
+// 16 bytes, both positions aligned to 16.
 __device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -233,8 +233,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int block, size_t s
 }  // namespace tokenflow::cuda
 
 // Leaves the function with the first error.
-#define TF_CUDA_TRY(expression)                   \
-  do {                                            \
-    const cudaError_t tf_error = (expression);    \
-    if (tf_error != cudaSuccess) return tf_error; \
+#define TOKENFLOW_CUDA_TRY(expression)        \
+  do {                                        \
+    const cudaError_t error_ = (expression);  \
+    if (error_ != cudaSuccess) return error_; \
   } while (false)

@@ -7,19 +7,19 @@ namespace {
 constexpr int kPackThreads = 128;
 
 // Grid: kPackLanes lanes for every code, in blocks of kPackThreads. Writes the reciprocal lengths
-// to `scales` [codes, groups] and raises `range` to the codes', either of which may be null. Reads
-// the codebook once, bound by memory.
+// to `inverse_norms` [codes, groups] and raises `range` to the codes', either of which may be null.
+// Reads the codebook once, bound by memory.
 __global__ void __launch_bounds__(kPackThreads)
-    scale_codes_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                       double* scales, RankRange* range) {
+    measure_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
+                   double* inverse_norms, CodebookRange* range) {
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
   const bool exists = n < layout.codes;
   const float* code = codebook + (exists ? n : 0) * layout.dim;
-  if (scales) {
+  if (inverse_norms) {
     for (int g = 0; g < layout.groups; ++g) {
       const double squared = quad_squared_norm(code, layout.begin[g], layout.begin[g + 1]);
       if (exists && lane_index() % kPackLanes == 0) {
-        scales[n * layout.groups + g] = inverse_norm(squared, layout.l2_norm);
+        inverse_norms[n * layout.groups + g] = inverse_norm(squared, layout.l2_norm);
       }
     }
   }
@@ -41,10 +41,10 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
   const float* code = codebook + (exists ? n : 0) * layout.dim;
   VectorSize size = measure_vector(code, layout);
   if (!exists) size = {0, 0, false};
-  const RankCodeScale scale = rank_code_scale(codes.summary->range);
+  const CodeExponents exponents = code_exponents(codes.summary->range);
 
   SpareColumns spare;
-  double rest = ldexp(size.bias, scale.bias), magnitude = 0;
+  double rest = ldexp(size.bias, exponents.bias), magnitude = 0;
 #pragma unroll
   for (uint16_t& part : spare.bias) {
     part = to_half(static_cast<float>(rest));
@@ -52,15 +52,15 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
     rest -= value;
     magnitude += fabs(value);
   }
-  spare.block = to_half(size.finite ? 0.0f : -kRankBlock);
+  spare.exclusion = to_half(size.finite ? 0.0f : -kExclusion);
   const PackedSquares squares = pack_vector<Operand::kCodes>(
-      code, size.finite, layout, scale.length, spare, n, true, codes.fragments);
-  const RankCodeBounds bounds = {
-      max_over_warp(round_up(ldexp(size.length, scale.length)), kPackLanes),
+      code, size.finite, layout, exponents.length, spare, n, true, codes.fragments);
+  const CoarseCodeBounds bounds = {
+      max_over_warp(round_up(ldexp(size.length, exponents.length)), kPackLanes),
       max_over_warp(round_up(sqrt(squares.error)), kPackLanes),
       max_over_warp(round_up(magnitude), kPackLanes)};
   if (lane_index() == 0) {
-    RankCodeBounds& all = codes.summary->bounds;
+    CoarseCodeBounds& all = codes.summary->bounds;
     atomic_max_not_negative(&all.length, bounds.length);
     atomic_max_not_negative(&all.error, bounds.error);
     atomic_max_not_negative(&all.bias, bounds.bias);
@@ -78,7 +78,7 @@ struct PackArgs {
 };
 
 // Grid: kPackLanes lanes for every code of the padded codebook, then for every row, in blocks of
-// kPackThreads. Reads the vectors once (again from the first-level cache) and writes 2 bytes a
+// kPackThreads. Reads the vectors once (again from the L1) and writes 2 bytes a
 // column of the operands, bound by memory.
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs args) {
   static_assert(kTileCodes % (kPackThreads / kPackLanes) == 0, "a block packs codes or rows");
@@ -100,18 +100,18 @@ unsigned blocks(int64_t vectors) {
 
 }  // namespace
 
-cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
-                               cudaStream_t stream) {
-  return launch(scale_codes_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream, layout,
-                codebook, scales, static_cast<RankRange*>(nullptr));
+cudaError_t launch_inverse_norms(const CodebookLayout& layout, const float* codebook,
+                                 double* inverse_norms, cudaStream_t stream) {
+  return launch(measure_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream, layout,
+                codebook, inverse_norms, static_cast<CodebookRange*>(nullptr));
 }
 
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, double* scales, const float* rows,
+                        const PackedCodes& codes, double* inverse_norms, const float* rows,
                         int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
-  TF_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
-  TF_CUDA_TRY(launch(scale_codes_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream,
-                     layout, codebook, scales, &codes.summary->range));
+  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
+  TOKENFLOW_CUDA_TRY(launch(measure_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream,
+                            layout, codebook, inverse_norms, &codes.summary->range));
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
   const PackArgs args = {layout, codebook, codes, padded, rows, packed, num_rows};
   return launch(pack_kernel, dim3(blocks(padded + num_rows)), kPackThreads, 0, stream, args);

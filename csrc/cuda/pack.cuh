@@ -19,7 +19,7 @@
 
 namespace tokenflow::cuda {
 
-// Codes are ranked in tiles of this many; a row keeps one maximum for each tile.
+// Codes are scored in tiles of this many; a row keeps one maximum for each tile.
 constexpr int kTileCodes = 128;
 
 constexpr int kTileVectors = 128;
@@ -32,12 +32,12 @@ static_assert(kTileCodes == kTileVectors, "a tile of codes is one of packed vect
 constexpr int kMostSteps = 5;
 constexpr int kWideSteps = 2;
 
-// Rows are ranked in blocks of at most this many, and their storage is padded to it.
+// Rows are scored in blocks of at most this many, and their storage is padded to it.
 constexpr int kBlockRows = 256;
 
-// Steps of a packed vector: its channels and kRankSpareColumns more.
+// Steps of a packed vector: its channels and kSpareColumns more.
 __host__ __device__ __forceinline__ int operand_steps(int dim) {
-  const int steps = (dim + kRankSpareColumns + kStepColumns - 1) / kStepColumns;
+  const int steps = (dim + kSpareColumns + kStepColumns - 1) / kStepColumns;
   return steps <= kMostSteps ? steps : (steps + kWideSteps - 1) / kWideSteps * kWideSteps;
 }
 
@@ -58,10 +58,10 @@ __device__ __forceinline__ int operand_word(int64_t n, int half) {
   return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
 }
 
-// What ranking needs to know of the whole codebook; all zero before it is packed.
+// What coarse scores need to know of the whole codebook; all zero before it is packed.
 struct CodebookSummary {
-  RankRange range;
-  RankCodeBounds bounds;
+  CodebookRange range;
+  CoarseCodeBounds bounds;
 };
 
 struct PackedCodes {
@@ -71,7 +71,7 @@ struct PackedCodes {
 
 struct PackedRows {
   uint4* fragments;  // what follows the last row is never used
-  RankRowBounds* bounds;
+  CoarseRowBounds* bounds;
   const CodebookSummary* codes;
 };
 
@@ -92,18 +92,18 @@ inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout&
 inline PackedRows take_packed_rows(Workspace& workspace, int dim, int64_t num_rows,
                                    const PackedCodes& codes) {
   const int64_t padded = padded_rows(num_rows);
-  return {workspace.take<uint4>(packed_vectors(padded, dim)), workspace.take<RankRowBounds>(padded),
-          codes.summary};
+  return {workspace.take<uint4>(packed_vectors(padded, dim)),
+          workspace.take<CoarseRowBounds>(padded), codes.summary};
 }
 
-// scales [codes, groups]: reciprocal lengths of the codebook's rows.
-cudaError_t launch_scale_codes(const CodebookLayout& layout, const float* codebook, double* scales,
-                               cudaStream_t stream);
+// inverse_norms [codes, groups]: reciprocal lengths of the codebook's rows.
+cudaError_t launch_inverse_norms(const CodebookLayout& layout, const float* codebook,
+                                 double* inverse_norms, cudaStream_t stream);
 
-// Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it. `scales` as
-// above, or null.
+// Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it.
+// `inverse_norms` as above, or null.
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, double* scales, const float* rows,
+                        const PackedCodes& codes, double* inverse_norms, const float* rows,
                         int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
 
 // Packs `num_rows` rows [num_rows, dim] for a codebook that is packed already.
@@ -113,10 +113,10 @@ cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, in
 // What stands beside the channels in a packed vector.
 struct SpareColumns {
   uint16_t bias[2];
-  uint16_t block;
+  uint16_t exclusion;
 
   __device__ __forceinline__ uint16_t at(int column) const {
-    return column == 0 ? bias[0] : column == 1 ? bias[1] : column == 2 ? block : uint16_t{0};
+    return column == 0 ? bias[0] : column == 1 ? bias[1] : column == 2 ? exclusion : uint16_t{0};
   }
 };
 
@@ -132,7 +132,7 @@ __device__ __forceinline__ double quad_squared_norm(const float* vector, int beg
   return sum_over_lanes<kPackLanes>(sum);
 }
 
-// A vector in float64 as it is ranked, normalised by groups and times the square roots of the
+// A vector in float64 as it is scored, normalised by groups and times the square roots of the
 // weights. A vector that is not finite is measured as one of no length.
 struct VectorSize {
   double length;
@@ -203,17 +203,17 @@ __device__ __forceinline__ PackedSquares pack_vector(const float* vector, bool f
 __device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
                                          bool write, const PackedRows& packed) {
   const VectorSize size = measure_vector(row, layout);
-  const RankRange range = packed.codes->range;
-  const RankRowScale scale = rank_row_scale(size.length, range);
-  const float factor = rank_bias_factor(scale, range);
+  const CodebookRange range = packed.codes->range;
+  const RowExponents exponents = row_exponents(size.length, range);
+  const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);
   const PackedSquares squares =
-      pack_vector<Operand::kRows>(row, size.finite, layout, scale.length,
-                                  {{half, half}, to_half(kRankBlock)}, n, write, packed.fragments);
+      pack_vector<Operand::kRows>(row, size.finite, layout, exponents.length,
+                                  {{half, half}, to_half(kExclusion)}, n, write, packed.fragments);
   if (write && lane_index() % kPackLanes == 0) {
     packed.bounds[n] = {size.finite ? round_up(sqrt(squares.packed)) : NAN,
                         round_up(sqrt(squares.error)), factor,
-                        rank_distance_error(layout.dim, size.length, scale, range)};
+                        coarse_distance_error(layout.dim, size.length, exponents, range)};
   }
 }
 

@@ -46,7 +46,7 @@ int64_t largest_rows(const Pyramid& pyramid) {
 
 struct QuantizeScratch {
   PackedCodes codes;
-  double* code_scales;
+  double* code_inverse_norms;
   PackedRows packed;
   float* tile_max;
   float* rows;
@@ -56,7 +56,7 @@ struct QuantizeScratch {
 
   QuantizeScratch(Workspace& workspace, const QuantizeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
-        code_scales(workspace.take<double>(args.layout.codes * args.layout.groups)),
+        code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)),
         packed(take_packed_rows(workspace, args.layout.dim, largest_rows(args.pyramid), codes)),
         tile_max(take_tile_max(workspace, args.layout, largest_rows(args.pyramid))),
         rows(workspace.take<float>(total_tokens(args.pyramid) * args.layout.dim)),
@@ -67,19 +67,19 @@ struct QuantizeScratch {
 };
 
 struct RowsScratch {
-  double* code_scales;
+  double* code_inverse_norms;
   int* images_done;
 
   RowsScratch(Workspace& workspace, const PyramidRowsArgs<float>& args)
-      : code_scales(workspace.take<double>(args.layout.codes * args.layout.groups)),
+      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)),
         images_done(workspace.take<int>(args.pyramid.batch)) {}
 };
 
 struct DecodeScratch {
-  double* code_scales;
+  double* code_inverse_norms;
 
   DecodeScratch(Workspace& workspace, const DecodeArgs<float>& args)
-      : code_scales(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
+      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
 };
 
 template <typename Scratch, typename Args>
@@ -103,27 +103,27 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   if (unsupported_reason(pyramid, layout)) return cudaErrorInvalidValue;
   Workspace workspace(workspace_memory);
   const QuantizeScratch scratch(workspace, args);
-  TF_CUDA_TRY(
+  TOKENFLOW_CUDA_TRY(
       cudaMemsetAsync(args.hits, 0, static_cast<size_t>(layout.codes) * sizeof(int64_t), stream));
   if (pyramid.batch == 0 || pyramid.num_scales == 0) {
     return cudaMemsetAsync(args.squared_error, 0,
                            static_cast<size_t>(pyramid.num_scales) * sizeof(float), stream);
   }
-  TF_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
-                              static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
-  TF_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, scratch.code_scales, nullptr, 0,
-                          scratch.packed, stream));
+  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
+                                     static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
+  TOKENFLOW_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, scratch.code_inverse_norms,
+                                 nullptr, 0, scratch.packed, stream));
 
-  WalkArgs walk = {};
-  walk.pyramid = pyramid;
-  walk.layout = layout;
-  walk.codebook = args.codebook;
-  walk.code_scales = scratch.code_scales;
-  walk.indices = args.indices;
-  walk.sign = -1;
-  walk.rows = scratch.rows;
-  walk.images_done = scratch.images_done;
-  walk.packed = scratch.packed;
+  ResidualPassArgs pass = {};
+  pass.pyramid = pyramid;
+  pass.layout = layout;
+  pass.codebook = args.codebook;
+  pass.code_inverse_norms = scratch.code_inverse_norms;
+  pass.indices = args.indices;
+  pass.sign = -1;
+  pass.rows = scratch.rows;
+  pass.images_done = scratch.images_done;
+  pass.packed = scratch.packed;
 
   SearchArgs search = {};
   search.layout = layout;
@@ -132,7 +132,7 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   search.rows = scratch.rows;
   search.packed = scratch.packed;
   search.dropped = args.dropped;
-  search.code_scales = scratch.code_scales;
+  search.code_inverse_norms = scratch.code_inverse_norms;
   search.tile_max = scratch.tile_max;
   search.indices = args.indices;
   search.hits = args.hits;
@@ -142,18 +142,18 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   for (int s = -1; s < pyramid.num_scales; ++s) {
     const bool last = s + 1 == pyramid.num_scales;
     if (s >= 0) {
-      search.scale = s;
+      search.scale_id = s;
       search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s])};
       search.num_rows = pyramid.batch * search.map.count;
-      TF_CUDA_TRY(launch_search(search, stream));
+      TOKENFLOW_CUDA_TRY(launch_search(search, stream));
     }
-    walk.first = walk.last = s;
-    walk.plane_in = s <= 0 ? args.h : scratch.residual;
-    walk.plane_out = s < 0 || last ? nullptr : scratch.residual;
-    walk.sum = s < 0 ? nullptr : args.quantized;
-    walk.sum_is_empty = s == 0;
-    walk.finish = last ? Finish::kNothing : Finish::kPack;
-    TF_CUDA_TRY(launch_walk(walk, stream));
+    pass.first = pass.last = s;
+    pass.plane_in = s <= 0 ? args.h : scratch.residual;
+    pass.plane_out = s < 0 || last ? nullptr : scratch.residual;
+    pass.sum = s < 0 ? nullptr : args.quantized;
+    pass.sum_is_empty = s == 0;
+    pass.finish = last ? Finish::kNothing : Finish::kPack;
+    TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
   }
   return launch(mean_errors_kernel, dim3(static_cast<unsigned>(pyramid.num_scales)), kErrorThreads,
                 kErrorThreads * sizeof(double), stream, pyramid, layout.dim, scratch.row_error,
@@ -171,13 +171,14 @@ cudaError_t launch_pyramid_rows(const PyramidRowsArgs<float>& args, void* worksp
   if (total_tokens(pyramid) == 0) return cudaSuccess;
   Workspace workspace(workspace_memory);
   const RowsScratch scratch(workspace, args);
-  TF_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
-                              static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
-  TF_CUDA_TRY(launch_scale_codes(args.layout, args.codebook, scratch.code_scales, stream));
-  WalkArgs walk = recompute_rows(args, scratch.code_scales, args.rows);
-  walk.finish = Finish::kNormalize;
-  walk.images_done = scratch.images_done;
-  return launch_walk(walk, stream);
+  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
+                                     static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
+  TOKENFLOW_CUDA_TRY(
+      launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
+  ResidualPassArgs pass = recompute_rows(args, scratch.code_inverse_norms, args.rows);
+  pass.finish = Finish::kNormalize;
+  pass.images_done = scratch.images_done;
+  return launch_residual_pass(pass, stream);
 }
 
 size_t decode_workspace_bytes(const DecodeArgs<float>& args) {
@@ -191,18 +192,19 @@ cudaError_t launch_decode(const DecodeArgs<float>& args, void* workspace_memory,
   if (pyramid.batch == 0) return cudaSuccess;
   Workspace workspace(workspace_memory);
   const DecodeScratch scratch(workspace, args);
-  TF_CUDA_TRY(launch_scale_codes(args.layout, args.codebook, scratch.code_scales, stream));
-  WalkArgs walk = {};
-  walk.pyramid = pyramid;
-  walk.layout = args.layout;
-  walk.first = 0;
-  walk.last = pyramid.num_scales - 1;
-  walk.codebook = args.codebook;
-  walk.code_scales = scratch.code_scales;
-  walk.indices = args.indices;
-  walk.plane_out = args.quantized;
-  walk.sign = 1;
-  return launch_walk(walk, stream);
+  TOKENFLOW_CUDA_TRY(
+      launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
+  ResidualPassArgs pass = {};
+  pass.pyramid = pyramid;
+  pass.layout = args.layout;
+  pass.first = 0;
+  pass.last = pyramid.num_scales - 1;
+  pass.codebook = args.codebook;
+  pass.code_inverse_norms = scratch.code_inverse_norms;
+  pass.indices = args.indices;
+  pass.plane_out = args.quantized;
+  pass.sign = 1;
+  return launch_residual_pass(pass, stream);
 }
 
 }  // namespace tokenflow::cuda

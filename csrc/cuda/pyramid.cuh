@@ -31,11 +31,11 @@ __device__ __forceinline__ int group_of(int d, const CodebookLayout& layout) {
 }
 
 // Channel d of a normalised codebook row.
-__device__ __forceinline__ float unit_code(const float* codebook, const double* scales,
+__device__ __forceinline__ float unit_code(const float* codebook, const double* inverse_norms,
                                            const CodebookLayout& layout, int64_t index, int d,
                                            int group) {
   return static_cast<float>(static_cast<double>(codebook[index * layout.dim + d]) *
-                            scales[index * layout.groups + group]);
+                            inverse_norms[index * layout.groups + group]);
 }
 
 // How a plane kernel's grid covers [batch, dim]: block i owns channels [first, first + count) of

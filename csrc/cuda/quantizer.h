@@ -8,7 +8,7 @@
 //
 // The kernels are defined for any data: a row that holds a NaN or an infinity takes index 0, an
 // index outside [0, codes) counts as -1 (it adds nothing), and nothing is read or written out of
-// bounds. Shapes that the kernels do not serve give cudaErrorInvalidValue before any launch;
+// bounds. Shapes that the kernels do not support give cudaErrorInvalidValue before any launch;
 // `unsupported_reason` says why.
 #pragma once
 
@@ -20,7 +20,7 @@
 
 namespace tokenflow::cuda {
 
-// A sentence for people, or null where pyramid and layout (or a layout without one) are served.
+// A sentence for people, or null where pyramid and layout (or a layout without one) are supported.
 const char* unsupported_reason(const Pyramid& pyramid, const CodebookLayout& layout);
 const char* unsupported_reason(const CodebookLayout& layout);
 

@@ -7,17 +7,17 @@
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kSettleThreads = 256;
+constexpr int kRefineThreads = 256;
 
 __device__ __forceinline__ bool is_finite(double x) {
   return fabs(x) < static_cast<double>(infinity());
 }
 
 // The best code so far under (distance, index), in float64.
-struct Choice {
+struct NearestCandidate {
   double distance = INFINITY;
   int index = 0;
-  int pending = -1;  // a candidate that was not compared yet
+  int deferred = -1;  // a candidate that was not compared yet
   bool compared = false;
 
   // Candidates of one thread come in ascending order, so a tie keeps the lower index.
@@ -32,20 +32,20 @@ struct Choice {
   }
 
   // A lane's first candidate waits: nearly always it is the warp's only one.
-  __device__ __forceinline__ void consider(const float* row, int code, const SearchArgs& args) {
-    if (pending >= 0) compare(row, pending, args);
-    pending = code;
+  __device__ __forceinline__ void add(const float* row, int code, const SearchArgs& args) {
+    if (deferred >= 0) compare(row, deferred, args);
+    deferred = code;
   }
 
-  // The warp's choice, in every lane.
-  __device__ __forceinline__ int settle(const float* row, const SearchArgs& args) {
-    const bool alone = count_bits(ballot(pending >= 0)) == 1 && ballot(compared) == 0;
-    if (pending >= 0) {
+  // The warp's nearest code, in every lane.
+  __device__ __forceinline__ int reduce(const float* row, const SearchArgs& args) {
+    const bool alone = count_bits(ballot(deferred >= 0)) == 1 && ballot(compared) == 0;
+    if (deferred >= 0) {
       if (alone) {
         distance = 0;
-        index = pending;
+        index = deferred;
       } else {
-        compare(row, pending, args);
+        compare(row, deferred, args);
       }
     }
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -61,9 +61,9 @@ struct Choice {
 };
 
 // Scores of one tile again, in float32: a quad sums the columns of a code that its lanes hold. The
-// codes that may be the best are considered.
-__device__ __forceinline__ void settle_tile(const SearchArgs& args, const float* row, int64_t n,
-                                            int tile, float threshold, Choice* choice) {
+// codes that may be the best are added to `nearest`.
+__device__ __forceinline__ void rescore_tile(const SearchArgs& args, const float* row, int64_t n,
+                                             int tile, float threshold, NearestCandidate* nearest) {
   const int steps = operand_steps(args.layout.dim);
   const unsigned* packed = reinterpret_cast<const unsigned*>(
       args.packed.fragments + fragment_index(n, 0, steps) + n % 8 * 4 + lane_index() % 4);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void settle_tile(const SearchArgs& args, const float*
   for (int i = 0; i < kTileCodes / kWarpSize; ++i) near |= (scores[i] >= threshold ? 1u : 0u) << i;
   for (; near != 0; near &= near - 1) {
     const int code = first + lowest_bit(near) * kWarpSize;
-    if (code < args.layout.codes) choice->consider(row, code, args);
+    if (code < args.layout.codes) nearest->add(row, code, args);
   }
 }
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
       squared += static_cast<double>(row[d]) * static_cast<double>(row[d]);
     }
     const double row_scale = inverse_norm(sum_over_lanes<kWarpSize>(squared), layout.l2_norm);
-    const double code_scale = args.code_scales[index * layout.groups + g];
+    const double code_scale = args.code_inverse_norms[index * layout.groups + g];
     for (int d = begin; d < end; d += kWarpSize) {
       const float q = static_cast<float>(static_cast<double>(code[d]) * code_scale);
       const float z = static_cast<float>(static_cast<double>(row[d]) * row_scale);
@@ -122,15 +122,15 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
   return sum_over_lanes<kWarpSize>(sum);
 }
 
-// Grid: a warp a row, kSettleThreads / 32 rows a block, whose maxima lie side by side; no shared
+// Grid: a warp a row, kRefineThreads / 32 rows a block, whose maxima lie side by side; no shared
 // memory, no barrier. Bytes: 4 a tile of codes for the maxima, and 4 KiB a step of the operands for
-// each tile looked at again (nearly always one), from the second-level cache, which bounds it.
+// each tile looked at again (nearly always one), from the L2, which bounds it.
 // Codes closer together than half precision can tell cost a distance in float64 each.
-__global__ void __launch_bounds__(kSettleThreads, 3)
-    settle_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
+__global__ void __launch_bounds__(kRefineThreads, 3)
+    refine_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kSettleThreads / kWarpSize) + warp_index();
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kRefineThreads / kWarpSize) + warp_index();
   if (n >= num_rows) return;
   const int64_t token = args.map.token(first_row + n);
   if (is_dropped(args)) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kSettleThreads, 3)
     return;
   }
   const float* row = args.rows + token * layout.dim;
-  const RankRowBounds bounds = args.packed.bounds[first_row + n];
+  const CoarseRowBounds bounds = args.packed.bounds[first_row + n];
   int index = 0;
   if (is_finite(static_cast<double>(bounds.length))) {
     const int tiles = num_tiles(args);
@@ -150,16 +150,16 @@ __global__ void __launch_bounds__(kSettleThreads, 3)
     float best = -infinity();
     for (int t = lane; t < tiles; t += kWarpSize) best = fmaxf(best, tile_max[t * stride]);
     best = max_over_warp(best, 1);
-    const float threshold = best - 2 * rank_error_bound(operand_steps(layout.dim) * kStepColumns,
-                                                        bounds, args.codes.summary->bounds);
-    Choice choice;
+    const float threshold = best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns,
+                                                          bounds, args.codes.summary->bounds);
+    NearestCandidate nearest;
     for (int t0 = 0; t0 < tiles; t0 += kWarpSize) {
       const bool near = t0 + lane < tiles && tile_max[(t0 + lane) * stride] >= threshold;
       for (unsigned mask = ballot(near); mask != 0; mask &= mask - 1) {
-        settle_tile(args, row, first_row + n, t0 + lowest_bit(mask), threshold, &choice);
+        rescore_tile(args, row, first_row + n, t0 + lowest_bit(mask), threshold, &nearest);
       }
     }
-    index = choice.settle(row, args);
+    index = nearest.reduce(row, args);
   }
   if (lane == 0) {
     args.indices[token] = index;
@@ -173,10 +173,10 @@ __global__ void __launch_bounds__(kSettleThreads, 3)
 
 }  // namespace
 
-cudaError_t launch_settle(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                           cudaStream_t stream) {
-  const int64_t blocks = ceil_div(num_rows, kSettleThreads / kWarpSize);
-  return launch(settle_kernel, dim3(static_cast<unsigned>(blocks)), kSettleThreads, 0, stream, args,
+  const int64_t blocks = ceil_div(num_rows, kRefineThreads / kWarpSize);
+  return launch(refine_kernel, dim3(static_cast<unsigned>(blocks)), kRefineThreads, 0, stream, args,
                 first_row, num_rows);
 }
 

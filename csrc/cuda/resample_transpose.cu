@@ -48,7 +48,7 @@ size_t upsample_transpose_table_bytes(const Pyramid& pyramid, int side_x, int si
 // Grid: (images x blocks of `channels` channels, scales); a block owns those channels of a scale's
 // rows. Shared memory: the gradient's plane and the plane gathered along y for every channel, and
 // tables: 2 KiB a channel and 1.3 KiB of tables for 16 x 16 planes.
-// Bytes: 4 dim height width a scale (from the second-level cache after the first), 4 dim a row
+// Bytes: 4 dim height width a scale (from the L2 after the first), 4 dim a row
 // written. Operations: 2 height width (taps a position) a scale and channel; bound by latency.
 __global__ void __launch_bounds__(kPlaneThreads)
     upsample_transpose_kernel(const __grid_constant__ UpsampleTransposeArgs args) {

@@ -9,14 +9,14 @@
 namespace tokenflow::cuda {
 namespace {
 
-// Shared memory of a walk: sizes in elements over all of its scales.
-struct WalkShared {
+// Shared memory of a pass: sizes in elements over all of its scales.
+struct ResidualPassShared {
   int coarse;  // codes of a scale, a channel
   int middle;  // resampled along one axis, a channel
   int bins_x;
   int bins_y;
 
-  __host__ __device__ WalkShared(const Pyramid& pyramid, int first, int last, bool pools)
+  __host__ __device__ ResidualPassShared(const Pyramid& pyramid, int first, int last, bool pools)
       : coarse(0), middle(0), bins_x(0), bins_y(0) {
     for (int s = first; s <= last; ++s) {
       if (s >= 0) {
@@ -50,9 +50,9 @@ struct Planes {
   AreaBin* bins_y;
   float* plane;   // [channels][height][width]
   float* coarse;  // [channels][scale height][scale width]
-  float* middle;  // [channels], see WalkShared
+  float* middle;  // [channels], see ResidualPassShared
 
-  __device__ Planes(const WalkArgs& args, const WalkShared& sizes) {
+  __device__ Planes(const ResidualPassArgs& args, const ResidualPassShared& sizes) {
     const Pyramid& pyramid = args.pyramid;
     taps_x = shared_memory<CubicTaps<float>>();
     taps_y = taps_x + pyramid.width;
@@ -65,8 +65,8 @@ struct Planes {
 };
 
 // plane += sign * u, sum += u for the codes of scale s.
-__device__ __forceinline__ void add_codes(const WalkArgs& args, const ChannelBlock& block, int s,
-                                          const Planes& shared) {
+__device__ __forceinline__ void add_codes(const ResidualPassArgs& args, const ChannelBlock& block,
+                                          int s, const Planes& shared) {
   const Pyramid& pyramid = args.pyramid;
   const CodebookLayout& layout = args.layout;
   const Extent extent = pyramid.extent[s];
@@ -84,10 +84,10 @@ __device__ __forceinline__ void add_codes(const WalkArgs& args, const ChannelBlo
     const int p = i / block.count, c = i % block.count;  // neighbours read one row of the codebook
     const int64_t index = indices[p];
     const int d = block.first + c;
-    shared.coarse[c * count + p] =
-        names_code(index, layout)
-            ? unit_code(args.codebook, args.code_scales, layout, index, d, group_of(d, layout))
-            : 0.0f;
+    shared.coarse[c * count + p] = names_code(index, layout)
+                                       ? unit_code(args.codebook, args.code_inverse_norms, layout,
+                                                   index, d, group_of(d, layout))
+                                       : 0.0f;
   }
   block_barrier();
   // Along x: [channels][extent.height][width].
@@ -121,7 +121,7 @@ __device__ __forceinline__ void add_codes(const WalkArgs& args, const ChannelBlo
 }
 
 // rows = the plane averaged over the bins of scale s.
-__device__ __forceinline__ void pool(const WalkArgs& args, const ChannelBlock& block, int s,
+__device__ __forceinline__ void pool(const ResidualPassArgs& args, const ChannelBlock& block, int s,
                                      const Planes& shared) {
   const Pyramid& pyramid = args.pyramid;
   const Extent extent = pyramid.extent[s];
@@ -169,7 +169,8 @@ __device__ __forceinline__ void pool(const WalkArgs& args, const ChannelBlock& b
 
 // The image's last block to arrive here sees the rows of all the others and finishes them. Which
 // block that is does not show in the result.
-__device__ __forceinline__ void finish_rows(const WalkArgs& args, const ChannelBlock& block) {
+__device__ __forceinline__ void finish_rows(const ResidualPassArgs& args,
+                                            const ChannelBlock& block) {
   const Pyramid& pyramid = args.pyramid;
   const CodebookLayout& layout = args.layout;
   int& earlier = *shared_memory<int>();
@@ -205,10 +206,11 @@ __device__ __forceinline__ void finish_rows(const WalkArgs& args, const ChannelB
 // Shared memory: the plane, a scale's codes, and one axis of the resampling for every channel, plus
 // tables of taps and bins: for 16 x 16 planes 3 KiB a channel and 1.3 KiB of tables.
 // Bytes a scale: 4 dim (rows + height width) read, the same written; 2 reads and 1 write more of
-// the plane where the walk is cut at every scale by a search. Operations: 16 a scale and element of
+// the plane where the pass is cut at every scale by a search. Operations: 16 a scale and element of
 // the plane. Bound by latency for the small planes of TokenFlow, by memory for large ones.
 __global__ void __launch_bounds__(kPlaneThreads, 3)
-    walk_kernel(const __grid_constant__ WalkArgs args, const __grid_constant__ WalkShared sizes) {
+    residual_pass_kernel(const __grid_constant__ ResidualPassArgs args,
+                         const __grid_constant__ ResidualPassShared sizes) {
   const Pyramid& pyramid = args.pyramid;
   const ChannelBlock block = channel_block(blockIdx.x, args.layout.dim, args.channels);
   const Planes shared(args, sizes);
@@ -232,22 +234,22 @@ __global__ void __launch_bounds__(kPlaneThreads, 3)
 
 }  // namespace
 
-cudaError_t launch_walk(WalkArgs args, cudaStream_t stream) {
-  const WalkShared sizes(args.pyramid, args.first, args.last, args.rows != nullptr);
+cudaError_t launch_residual_pass(ResidualPassArgs args, cudaStream_t stream) {
+  const ResidualPassShared sizes(args.pyramid, args.first, args.last, args.rows != nullptr);
   const size_t channel_bytes = sizes.channel_bytes(args.pyramid);
   args.channels = choose_channels(args.pyramid.batch, args.layout.dim, channel_bytes);
   const int64_t blocks = args.pyramid.batch * ceil_div(args.layout.dim, args.channels);
   return launch(
-      walk_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
+      residual_pass_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
       sizes.table_bytes(args.pyramid) + static_cast<size_t>(args.channels) * channel_bytes, stream,
       args, sizes);
 }
 
 const char* unsupported_reason(const CodebookLayout& layout) {
   if (layout.codes < 1 || layout.codes > (int64_t{1} << 30)) {
-    return "the CUDA kernels serve codebooks of 1 to 2^30 rows";
+    return "the CUDA kernels support codebooks of 1 to 2^30 rows";
   }
-  if (layout.dim > (1 << 20)) return "the CUDA kernels serve at most 2^20 channels";
+  if (layout.dim > (1 << 20)) return "the CUDA kernels support at most 2^20 channels";
   return nullptr;
 }
 
@@ -255,7 +257,7 @@ const char* unsupported_reason(const Pyramid& pyramid, const CodebookLayout& lay
   if (const char* reason = unsupported_reason(layout)) return reason;
   if (pyramid.batch * tokens_per_image(pyramid) > INT_MAX || pyramid.batch * layout.dim > INT_MAX ||
       pyramid.batch * pyramid.height > INT_MAX) {
-    return "the CUDA kernels serve at most 2^31 - 1 tokens, images times channels, and images "
+    return "the CUDA kernels support at most 2^31 - 1 tokens, images times channels, and images "
            "times "
            "lines in a call";
   }
@@ -269,7 +271,7 @@ const char* unsupported_reason(const Pyramid& pyramid, const CodebookLayout& lay
                 exceeds(pyramid.height, e.width);
   }
   if (!too_large) {
-    const WalkShared sizes(pyramid, -1, pyramid.num_scales - 1, true);
+    const ResidualPassShared sizes(pyramid, -1, pyramid.num_scales - 1, true);
     too_large = sizes.table_bytes(pyramid) + sizes.channel_bytes(pyramid) > kPlaneSharedLimit;
   }
   return too_large

@@ -13,48 +13,48 @@ enum class Finish {
   kPack,       // left as they are, and packed for the search of scale `last + 1`
 };
 
-// One walk along the residual pyramid for known indices: adds the codes of scales
+// One pass along the residual pyramid for known indices: adds the codes of scales
 // [first, last] one after the other, and pools the plane to scale s + 1 after scale s.
 // first = -1 begins with pooling to scale 0.
-struct WalkArgs {
+struct ResidualPassArgs {
   Pyramid pyramid;
   CodebookLayout layout;
   int first;
   int last;
-  int channels;               // a block owns this many
-  const float* codebook;      // [codes, dim]
-  const double* code_scales;  // [codes, groups]
-  const int64_t* indices;     // [batch, tokens]
-  const float* plane_in;      // [batch, dim, height, width] or null: zeros
-  float* plane_out;           // the same or null; may be plane_in
-  float sign;                 // the plane gains sign * u at every scale
-  float* sum;                 // [batch, dim, height, width] gains u at every scale, or null
-  bool sum_is_empty;          // `sum` holds nothing yet
-  float* rows;                // out [batch, tokens, dim]: pooled rows; null: no pooling
+  int channels;                      // a block owns this many
+  const float* codebook;             // [codes, dim]
+  const double* code_inverse_norms;  // [codes, groups]
+  const int64_t* indices;            // [batch, tokens]
+  const float* plane_in;             // [batch, dim, height, width] or null: zeros
+  float* plane_out;                  // the same or null; may be plane_in
+  float sign;                        // the plane gains sign * u at every scale
+  float* sum;                        // [batch, dim, height, width] gains u at every scale, or null
+  bool sum_is_empty;                 // `sum` holds nothing yet
+  float* rows;                       // out [batch, tokens, dim]: pooled rows; null: no pooling
   Finish finish;
   int* images_done;   // [batch] zeros, left as zeros; used unless finish is kNothing
   PackedRows packed;  // used if finish is kPack
 };
 
-// The walk that recomputes the rows of every scale from h and known indices, unfinished.
+// The pass that recomputes the rows of every scale from h and known indices, unfinished.
 template <typename Args>
-WalkArgs recompute_rows(const Args& args, const double* code_scales, float* rows) {
-  WalkArgs walk = {};
-  walk.pyramid = args.pyramid;
-  walk.layout = args.layout;
-  walk.first = -1;
-  walk.last = args.pyramid.num_scales - 2;
-  walk.codebook = args.codebook;
-  walk.code_scales = code_scales;
-  walk.indices = args.indices;
-  walk.plane_in = args.h;
-  walk.sign = -1;
-  walk.rows = rows;
-  walk.finish = Finish::kNothing;
-  return walk;
+ResidualPassArgs recompute_rows(const Args& args, const double* code_inverse_norms, float* rows) {
+  ResidualPassArgs pass = {};
+  pass.pyramid = args.pyramid;
+  pass.layout = args.layout;
+  pass.first = -1;
+  pass.last = args.pyramid.num_scales - 2;
+  pass.codebook = args.codebook;
+  pass.code_inverse_norms = code_inverse_norms;
+  pass.indices = args.indices;
+  pass.plane_in = args.h;
+  pass.sign = -1;
+  pass.rows = rows;
+  pass.finish = Finish::kNothing;
+  return pass;
 }
 
 // `args.channels` is chosen here.
-cudaError_t launch_walk(WalkArgs args, cudaStream_t stream);
+cudaError_t launch_residual_pass(ResidualPassArgs args, cudaStream_t stream);
 
 }  // namespace tokenflow::cuda

@@ -17,8 +17,8 @@ constexpr int64_t kLengthsAtOnce = 8192;
 
 struct DrawArgs {
   SampleCodeArgs<float> sample;
-  const double* row_scales;   // [rows of the launch, groups]
-  const double* code_scales;  // [codes, groups]
+  const double* row_inverse_norms;   // [rows of the launch, groups]
+  const double* code_inverse_norms;  // [codes, groups]
   int64_t first_row;
   int64_t num_rows;
 };
@@ -38,11 +38,11 @@ __device__ __forceinline__ void sum_channels(const DrawArgs& args, const int64_t
     double row_scale[kDrawRows], code_scale[kGumbelCodes];
 #pragma unroll
     for (int r = 0; r < kDrawRows; ++r) {
-      row_scale[r] = root * args.row_scales[rows[r] * layout.groups + g];
+      row_scale[r] = root * args.row_inverse_norms[rows[r] * layout.groups + g];
     }
 #pragma unroll
     for (int c = 0; c < kGumbelCodes; ++c) {
-      code_scale[c] = root * args.code_scales[codes[c] * layout.groups + g];
+      code_scale[c] = root * args.code_inverse_norms[codes[c] * layout.groups + g];
     }
 #pragma unroll 1
     for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
@@ -68,9 +68,9 @@ __device__ __forceinline__ void sum_channels(const DrawArgs& args, const int64_t
 
 // Grid: a block for kDrawRows rows, which owns their draws. A thread takes every kDrawThreads-th
 // group of kGumbelCodes codes; then the block agrees on the best of each row.
-// Shared memory: a choice a row and warp. Bytes: the codebook once a block, from the second-level
-// cache. Operations: 3 dim float64 a row and code, and a quarter of Philox's 10 rounds; the two
-// logarithms only where they may change the choice. Bound by float64.
+// Shared memory: a choice a row and warp. Bytes: the codebook once a block, from L2. Operations: 3
+// dim float64 a row and code, and a quarter of Philox's 10 rounds; the two logarithms only where
+// they may change the choice. Bound by float64.
 template <bool kDot>
 __global__ void __launch_bounds__(kDrawThreads, 3)
     draw_kernel(const __grid_constant__ DrawArgs args) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kDrawThreads, 3)
       if (noisy) {
         const int64_t n = args.first_row + rows[r];
         random = gumbel_words(static_cast<uint64_t>(value_at(sample.seed, n)),
-                              random_place(sample.seed, sample.offset, n), group);
+                              stream_position(sample.seed, sample.offset, n), group);
       }
 #pragma unroll
       for (int c = 0; c < kGumbelCodes; ++c) {
@@ -140,14 +140,14 @@ __global__ void __launch_bounds__(kDrawThreads, 3)
 }
 
 struct DrawScratch {
-  double* row_scales;
-  double* code_scales;
+  double* row_inverse_norms;
+  double* code_inverse_norms;
 
   DrawScratch(Workspace& workspace, const SampleCodeArgs<float>& args)
-      : row_scales(workspace.take<double>(
+      : row_inverse_norms(workspace.take<double>(
             (args.num_rows < kLengthsAtOnce ? args.num_rows : kLengthsAtOnce) *
             args.layout.groups)),
-        code_scales(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
+        code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
 };
 
 }  // namespace
@@ -164,8 +164,9 @@ cudaError_t launch_sample_code(const SampleCodeArgs<float>& args, void* workspac
   if (args.num_rows < 0 || unsupported_reason(args.layout)) return cudaErrorInvalidValue;
   Workspace workspace(workspace_memory);
   const DrawScratch scratch(workspace, args);
-  TF_CUDA_TRY(launch_scale_codes(args.layout, args.codebook, scratch.code_scales, stream));
-  DrawArgs draw = {args, scratch.row_scales, scratch.code_scales, 0, 0};
+  TOKENFLOW_CUDA_TRY(
+      launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
+  DrawArgs draw = {args, scratch.row_inverse_norms, scratch.code_inverse_norms, 0, 0};
   // Without noise the root, which makes equal what is not, decides nothing.
   if (!(args.temperature > 0) && args.metric == Metric::kL2) {
     draw.sample.metric = Metric::kSquaredL2;
@@ -176,12 +177,12 @@ cudaError_t launch_sample_code(const SampleCodeArgs<float>& args, void* workspac
     draw.num_rows = left < kLengthsAtOnce ? left : kLengthsAtOnce;
     CodebookLayout of_rows = args.layout;
     of_rows.codes = draw.num_rows;
-    TF_CUDA_TRY(launch_scale_codes(of_rows, args.rows + draw.first_row * args.layout.dim,
-                                   scratch.row_scales, stream));
-    TF_CUDA_TRY(launch(dot ? draw_kernel<true> : draw_kernel<false>,
-                       dim3(static_cast<unsigned>(ceil_div(draw.num_rows, kDrawRows))),
-                       kDrawThreads, kDrawRows * (kDrawThreads / kWarpSize) * sizeof(GumbelChoice),
-                       stream, draw));
+    TOKENFLOW_CUDA_TRY(launch_inverse_norms(of_rows, args.rows + draw.first_row * args.layout.dim,
+                                            scratch.row_inverse_norms, stream));
+    TOKENFLOW_CUDA_TRY(
+        launch(dot ? draw_kernel<true> : draw_kernel<false>,
+               dim3(static_cast<unsigned>(ceil_div(draw.num_rows, kDrawRows))), kDrawThreads,
+               kDrawRows * (kDrawThreads / kWarpSize) * sizeof(GumbelChoice), stream, draw));
   }
   return cudaSuccess;
 }

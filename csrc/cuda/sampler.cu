@@ -13,7 +13,7 @@ static_assert(kUnroll % kGroups == 0, "a group's codes are those of a remainder"
 
 // Grid: a block for every row; it owns the row's draw. Shared memory: 24 bytes a thread, and 4 a
 // code for its key where the device has room for all (128 KiB for 32,768 codes); else the logits
-// are read again, from the second-level cache as a rule. Bytes: each logit once. Operations: about
+// are read again, from the L2 as a rule. Bytes: each logit once. Operations: about
 // 15 a code for its key, then 2 for a code to see whether it may be among the k largest, and some
 // hundred for each of the few that may be. Bound by memory where there are rows for every
 // multiprocessor, else by the latency of about 60 barriers.
@@ -21,11 +21,12 @@ static_assert(kUnroll % kGroups == 0, "a group's codes are those of a remainder"
 //   1. Keys of all codes; every thread keeps the maxima of four groups of them.
 //   2. The k-th largest maximum is a lower bound of the k-th largest key (k groups hold a key that
 //   is
-//      no smaller). Codes above it, little more than k, are listed in order of their places. Where
-//      the list is too short for them, all codes are visited instead.
+//      no smaller). Codes above it, little more than k, are listed in order of their positions.
+//      Where the list is too short for them, all codes are visited instead.
 //   3. Histograms over what is listed find the k-th largest key and top-p's boundary: of counts and
 //      of weights. Sums are integers, so the order of the atomics does not show.
-//   4. A scan in order of the places finds the code where the running sum passes the random number.
+//   4. A scan in order of the positions finds the code where the running sum passes the random
+//   number.
 template <LogitType kType, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(const __grid_constant__ SampleArgs args, bool keeps_keys) {
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 
   Entries<kType> entries = {keeps_keys ? row_keys : nullptr, nullptr, codes, row};
   if (settings.top_k == 1) {
-    uint32_t first = ~0u;  // the lowest place, as the largest of the complements
+    uint32_t first = ~0u;  // the lowest position, as the largest of the complements
     for (int i = codes - 1 - team.thread(); i >= 0; i -= kThreads) {
       if (entries.key(i) == largest) first = static_cast<uint32_t>(i);
     }
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   const int count = team.gather(entries, bound);
   if (count <= SamplerShared<kThreads>::kList) {
     entries.keys = shared.keys;
-    entries.places = shared.places;
+    entries.positions = shared.positions;
     entries.count = count;
   }
   if (k < static_cast<uint64_t>(count)) {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   const int chosen =
       team.find_in_running_sum(entries.count, scaled_random(settings.random, total), kept_weight);
   if (team.thread() == 0) {
-    args.indices[row_number] = entries.place(chosen);
+    args.indices[row_number] = entries.position(chosen);
     args.probability[row_number] = static_cast<float>(
         static_cast<double>(weight(entries.key(chosen))) / static_cast<double>(total));
   }
@@ -194,7 +195,7 @@ cudaError_t launch_type(const SampleArgs& args, cudaStream_t stream) {
   // Few codes: smaller blocks, several on a multiprocessor.
   constexpr int64_t kFewCodes = 4096;
   int shared_limit = 0;
-  TF_CUDA_TRY(largest_shared_memory(&shared_limit));
+  TOKENFLOW_CUDA_TRY(largest_shared_memory(&shared_limit));
   return args.codes <= kFewCodes ? launch_rows<kType, 256>(args, shared_limit, stream)
                                  : launch_rows<kType, 1024>(args, shared_limit, stream);
 }

@@ -18,9 +18,9 @@ struct SamplerShared {
   uint32_t high_word[kThreads];
   uint64_t found_below;
   uint32_t found;
-  // Candidates, in order of their places.
+  // Candidates, in order of their positions.
   uint32_t keys[kList];
-  uint32_t places[kList];
+  uint32_t positions[kList];
 };
 
 template <LogitType kType>
@@ -56,16 +56,16 @@ struct Row {
 // Codes with their keys: kept in shared memory, or read and combined again.
 template <LogitType kType>
 struct Entries {
-  const uint32_t* keys;    // null: from the row
-  const uint32_t* places;  // null: entry i is code i
+  const uint32_t* keys;       // null: from the row
+  const uint32_t* positions;  // null: entry i is code i
   int count;
   Row<kType> row;
 
   __device__ __forceinline__ uint32_t key(int i) const {
     return keys ? keys[i] : key_of(row.combined(row.logit(i), row.unconditional(i)));
   }
-  __device__ __forceinline__ int place(int i) const {
-    return places ? static_cast<int>(places[i]) : i;
+  __device__ __forceinline__ int position(int i) const {
+    return positions ? static_cast<int>(positions[i]) : i;
   }
 };
 
@@ -221,7 +221,7 @@ struct Team {
       if (keep) {
         const int at = next + count_bits(kept & ((1u << lane_index()) - 1u));
         shared.keys[at] = key;
-        shared.places[at] = static_cast<uint32_t>(entries.place(i));
+        shared.positions[at] = static_cast<uint32_t>(entries.position(i));
       }
       next += count_bits(kept);
     }

@@ -1,10 +1,10 @@
-// Nearest codes of rows: scale, pack, rank, settle. The matrix of scores is never in memory.
+// Nearest codes of rows. The matrix of scores is never in memory.
 //
-//   scale_codes  once a call: reciprocal lengths, and the range of the codebook
-//   pack         once a call: codes (and rows) in half precision, as the tensor cores take them
-//   rank         scores of rows x codes in registers; one maximum for a row and a tile of codes
-//   settle       a warp a row: looks again at the tiles that may hold the best code, and decides
-//                between codes too close for half precision by the distance in float64
+//   measure       once a call: reciprocal lengths, and the range of the codebook
+//   pack          once a call: codes (and rows) in half precision, as the tensor cores take them
+//   coarse_score  scores of rows x codes in registers; one maximum for a row and a tile of codes
+//   refine        a warp a row: looks again at the tiles that may hold the best code, and decides
+//                 between codes too close for half precision by the distance in float64
 #include "quantizer.h"
 #include "search.cuh"
 
@@ -29,8 +29,8 @@ cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream) {
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
-    TF_CUDA_TRY(launch_rank(args, first, count, stream));
-    TF_CUDA_TRY(launch_settle(args, first, count, stream));
+    TOKENFLOW_CUDA_TRY(launch_coarse_score(args, first, count, stream));
+    TOKENFLOW_CUDA_TRY(launch_refine(args, first, count, stream));
   }
   return cudaSuccess;
 }
@@ -53,10 +53,10 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
     const float* rows = args.rows + first * layout.dim;
     if (first == 0) {
-      TF_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, nullptr, rows, count,
-                              scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, nullptr, rows, count,
+                                     scratch.rows, stream));
     } else {
-      TF_CUDA_TRY(launch_pack_rows(layout, rows, count, scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, rows, count, scratch.rows, stream));
     }
     SearchArgs search = {};
     search.layout = layout;
@@ -68,7 +68,7 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     search.num_rows = count;
     search.tile_max = scratch.tile_max;
     search.indices = args.indices + first;
-    TF_CUDA_TRY(launch_search(search, stream));
+    TOKENFLOW_CUDA_TRY(launch_search(search, stream));
   }
   return cudaSuccess;
 }

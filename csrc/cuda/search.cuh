@@ -6,9 +6,9 @@
 
 namespace tokenflow::cuda {
 
-// Blocks that rank: several waves of them on the largest machine, and few enough that a block's
-// rows are loaded for more than one tile of codes.
-constexpr int64_t kRankBlocks = 2048;
+// Blocks of the coarse scores: several waves of them on the largest machine, and few enough that a
+// block's rows are loaded for more than one tile of codes.
+constexpr int64_t kCoarseScoreBlocks = 2048;
 
 // Rows whose tile maxima are held at once: bounds the scratch of a search.
 constexpr int64_t kRowsAtOnce = 8192;
@@ -32,14 +32,14 @@ struct SearchArgs {
   PackedRows packed;  // the scale's rows in the order of TokenMap
   TokenMap map;
   int64_t num_rows;
-  int scale;
-  const int64_t* dropped;     // null or one scale number; a dropped scale gets -1
-  const double* code_scales;  // [codes, groups]; used with row_error
-  float* tile_max;            // scratch, see take_tile_max
-  int64_t* indices;           // out [batch * tokens]
-  int64_t* hits;              // out [codes] (added to) or null
-  double* row_error;          // out [batch * tokens] squared error of each row, or null
-  int64_t rank_blocks = kRankBlocks;
+  int scale_id;                      // which scale of the pyramid
+  const int64_t* dropped;            // null or one scale id; the tokens of that scale get -1
+  const double* code_inverse_norms;  // [codes, groups]; used with row_error
+  float* tile_max;                   // scratch, see take_tile_max
+  int64_t* indices;                  // out [batch * tokens]
+  int64_t* hits;                     // out [codes] (added to) or null
+  double* row_error;                 // out [batch * tokens] squared error of each row, or null
+  int64_t coarse_score_blocks = kCoarseScoreBlocks;
 };
 
 // [tiles of codes][rows at once].
@@ -49,11 +49,11 @@ inline float* take_tile_max(Workspace& workspace, const CodebookLayout& layout, 
 }
 
 // tile_max for rows [first_row, first_row + num_rows) of the search.
-cudaError_t launch_rank(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                        cudaStream_t stream);
+cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+                                cudaStream_t stream);
 
 // Indices, hits and row errors of these rows from their tile_max.
-cudaError_t launch_settle(const SearchArgs& args, int64_t first_row, int64_t num_rows,
+cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                           cudaStream_t stream);
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
@@ -61,7 +61,7 @@ cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 __device__ __forceinline__ float infinity() { return INFINITY; }
 
 __device__ __forceinline__ bool is_dropped(const SearchArgs& args) {
-  return args.dropped != nullptr && *args.dropped == args.scale;
+  return args.dropped != nullptr && *args.dropped == args.scale_id;
 }
 
 __device__ __forceinline__ int num_tiles(const SearchArgs& args) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ int num_tiles(const SearchArgs& args) {
 }
 
 // The lanes of a quad hold kCount values each. Combines them over the quad: lane t is left with
-// values t, 4 + t, ... in the first kCount / 4 places.
+// values t, 4 + t, ... in the first kCount / 4 positions.
 template <int kCount, typename Combine>
 __device__ __forceinline__ void reduce_quad(float (&values)[kCount], const Combine& combine) {
   static_assert(kCount % 4 == 0, "as many for each lane");
@@ -85,7 +85,7 @@ __device__ __forceinline__ void reduce_quad(float (&values)[kCount], const Combi
   }
 }
 
-// Where reduce_quad leaves a lane's values when value j is that of vector 8 j + lane / 4: place i
+// Where reduce_quad leaves a lane's values when value j is that of vector 8 j + lane / 4: value i
 // is vector 32 i + quad_vector().
 __device__ __forceinline__ int quad_vector() { return lane_index() % 4 * 8 + lane_index() / 4; }
 

@@ -15,7 +15,7 @@ constexpr int kSumWarps = kSumThreads / kWarpSize;
 // that hold them, any other by a warp.
 constexpr int64_t kChunk = 256;
 
-// Sorted places [begin, end) that hold a code.
+// Sorted positions [begin, end) that hold a code.
 struct Segment {
   int64_t begin;
   int64_t end;
@@ -23,8 +23,8 @@ struct Segment {
   __device__ __forceinline__ bool is_long() const { return end - begin > kChunk; }
 };
 
-// The first place in [low, high) whose key is not below `key`, or high. The warp looks at 32 places
-// at a time: three times for 32,768 pairs.
+// The first position in [low, high) whose key is not below `key`, or high. The warp looks at 32
+// positions at a time: three times for 32,768 pairs.
 __device__ __forceinline__ int64_t lower_bound_by_warp(const uint32_t* keys, int64_t low,
                                                        int64_t high, uint32_t key) {
   while (low < high) {
@@ -58,9 +58,9 @@ struct SumArgs {
   double* partials;  // [chunks][2][dim]: of the long codes at the chunk's first and last pair
   int* chunks_done;  // [chunks] zeros: how many have added to the long code that begins in a chunk
 
-  __device__ __forceinline__ double row_channel(int64_t place, int64_t d) const {
+  __device__ __forceinline__ double row_channel(int64_t position, int64_t d) const {
     return static_cast<double>(
-        segments.rows[static_cast<int64_t>(order[place]) * segments.dim + d]);
+        segments.rows[static_cast<int64_t>(order[position]) * segments.dim + d]);
   }
   // Warp-wide, lane l having written channels l, l + 32, ... of the code's sum.
   __device__ __forceinline__ void finish(int64_t code) const {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void sum_chunk(const SumArgs& args, SumShared& shared
     sum_by_block(
         shared, begin > segment.begin ? begin : segment.begin,
         end < segment.end ? end : segment.end, segments.dim,
-        [&](int64_t place, int64_t d) { return args.row_channel(place, d); },
+        [&](int64_t position, int64_t d) { return args.row_channel(position, d); },
         [&](int64_t d, double sum) { args.partials[(2 * chunk + side) * segments.dim + d] = sum; });
     const int64_t first_chunk = segment.begin / kChunk, last_chunk = (segment.end - 1) / kChunk;
     if (threadIdx.x == 0) {  // after the barrier at the end of sum_by_block
@@ -167,8 +167,10 @@ __global__ void __launch_bounds__(kSumThreads)
   if (segments.counts && lane_index() == 0) segments.counts[code] = segment.end - segment.begin;
   if (segment.is_long()) return;
   for (int64_t d = lane_index(); d < segments.dim; d += kWarpSize) {
-    segments.sums[code * segments.dim + d] = static_cast<float>(sum_range(
-        segment.begin, segment.end, [&](int64_t place) { return args.row_channel(place, d); }));
+    segments.sums[code * segments.dim + d] =
+        static_cast<float>(sum_range(segment.begin, segment.end, [&](int64_t position) {
+          return args.row_channel(position, d);
+        }));
   }
   if (segment.begin < segment.end) args.finish(code);
 }
@@ -195,8 +197,8 @@ cudaError_t sort_and_sum(const SegmentSumArgs<float>& args, const CodebookLayout
   }
   if (args.num_rows == 0) {
     if (args.counts) {
-      TF_CUDA_TRY(cudaMemsetAsync(args.counts, 0, static_cast<size_t>(args.codes) * sizeof(int64_t),
-                                  stream));
+      TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
+          args.counts, 0, static_cast<size_t>(args.codes) * sizeof(int64_t), stream));
     }
     return cudaMemsetAsync(args.sums, 0, static_cast<size_t>(args.codes * args.dim) * sizeof(float),
                            stream);
@@ -204,8 +206,8 @@ cudaError_t sort_and_sum(const SegmentSumArgs<float>& args, const CodebookLayout
   Workspace workspace(workspace_memory);
   const SumScratch scratch(workspace, args);
   SortedPairs pairs = {};
-  TF_CUDA_TRY(launch_sort_pairs(scratch.sort, args.indices, args.codes, args.num_rows,
-                                scratch.chunks_done, scratch.chunks, &pairs, stream));
+  TOKENFLOW_CUDA_TRY(launch_sort_pairs(scratch.sort, args.indices, args.codes, args.num_rows,
+                                       scratch.chunks_done, scratch.chunks, &pairs, stream));
   SumArgs sum = {};
   sum.segments = args;
   sum.layout = layout;

@@ -30,7 +30,7 @@ struct SortPass {
   int rounds;  // of kSortThreads pairs in a tile
   int shift;
 
-  // Whether there is a pair at place i, and its key.
+  // Whether there is a pair at position i, and its key.
   __device__ __forceinline__ bool read(int64_t i, int64_t count, uint32_t* key) const {
     if (i >= count) return false;
     if (!indices) {
@@ -85,17 +85,17 @@ __device__ __forceinline__ int inclusive_scan_warp(int value) {
 
 struct ScatterShared {
   int totals[kSortWarps];  // pairs with a digit of the warp's
-  // Of the round's pairs, those of a warp with a digit, then the place of the first of them. Two
+  // Of the round's pairs, those of a warp with a digit, then the position of the first of them. Two
   // rounds take turns, so that one is cleared while the other is read.
-  int places[2][kSortWarps][kDigits];
+  int positions[2][kSortWarps][kDigits];
 };
 
-// Grid: a block for every tile; it owns the places of its pairs: after the pairs of all tiles with
-// a lower digit and those of earlier tiles with the same. A thread keeps a digit and adds up its
-// counts over the tiles. Pairs of a round keep their order: by warp, then by lane.
-// Shared memory: 16 KiB. Bytes: the counts of all tiles (1 KiB each, from the second-level cache),
-// 8 read and 8 written a pair, the writes scattered by digit. Bound by latency: tiles / 8 reads of
-// the counts one after the other, then two barriers a round.
+// Grid: a block for every tile; it owns the positions of its pairs: after the pairs of all tiles
+// with a lower digit and those of earlier tiles with the same. A thread keeps a digit and adds up
+// its counts over the tiles. Pairs of a round keep their order: by warp, then by lane. Shared
+// memory: 16 KiB. Bytes: the counts of all tiles (1 KiB each, from the L2), 8 read and 8 written a
+// pair, the writes scattered by digit. Bound by latency: tiles / 8 reads of the counts one after
+// the other, then two barriers a round.
 __global__ void __launch_bounds__(kSortThreads)
     scatter_kernel(const __grid_constant__ SortPass pass) {
   ScatterShared& shared = *shared_memory<ScatterShared>();
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
   const int up_to_own = inclusive_scan_warp(total);
   if (lane == kWarpSize - 1) shared.totals[warp] = up_to_own;
-  for (int w = 0; w < kSortWarps; ++w) shared.places[0][w][own] = 0;
+  for (int w = 0; w < kSortWarps; ++w) shared.positions[0][w][own] = 0;
   block_barrier();
   int next = earlier + up_to_own - total;  // where the tile's next pair with the own digit goes
   for (int w = 0; w < warp; ++w) next += shared.totals[w];
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kSortThreads)
 
   const int64_t first = pass.first_of_tile(), count = pass.count();
   for (int r = 0; r < pass.rounds; ++r) {
-    int(*places)[kDigits] = shared.places[r % 2];
+    int(*positions)[kDigits] = shared.positions[r % 2];
     const int64_t i = first + r * kSortThreads + threadIdx.x;
     uint32_t key = 0;
     const bool present = pass.read(i, count, &key);
@@ -129,19 +129,19 @@ __global__ void __launch_bounds__(kSortThreads)
       same &= set ? lanes : ~lanes;
     }
     const int before = count_bits(same & ((1u << lane) - 1));
-    if (present && before == 0) places[warp][digit] = count_bits(same);
+    if (present && before == 0) positions[warp][digit] = count_bits(same);
     block_barrier();
     for (int w = 0; w < kSortWarps; ++w) {
-      const int pairs = places[w][own];
-      places[w][own] = next;
+      const int pairs = positions[w][own];
+      positions[w][own] = next;
       next += pairs;
-      shared.places[1 - r % 2][w][own] = 0;
+      shared.positions[1 - r % 2][w][own] = 0;
     }
     block_barrier();
     if (present) {
-      const int place = places[warp][digit] + before;
-      pass.keys_out[place] = key;
-      pass.rows_out[place] = pass.indices ? static_cast<uint32_t>(i) : pass.rows_in[i];
+      const int position = positions[warp][digit] + before;
+      pass.keys_out[position] = key;
+      pass.rows_out[position] = pass.indices ? static_cast<uint32_t>(i) : pass.rows_in[i];
     }
   }
 }
@@ -179,9 +179,10 @@ cudaError_t launch_sort_pairs(const PairSort& sort, const int64_t* indices, int6
     pass.rounds = sort.rounds;
     pass.shift = shift;
     const dim3 grid(static_cast<unsigned>(sort.tiles));
-    TF_CUDA_TRY(
+    TOKENFLOW_CUDA_TRY(
         launch(count_digits_kernel, grid, kSortThreads, kDigits * sizeof(int), stream, pass));
-    TF_CUDA_TRY(launch(scatter_kernel, grid, kSortThreads, sizeof(ScatterShared), stream, pass));
+    TOKENFLOW_CUDA_TRY(
+        launch(scatter_kernel, grid, kSortThreads, sizeof(ScatterShared), stream, pass));
   }
   *pairs = {sort.keys[sorted], sort.rows[sorted], sort.num_pairs};
   return cudaSuccess;

@@ -1,7 +1,7 @@
 // The operators, for any back end: check, allocate, fill the plain struct, run.
 //
 // A Backend has
-//   template <typename T> static constexpr bool serves      (is float / double served?)
+//   template <typename T> static constexpr bool supports      (is is float / double supported?)
 //   check_codebook<T>(layout, codebook)                      data-dependent checks, or nothing
 //   check_indices(indices, codes, lowest)                    likewise
 //   check_shape([pyramid, ]layout)                           limits of its kernels, or nothing
@@ -24,9 +24,9 @@ struct Operators {
   template <typename Run>
   static auto dispatch(const Tensor& tensor, const char* name, const Run& run) {
     if (tensor.scalar_type() == ScalarType::Double) {
-      STD_TORCH_CHECK(Backend::template serves<double>, name,
+      STD_TORCH_CHECK(Backend::template supports<double>, name,
                       " must be float32 on this device, got float64");
-      if constexpr (Backend::template serves<double>) return run(double{});
+      if constexpr (Backend::template supports<double>) return run(double{});
     }
     return run(float{});
   }
@@ -100,7 +100,7 @@ struct Operators {
     STD_TORCH_CHECK(temperature >= 0 && std::isfinite(temperature),
                     "temperature must be finite and not negative, got ", temperature);
     const int64_t num_rows = rows.size(0);
-    const auto place = [&](int64_t value, const std::optional<Tensor>& values, const char* name) {
+    const auto of_rows = [&](int64_t value, const std::optional<Tensor>& values, const char* name) {
       return row_argument(value, values, name, ScalarType::Long, num_rows, rows, "rows");
     };
     return dispatch(rows, "rows", [&](auto zero) {
@@ -110,8 +110,8 @@ struct Operators {
       Backend::run(
           SampleCodeArgs<T>{layout, data<T>(codebook), num_rows, data<T>(rows),
                             static_cast<Metric>(metric), temperature,
-                            place(seed, seed_rows, "seed"), place(offset, offset_rows, "offset"),
-                            mutable_data<int64_t>(indices)},
+                            of_rows(seed, seed_rows, "seed"),
+                            of_rows(offset, offset_rows, "offset"), mutable_data<int64_t>(indices)},
           rows);
       return indices;
     });

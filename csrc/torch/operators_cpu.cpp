@@ -46,7 +46,7 @@ void launch(void (*kernel)(const Args&, const cpu::Executor&), const Args& args)
 
 struct CpuBackend {
   template <typename T>
-  static constexpr bool serves = true;
+  static constexpr bool supports = true;
 
   template <typename T>
   static void check_codebook(const CodebookLayout& layout, const Tensor& codebook) {

@@ -17,7 +17,7 @@ namespace {
 
 struct CudaBackend {
   template <typename T>
-  static constexpr bool serves = std::is_same_v<T, float>;
+  static constexpr bool supports = std::is_same_v<T, float>;
 
   template <typename T>
   static void check_codebook(const CodebookLayout&, const Tensor&) {}

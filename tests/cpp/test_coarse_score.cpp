@@ -1,5 +1,5 @@
-// Every ranking the machine can run, against scores in float64: ranks are within the margin that
-// they claim, and the codes within it are found again.
+// Every coarse score the machine can run, against scores in float64: they are within the margin
+// that they claim, and the codes within it are found again.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -59,38 +59,38 @@ double score(const float* row, const float* code, const CodebookLayout& layout) 
   return total;
 }
 
-struct Ranking {
+struct Scorer {
   std::string name;
-  const RankKernels* kernels;
+  const CoarseScoreKernels* kernels;
 };
 
-std::vector<Ranking> rankings() {
-  std::vector<Ranking> all = {{"portable", &portable_kernels().rank}};
+std::vector<Scorer> scorers() {
+  std::vector<Scorer> all = {{"portable", &portable_kernels().coarse_score}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    all.push_back({"avx2", &avx2_kernels().rank});
-    all.push_back({"int8 avx2", &int8_rank_avx2()});
+    all.push_back({"avx2", &avx2_kernels().coarse_score});
+    all.push_back({"int8 avx2", &int8_coarse_score_avx2()});
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-    all.push_back({"avx512", &avx512_kernels().rank});
+    all.push_back({"avx512", &avx512_kernels().coarse_score});
     if (__builtin_cpu_supports("avx512vnni")) {
-      all.push_back({"int8 avx512vnni", &int8_rank_avx512vnni()});
+      all.push_back({"int8 avx512vnni", &int8_coarse_score_avx512vnni()});
     }
   }
 #endif
   return all;
 }
 
-void test_ranking(const Ranking& ranking, const CodebookLayout& layout,
-                  const std::vector<float>& codebook, const std::vector<float>& rows,
-                  const std::string& name, bool has_bias = true) {
-  const RankKernels& rank = *ranking.kernels;
-  const int dim = layout.dim, width = rank.panel_width;
+void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
+                 const std::vector<float>& codebook, const std::vector<float>& rows,
+                 const std::string& name, bool has_bias = true) {
+  const CoarseScoreKernels& coarse = *scorer.kernels;
+  const int dim = layout.dim, width = coarse.panel_width;
   const int count = static_cast<int>(rows.size()) / dim;
-  const std::string where = ranking.name + ", " + name;
+  const std::string where = scorer.name + ", " + name;
 
-  // Each code fills a panel of its own, so that a block's maximum is its rank.
+  // Each code fills a panel of its own, so that a block's maximum is its score.
   double largest = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const double root = std::sqrt(layout.weight[g]);
@@ -101,47 +101,47 @@ void test_ranking(const Ranking& ranking, const CodebookLayout& layout,
       }
     }
   }
-  const size_t panel_bytes = rank.panel_bytes(dim);
+  const size_t panel_bytes = coarse.panel_bytes(dim);
   std::vector<unsigned char> panels(layout.codes * panel_bytes);
   int exponent = 0;
   const double below_one = std::frexp(largest, &exponent);
-  CodeBounds bounds = {std::ldexp(1.0, -exponent), rank.step(below_one), 0, 0, 0, true};
+  CodeBounds bounds = {std::ldexp(1.0, -exponent), coarse.step(below_one), 0, 0, 0, true};
   std::vector<float> lines(dim * width);
   for (int64_t i = 0; i < layout.codes; ++i) {
     for (int d = 0; d < dim; ++d) std::fill_n(&lines[d * width], width, codebook[i * dim + d]);
-    rank.pack_panel(lines.data(), layout, panels.data() + i * panel_bytes, &bounds);
+    coarse.pack_panel(lines.data(), layout, panels.data() + i * panel_bytes, &bounds);
   }
   bounds.has_bias = has_bias;
-  std::vector<unsigned char> tile(rank.tile_rows * rank.row_bytes(dim));
-  std::vector<RowScale> scales(rank.tile_rows);
+  std::vector<unsigned char> tile(coarse.tile_rows * coarse.row_bytes(dim));
+  std::vector<RowScale> scales(coarse.tile_rows);
 
-  for (int first = 0; first < count; first += rank.tile_rows) {
-    const int some = std::min(rank.tile_rows, count - first);
-    rank.pack_tile(rows.data() + first * dim, some, layout, bounds, tile.data(), scales.data());
-    std::vector<float> ranks(some * layout.codes);
+  for (int first = 0; first < count; first += coarse.tile_rows) {
+    const int some = std::min(coarse.tile_rows, count - first);
+    coarse.pack_tile(rows.data() + first * dim, some, layout, bounds, tile.data(), scales.data());
+    std::vector<float> scores(some * layout.codes);
     for (int64_t i = 0; i < layout.codes; ++i) {
-      rank.rank_tile(tile.data(), some, dim, scales.data(), has_bias,
-                     panels.data() + i * panel_bytes, 1, ranks.data() + i, layout.codes);
+      coarse.score_tile(tile.data(), some, dim, scales.data(), has_bias,
+                        panels.data() + i * panel_bytes, 1, scores.data() + i, layout.codes);
     }
     for (int r = 0; r < some; ++r) {
-      // Whatever is added to all ranks of a row alike does not matter.
+      // Whatever is added to all scores of a row alike does not matter.
       double low = std::numeric_limits<double>::infinity(), high = -low;
       for (int64_t i = 0; i < layout.codes; ++i) {
         const double exact = score(&rows[(first + r) * dim], &codebook[i * dim], layout);
         const double unit = bounds.scale * bounds.scale * scales[r].bias_scale;
-        const double error = ranks[r * layout.codes + i] - exact * unit;
+        const double error = scores[r * layout.codes + i] - exact * unit;
         low = std::min(low, error);
         high = std::max(high, error);
       }
       const bool compares_all = std::isinf(scales[r].margin);
       expect(compares_all || high - low <= scales[r].margin,
-             where + ": ranks are off by more than the margin");
+             where + ": scores are off by more than the margin");
       expect(scales[r].margin >= 0, where + ": a margin");
       if (compares_all) continue;
 
-      // A scan finds, in order, the codes whose rank reaches the threshold. Integers beyond 2^24
+      // A scan finds, in order, the codes whose score reaches the threshold. Integers beyond 2^24
       // are rounded where they are kept as maxima.
-      const float* mine = &ranks[r * layout.codes];
+      const float* mine = &scores[r * layout.codes];
       std::vector<float> sorted(mine, mine + layout.codes);
       std::sort(sorted.begin(), sorted.end());
       const float threshold = sorted[layout.codes / 2];
@@ -149,8 +149,8 @@ void test_ranking(const Ranking& ranking, const CodebookLayout& layout,
       const float slack = largest < 0x1p24f ? 0.0f : largest * 0x1p-23f;
       const int64_t block = std::min<int64_t>(layout.codes, kBlockCodes / width);
       int codes[kBlockCodes];
-      const int found = rank.scan_block(tile.data(), some, r, dim, scales.data(), has_bias,
-                                        panels.data(), block, threshold, codes);
+      const int found = coarse.scan_block(tile.data(), some, r, dim, scales.data(), has_bias,
+                                          panels.data(), block, threshold, codes);
       bool ok = std::is_sorted(codes, codes + found);
       for (int i = 0; i < block * width; ++i) {
         const bool is_found = std::binary_search(codes, codes + found, i);
@@ -222,40 +222,40 @@ int main() {
       {{1}, {1.0}},          {{32, 8}, {1.0, 1.0}}, {{5, 3, 2}, {1.0, 0.25, 3.0}}, {{17}, {2.0}},
       {{70, 5}, {0.5, 4.0}}, {{3, 4}, {1.0, 0.0}},  {{64, 64}, {1.0, 1.0}},
   };
-  for (const Ranking& ranking : rankings()) {
+  for (const Scorer& scorer : scorers()) {
     for (const auto& [dims, weights] : groups) {
       for (const bool l2_norm : {true, false}) {
         const CodebookLayout layout = test::make_layout(40, dims, l2_norm, weights);
         const int dim = layout.dim;
         const std::string name =
             std::to_string(dim) + " channels" + (l2_norm ? ", unit groups" : "");
-        test_ranking(ranking, layout, rows_of(40, dim, 0),
-                     rows_of(2 * ranking.kernels->tile_rows + 1, dim, 0), name);
-        test_ranking(ranking, layout, rows_of(40, dim, 3), rows_of(30, dim, 6),
-                     name + ", many lengths");
-        test_ranking(ranking, layout, rows_of(40, dim, 0), rows_of(30, dim, 3),
-                     name + ", biases left out", false);
+        test_scorer(scorer, layout, rows_of(40, dim, 0),
+                    rows_of(2 * scorer.kernels->tile_rows + 1, dim, 0), name);
+        test_scorer(scorer, layout, rows_of(40, dim, 3), rows_of(30, dim, 6),
+                    name + ", many lengths");
+        test_scorer(scorer, layout, rows_of(40, dim, 0), rows_of(30, dim, 3),
+                    name + ", biases left out", false);
         for (const double codes : {-44, -30, -20, -12, 12, 20, 37}) {
           const std::string size = ", codes of 10^" + std::to_string(static_cast<int>(codes));
           const std::vector<float> some = rows_of(40, dim, 0.3, codes);
-          test_ranking(ranking, layout, some, rows_of(30, dim, 0.3, codes), name + size);
-          test_ranking(ranking, layout, some, rows_of(30, dim, 40, -5), name + size + ", any rows");
+          test_scorer(scorer, layout, some, rows_of(30, dim, 0.3, codes), name + size);
+          test_scorer(scorer, layout, some, rows_of(30, dim, 40, -5), name + size + ", any rows");
         }
-        test_ranking(ranking, layout, rows_of(40, dim, 40, -5), rows_of(30, dim, 40, -5),
-                     name + ", any codes, any rows");
+        test_scorer(scorer, layout, rows_of(40, dim, 40, -5), rows_of(30, dim, 40, -5),
+                    name + ", any codes, any rows");
         std::vector<float> codebook = rows_of(40, dim, 0), rows = rows_of(3, dim, 0);
         std::fill_n(&codebook[7 * dim], dim, 0.0f);
         std::fill_n(&rows[dim], dim, 0.0f);
         std::fill_n(&rows[2 * dim], dim, 1e-20f);
-        test_ranking(ranking, layout, codebook, rows, name + ", rows and codes of zeros");
-        test_ranking(ranking, layout, std::vector<float>(40 * dim, 0.0f), rows,
-                     name + ", zeros alone");
+        test_scorer(scorer, layout, codebook, rows, name + ", rows and codes of zeros");
+        test_scorer(scorer, layout, std::vector<float>(40 * dim, 0.0f), rows,
+                    name + ", zeros alone");
         // All of the rounding on one side: numbers just below half a step.
         std::vector<float> halves(40 * dim), half_rows(5 * dim);
         for (size_t i = 0; i < halves.size(); ++i) halves[i] = i % dim == 0 ? 127.0f : 3.499f;
         for (size_t i = 0; i < half_rows.size(); ++i) half_rows[i] = i % dim == 0 ? 63.0f : 5.499f;
         for (int i = 0; i < 20; ++i) halves[i * dim] *= -1;
-        test_ranking(ranking, layout, halves, half_rows, name + ", rounding to one side");
+        test_scorer(scorer, layout, halves, half_rows, name + ", rounding to one side");
       }
     }
   }

@@ -223,7 +223,7 @@ int main() {
     CHECK(bytes < size_t{72} << 20, "%zu", bytes);
     std::printf("workspace of preset XL, batch 32, 131,072 codes: %zu bytes\n", bytes);
   }
-  {  // Shapes that are not served launch nothing.
+  {  // Shapes that are not supported launch nothing.
     const Case test = {"", make_pyramid(1, 300, 300, {{1, 1}}), make_layout(4, {1}, true)};
     CHECK(cuda::unsupported_reason(test.pyramid, test.layout) != nullptr, "300 x 300");
     QuantizeArgs<float> args = {};

@@ -204,7 +204,7 @@ int main() {
   for (const int64_t codes : {1, 2, 31, 32, 255, 257}) {
     check_rows("small", LogitType::kFloat, codes, 2, false, 0, false, {{2, 0.5}, {0, 0.9}});
   }
-  // Ties: at the k-th place, at top-p's boundary, all equal.
+  // Ties: at the k-th position, at top-p's boundary, all equal.
   for (const int values : {1, 2, 3, 5}) {
     check_rows("ties", LogitType::kFloat, 600, 2, false, values, true,
                {{0, 0}, {1, 0}, {50, 0}, {0, 0.5}, {50, 0.37}, {550, 0.9}, {550, 0.9, 0.4}});

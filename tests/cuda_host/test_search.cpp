@@ -1,5 +1,5 @@
 // nearest_code against the definition in float64: the same index for every row, ties included. And
-// the proof behind it: no score that is ranked is further from the exact one than the bound.
+// the proof behind it: no coarse score is further from the exact one than the bound.
 #include <algorithm>
 #include <set>
 
@@ -69,9 +69,9 @@ struct Stages {
   float* tile_max;
   Indices indices;
 
-  // Ranks and settles with about `rank_blocks` blocks.
+  // Scores and refines with about `coarse_score_blocks` blocks.
   Stages(const CodebookLayout& layout, const Floats& codebook, const Floats& row_values,
-         int64_t rank_blocks)
+         int64_t coarse_score_blocks)
       : layout(layout), num_rows(static_cast<int64_t>(row_values.size()) / layout.dim) {
     take([&](cuda::Workspace& memory) { codes = cuda::take_packed_codes(memory, layout); });
     take([&](cuda::Workspace& memory) {
@@ -93,7 +93,7 @@ struct Stages {
     args.num_rows = num_rows;
     args.tile_max = tile_max;
     args.indices = indices.data();
-    args.rank_blocks = rank_blocks;
+    args.coarse_score_blocks = coarse_score_blocks;
     CHECK(cuda::launch_search(args, nullptr) == cudaSuccess, "search");
   }
 
@@ -113,10 +113,11 @@ struct Stages {
   int columns() const { return 16 * cuda::operand_steps(layout.dim); }
 
   double bound(int64_t n) const {
-    return static_cast<double>(rank_error_bound(columns(), rows.bounds[n], codes.summary->bounds));
+    return static_cast<double>(
+        coarse_error_bound(columns(), rows.bounds[n], codes.summary->bounds));
   }
 
-  // Column k of packed vector n, found the way the head comment of search.cuh tells it.
+  // Column k of packed vector n, found the way the head comment of pack.cuh tells it.
   float packed(const uint4* fragments, bool of_rows, int64_t n, int k) const {
     const int64_t fragment = (n / 128 * (columns() / 16) + k / 16) * 8 + n % 128 / 16;
     const int lane = static_cast<int>(n % 8) * 4 + k % 8 / 2;
@@ -145,7 +146,7 @@ float add_cut(float sum, float a, float b) {
 double check_bound(const char* name, const CodebookLayout& layout, const Floats& codebook,
                    const Floats& row_values, double* needed = nullptr) {
   const Stages stages(layout, codebook, row_values, 4);
-  const RankRange range = stages.codes.summary->range;
+  const CodebookRange range = stages.codes.summary->range;
   const auto weighted = [&](const float* values) {
     Vector vector = normalized(values, layout);
     for (int g = 0; g < layout.groups; ++g) {
@@ -178,8 +179,9 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
   const int64_t tiles = (layout.codes + 127) / 128;
   for (int64_t n = 0; n < stages.num_rows; ++n) {
     const Vector row = weighted(row_values.data() + n * layout.dim);
-    const RankRowScale scale = rank_row_scale(std::sqrt(static_cast<double>(dot(row, row))), range);
-    const long double unit = std::ldexp(1.0L, scale.length + rank_code_scale(range).length);
+    const RowExponents exponents =
+        row_exponents(std::sqrt(static_cast<double>(dot(row, row))), range);
+    const long double unit = std::ldexp(1.0L, exponents.length + code_exponents(range).length);
     Floats packed;
     for (int k = 0; k < columns; ++k) {
       packed.push_back(stages.packed(stages.rows.fragments, true, n, k));
@@ -253,15 +255,15 @@ int main() {
   random_case("several blocks of rows", 130, {10, 6}, true, {}, 517, 40);
   random_case("several blocks of rows, general", 130, {70, 20}, true, {0.5, 1.0}, 140, 42);
 
-  // Blocks that rank one tile after another: stages of shared memory are used again.
+  // Blocks that score one tile after another: stages of shared memory are used again.
   for (const int dim : {5, 40, 90}) {
     const CodebookLayout layout = make_layout(1200, {dim}, true);
     const Floats codebook = random_floats(1200 * dim, 44), rows = random_floats(70 * dim, 45);
     const Indices wanted = definition(layout, codebook, rows);
-    for (const int64_t rank_blocks : {1, 3}) {
+    for (const int64_t coarse_score_blocks : {1, 3}) {
       in_every_order([&](const char* order) {
-        CHECK(Stages(layout, codebook, rows, rank_blocks).indices == wanted, "%d channels (%s)",
-              dim, order);
+        CHECK(Stages(layout, codebook, rows, coarse_score_blocks).indices == wanted,
+              "%d channels (%s)", dim, order);
       });
     }
   }

@@ -12,9 +12,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-#define TF_FIBER_ANNOTATIONS 1
+#define TOKENFLOW_FIBER_ANNOTATIONS 1
 #else
-#define TF_FIBER_ANNOTATIONS 0
+#define TOKENFLOW_FIBER_ANNOTATIONS 0
 #endif
 
 // Saves the caller's registers on its stack and the stack's top in *from, then goes on where `to`
@@ -152,13 +152,13 @@ __attribute__((always_inline)) inline Machine& machine() { return the_machine; }
 
 // Back to the scheduler; returns when it is this fiber's turn again, or never if it has ended.
 void leave_fiber(Fiber& fiber) {
-#if TF_FIBER_ANNOTATIONS
+#if TOKENFLOW_FIBER_ANNOTATIONS
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(fiber.state == State::kDone ? nullptr : &fake_stack,
                                  machine().scheduler_stack, machine().scheduler_stack_bytes);
 #endif
   switch_context(fiber.context, machine().scheduler);
-#if TF_FIBER_ANNOTATIONS
+#if TOKENFLOW_FIBER_ANNOTATIONS
   __sanitizer_finish_switch_fiber(fake_stack, &machine().scheduler_stack,
                                   &machine().scheduler_stack_bytes);
 #endif
@@ -166,11 +166,11 @@ void leave_fiber(Fiber& fiber) {
 
 void enter_fiber(Fiber& fiber) {
   machine().current = &fiber;
-#if TF_FIBER_ANNOTATIONS
+#if TOKENFLOW_FIBER_ANNOTATIONS
   __sanitizer_start_switch_fiber(&machine().scheduler_fake_stack, fiber.stack.get(), kStackBytes);
 #endif
   switch_context(machine().scheduler, fiber.context);
-#if TF_FIBER_ANNOTATIONS
+#if TOKENFLOW_FIBER_ANNOTATIONS
   __sanitizer_finish_switch_fiber(machine().scheduler_fake_stack, nullptr, nullptr);
 #endif
   machine().current = nullptr;
@@ -178,7 +178,7 @@ void enter_fiber(Fiber& fiber) {
 
 void fiber_main() {
   Machine& m = machine();
-#if TF_FIBER_ANNOTATIONS
+#if TOKENFLOW_FIBER_ANNOTATIONS
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
 #endif
   (*m.body)();
