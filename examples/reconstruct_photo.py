@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("photos", nargs="*", type=Path)
     parser.add_argument("--checkpoint", default="runs/tokenizer", help="a run or a checkpoint")
     parser.add_argument("--scales", nargs="+", type=int, help="how many scales each column shows")
-    parser.add_argument("--crops", nargs="+", type=int, default=[0, 24, 48, 72])
+    parser.add_argument("--crops", nargs="+", type=int, default=[15, 22, 37, 87])
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"))
     arguments = parser.parse_args()
     if arguments.out.exists():
@@ -68,10 +68,11 @@ def main() -> None:
         print(f"{tuple(images.shape)} -> {tuple(tokens.shape)} tokens")
         for upto in arguments.scales or range(1, len(counts) + 1):
             decoded, _ = tokenizer.decode(tokens, upto=upto)
-            columns.append((f"{sum(counts[:upto])} tokens", decoded))
+            used = sum(counts[:upto])
+            columns.append((f"{used} token{'s' if used > 1 else ''}", decoded))
             error = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
             psnr = (-10 * error.log10()).mean().item()
-            print(f"first {sum(counts[:upto]):4d} tokens: PSNR {psnr:.2f} dB")
+            print(f"first {used:4d} tokens: PSNR {psnr:.2f} dB")
     draw(columns).save(arguments.out, optimize=True)
     print(f"wrote {arguments.out}")
 
