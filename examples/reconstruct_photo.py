@@ -15,21 +15,21 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenflow_ext.train import data
-from tokenflow_ext.train.checkpoint import load_tokenizer
 from tokenflow_ext.train.config import DataConfig
-from tokenflow_ext.train.pictures import read_square, to_pixels
+from tokenflow_ext.train.data import crops
+from tokenflow_ext.train.data.image_files import read_square, to_pixels
+from tokenflow_ext.train.engine.checkpoint import load_tokenizer
 
 TILE, GAP, HEADER = 128, 4, 24  # pixels
 
 
-def images_to_show(photos: list[Path], crops: list[int], size: int) -> torch.Tensor:
+def images_to_show(photos: list[Path], numbers: list[int], size: int) -> torch.Tensor:
     """[N, 3, size, size] in [-1, 1]: the photographs' middle squares, or held-out crops."""
     if photos:
         return torch.stack([read_square(photo, size) for photo in photos])
     config = DataConfig()
-    _, held_out = data.split(config)
-    return data.held_out_crops(held_out, size, config.held_out_crops)[crops]
+    _, held_out = crops.split(config)
+    return crops.held_out_crops(held_out, size, config.held_out_crops)[numbers]
 
 
 def draw(columns: list[tuple[str, torch.Tensor]]) -> Image.Image:
