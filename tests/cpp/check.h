@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <vector>
 
 #include "common/codebook.h"
@@ -19,6 +20,18 @@
   } while (false)
 
 namespace test {
+
+// body(), or 1 and the message of what it throws: an exception that nobody catches is a crash, and
+// ctest does not look at what a crashed program has said.
+template <typename Body>
+int run(const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
 
 // Groups of `dims` channels; weights of 1 where none are given.
 inline tokenflow::CodebookLayout make_layout(int64_t codes, const std::vector<int>& dims,

@@ -176,7 +176,7 @@ void test_executor() {
 
 }  // namespace
 
-int main() {
+int run_all() {
   test_geometry();
   test_executor();
   test_search();
@@ -192,3 +192,5 @@ int main() {
   if (failures == 0) std::printf("ok\n");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
+
+int main() { return test::run(run_all); }

@@ -266,7 +266,7 @@ void test_draws() {
 
 }  // namespace
 
-int main() {
+int run_all() {
   test_philox();
   test_keys();
   test_weights();
@@ -277,3 +277,5 @@ int main() {
   std::printf("sampler: ok (%s)\n", cpu::instruction_set());
   return 0;
 }
+
+int main() { return test::run(run_all); }
