@@ -66,6 +66,10 @@ class TextToImageOutput(NamedTuple):
     """[B, L, K] over the image vocabulary alone, in the head's dtype."""
 
 
+# FlexAttention compiles for CUDA from this width on.
+FLEX_HEAD_WIDTH = 16
+
+
 class TextToImage(nn.Module):
     """Next-scale text-to-image transformer (arXiv 2412.03069, section 3.3).
 
@@ -106,6 +110,12 @@ class TextToImage(nn.Module):
             )
         if attention not in ("sdpa", "flex"):
             raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
+        width = config.backbone.width_of_head
+        if attention == "flex" and width < FLEX_HEAD_WIDTH:
+            raise ConfigError(
+                f"attention='flex' needs heads of {FLEX_HEAD_WIDTH} channels or more, as "
+                f"FlexAttention's CUDA kernels do, got {width}: use attention='sdpa'"
+            )
         _check_tokenizer(config, tokenizer)
         self.config = config
         self.attention = attention

@@ -43,6 +43,7 @@ from tokenflow_ext.models import (
     encode_prompts,
 )
 from tokenflow_ext.models.text_to_image import generation
+from tokenflow_ext.models.text_to_image.model import FLEX_HEAD_WIDTH
 from tokenflow_ext.models.text_to_image.rope import RopeConfig
 from tokenflow_ext.sampler import MultiStepSampler, sample_top_k_top_p
 
@@ -445,7 +446,7 @@ def test_flex_attention_agrees():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_flex_attention_trains_on_cuda():
-    model = build(dtype=torch.float32).cuda().train()
+    model = build(dtype=torch.float32, head_dim=FLEX_HEAD_WIDTH).cuda().train()
     ids, indices = prompts(model, [9, 4]).cuda(), pictures(model, 2).cuda()
     gradients = {}
     for attention in ("sdpa", "flex"):
@@ -906,6 +907,8 @@ def test_refusals():
         TextToImage(config, TokenFlowTokenizer(var))
     with pytest.raises(ValueError, match="attention must be"):
         TextToImage(config, tokenizer, attention="eager")
+    with pytest.raises(ConfigError, match=r"needs heads of 16 channels or more, .*, got 8: use"):
+        TextToImage(config, tokenizer, attention="flex")
     with pytest.raises(ConfigError, match="begin with 1"):
         TextToImageConfig(scales=(2, 4))
     with pytest.raises(ConfigError, match="family must be one of"):
