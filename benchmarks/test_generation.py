@@ -81,7 +81,7 @@ def cacheless(model: TextToImage, ids: Tensor, negative: Tensor, seeds: list[int
     mask = sequence.mask(ids != model.config.pad_id)
     rotary = model.rotary(model.lm_head.weight[:0], sequence.length)
     levels = sequence.levels().to(ids.device)
-    sampler = MultiStepSampler.three_step(scales=SCALES, guidance=GUIDANCE)
+    sampler = MultiStepSampler.preset("three", scales=SCALES, guidance=GUIDANCE)
     seed = torch.tensor(seeds, device=ids.device).unsqueeze(1)
     f_hat, drawn, inputs = None, [], []
     for scale in range(len(SCALES)):

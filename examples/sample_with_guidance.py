@@ -38,7 +38,7 @@ def main() -> None:
     # A next-scale model: each scale but the first is drawn three times, and the model is given the
     # tokens of the last draw. This toy does not look at them.
     scales = (1, 2, 4)
-    sampler = MultiStepSampler.three_step(scales=scales, guidance=4.0)
+    sampler = MultiStepSampler.preset("three", scales=scales, guidance=4.0)
 
     def model(scale: int, drawn: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         positions = scales[scale] ** 2

@@ -22,6 +22,7 @@ __all__ = [
     "MultiScaleQuantizer",
     "MultiStepSampler",
     "QuantizerOutput",
+    "SamplingConfig",
     "SamplingLogitsProcessor",
     "build_info",
     "nearest_code",

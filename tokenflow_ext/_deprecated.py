@@ -11,6 +11,15 @@ REMOVED_IN = "0.2.0"
 """The version of tokenflow_ext in which the names of before are gone."""
 
 
+def warn_renamed(old: str, new: str) -> None:
+    """A DeprecationWarning at the caller of the function that calls this."""
+    warnings.warn(
+        f"{old} is now {new}; the old name goes in tokenflow_ext {REMOVED_IN}",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """A `__getattr__` for a module some of whose public names have changed.
 
@@ -31,11 +40,7 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, new = names[name].rpartition(":")
         home = home or module
-        warnings.warn(
-            f"{module}.{name} is now {home}.{new}; the old name goes in tokenflow_ext {REMOVED_IN}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{module}.{name}", f"{home}.{new}")
         return getattr(importlib.import_module(home), new)
 
     return __getattr__

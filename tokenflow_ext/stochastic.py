@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import check_devices
-from .sampler import _bits, _check_source, _float, _row_argument
+from .sampler.arguments import bits, check_source, number, row_argument
 
 METRICS = ("l2", "squared_l2", "dot")  # in the order of csrc/common/gumbel.h
 
@@ -57,7 +57,7 @@ def sample_code(
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
-    _check_source(seed, generator)
+    check_source(seed, generator)
     shape, device = rows.shape[:1], rows.device
     if seed is None:
         where = device if generator is None else generator.device
@@ -74,9 +74,9 @@ def sample_code(
         weights,
         l2_norm,
         METRICS.index(metric),
-        _float(temperature, "temperature"),
-        *_row_argument(seed, "seed", _bits, shape, device, "rows"),
-        *_row_argument(offset, "offset", _bits, shape, device, "rows"),
+        number(temperature, "temperature"),
+        *row_argument(seed, "seed", bits, shape, device, "rows"),
+        *row_argument(offset, "offset", bits, shape, device, "rows"),
     )
 
 

@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import yaml
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.losses.discriminators import KINDS as DISCRIMINATORS
 from tokenflow_ext.models.losses.tokenizer import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from tokenflow_ext.models.serialization.config import ConfigError, from_plain, to_plain
 from tokenflow_ext.models.serialization.files import brief, read_text, shown
 from tokenflow_ext.models.text_to_image.sequence import BackboneConfig
 from tokenflow_ext.models.tokenizer.config import TokenizerConfig
+from tokenflow_ext.sampler import SamplingConfig
 
 
 @dataclass
@@ -211,15 +213,6 @@ class TextModelConfig:
 
 
 @dataclass
-class SampleConfig:
-    """How the pictures of a run are drawn (arXiv 2412.03069, section 4.1)."""
-
-    guidance: float = 7.5
-    top_k: tuple[int, ...] = (1200, 100, 1)
-    top_p: tuple[float, ...] = (0.8, 0.8, 0.0)
-
-
-@dataclass
 class TextConfig:
     """Everything that decides a run of ``train/text_to_image.py``."""
 
@@ -236,7 +229,7 @@ class TextConfig:
     data: CaptionConfig = field(default_factory=CaptionConfig)
     optim: TextOptimConfig = field(default_factory=TextOptimConfig)
     model: TextModelConfig = field(default_factory=TextModelConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SamplingConfig = field(default_factory=SamplingConfig)  # of the run's pictures
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -423,6 +416,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sample.guidance": (0, math.inf),
     "sample.top_k": (0, 2**31 - 1),
     "sample.top_p": (0, 1),
+    "sample.min_p": (0, 1),
+    "sample.temperature": (1e-6, math.inf),
     **{f"output.{every}_every": (1, _MANY) for every in ("log", "eval", "picture", "checkpoint")},
     "output.keep": (1, 1 << 20),
     "output.pictures": (1, 1 << 12),
@@ -613,3 +608,6 @@ def from_yaml(text: str, what: str) -> dict[str, Any]:
 def to_yaml(config: TrainConfig | DecoderConfig | TextConfig) -> str:
     """The configuration as YAML that the functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+__getattr__ = renamed(__name__, {"SampleConfig": "tokenflow_ext.sampler:SamplingConfig"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from typing import Any
 
@@ -87,7 +88,12 @@ def from_plain(cls: type, values: Any, path: str = "") -> Any:
         name: _convert(hints[name], value, f"{path}.{name}" if path else name)
         for name, value in values.items()
     }
-    return cls(**made)
+    try:
+        return cls(**made)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a check of the dataclass's own
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
@@ -98,6 +104,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if value is None:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, path)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # one value or several
+        several = isinstance(value, (list, tuple))
+        kind = next(o for o in options if (typing.get_origin(o) is tuple) == several)
+        return _convert(kind, value, path)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} must be a list, got {shown(value)}")

@@ -2,7 +2,8 @@
 
 What later scales see of a scale is its own first run, whose input is f-hat of the scales before it
 as in training. The refinement runs of the scale, whose input includes the drawn tokens, write over
-these entries; they are put back before the next scale.
+these entries; they are put back before the next scale. The loop over the runs of a scale is the
+sampler's (:class:`tokenflow_ext.sampler.MultiStepSampler`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokenflow_ext.sampler import MultiStepSampler
+from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 
 if TYPE_CHECKING:
     from .model import TextToImage
@@ -150,9 +151,7 @@ def generate_tokens(
     valid: Tensor,
     count: int,
     *,
-    guidance: float,
-    top_k: Sequence[int],
-    top_p: Sequence[float],
+    sampling: SamplingConfig,
     seed: int | Sequence[int] | None,
     cuda_graphs: bool,
 ) -> Tensor:
@@ -164,39 +163,38 @@ def generate_tokens(
     step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
     batch.
     """
-    sampler = MultiStepSampler(
-        top_k=tuple(top_k),
-        top_p=tuple(top_p),
-        guidance=guidance,
-        scales=sequence.scales,
-    )
-    seeds = _seeds(seed, count).to(model.device).unsqueeze(1)
+    sampler = MultiStepSampler.of(sampling, sequence.scales)
+    seeds = _seeds(seed, count).to(model.device)
     numbers = torch.arange(model.config.image_tokens, device=model.device)
     session = _session(model, sequence, ids.shape[0], not bool(valid.all()), cuda_graphs)
     run_scale = session.replay_scale if cuda_graphs else session.run_scale
     quantizer = model.tokenizer.quantizer
+    f_hat: Tensor | None = None
 
-    def draw(logits: Tensor, scale: int, step: int) -> Tensor:
-        first, end = (place - (sequence.text - 1) for place in sequence.places(scale))
-        offset = (numbers[first:end] + step * len(numbers)).repeat(count, 1)
+    def halves(logits: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         if logits.dtype == torch.float64:  # the sampler's own arithmetic is float32
             logits = logits.float()
-        halves = logits.split(count)
-        seed_of_row = seeds.repeat(1, end - first)
-        return sampler.draw(scale, step, *halves, seed=seed_of_row, offset=offset)
+        return tuple(logits.split(count)) if len(logits) > count else logits
 
-    tokens = draw(session.run_text(ids, valid), 0, 0)
-    drawn, f_hat = [tokens], None
-    for scale in range(1, len(sequence.scales)):
-        f_hat = quantizer.accumulate(f_hat, tokens, scale - 1)
-        tokens = draw(run_scale(scale, quantizer.scale_input(f_hat, scale)), scale, 0)
-        if sampler.steps(scale) > 1:
+    def answer(scale: int, tokens: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+        if f_hat is None:
+            return halves(session.run_text(ids, valid))
+        logits = halves(run_scale(scale, quantizer.scale_input(f_hat, scale, tokens)))
+        if tokens is None and sampler.steps(scale) > 1:
             session.cache.keep(*sequence.places(scale))
-            for step in range(1, sampler.steps(scale)):
-                own = quantizer.scale_input(f_hat, scale, tokens)
-                tokens = draw(run_scale(scale, own), scale, step)
+        return logits
+
+    def offsets(scale: int, step: int) -> Tensor:
+        first, end = (place - (sequence.text - 1) for place in sequence.places(scale))
+        return numbers[first:end] + step * len(numbers)
+
+    drawn: list[Tensor] = []
+    for scale in range(sampler.num_scales):
+        if scale:
+            f_hat = quantizer.accumulate(f_hat, drawn[-1], scale - 1)
+        drawn.append(sampler.sample_scale(scale, answer, seed=seeds, offsets=offsets))
+        if sampler.steps(scale) > 1:
             session.cache.put_back(*sequence.places(scale))
-        drawn.append(tokens)
     return torch.cat(drawn, dim=1)
 
 

@@ -25,6 +25,7 @@ from tokenflow_ext.models.serialization.pretrained import (
     read_weights,
 )
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
+from tokenflow_ext.sampler import SamplingConfig
 
 from . import original_checkpoint
 from .backbone import Backbone, Cache, Rotary, rotary
@@ -291,11 +292,10 @@ class TextToImage(nn.Module):
         text_tokenizer: TextTokenizer,
         *,
         negative_prompt: str | Sequence[str] = NEGATIVE_PROMPT,
-        guidance: float = 7.5,
-        top_k: Sequence[int] = (1200, 100, 1),
-        top_p: Sequence[float] = (0.8, 0.8, 0.0),
+        sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        **settings: Any,
     ) -> Tensor:
         """Images [B, 3, H, W] uint8 of prompts.
 
@@ -304,7 +304,7 @@ class TextToImage(nn.Module):
             text_tokenizer: the backbone's text tokenizer.
             negative_prompt: what guidance leads away from, for all images or one for each; the
                 empty string is the unconditional model of training.
-            guidance, top_k, top_p, seed, cuda_graphs: as :meth:`generate_tokens`.
+            sampling, seed, cuda_graphs, settings: as :meth:`generate_tokens`.
         """
         negative = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         ids, mask = encode_prompts(prompts, text_tokenizer, self.config)
@@ -314,11 +314,10 @@ class TextToImage(nn.Module):
             negative_ids.to(self.device),
             attention_mask=mask,
             negative_attention_mask=negative_mask,
-            guidance=guidance,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             seed=seed,
             cuda_graphs=cuda_graphs,
+            **settings,
         )
         images, _ = self.tokenizer.decode(indices)
         return to_uint8(images)
@@ -331,11 +330,10 @@ class TextToImage(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         negative_attention_mask: Tensor | None = None,
-        guidance: float = 7.5,
-        top_k: Sequence[int] = (1200, 100, 1),
-        top_p: Sequence[float] = (0.8, 0.8, 0.0),
+        sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        **settings: Any,
     ) -> Tensor:
         """Image tokens [B, L] of prompts, by multi-step sampling with guidance.
 
@@ -344,29 +342,31 @@ class TextToImage(nn.Module):
             negative_ids: [B or 1, T]; may be None where guidance is 0.
             attention_mask, negative_attention_mask: shaped as their ids, false or 0 where padded;
                 None finds the padding id.
-            guidance: t = guidance * k / (S - 1) at scale k; logits are (1 + t) * conditional -
-                t * negative. 0 leaves the negative half out.
-            top_k, top_p: filters of each draw of a scale, [steps], as
-                :class:`tokenflow_ext.sampler.MultiStepSampler` has them; every step after the first
-                feeds the drawn tokens back and draws anew. The first scale is drawn once.
+            sampling: how tokens are drawn, by default :class:`tokenflow_ext.SamplingConfig`'s
+                three steps. Every step after the first feeds the drawn tokens back and draws anew.
+                The first scale is drawn once. At scale k, t = guidance * k / (S - 1), and logits
+                are (1 + t) * conditional - t * negative. A guidance of 0 leaves the negative half
+                out.
             seed: one for each image, or one number: image b then has seed + b. An image depends on
                 its seed and prompts, not on the batch it is in (but for the rounding of logits,
                 where a matrix product of another shape sums in another order). None takes torch's
                 generator.
             cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
                 them; they are kept until another shape or a move of the model.
+            settings: fields of `sampling` to change, such as ``guidance=3.0``.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, named in the message.
         """
         from .generation import generate_tokens
 
+        sampling = (sampling or SamplingConfig()).replace(**settings)
         text = self._check_ids("input_ids", input_ids, True)
         sequence = self.sequence(text)
         ids, valid = input_ids, self._valid("attention_mask", input_ids, attention_mask, True)
-        if guidance < 0:
-            raise ValueError(f"guidance must be 0 or more, got {guidance}")
-        if guidance > 0:
+        if sampling.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {sampling.guidance}")
+        if sampling.guidance > 0:
             if negative_ids is None:
                 raise ValueError("negative_ids must be given where guidance is not 0")
             self._check_ids("negative_ids", negative_ids, True)
@@ -386,9 +386,7 @@ class TextToImage(nn.Module):
             ids,
             valid,
             input_ids.shape[0],
-            guidance=guidance,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             seed=seed,
             cuda_graphs=cuda_graphs,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenflow_ext import MultiStepSampler, SamplingLogitsProcessor, sample_top_k_top_p
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.reference import filtered_probabilities
+from tokenflow_ext.sampler import PRESETS, SamplingConfig
 
 SCALES = (1, 2, 3, 5)
 CODES = 50
@@ -106,14 +107,7 @@ def test_min_p_of_the_steps() -> None:
 
 def test_presets_are_those_of_the_paper() -> None:
     scales = (1, 2, 4, 6, 8, 10, 12, 14, 16)
-    three, two, one = (
-        make(scales=scales)
-        for make in (
-            MultiStepSampler.three_step,
-            MultiStepSampler.two_step,
-            MultiStepSampler.single,
-        )
-    )
+    three, two, one = (MultiStepSampler.preset(name, scales=scales) for name in PRESETS)
     assert (three.top_k, three.top_p) == ((1200, 100, 1), (0.8, 0.8, 0.0))
     assert (two.top_k, two.top_p) == ((1200, 1), (0.8, 0.0))
     assert (one.top_k, one.top_p) == ((600,), (0.6,))
@@ -122,6 +116,61 @@ def test_presets_are_those_of_the_paper() -> None:
     assert three.guidance_at(4) == 3.75
     assert three.guidance_at(8) == 7.5
     assert MultiStepSampler(scales=(4,)).guidance_at(0) == 0
+
+
+def test_settings_are_one_dataclass() -> None:
+    config = SamplingConfig.preset("two", guidance=3.0, temperature=0.5)
+    sampler = MultiStepSampler.of(config, scales=SCALES, vocab=(3, 40))
+    assert sampler == MultiStepSampler((1200, 1), (0.8, 0.0), 0.0, 3.0, 0.5, SCALES, (3, 40))
+    assert MultiStepSampler.of(sampler, scales=SCALES) == sampler.replace(vocab=None)
+    assert config.replace(guidance=0.0) == SamplingConfig.preset(
+        "two", guidance=0.0, temperature=0.5
+    )
+    with pytest.raises(ValueError, match="preset must be one of three, two, one, got 'four'"):
+        SamplingConfig.preset("four")
+    with pytest.raises(TypeError, match="top_n"):
+        config.replace(top_n=3)
+    with pytest.raises(ValueError, match="as many steps, at least one"):
+        SamplingConfig(top_k=(), top_p=())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("three_step", "three"), ("two_step", "two"), ("single", "one")]
+)
+def test_presets_by_their_names_of_before(old: str, new: str) -> None:
+    with pytest.warns(
+        DeprecationWarning, match=rf'{old} is now MultiStepSampler.preset\("{new}"\)'
+    ):
+        sampler = getattr(MultiStepSampler, old)(scales=SCALES)
+    assert sampler == MultiStepSampler.preset(new, scales=SCALES)
+
+
+def test_offsets_of_the_caller() -> None:
+    """Positions in the stream for every token, with a seed for each image, or one for all."""
+    sampler = MultiStepSampler(top_k=(30, 10), top_p=(0.9, 0.9), scales=SCALES, guidance=0.0)
+    logits = [torch.randn(3, s * s, CODES) for s in SCALES]
+    seeds = torch.tensor([5, 9, 5])
+
+    def offsets(scale: int, step: int) -> Tensor:
+        return 1000 * scale + 100 * step + torch.arange(SCALES[scale] ** 2)
+
+    tokens = sampler.sample(lambda scale, _: logits[scale], seed=seeds, offsets=offsets)
+    for scale, drawn in enumerate(tokens):
+        step = 0 if scale == 0 else 1
+        for image in range(3):
+            for number, row in enumerate(logits[scale][image]):
+                expected = sample_top_k_top_p(
+                    row,
+                    top_k=(30, 10)[step],
+                    top_p=0.9,
+                    seed=int(seeds[image]),
+                    offset=1000 * scale + 100 * step + number,
+                )
+                assert drawn[image, number] == expected
+    with pytest.raises(ValueError, match="seed must be one number or one for each of 3 images"):
+        sampler.draw(1, 0, logits[1], seed=seeds[:2], offset=offsets(1, 0))
+    with pytest.raises(ValueError, match="offset must be one number or one for each row"):
+        sampler.draw(1, 0, logits[1], seed=seeds, offset=torch.arange(5))
 
 
 def test_seeds() -> None:

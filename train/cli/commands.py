@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr, to_uint8
+from tokenflow_ext.sampler import PRESETS
 from tokenflow_ext.train import data, decoder, text_to_image, tokenizer
 from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import emojis, outputs, text_files, tokens
@@ -189,7 +190,7 @@ def _add_generate(draw: argparse.ArgumentParser) -> None:
     draw.add_argument("--each", type=int, help="pictures a prompt [1; 4 for a benchmark]")
     draw.add_argument("--seed", type=int, default=0, help="of the first picture [%(default)s]")
     draw.add_argument("--grid", action="store_true", help="all of them in grid.png, too")
-    draw.add_argument("--steps", choices=tuple(generate.STEPS), default="three", help="[three]")
+    draw.add_argument("--steps", choices=tuple(PRESETS), default="three", help="[three]")
     draw.add_argument("--guidance", type=float, default=7.5, help="[%(default)s]")
     draw.add_argument(
         "--negative", default="", metavar="TEXT", help="what guidance leads away from [nothing]"

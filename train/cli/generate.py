@@ -17,7 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.text_to_image.model import TextToImage
+from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from tokenflow_ext.train.data.image_files import tile
 from tokenflow_ext.train.data.outputs import Outputs, json_text, png
 from tokenflow_ext.train.data.text_files import (
@@ -33,12 +35,6 @@ from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.tasks.language import load_text_tokenizer
 
-#: Filters (top_k, top_p) of each draw of a scale (arXiv 2412.03069, section 4.1).
-STEPS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
-    "three": ((1200, 100, 1), (0.8, 0.8, 0.0)),
-    "two": ((1200, 1), (0.8, 0.0)),
-    "one": ((600,), (0.6,)),
-}
 LAYOUTS = ("plain", "geneval", "dpg")
 
 
@@ -93,7 +89,12 @@ class Painter:
     @property
     def runs(self) -> int:
         """Runs of the transformer for one batch: the first scale is drawn once."""
-        return 1 + (len(self.model.config.scales) - 1) * len(STEPS[self.steps][0])
+        return MultiStepSampler.of(self.sampling, self.model.config.scales).model_runs
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How tokens are drawn."""
+        return SamplingConfig.preset(self.steps, guidance=self.guidance)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
         """Images [3, H, W] uint8, one for each prompt; a bar counts the transformer's runs.
@@ -102,7 +103,6 @@ class Painter:
             seeds: any whole numbers, of which 64 bits count.
         """
         seeds = [(operator.index(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
-        top_k, top_p = STEPS[self.steps]
         batches = -(-len(prompts) // self.batch)
         with tqdm(total=batches * self.runs, unit="run", dynamic_ncols=True) as bar:
             # Every run ends in the last norm.
@@ -113,9 +113,7 @@ class Painter:
                         prompts[start : start + self.batch],
                         self.text_tokenizer,
                         negative_prompt=self.negative,
-                        guidance=self.guidance,
-                        top_k=top_k,
-                        top_p=top_p,
+                        sampling=self.sampling,
                         seed=seeds[start : start + self.batch],
                     ).cpu()
             finally:
@@ -376,3 +374,6 @@ def labelled(images: Sequence[np.ndarray], labels: Sequence[str], least: int = 1
             pen.text((2, height + 3 + row * line), text, "black", font)
         cells.append(np.asarray(cell))
     return tile(cells, math.ceil(len(cells) ** 0.5))
+
+
+__getattr__ = renamed(__name__, {"STEPS": "tokenflow_ext.sampler:PRESETS"})

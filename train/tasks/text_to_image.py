@@ -209,7 +209,7 @@ class TextTrainer(BaseTrainer):
     @torch.no_grad()
     def pictures(self) -> tuple[Tensor, Tensor]:
         """What the tokenizer makes of training pictures, and what the model draws from captions."""
-        sample, (tokens, texts) = self.config.sample, self.evaluated["known"]
+        tokens, texts = self.evaluated["known"]
         count = min(self.config.output.pictures, len(texts))
         which = [i * len(texts) // count for i in range(count)]
         target = tokens[which].to(self.group.device)
@@ -224,9 +224,7 @@ class TextTrainer(BaseTrainer):
                     empty,
                     attention_mask=valid,
                     negative_attention_mask=empty_valid,
-                    guidance=sample.guidance,
-                    top_k=sample.top_k,
-                    top_p=sample.top_p,
+                    sampling=self.config.sample,
                     seed=self.config.seed,
                 )
             decode = model.tokenizer.decode

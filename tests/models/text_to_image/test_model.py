@@ -905,6 +905,10 @@ def test_refusals():
     )
     with pytest.raises(ConfigError, match="feature_dim is 14 in the configuration, the tokenizer"):
         TextToImage(config, TokenFlowTokenizer(var))
+    with pytest.raises(TypeError, match="top_n"):
+        model.generate_tokens(ids, ids, top_n=3)
+    with pytest.raises(ValueError, match="top_k and top_p must name as many steps"):
+        model.generate_tokens(ids, ids, top_k=(3,))
     with pytest.raises(ValueError, match="attention must be"):
         TextToImage(config, tokenizer, attention="eager")
     with pytest.raises(ConfigError, match=r"needs heads of 16 channels or more, .*, got 8: use"):
