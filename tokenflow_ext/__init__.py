@@ -9,9 +9,16 @@ extras `models` and `train`.
 
 from . import _moved
 from ._build import build_info
+from .errors import TokenFlowError
 from .ops import nearest_code, segment_sum
 from .quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
-from .sampler import Draw, MultiStepSampler, SamplingLogitsProcessor, sample_top_k_top_p
+from .sampler import (
+    Draw,
+    MultiStepSampler,
+    SamplingConfig,
+    SamplingLogitsProcessor,
+    sample_top_k_top_p,
+)
 from .stochastic import sample_code
 
 _moved.install()
@@ -24,6 +31,7 @@ __all__ = [
     "QuantizerOutput",
     "SamplingConfig",
     "SamplingLogitsProcessor",
+    "TokenFlowError",
     "build_info",
     "nearest_code",
     "sample_code",

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from .errors import InstructionSetError as InstructionSetError
+from .errors import KernelsMissingError as KernelsMissingError
+
 MINIMUM_TORCH = (2, 10)
 LIBRARY = Path(__file__).with_name("libtokenflow_ops.so")
 
@@ -15,14 +18,6 @@ _HOW_TO_BUILD = (
     "Build them with `pip install .` (or `pip install -e .`) in a clone of the repository, with a "
     "C++ compiler on PATH; `pip install -v .` shows what is decided and why."
 )
-
-
-class KernelsMissingError(ImportError):
-    """The compiled operators are missing or do not load; the message says how to build them."""
-
-
-class InstructionSetError(RuntimeError):
-    """TOKENFLOW_CPU names no instruction set of this machine; the message says which it has."""
 
 
 def _check_torch(version: str) -> None:

@@ -8,6 +8,9 @@ import types
 import typing
 from typing import Any
 
+from tokenflow_ext.errors import CheckpointError as CheckpointError
+from tokenflow_ext.errors import ConfigError as ConfigError
+
 from .files import shown
 
 # Sizes far beyond any model's: a configuration with larger ones is no model, and building it would
@@ -18,14 +21,6 @@ DEPTH_LIMIT = 1 << 10  # layers
 CODES_LIMIT = 1 << 24
 SCALES_LIMIT = 1 << 8
 GRID_LIMIT = 1 << 10  # tokens a side
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built: the message names the field and what was got."""
-
-
-class CheckpointError(RuntimeError):
-    """A saved tokenizer that is missing, incomplete, truncated or not one of ours."""
 
 
 def need(condition: bool, message: str) -> None:

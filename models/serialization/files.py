@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tokenflow_ext.errors import OutputError as OutputError
+
 #: The most that a JSON or YAML file of a model, a run or an index may hold.
 TEXT_LIMIT = 256 << 20
 _PART = ".part"
@@ -31,10 +33,6 @@ _MARKS = (
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 2, 4, 6, 6
-
-
-class OutputError(RuntimeError):
-    """A place that cannot be written to, or holds something that must not be written over."""
 
 
 def shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokenflow_ext.errors import WeightsError as WeightsError
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.pretrained import read_safetensors, read_torch
 
@@ -37,10 +38,6 @@ _WANTED = {
     ),
     "efficientnet_lite0": "EfficientNet-Lite0's weights (efficientnet-lite0-57934424.pth)",
 }
-
-
-class WeightsError(RuntimeError):
-    """A weight file that is missing, unreadable or not the one wanted."""
 
 
 def find_efficientnet_lite0() -> Path:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenflow_ext.errors import MissingPackageError as MissingPackageError
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.var import resize
 
@@ -29,10 +30,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class MissingPackageError(ImportError):
-    """A package that a tower needs is not installed: the message says which and how to get it."""
 
 
 def resample_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tokenflow_ext.errors import BrokenImageError as BrokenImageError
 from tokenflow_ext.models.metrics import to_uint8
 
 from .text_files import METADATA, DataError, Tally, check_file, reason
@@ -41,10 +42,6 @@ PREPROCESSING = (
     "with Pillow's bicubic filter, a = -0.5, antialiased (its support grows with the reduction); "
     "then the middle {size} x {size} px, the corner rounded down."
 )
-
-
-class BrokenImageError(DataError):
-    """Bytes that are there but are no image that can be decoded."""
 
 
 @functools.cache

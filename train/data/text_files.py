@@ -13,36 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tokenflow_ext.errors import DataError as DataError
+from tokenflow_ext.errors import printable as printable
 from tokenflow_ext.models.serialization import files
 
 #: The listing of a folder of pictures: {"file_name": ..., "text": ...} a line.
 METADATA = "metadata.jsonl"
 _REASONS = 8  # that a line tells
-
-
-class DataError(RuntimeError):
-    """Data that are missing, unreadable or too few. The message is one printable line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split("\n"))))
-
-
-def printable(text: str | os.PathLike[str]) -> str:
-    r"""``text`` for messages, logs and listings: one line that every terminal and file takes.
-
-    Names of files may be any bytes. Python keeps those that are no UTF-8 as lone surrogates, which
-    cannot be written: they become ``\xe9``. Line ends and other characters that do not print are
-    escaped too.
-    """
-
-    def shown(character: str) -> str:
-        if character.isprintable():
-            return character
-        if "\udc80" <= character <= "\udcff":
-            return f"\\x{ord(character) - 0xDC00:02x}"
-        return character.encode("unicode_escape").decode("ascii")
-
-    return "".join(map(shown, os.fspath(text)))
 
 
 def say(text: str, everyone: bool = False) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from tokenflow_ext.errors import NotFiniteError as NotFiniteError
 from tokenflow_ext.models import CheckpointError
 from tokenflow_ext.models.serialization.files import brief, shown
 from tokenflow_ext.models.serialization.pretrained import not_finite, read_weights
@@ -42,10 +43,6 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         return 1.0
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class NotFiniteError(FloatingPointError):
-    """Training has left the finite numbers: the message says what is left of the run."""
 
 
 class BaseTrainer:

@@ -13,25 +13,13 @@ from types import FrameType
 
 import torch
 
-from tokenflow_ext._build import InstructionSetError, build_info
-from tokenflow_ext.models import CheckpointError, ConfigError, WeightsError
-from tokenflow_ext.models.serialization.files import OutputError
-from tokenflow_ext.models.towers.towers import MissingPackageError
-from tokenflow_ext.train.data.text_files import DataError, printable
+from tokenflow_ext._build import build_info
+from tokenflow_ext.errors import TokenFlowError, printable
 
 from .missing_package import not_installed
 
 #: What options, files and machines are to blame for. Their messages name the option or file.
-EXPECTED = (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    FloatingPointError,
-    InstructionSetError,
-    MissingPackageError,
-    OutputError,
-    WeightsError,
-)
+EXPECTED = (TokenFlowError, FloatingPointError)
 
 
 class _Terminated(BaseException):
