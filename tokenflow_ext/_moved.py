@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from ._deprecated import REMOVED_IN
+
 #: Old name -> new name, or new names where a module was split.
 MOVED: dict[str, tuple[str, ...]] = {
     f"tokenflow_ext.{folder}.{old}": tuple(f"tokenflow_ext.{folder}.{name}" for name in new)
@@ -75,7 +77,12 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         new = MOVED[name]
-        warnings.warn(f"{name} has moved to {' and '.join(new)}", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"{name} has moved to {' and '.join(new)}; the old name goes in tokenflow_ext "
+            f"{REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         found = [importlib.import_module(each) for each in new]
         if len(found) == 1:
             sys.modules[name] = found[0]  # the import system takes what stands here
