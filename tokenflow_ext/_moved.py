@@ -17,53 +17,56 @@ from typing import Any
 
 from ._deprecated import REMOVED_IN
 
-#: Old name -> new name, or new names where a module was split.
+# By folder: where its modules of before are now, several where a module was split.
+_NOW: dict[str, dict[str, tuple[str, ...]]] = {
+    "models": {
+        "config": ("tokenizer.config", "towers.config", "serialization.config"),
+        "discriminators": ("losses.discriminators",),
+        "files": ("serialization.files",),
+        "released": ("tokenizer.original_checkpoint",),
+        "saved": ("serialization.pretrained",),
+        "semantic": ("towers.towers", "tokenizer.semantic_decoder"),
+        "teachers": ("towers.teachers",),
+        "text_to_image_backbone": ("text_to_image.backbone",),
+        "text_to_image_generation": ("text_to_image.generation",),
+        "text_to_image_released": ("text_to_image.original_checkpoint",),
+        "text_to_image_rope": ("text_to_image.rope",),
+        "text_to_image_sequence": ("text_to_image.sequence",),
+        "vision": ("towers.networks",),
+        "vqgan": ("tokenizer.vqgan",),
+    },
+    "train": {
+        "analyse": ("evaluation.analyse",),
+        "captions": ("data.captions",),
+        "checkpoint": ("engine.checkpoint",),
+        "decoder_trainer": ("tasks.decoder",),
+        "distributed": ("engine.distributed",),
+        "emojis": ("data.emojis",),
+        "entry": ("cli.entry",),
+        "evaluate": ("evaluation.evaluate",),
+        "fid": ("evaluation.fid",),
+        "generate": ("cli.generate",),
+        "images": ("data.images",),
+        "language": ("tasks.language",),
+        "logs": ("engine.logs",),
+        "loop": ("engine.loop",),
+        "messages": ("engine.messages",),
+        "outputs": ("data.outputs",),
+        "parallel": ("engine.parallel",),
+        "pictures": ("data.image_files",),
+        "reading": ("data.text_files",),
+        "runs": ("engine.runs",),
+        "shards": ("data.webdataset",),
+        "text_trainer": ("tasks.text_to_image",),
+        "tokens": ("data.tokens",),
+        "trainer": ("tasks.tokenizer",),
+    },
+}
+
+#: Old name -> new names.
 MOVED: dict[str, tuple[str, ...]] = {
     f"tokenflow_ext.{folder}.{old}": tuple(f"tokenflow_ext.{folder}.{name}" for name in new)
-    for folder, moves in {
-        "models": {
-            "config": ("tokenizer.config", "towers.config", "serialization.config"),
-            "discriminators": ("losses.discriminators",),
-            "files": ("serialization.files",),
-            "released": ("tokenizer.original_checkpoint",),
-            "saved": ("serialization.pretrained",),
-            "semantic": ("towers.towers", "tokenizer.semantic_decoder"),
-            "teachers": ("towers.teachers",),
-            "text_to_image_backbone": ("text_to_image.backbone",),
-            "text_to_image_generation": ("text_to_image.generation",),
-            "text_to_image_released": ("text_to_image.original_checkpoint",),
-            "text_to_image_rope": ("text_to_image.rope",),
-            "text_to_image_sequence": ("text_to_image.sequence",),
-            "vision": ("towers.networks",),
-            "vqgan": ("tokenizer.vqgan",),
-        },
-        "train": {
-            "analyse": ("evaluation.analyse",),
-            "captions": ("data.captions",),
-            "checkpoint": ("engine.checkpoint",),
-            "decoder_trainer": ("tasks.decoder",),
-            "distributed": ("engine.distributed",),
-            "emojis": ("data.emojis",),
-            "entry": ("cli.entry",),
-            "evaluate": ("evaluation.evaluate",),
-            "fid": ("evaluation.fid",),
-            "generate": ("cli.generate",),
-            "images": ("data.images",),
-            "language": ("tasks.language",),
-            "logs": ("engine.logs",),
-            "loop": ("engine.loop",),
-            "messages": ("engine.messages",),
-            "outputs": ("data.outputs",),
-            "parallel": ("engine.parallel",),
-            "pictures": ("data.image_files",),
-            "reading": ("data.text_files",),
-            "runs": ("engine.runs",),
-            "shards": ("data.webdataset",),
-            "text_trainer": ("tasks.text_to_image",),
-            "tokens": ("data.tokens",),
-            "trainer": ("tasks.tokenizer",),
-        },
-    }.items()
+    for folder, moves in _NOW.items()
     for old, new in moves.items()
 }
 
