@@ -78,12 +78,13 @@ def update_running(
         new_hits, new_sums: of this step, over all processes.
         rate: 1 - decay, one number or one a code.
     """
+    sums_rate = rate
     if isinstance(rate, Tensor):
         rate = rate.to(hits)
+        sums_rate = rate.unsqueeze(-1) if rate.dim() > 0 else rate
     hits.lerp_(new_hits.to(hits), rate)
     if sums is not None and new_sums is not None:
-        by_code = isinstance(rate, Tensor) and rate.dim() > 0
-        sums.lerp_(new_sums.to(sums), rate.unsqueeze(-1) if by_code else rate)
+        sums.lerp_(new_sums.to(sums), sums_rate)
 
 
 def running_means(hits: Tensor, sums: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 def sample_rows(rows: Tensor, count: int) -> Tensor:
     """`count` random rows of [N, D] drawn over every process, the same on each: [count, D].
 
-    Rows that hold a NaN or an infinity are left out. Rows serve twice only where a process has
+    Rows that hold a NaN or an infinity are left out. Rows come twice only where a process has
     fewer than its share. Where no process has one, the result is NaN.
     """
     world = world_size()
@@ -43,6 +43,6 @@ def sample_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def _first(wanted: Tensor, order: Tensor, count: int) -> Tensor:
-    """The first `count` of the places `order` [N] that are wanted, again and again if too few."""
+    """The first `count` wanted ones of the positions `order` [N], again and again if too few."""
     order = order[(~wanted.gather(0, order)).to(torch.uint8).argsort(stable=True)]
     return order[torch.arange(count, device=order.device) % wanted.sum().clamp(min=1)]

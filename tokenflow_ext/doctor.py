@@ -81,14 +81,14 @@ def check_cuda(torch: dict[str, Any], build: dict[str, Any]) -> list[Finding]:
     if torch["cuda"] is None:
         return []
     if build["cuda"] is None:
-        return [Finding(LIMITED, f"CUDA tensors are refused: {build['cuda_reason']}")]
+        return [Finding(LIMITED, f"CUDA tensors are not supported: {build['cuda_reason']}")]
     found = []
     if _numbers(build["cuda"])[:1] != _numbers(torch["cuda"])[:1]:
         found.append(
             Finding(
                 LIMITED,
                 f"the kernels were compiled by nvcc {build['cuda']} and torch has CUDA "
-                f"{torch['cuda']}: the driver has to serve both",
+                f"{torch['cuda']}: the driver has to support both",
             )
         )
     if not torch["devices"]:
@@ -132,9 +132,9 @@ def check_extras(requires: list[str]) -> Iterator[Finding]:
     extras: dict[str, list[str]] = {}
     for line in requires:
         name, _, marker = line.partition(";")
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        if extra and not name.startswith("tokenflow"):
-            extras.setdefault(extra[1], []).append(name.strip())
+        match = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if match and not name.startswith("tokenflow"):
+            extras.setdefault(match[1], []).append(name.strip())
     for extra, names in extras.items():
         wrong = []
         for line in names:

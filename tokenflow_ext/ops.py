@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,14 @@ class QuantizeResult(NamedTuple):
 
 def as_sizes(scales: Sequence[int | Size]) -> list[Size]:
     """(height, width) of scales given by their side or by both."""
-    return [(int(s), int(s)) if isinstance(s, Integral) else (int(s[0]), int(s[1])) for s in scales]
+    return [_as_size(scale) for scale in scales]
+
+
+def _as_size(scale: int | Size) -> Size:
+    if isinstance(scale, Integral):
+        return int(scale), int(scale)
+    height, width = cast(Size, scale)
+    return int(height), int(width)
 
 
 def _flatten(sizes: Sequence[Size]) -> list[int]:
@@ -187,7 +194,9 @@ def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
 
 def check_devices(like: str, /, **tensors: Tensor | None) -> None:
     """A tensor on the meta device beside others comes to the fake kernels, which know no data."""
-    device = tensors[like].device
+    first = tensors[like]
+    assert first is not None
+    device = first.device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise RuntimeError(
@@ -196,13 +205,24 @@ def check_devices(like: str, /, **tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("tokenflow_ext::nearest_code")
-def _(rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool):
+def _(
+    rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool
+) -> Tensor:
     check_devices("rows", rows=rows, codebook=codebook)
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize")
-def _(h, codebook, dropped, dims, weights, sizes, l2_norm, atomic_codebook_gradient=False):
+def _(
+    h: Tensor,
+    codebook: Tensor,
+    dropped: Tensor | None,
+    dims: list[int],
+    weights: list[float],
+    sizes: list[int],
+    l2_norm: bool,
+    atomic_codebook_gradient: bool = False,
+) -> tuple[Tensor, ...]:
     check_devices("h", h=h, codebook=codebook, dropped=dropped)
     scales = len(sizes) // 2
     return (
@@ -216,17 +236,17 @@ def _(h, codebook, dropped, dims, weights, sizes, l2_norm, atomic_codebook_gradi
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize_backward")
 def _(
-    h,
-    codebook,
-    indices,
-    grad_quantized,
-    grad_code_error,
-    grad_row_error,
-    dims,
-    sizes,
-    l2_norm,
-    atomic_codebook_gradient=False,
-):
+    h: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    grad_quantized: Tensor,
+    grad_code_error: Tensor | None,
+    grad_row_error: Tensor,
+    dims: list[int],
+    sizes: list[int],
+    l2_norm: bool,
+    atomic_codebook_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
     check_devices(
         "h",
         h=h,
@@ -244,19 +264,34 @@ def _(
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_rows")
-def _(h, codebook, indices, dims, sizes, l2_norm):
+def _(
+    h: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    dims: list[int],
+    sizes: list[int],
+    l2_norm: bool,
+) -> Tensor:
     check_devices("h", h=h, codebook=codebook, indices=indices)
     return h.new_empty((h.shape[0], _num_tokens(sizes), codebook.shape[1]))
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_decode")
-def _(indices, codebook, dims, sizes, height, width, l2_norm):
+def _(
+    indices: Tensor,
+    codebook: Tensor,
+    dims: list[int],
+    sizes: list[int],
+    height: int,
+    width: int,
+    l2_norm: bool,
+) -> Tensor:
     check_devices("codebook", indices=indices, codebook=codebook)
     return codebook.new_empty((indices.shape[0], codebook.shape[1], height, width))
 
 
 @torch.library.register_fake("tokenflow_ext::segment_sum")
-def _(rows, indices, num_segments):
+def _(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     check_devices("rows", rows=rows, indices=indices)
     return (
         rows.new_empty((num_segments, rows.shape[1])),
@@ -264,14 +299,21 @@ def _(rows, indices, num_segments):
     )
 
 
-def _setup_quantize(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm, ctx.atomic_codebook_gradient = inputs
     indices, hits = output[1], output[4]
     ctx.mark_non_differentiable(indices, hits)
     ctx.save_for_backward(h, codebook, indices)
 
 
-def _quantize_backward(ctx: Any, grad_quantized, _indices, grad_code_error, grad_row_error, _hits):
+def _quantize_backward(
+    ctx: Any,
+    grad_quantized: Tensor,
+    _indices: None,
+    grad_code_error: Tensor,
+    grad_row_error: Tensor,
+    _hits: None,
+) -> tuple[Tensor | None, ...]:
     h, codebook, indices = ctx.saved_tensors
     wants_codebook = ctx.needs_input_grad[1]
     # As torch's own sums by index do: another algorithm, not an error.
@@ -308,7 +350,7 @@ class _Quantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> Any:
         return torch.ops.tokenflow_ext.multiscale_quantize(*inputs)
 
     setup_context = staticmethod(_setup_quantize)
@@ -321,17 +363,19 @@ class _QuantizeGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> Any:
         return torch.ops.tokenflow_ext.multiscale_quantize_backward(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         h, codebook, indices, grad_quantized, grad_code_error, grad_row_error, *options = inputs
         ctx.dims, ctx.sizes, ctx.l2_norm, _ = options
         ctx.save_for_backward(h, codebook, indices, grad_quantized, grad_code_error, grad_row_error)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_h, grad_grad_codebook):
+    def backward(
+        ctx: Any, grad_grad_h: Tensor, grad_grad_codebook: Tensor
+    ) -> tuple[Tensor | None, ...]:
         h, codebook, indices, grad_quantized, grad_code_error, grad_row_error = ctx.saved_tensors
         wants_codebook = grad_code_error is not None
         if not wants_codebook:
@@ -343,9 +387,9 @@ class _QuantizeGradient(torch.autograd.Function):
         def gradient(h: Tensor, codebook: Tensor, *grads: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.vjp(loop, h, codebook)[1](grads)
 
-        _, pullback = torch.func.vjp(
+        pullback = torch.func.vjp(
             gradient, h, codebook, grad_quantized, grad_code_error, grad_row_error
-        )
+        )[1]
         grads = pullback((grad_grad_h, grad_grad_codebook))
         if not wants_codebook:
             grads = (*grads[:3], None, grads[4])
@@ -386,16 +430,16 @@ class _SegmentSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, indices, num_segments):
+    def forward(rows: Tensor, indices: Tensor, num_segments: int) -> Any:
         return torch.ops.tokenflow_ext.segment_sum(rows, indices, num_segments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_sums, _counts):
+    def backward(ctx: Any, grad_sums: Tensor, _counts: None) -> tuple[Tensor, None, None]:
         (indices,) = ctx.saved_tensors
         rows = F.embedding(indices.clamp(min=0), grad_sums)
         return torch.where((indices >= 0).unsqueeze(1), rows, 0), None, None
@@ -415,7 +459,7 @@ def _register_vmap(name: str) -> None:
     """One call for each entry of the mapped dimension: every entry has statistics of its own."""
     operator = getattr(torch.ops.tokenflow_ext, name)
 
-    def rule(info: Any, in_dims: tuple, *args: Any):
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         results = [
             operator(
                 *(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class MultiScaleQuantizer(nn.Module):
         codebook_size: number of codes K.
         dims: channels of each codebook group; h has their sum.
         scales: side of each scale's grid, or (height, width), coarse to fine. Features of any
-            height and width are served: they are pooled to each grid and codes upsampled back.
+            height and width are supported: they are pooled to each grid and codes upsampled back.
         weights: weight of each group's distance, 1 by default (the paper's w_dis is the second).
         beta: factor of the commitment loss.
         l2_norm: scale features and codes to unit length in each group.
@@ -170,7 +170,7 @@ class MultiScaleQuantizer(nn.Module):
         sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
         return f"codebook_size={self.codebook_size}, dims={self.dims}, scales={sides}"
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleQuantizer:
         """Moves as every module does, but running statistics keep their precision under half()."""
         before = dict(self.named_buffers(recurse=False))
         # Every move of a module, and of one that it is a part of, comes by here; torch has no

@@ -34,12 +34,13 @@ def distances(
     l2_norm: bool = True,
 ) -> Tensor:
     """Weighted squared distances [N, K] of rows [N, D] to codes (arXiv 2412.03069, eq. 1-3)."""
-    rows = normalize_groups(rows, dims, l2_norm).split(list(dims), dim=-1)
-    codes = normalize_groups(codebook, dims, l2_norm).split(list(dims), dim=-1)
-    return sum(
-        weight * torch.cdist(row, code, compute_mode="donot_use_mm_for_euclid_dist").square()
-        for weight, row, code in zip(weights, rows, codes, strict=True)
-    )
+    row_groups = normalize_groups(rows, dims, l2_norm).split(list(dims), dim=-1)
+    code_groups = normalize_groups(codebook, dims, l2_norm).split(list(dims), dim=-1)
+    total = rows.new_zeros(())
+    for weight, row, code in zip(weights, row_groups, code_groups, strict=True):
+        distance = torch.cdist(row, code, compute_mode="donot_use_mm_for_euclid_dist").square()
+        total = total + weight * distance
+    return total
 
 
 def nearest_code(

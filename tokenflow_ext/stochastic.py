@@ -43,7 +43,7 @@ def sample_code(
             inner product.
         generator: draws the seed where none is given; torch's own by default.
         seed: of the random numbers, 64 bits; one for all rows, or one for each, [N].
-        offset: place in the seed's stream. With one seed and one offset, row r draws
+        offset: position in the seed's stream. With one seed and one offset, row r draws
             at offset + r; with a seed or an offset for each row, each row draws at just its own.
 
     Returns:
@@ -82,17 +82,17 @@ def sample_code(
 
 @torch.library.register_fake("tokenflow_ext::sample_code")
 def _(
-    rows,
-    codebook,
-    dims,
-    weights,
-    l2_norm,
-    metric,
-    temperature,
-    seed,
-    seed_rows,
-    offset,
-    offset_rows,
-):
+    rows: Tensor,
+    codebook: Tensor,
+    dims: list[int],
+    weights: list[float],
+    l2_norm: bool,
+    metric: int,
+    temperature: float,
+    seed: int,
+    seed_rows: Tensor | None,
+    offset: int,
+    offset_rows: Tensor | None,
+) -> Tensor:
     check_devices("rows", rows=rows, codebook=codebook, seed=seed_rows, offset=offset_rows)
     return rows.new_empty(rows.shape[0], dtype=torch.int64)

@@ -1,7 +1,7 @@
 """VAR's residual pyramid: convolutions between its scales (arXiv 2404.02905, algorithms 1 and 2).
 
 `VarQuantizer` is `MultiScaleQuantizer` with that pyramid in place of TokenFlow's; the loop and the
-convolutions serve `compat.VectorQuantizer2`, VAR's own class, too.
+convolutions are those of `compat.VectorQuantizer2`, VAR's own class, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from ._deprecated import renamed
 from .ops import Size
 from .quantizer import MultiScaleQuantizer
 
@@ -25,22 +26,24 @@ class Phi(nn.Conv2d):
         self.resi_ratio = abs(quant_resi)
 
     def forward(self, h: Tensor) -> Tensor:
+        assert self.bias is not None
         # In the features' dtype: half weights are computed with in float32.
         convolved = F.conv2d(h, self.weight.to(h.dtype), self.bias.to(h.dtype), padding=1)
         return h.lerp(convolved, self.resi_ratio)
 
 
 def _nearest_tick(count: int, position: float) -> int:
-    """Which of `count` convolutions serves a scale at `position`, 0 the coarsest and 1 the finest.
+    """Which of `count` convolutions is for a scale at `position`, 0 the coarsest and 1 the finest.
 
-    Their places are even, the first 1 / 2 count from the end; VAR puts that of four at 1 / 3 count.
+    Their positions are even, the first 1 / 2 count from the end. VAR puts that of four at
+    1 / 3 count.
     """
     first = 1 / 3 / count if count == 4 else 1 / 2 / count
     last = 1 - first
     step = (last - first) / max(1, count - 1)
-    # Scales do fall half way between two places: the order of rounding below decides as VAR's does.
-    places = [i * step + first for i in range(count - 1)] + [last]
-    return min(range(count), key=lambda i: abs(places[i] - position))
+    # Scales do fall half way between two positions: the order of rounding below decides as VAR's.
+    positions = [i * step + first for i in range(count - 1)] + [last]
+    return min(range(count), key=lambda i: abs(positions[i] - position))
 
 
 class PhiShared(nn.Module):
@@ -55,7 +58,7 @@ class PhiShared(nn.Module):
 
 
 class PhiPartiallyShared(nn.Module):
-    """A few convolutions; a scale takes the one whose place is nearest."""
+    """A few convolutions; a scale takes the one whose position is nearest."""
 
     def __init__(self, qresi_ls: nn.ModuleList) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class PhiPartiallyShared(nn.Module):
 class PhiNonShared(nn.ModuleList):
     """As many convolutions as scales."""
 
-    def __getitem__(self, position: float) -> nn.Module:
+    def __getitem__(self, position: float) -> nn.Module:  # type: ignore[override]
         return super().__getitem__(_nearest_tick(len(self), position))
 
 
@@ -111,7 +114,7 @@ def _pooled_rows(maps: Tensor, size: Size) -> Tensor:
     return F.interpolate(maps, size, mode="area").flatten(2).mT
 
 
-def walk(
+def residual_pass(
     f: Tensor,
     codebook: Tensor,
     sizes: Sequence[Size],
@@ -215,7 +218,7 @@ class VarQuantizer(MultiScaleQuantizer):
         f_hat = torch.zeros_like(target)
         indices, code_error, row_error = [], [], []
         with torch.autocast(features.device.type, enabled=False):
-            scales = walk(
+            scales = residual_pass(
                 target, codebook, self.scales, self._phi, l2_norm=self.l2_norm, dropped=dropped
             )
             for scale, (index, h) in enumerate(scales):
@@ -240,16 +243,17 @@ class VarQuantizer(MultiScaleQuantizer):
             return self._phi(scale)(resize(codes, size))
 
     def _sum_codes(self, indices: Tensor, codebook: Tensor, upto: int, size: Size) -> Tensor:
-        parts = indices.split(self.tokens_per_scale[:upto], dim=1)
-        return sum(
-            self._contribution(tokens, codebook, scale, size) for scale, tokens in enumerate(parts)
-        )
+        total = codebook.new_zeros(())
+        for scale, tokens in enumerate(indices.split(self.tokens_per_scale[:upto], dim=1)):
+            total = total + self._contribution(tokens, codebook, scale, size)
+        return total
 
     def _rows(self, features: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
         rows, rest = [], features
         for scale, tokens in enumerate(indices.split(self.tokens_per_scale, dim=1)):
             rows.append(_pooled_rows(rest, self.scales[scale]))
-            rest = rest - self._contribution(tokens, codebook, scale, features.shape[2:])
+            size = features.shape[2], features.shape[3]
+            rest = rest - self._contribution(tokens, codebook, scale, size)
         return torch.cat(rows, dim=1)
 
     # f^ is carried at the size of the last scale; each scale sees its means (algorithm 2).
@@ -284,3 +288,6 @@ class VarQuantizer(MultiScaleQuantizer):
 
     def _view(self, f_hat: Tensor, scale: int) -> Tensor:
         return F.interpolate(f_hat, self.scales[scale], mode="area")
+
+
+__getattr__ = renamed(__name__, {"walk": "residual_pass"})

@@ -151,7 +151,7 @@ def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape
         message = str(error)
     else:
         return
-    found = re.fullmatch(r"\w+ does not serve (\w+)=[^\n]+", message)
+    found = re.fullmatch(r"\w+ does not support (\w+)=[^\n]+", message)
     assert found, message
     assert any(given.get(found[1]) for given in (options, *steps)), message
 

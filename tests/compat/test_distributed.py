@@ -175,7 +175,7 @@ def test_the_same_on_every_process(states: list[dict], name: str) -> None:
 def test_codebooks_that_drift_apart_are_refused(states: list[dict]) -> None:
     for state in states:
         for name, message in state["refusals"].items():
-            assert f"does not serve {name}=False in 2 processes" in message
+            assert f"does not support {name}=False in 2 processes" in message
         assert len(state["refusals"]) == 2
 
 

@@ -213,9 +213,9 @@ def test_stochastic_codes() -> None:
     assert all(not torch.equal(*level) for level in zip(*drawn, strict=True))
 
 
-def test_unserved_arguments_say_so() -> None:
+def test_unsupported_arguments_say_so() -> None:
     ours = HierarchicalVQ(dim=DIM, codebook_size=4, scales=(1, 2))
-    with pytest.raises(NotImplementedError, match=r"serve indices=<tensor of shape \(3,\)>"):
+    with pytest.raises(NotImplementedError, match=r"support indices=<tensor of shape \(3,\)>"):
         ours(torch.zeros(SEQUENCE), indices=torch.ones(3))
 
 

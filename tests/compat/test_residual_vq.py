@@ -272,8 +272,8 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize("name", UNSERVED)
-def test_unserved_options_say_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"does not serve {name}=[^\n]+$"):
+def test_unsupported_options_say_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"does not support {name}=[^\n]+$"):
         ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=2, **{name: UNSERVED[name]})
 
 
@@ -281,8 +281,8 @@ def test_unserved_options_say_so(name: str) -> None:
     ("name", "value"),
     [("indices", [torch.zeros(1)]), ("indices", torch.zeros(3, 20, 4)), ("beam_size", 2)],
 )
-def test_unserved_arguments_say_so(name: str, value: object) -> None:
-    with pytest.raises(NotImplementedError, match=rf"serve {name}=[^\n]*$") as error:
+def test_unsupported_arguments_say_so(name: str, value: object) -> None:
+    with pytest.raises(NotImplementedError, match=rf"support {name}=[^\n]*$") as error:
         pair()[1](batch(0), **{name: value})
     assert "tensor(" not in str(error.value)
 

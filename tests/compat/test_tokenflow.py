@@ -342,7 +342,7 @@ def test_no_matrix_of_distances() -> None:
     assert h.numel() <= largest.numel < 2 * 400 * 900 / 10
 
 
-def test_unserved_options_say_so() -> None:
+def test_unsupported_options_say_so() -> None:
     with pytest.raises(NotImplementedError, match=r"entropy_loss_ratio=0\.1: .* call forward"):
         build(entropy_loss_ratio=0.1).encode_scales(features(1, DIM, 6, 6), SCALES)
     with pytest.raises(NotImplementedError, match="kmeans=True"):

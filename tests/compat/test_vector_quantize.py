@@ -742,8 +742,8 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize("name", UNSERVED)
-def test_unserved_options_say_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"VectorQuantize does not serve {name}=[^\n]*$"):
+def test_unsupported_options_say_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"not support {name}=[^\n]*$"):
         VectorQuantize(DIM, 8, **{name: UNSERVED[name]})
 
 
@@ -762,10 +762,10 @@ def test_straight_through_without_the_way_past_it_says_so() -> None:
         ("codebook_transform_fn", torch.nn.Linear(2, 2), "<Linear>"),
     ],
 )
-def test_unserved_arguments_say_so(name: str, value: object, shown: str) -> None:
+def test_unsupported_arguments_say_so(name: str, value: object, shown: str) -> None:
     with pytest.raises(NotImplementedError) as error:
         VectorQuantize(DIM, 8)(torch.randn(1, 2, DIM), **{name: value})
-    assert f"does not serve {name}={shown}: " in str(error.value)
+    assert f"does not support {name}={shown}: " in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -48,7 +48,7 @@ def test_errors_of_another_python_are_one_line() -> None:
     ("torch_cuda", "devices", "build", "expected"),
     [
         (None, False, BUILD, []),
-        ("13.0", True, BUILD, ["CUDA tensors are refused: no nvcc was found"]),
+        ("13.0", True, BUILD, ["CUDA tensors are not supported: no nvcc was found"]),
         ("13.0", True, {**BUILD, "cuda": "13.0"}, []),
         (
             "13.0",

@@ -6,9 +6,10 @@
 - `VectorQuantize`, `ResidualVQ`, `HierarchicalVQ`: those of vector-quantize-pytorch 1.32
 
 Constructors, return values and the names in a `state_dict` are theirs, so that their checkpoints
-load. The search never forms the matrix of distances; an option that needs it, or that is not served
-for another reason, raises NotImplementedError naming the option and what was given. Running
-statistics are summed over all processes, by collectives that every process enters at every step.
+load. The search never forms the matrix of distances. An option that needs it, or that is not
+supported for another reason, raises NotImplementedError naming the option and what was given.
+Running statistics are summed over all processes, by collectives that every process enters at every
+step.
 docs/guides/migration.md shows each swap and lists what differs.
 """
 

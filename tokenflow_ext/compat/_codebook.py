@@ -150,7 +150,7 @@ class Codebook(nn.Module):
 
     def forward(self, *_: Tensor) -> None:
         raise NotImplementedError(
-            "Codebook.forward is not served: its third result is the distance of every row to "
+            "Codebook.forward is not supported: its third result is the distance of every row to "
             "every code, which is never formed here; call the VectorQuantize around it"
         )
 

@@ -1,4 +1,4 @@
-"""What the stand-ins share: refusing options, and the dtype they compute in."""
+"""What the stand-ins share: unsupported options, and the dtype they compute in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 NEEDS_DISTANCES = "it needs the distance of every row to every code, which is never formed here"
 OTHER_RULE = (
-    "of the rules that move a codebook, EMA and the gradient (learnable_codebook=True) are served"
+    "of the rules that move a codebook, EMA and the gradient (learnable_codebook=True) are "
+    "supported"
 )
 
 
@@ -25,12 +26,12 @@ def shown(value: Any) -> str:
     return f"<{getattr(value, '__qualname__', type(value).__name__)}>"
 
 
-def refuse(owner: str, reason: str, **options: Any) -> None:
+def raise_unsupported(owner: str, reason: str, **options: Any) -> None:
     """Raises NotImplementedError for the first option that is neither None, False, 0 nor empty."""
     for name, value in options.items():
         unset = value is None or (isinstance(value, (bool, int, float, dict)) and not value)
         if not unset:
-            raise NotImplementedError(f"{owner} does not serve {name}={shown(value)}: {reason}")
+            raise NotImplementedError(f"{owner} does not support {name}={shown(value)}: {reason}")
 
 
 def computable(tensor: Tensor) -> Tensor:
@@ -39,5 +40,5 @@ def computable(tensor: Tensor) -> Tensor:
 
 
 def lens_to_mask(lens: Tensor, length: int, device: torch.device) -> Tensor:
-    """[B, length] bool, True for the first `lens` [B] places of each sequence."""
+    """[B, length] bool, True for the first `lens` [B] positions of each sequence."""
     return torch.arange(length, device=device) < torch.as_tensor(lens).to(device).unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenflow_ext import ops
 from tokenflow_ext.ops import Size
 
-from ._common import computable, refuse
+from ._common import computable, raise_unsupported
 
 TEMPERATURE = 0.01  # of the softmax over codes in the entropy loss
 CHUNK = 1 << 22  # distances in memory at a time
@@ -71,8 +72,8 @@ class LookupQuantizer(nn.Module):
         """Codes uniform in [-1/K, 1/K], of unit length with l2_norm; statistics zero."""
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
-        for name in self._names:
-            codes = self.get_submodule(name).weight
+        for part in self._embeddings():
+            codes = part.weight
             codes.uniform_(-1 / self.n_e, 1 / self.n_e)
             if self.l2_norm:
                 codes.copy_(F.normalize(codes, dim=-1))
@@ -108,7 +109,7 @@ class LookupQuantizer(nn.Module):
         return z_q.reshape(*shape)
 
     def _embeddings(self) -> list[nn.Embedding]:
-        return [self.get_submodule(name) for name in self._names]
+        return [cast(nn.Embedding, self.get_submodule(name)) for name in self._names]
 
     def _codebook(self) -> Tensor:
         return torch.cat([part.weight for part in self._embeddings()], dim=1)
@@ -121,14 +122,13 @@ class LookupQuantizer(nn.Module):
         return [self._normalize(part) for part in rows.split(self.split, dim=-1)]
 
     def _encode(
-        self, h: Tensor, sizes: list[Size], with_rows: bool
-    ) -> tuple[Tensor, list[Tensor | float | None], Tensor, Tensor | None]:
+        self, h: Tensor, sizes: list[Size]
+    ) -> tuple[Tensor, list[Tensor | float | None], Tensor, Tensor]:
         """A loop over scales, in one call.
 
         Args:
             h: [B, e_dim, H, W].
             sizes: (height, width) of each scale, coarse to fine.
-            with_rows: whether the last result is wanted.
 
         Returns:
             f^ [B, e_dim, H, W] with the straight-through gradient, the losses as means over scales
@@ -158,7 +158,7 @@ class LookupQuantizer(nn.Module):
         if not self.entropy_loss_ratio:
             return codebook.new_zeros(())
         if sizes != [tuple(features.shape[2:])]:
-            refuse(
+            raise_unsupported(
                 type(self).__name__,
                 "the scales of one call are searched together; call forward for each scale",
                 entropy_loss_ratio=self.entropy_loss_ratio,

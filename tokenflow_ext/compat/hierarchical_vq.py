@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._codebook import shared_seed
-from ._common import lens_to_mask, refuse, shown
+from ._common import lens_to_mask, raise_unsupported, shown
 from .vector_quantize import VectorQuantize
 
 
@@ -35,7 +36,7 @@ class HierarchicalVQ(nn.Module):
     one.
 
     Raises:
-        NotImplementedError: an option that is not served, named with its value.
+        NotImplementedError: an option that is not supported, named with its value.
         ValueError: an argument out of its range.
     """
 
@@ -87,9 +88,10 @@ class HierarchicalVQ(nn.Module):
             )
         self.dim = dim
         self.num_levels = len(self.level_shapes)
-        one_size = isinstance(codebook_size, int)
         self.codebook_sizes = (
-            (codebook_size,) * self.num_levels if one_size else tuple(codebook_size)
+            (codebook_size,) * self.num_levels
+            if isinstance(codebook_size, int)
+            else tuple(codebook_size)
         )
         if len(self.codebook_sizes) != self.num_levels or (
             shared_codebook and len(set(self.codebook_sizes)) > 1
@@ -101,7 +103,7 @@ class HierarchicalVQ(nn.Module):
         self.channel_first = channel_first
         self.nested_dropout = nested_dropout
         self.nested_dropout_min_levels = nested_dropout_min_levels
-        options = {
+        options: dict[str, Any] = {
             "dim": dim,
             "decay": decay,
             "commitment_weight": commitment_weight,
@@ -161,7 +163,7 @@ class HierarchicalVQ(nn.Module):
             NotImplementedError: `indices` are given.
             ValueError: a shape that does not fit.
         """
-        refuse("HierarchicalVQ", "codes are chosen here", indices=indices)
+        raise_unsupported("HierarchicalVQ", "codes are chosen here", indices=indices)
         channel = 1 if self.channel_first else -1
         if x.dim() != self.spatial_dims + 2 or x.shape[channel] != self.dim:
             raise ValueError(
@@ -184,10 +186,10 @@ class HierarchicalVQ(nn.Module):
             indices.append(index.unflatten(1, shape))
             losses.append(loss)
         cutoff = self._cutoff(x.device)
-        kept = self.num_levels if cutoff is None else cutoff + 1
-        total = totals[kept - 1] if mask is None else totals[kept - 1].where(mask, 0.0)
+        last = self.num_levels - 1 if cutoff is None else cutoff
+        total = totals[last] if mask is None else totals[last].where(mask, 0.0)
         out = (total.movedim(1, channel), tuple(indices))
-        loss = torch.stack(losses[:kept]).mean()
+        loss = torch.stack(losses[: last + 1]).mean()
         return (*out, loss, cutoff) if return_cutoff else (*out, loss)
 
     def get_output_from_indices(
@@ -201,10 +203,11 @@ class HierarchicalVQ(nn.Module):
         if len(indices) != self.num_levels:
             raise ValueError(f"indices must hold {self.num_levels} levels, got {len(indices)}")
         size = self.level_shapes[-1] if full_shape is None else self._shape(full_shape)
-        total: Tensor | float = 0.0
+        parts = []
         for level, index in enumerate(indices):
             codes = self._quantizer(level).get_codes_from_indices(index)
-            total = total + self._upsample(codes.movedim(-1, 1), size, level)
+            parts.append(self._upsample(codes.movedim(-1, 1), size, level))
+        total = reduce(torch.add, parts)
         return total if self.channel_first else total.movedim(1, -1)
 
     def _shape(self, scale: int | Sequence[int]) -> tuple[int, ...]:
@@ -245,16 +248,20 @@ class HierarchicalVQ(nn.Module):
         return pool(x.where(mask, 0.0), shape) / share.clamp(min=1e-6), share.flatten(1) > 0
 
     def _quantizer(self, level: int) -> VectorQuantize:
-        return self.vqs[level] if self.vq is None else self.vq
+        if self.vq is not None:
+            return self.vq
+        assert self.vqs is not None
+        return cast(VectorQuantize, self.vqs[level])
 
     def _upsample(self, maps: Tensor, size: Sequence[int], level: int) -> Tensor:
         if tuple(maps.shape[2:]) != tuple(size):
             mode = ("linear", "bilinear", "trilinear")[self.spatial_dims - 1]
             maps = F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
-        phi = self.phi_shared
+        phi: nn.Module | None = self.phi_shared
         if phi is None:
-            place = level / max(self.num_levels - 1, 1)
-            phi = self.phi_levels[round(place * (len(self.phi_levels) - 1))]
+            assert self.phi_levels is not None
+            position = level / max(self.num_levels - 1, 1)
+            phi = self.phi_levels[round(position * (len(self.phi_levels) - 1))]
         return phi(maps)
 
     def _cutoff(self, device: torch.device) -> int | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor
+
+from tokenflow_ext.ops import Size
 
 from ._lookup import LookupQuantizer
 
@@ -35,7 +39,7 @@ class VectorQuantizer(LookupQuantizer):
             n_e, beta, entropy_loss_ratio, l2_norm, show_usage, 65536, {"embedding": e_dim}
         )
 
-    def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple]:
+    def forward(self, z: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
         """Quantizes a map of any size.
 
         Args:
@@ -49,5 +53,5 @@ class VectorQuantizer(LookupQuantizer):
               outside training.
             - info: (None, None, `indices [B * H * W]`).
         """
-        z_q, losses, indices, _ = self._encode(z, [tuple(z.shape[2:])], with_rows=False)
+        z_q, losses, indices, _ = self._encode(z, [cast(Size, tuple(z.shape[2:]))])
         return z_q, tuple(losses), (None, None, indices.flatten())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenflow_ext import ops
 
 from ._codebook import go_towards, shared_seed
-from ._common import NEEDS_DISTANCES, refuse, shown
+from ._common import NEEDS_DISTANCES, raise_unsupported, shown
 from .vector_quantize import VectorQuantize
 
 MOST_SCALES = 64  # kMaxScales of csrc/common/geometry.h
@@ -25,7 +25,7 @@ class ResidualVQ(nn.Module):
     training, all layers are one call of the fused pyramid.
 
     Raises:
-        NotImplementedError: an option that is not served, named with its value.
+        NotImplementedError: an option that is not supported, named with its value.
         ValueError: options that exclude each other.
     """
 
@@ -44,7 +44,7 @@ class ResidualVQ(nn.Module):
         quantize_dropout_multiple_of: int = 1,
         accept_image_fmap: bool = False,
         implicit_neural_codebook: bool = False,
-        mlp_kwargs: dict | None = None,
+        mlp_kwargs: dict[str, Any] | None = None,
         beam_size: int | None = None,
         eval_beam_size: int | None = None,
         beam_score_quantizer_weights: list[float] | None = None,
@@ -61,22 +61,22 @@ class ResidualVQ(nn.Module):
                 "commitment_weight": 0.0,
             }
             quant_grad_frac = 1.0
-        refuse(
+        raise_unsupported(
             "ResidualVQ",
             NEEDS_DISTANCES,
             implicit_neural_codebook=implicit_neural_codebook,
             beam_size=_beams(beam_size),
             eval_beam_size=_beams(eval_beam_size),
         )
-        refuse("ResidualVQ", "one head", heads=heads if heads != 1 else None)
-        for name, served in (("channel_last", True), ("accept_3d_fmap", False)):
-            if vq_kwargs.pop(name, served) != served:
+        raise_unsupported("ResidualVQ", "one head", heads=heads if heads != 1 else None)
+        for name, supported in (("channel_last", True), ("accept_3d_fmap", False)):
+            if vq_kwargs.pop(name, supported) != supported:
                 raise NotImplementedError(
-                    f"ResidualVQ does not serve {name}={not served}: it takes [B, N, C], or images "
-                    "with accept_image_fmap"
+                    f"ResidualVQ does not support {name}={not supported}: it takes [B, N, C], or "
+                    "images with accept_image_fmap"
                 )
         if shared_codebook:
-            refuse(
+            raise_unsupported(
                 "ResidualVQ",
                 "with shared_codebook=True nothing would step it",
                 in_place_codebook_optimizer=vq_kwargs.get("in_place_codebook_optimizer"),
@@ -127,9 +127,12 @@ class ResidualVQ(nn.Module):
             for size in sizes
         )
         if shared_codebook:
-            for layer in self.layers:
-                layer._codebook = self.layers[0]._codebook
+            for layer in self._quantizers():
+                layer._codebook = self._quantizers()[0]._codebook
                 layer.deferred = True
+
+    def _quantizers(self) -> list[VectorQuantize]:
+        return cast(list[VectorQuantize], list(self.layers))
 
     @property
     def codebook_size(self) -> int:
@@ -138,7 +141,7 @@ class ResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """Codes of each layer: [Q, K, D], or Q of them where sizes differ."""
-        codebooks = tuple(layer._codebook.embed[0] for layer in self.layers)
+        codebooks = tuple(layer._codebook.embed[0] for layer in self._quantizers())
         return torch.stack(codebooks) if len(set(self.codebook_sizes)) == 1 else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class ResidualVQ(nn.Module):
         indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
         codes = [
             layer._codebook.decode(index.unsqueeze(0))[0]
-            for layer, index in zip(self.layers, indices.unbind(-1), strict=True)
+            for layer, index in zip(self._quantizers(), indices.unbind(-1), strict=True)
         ]
         return torch.stack(codes)
 
@@ -191,7 +194,9 @@ class ResidualVQ(nn.Module):
             quantized, like x; indices [B, N, Q] or [B, H, W, Q], -1 for dropped layers and padding;
             losses [Q].
         """
-        refuse("ResidualVQ", NEEDS_DISTANCES, indices=indices, beam_size=_beams(beam_size))
+        raise_unsupported(
+            "ResidualVQ", NEEDS_DISTANCES, indices=indices, beam_size=_beams(beam_size)
+        )
         channel = 1 if self.accept_image_fmap else -1
         dims = (4,) if self.accept_image_fmap else (2, 3)
         if x.dim() not in dims or x.shape[channel] != self.dim:
@@ -235,8 +240,10 @@ class ResidualVQ(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Layers 0 to `last`, one after the other, on x as they take it."""
         residual, quantized = x, torch.zeros_like(x)
-        indices, losses, rows = [], [], []
-        for number, layer in enumerate(self.layers):
+        indices: list[Tensor] = []
+        losses: list[Tensor] = []
+        rows: list[Tensor] = []
+        for number, layer in enumerate(self._quantizers()):
             if number > last:
                 indices.append(torch.full_like(indices[0], -1))
                 losses.append(torch.zeros_like(losses[0]))
@@ -248,7 +255,7 @@ class ResidualVQ(nn.Module):
             losses.append(loss)
             passed = self.quant_grad_frac
             residual = residual - (passed * codes + (1 - passed) * codes.detach())
-        first = self.layers[0]
+        first = self._quantizers()[0]
         if (
             self.training
             and first.deferred
@@ -265,7 +272,7 @@ class ResidualVQ(nn.Module):
         return quantized, torch.stack(indices, dim=-1), torch.stack(losses)
 
     def _fusable(self) -> bool:
-        book = self.layers[0]._codebook
+        book = self._quantizers()[0]._codebook
         if self.training or not self.shared_codebook:
             return False
         learns = torch.is_grad_enabled() and book.embed.requires_grad
@@ -276,7 +283,7 @@ class ResidualVQ(nn.Module):
     @torch.no_grad()
     def _pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All layers as a pyramid whose scales all have the size of the input, N x 1."""
-        book = self.layers[0]._codebook
+        book = self._quantizers()[0]._codebook
         rows = x.detach().float().flatten(0, -2)
         h = rows.view(-1, 1, 1, rows.shape[-1]).permute(0, 3, 1, 2)
         out = ops.multiscale_quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tokenflow_ext import ops
 from tokenflow_ext.ops import Size
 
-from ._common import computable, refuse, shown
+from ._common import computable, raise_unsupported, shown
 from ._lookup import LookupQuantizer
 
 USAGE_WINDOW = 131072  # length of the release's `codebook_used` buffer
@@ -27,14 +28,14 @@ class VectorQuantizer(LookupQuantizer):
         e_dim: channels of both codebooks together.
         beta: factor of the commitment loss.
         entropy_loss_ratio: factor of the entropy loss, which `forward` computes a few rows at a
-            time and `encode_scales` refuses.
+            time and `encode_scales` does not support.
         l2_norm: scale features and codes to unit length in each codebook.
         show_usage: keep the last 131,072 indices of training and report the share of codes in them.
         split: channels of the semantic and of the pixel codebook.
-        kmeans: False; the release's EMA variant is refused.
+        kmeans: False; the release's EMA variant is not supported.
 
     Raises:
-        NotImplementedError: an option that is not served.
+        NotImplementedError: an option that is not supported.
         ValueError: `split` does not hold two widths that sum to `e_dim`.
     """
 
@@ -49,7 +50,7 @@ class VectorQuantizer(LookupQuantizer):
         split: Sequence[int],
         kmeans: bool = False,
     ) -> None:
-        refuse(
+        raise_unsupported(
             "VectorQuantizer",
             "use MultiScaleQuantizer with codebook_update='ema' and init_kmeans",
             kmeans=kmeans,
@@ -62,7 +63,7 @@ class VectorQuantizer(LookupQuantizer):
         super().__init__(n_e, beta, entropy_loss_ratio, l2_norm, show_usage, USAGE_WINDOW, widths)
         self.kmeans_init = kmeans
 
-    def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple]:
+    def forward(self, z: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
         """Quantizes one map.
 
         Args:
@@ -77,12 +78,12 @@ class VectorQuantizer(LookupQuantizer):
               over rows of the sums over codes of the squared distances' squares, without gradient.
             - info: (None, None, `indices [B * H * W]`).
         """
-        z_q, losses, indices = self.encode_scales(z, [tuple(z.shape[2:])])
+        z_q, losses, indices = self.encode_scales(z, [cast(Size, tuple(z.shape[2:]))])
         return z_q, tuple(losses), (None, None, indices.flatten())
 
     def encode_scales(
         self, h: Tensor, scales: Sequence[int | Size]
-    ) -> tuple[Tensor, list[Tensor | None], Tensor]:
+    ) -> tuple[Tensor, list[Tensor | float | None], Tensor]:
         """The loop over scales of `TokenFlow.encode`, in one call.
 
         Args:
@@ -98,7 +99,7 @@ class VectorQuantizer(LookupQuantizer):
                 than that of h.
         """
         sizes = ops.as_sizes(scales)
-        quantized, losses, indices, rows = self._encode(h, sizes, with_rows=True)
+        quantized, losses, indices, rows = self._encode(h, sizes)
         tokens = [height * width for height, width in sizes]
         with torch.no_grad():
             codes = self._groups(self._codebook().to(rows.dtype))

@@ -18,8 +18,8 @@ from tokenflow_ext.var import (
     PhiShared,
     code_map,
     make_phis,
+    residual_pass,
     resize,
-    walk,
 )
 
 from ._common import computable
@@ -213,7 +213,7 @@ class VectorQuantizer2(nn.Module):
         """Teacher-forced inputs of scales 2 to S, [B, L - l_1, C], from tokens [B, l] by scale."""
         total = len(self.v_patch_nums)
         side = self.v_patch_nums[-1]
-        f_hat: Tensor | float = 0.0
+        f_hat = computable(self.embedding.weight).new_zeros(())
         inputs = []
         for scale in range(total - 1 if self.prog_si < 0 else min(total - 1, self.prog_si)):
             patches, following = self.v_patch_nums[scale : scale + 2]
@@ -264,7 +264,7 @@ class VectorQuantizer2(nn.Module):
         f has no gradient; what is yielded has that of codes and convolutions.
         """
         count = total or len(sizes)
-        return walk(
+        return residual_pass(
             f,
             self.embedding.weight.to(f.dtype),
             sizes,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tokenflow_ext.collectives import all_reduce, world_size
 
 from ._codebook import Codebook, Weight, differentiated, go_towards, rotate, unit
-from ._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, refuse
+from ._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, raise_unsupported
 
 
 class LossBreakdown(NamedTuple):
-    """The parts of the loss, before their weights; codebook_diversity is not served and stays 0."""
+    """The parts of the loss, before their weights; codebook_diversity, not supported, stays 0."""
 
     commitment: Tensor
     codebook_diversity: Tensor
@@ -27,14 +27,16 @@ class LossBreakdown(NamedTuple):
 class VectorQuantize(nn.Module):
     """vector-quantize-pytorch's `VectorQuantize` on the fused search; arguments are its own.
 
-    Served: codebook_dim (with layernorm_after_project_in), heads over one codebook, EMA and
+    Supported: codebook_dim (with layernorm_after_project_in), heads over one codebook, EMA and
     learnable_codebook, freeze_codebook, k-means, use_cosine_sim, dead codes, the three layouts,
     commitment and orthogonal losses, the rotation trick and plain straight-through, masks.
 
     Raises:
-        NotImplementedError: an option that is not served, named with its value.
+        NotImplementedError: an option that is not supported, named with its value.
         ValueError: options that exclude each other.
     """
+
+    zero: Tensor
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class VectorQuantize(nn.Module):
         vq_bridge: nn.Module | None = None,
         manual_ema_update: bool = False,
         learnable_codebook: bool | None = None,
-        in_place_codebook_optimizer: Callable | None = None,
+        in_place_codebook_optimizer: Callable[..., Any] | None = None,
         manual_in_place_optimizer_update: bool = False,
         affine_param: bool = False,
         affine_param_batch_decay: float = 0.99,
@@ -84,14 +86,14 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        self._refuse(
+        self._raise_unsupported(
             NEEDS_DISTANCES,
             commitment_use_cross_entropy_loss=commitment_use_cross_entropy_loss
             and commitment_weight > 0,
             codebook_diversity_loss_weight=max(codebook_diversity_loss_weight, 0),
             straight_through=straight_through and not route_gradients_to_input,
         )
-        self._refuse(
+        self._raise_unsupported(
             OTHER_RULE,
             vq_bridge=vq_bridge,
             affine_param=affine_param,
@@ -284,11 +286,11 @@ class VectorQuantize(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
-        codebook_transform_fn: Callable | None = None,
+        codebook_transform_fn: Callable[..., Any] | None = None,
         ema_update_weight: Weight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Quantizes x.
 
         Args:
@@ -312,7 +314,7 @@ class VectorQuantize(nn.Module):
             NotImplementedError: one of the other arguments is given.
             ValueError: a shape that does not fit.
         """
-        self._refuse(
+        self._raise_unsupported(
             NEEDS_DISTANCES,
             indices=indices,
             topk=topk,
@@ -385,18 +387,17 @@ class VectorQuantize(nn.Module):
         if mask is not None:
             padding = 0.0 if self.return_zeros_for_masked_padding else inputs
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding)
-        quantized = self._to_layout(quantized)
-        if not return_loss_breakdown:
-            return quantized, index, loss
-        return quantized, index, loss, LossBreakdown(commitment, self.zero, orthogonal, in_place)
+        out = (self._to_layout(quantized), index, loss)
+        breakdown = LossBreakdown(commitment, self.zero, orthogonal, in_place)
+        return (*out, breakdown) if return_loss_breakdown else out
 
-    def _refuse(self, reason: str, **options: Any) -> None:
-        refuse(type(self).__name__, reason, **options)
+    def _raise_unsupported(self, reason: str, **options: Any) -> None:
+        raise_unsupported(type(self).__name__, reason, **options)
 
     def _check_processes(self) -> None:
         if self._unsynced and world_size() > 1:
             raise NotImplementedError(
-                f"{type(self).__name__} does not serve {self._unsynced[0]}=False in "
+                f"{type(self).__name__} does not support {self._unsynced[0]}=False in "
                 f"{world_size()} processes: their codebooks would drift apart"
             )
 
@@ -459,14 +460,15 @@ class VectorQuantize(nn.Module):
         return codes.flatten(-2) if self.heads > 1 else codes
 
     def _mask(self, inputs: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
-        if mask is None and lens is None:
-            return None
         if mask is not None and lens is not None:
             raise ValueError("mask and lens exclude each other, got both")
+        if mask is None and lens is None:
+            return None
         if self.accept_image_fmap or self.accept_3d_fmap or inputs.dim() != 3:
             raise ValueError(f"mask and lens are for sequences [B, N, C], got {inputs.dim()}-d x")
         if lens is not None:
             mask = lens_to_mask(lens, inputs.shape[1], inputs.device)
+        assert mask is not None
         if mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask must be bool of shape {tuple(inputs.shape[:2])}, "

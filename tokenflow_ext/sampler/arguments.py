@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INTEGERS = (
+_INTEGERS: tuple[torch.dtype, ...] = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def integer(value: Any, name: str) -> int:
@@ -56,9 +56,10 @@ def row_argument(
     """An argument as the operator takes it: a number, or a tensor of one or of one a row."""
     if not isinstance(value, Tensor):
         return convert(value, name), None
-    if convert is number:
-        default, dtype, kinds = 0.0, torch.float64, (*_FLOATS, *_INTEGERS)
-    else:
+    default: float = 0.0
+    dtype = torch.float64
+    kinds: tuple[torch.dtype, ...] = (*_FLOATS, *_INTEGERS)
+    if convert is not number:
         default, dtype, kinds = 0, torch.int64, _INTEGERS
     if value.dtype not in kinds:
         what = "numbers" if convert is number else "integers"

@@ -19,7 +19,7 @@ class _DrawnScores(Tensor):
     """Scores whose token a `SamplingLogitsProcessor` draws. Functions of them see an ordinary
     tensor, and what they return is such scores again; but when `torch.multinomial` is asked for a
     token, as `generate` does with `do_sample`, it is the processor that draws. Other ways to pick a
-    token know nothing of the seed and are refused."""
+    token know nothing of the seed and raise an error."""
 
     plain: Tensor
     processor: SamplingLogitsProcessor
@@ -32,7 +32,11 @@ class _DrawnScores(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, _types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         processors = []
 
@@ -138,13 +142,14 @@ class SamplingLogitsProcessor:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] as they are to be drawn from."""
         drawing = self.seed is not None or self.generator is not None or self.guidance != 0
-        processor = self if drawing else None
+        processor: SamplingLogitsProcessor | None = self if drawing else None
         if isinstance(scores, _DrawnScores):
             if drawing:
                 raise ValueError(
                     "only one SamplingLogitsProcessor can have a seed, a generator or guidance"
                 )
-            scores, processor = scores.plain, scores.processor
+            processor = scores.processor
+            scores = scores.plain
         if scores.dim() != 2:
             raise ValueError(f"scores must be [B, V], got shape {list(scores.shape)}")
         rows, codes = scores.shape

@@ -119,9 +119,9 @@ def sample_top_k_top_p(
         seed: of the random numbers, any integer, taken modulo 2^64. A tensor is read on the device,
             when the kernel runs; one seed a row must have just the shape of the rows, as rows that
             share a seed by broadcasting would all draw alike.
-        offset: place in the seed's stream, 0 by default, modulo 2^64. With one seed and one offset,
-            row r of the flattened batch draws at offset + r; with a seed or an offset for each row,
-            each row draws at just its own.
+        offset: position in the seed's stream, 0 by default, modulo 2^64. With one seed and one
+            offset, row r of the flattened batch draws at offset + r. With a seed or an offset for
+            each row, each row draws at just its own.
         out: int64 tensor for the indices, of shape `logits.shape[:-1]`.
         return_probability: return a `Draw` with the drawn code's probability.
         check: look at the data and raise errors for it: on by default on the CPU; elsewhere it
