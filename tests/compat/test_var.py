@@ -256,6 +256,17 @@ def test_names_of_the_released_checkpoints(options: dict, names: list[str]) -> N
     assert all(state[f"{name}.weight"].shape == (DIM, DIM, 3, 3) for name in names)
 
 
+def test_the_margin_of_usages_grows_with_the_processes(monkeypatch) -> None:
+    module = build(torch.float32).eval()
+    f = features(dtype=torch.float32)
+    margin = 2 * SCALES[-1] ** 2 / CODES * 0.08
+    module.ema_vocab_hit_SV.fill_(1.5 * margin)
+    assert module(f, ret_usages=True)[1] == [100.0] * len(SCALES)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert module(f, ret_usages=True)[1] == [0.0] * len(SCALES)
+
+
 def test_running_hits_and_usages() -> None:
     module = build(torch.float32)
     f = features(dtype=torch.float32)
