@@ -1,13 +1,17 @@
-"""Builds the kernels; everything else about the package is in pyproject.toml."""
+"""Builds the kernels with torch's own tool; the rest about the package is in pyproject.toml."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import platform
 import sys
 from pathlib import Path
+from sysconfig import get_platform
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -15,40 +19,9 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import kernel_build  # noqa: E402
 
-OPS = "tokenflow_ext.libtokenflow_ops"
-BUILD_INFO = "tokenflow_ext._build_info"
-
-
-class BuildKernels(build_ext):
-    """Compiles csrc/ with the flags each file needs, in place of setuptools' one set for all."""
-
-    plan: kernel_build.Plan
-    objects: dict[Path, Path]
-
-    def get_ext_filename(self, fullname: str) -> str:
-        # A plain shared library, loaded by torch.ops.load_library: no interpreter's suffix.
-        # setuptools also asks for names without their package.
-        if fullname.rpartition(".")[2] == OPS.rpartition(".")[2]:
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
-
-    def build_extensions(self) -> None:
-        try:
-            self.plan = kernel_build.make_plan(ROOT, self.distribution.get_version())
-            print(self.plan.summary(), flush=True)
-            with kernel_build.locked(self.plan):
-                self.objects = kernel_build.compile_all(
-                    self.plan,
-                    kernel_build.build_info_sources(self.plan)
-                    + kernel_build.ops_sources(self.plan),
-                )
-                super().build_extensions()
-        except kernel_build.BuildError as error:
-            raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
-
-    def build_extension(self, ext: Extension) -> None:
-        link = kernel_build.link_ops if ext.name == OPS else kernel_build.link_build_info
-        link(self.plan, self.objects, Path(self.get_ext_fullpath(ext.name)).resolve())
+# tokenflow_ext.models and tokenflow_ext.train lie beside the library, one folder each, and links
+# lead to them: nothing called "models" or "train" gets into an environment.
+LINKS = ("tokenflow_ext/models", "tokenflow_ext/train")
 
 
 class SourceDistribution(sdist):
@@ -60,12 +33,101 @@ class SourceDistribution(sdist):
             os.symlink(os.readlink(ROOT / link), os.path.join(base_dir, link))
 
 
-# tokenflow_ext.models and tokenflow_ext.train lie beside the library, one folder each, and links
-# lead to them: nothing called "models" or "train" gets into an environment.
-LINKS = ("tokenflow_ext/models", "tokenflow_ext/train")
+def kernels() -> dict[str, Any]:
+    """What setup() has to know of csrc/: the operators' library, a module of build facts.
 
-setup(
-    packages=find_packages(include=["tokenflow_ext*"]),
-    ext_modules=[Extension(OPS, sources=[]), Extension(BUILD_INFO, sources=[])],
-    cmdclass={"build_ext": BuildKernels, "sdist": SourceDistribution},
-)
+    torch is imported here, where something is built: reading metadata needs none.
+    """
+    import torch
+
+    kernel_build.check_torch(torch.__version__)
+    env, cores = os.environ, len(os.sched_getaffinity(0))
+    cxx = kernel_build.find_compiler(env)
+    jobs = kernel_build.job_limit(cores, kernel_build.available_memory(), env.get("MAX_JOBS"))
+    home, nvcc = kernel_build.find_toolkit(env)
+    cuda, reason = kernel_build.decide_cuda(env.get("TOKENFLOW_CUDA"), torch.version.cuda, nvcc)
+    print(f"torch {torch.__version__}, C++ compiler {cxx}, {jobs} at once")
+    print(f"CUDA kernels: {'yes' if cuda else 'no'}: {reason}")
+    architectures = ""
+    if cuda:
+        kept, dropped = kernel_build.parse_architectures(env.get("TORCH_CUDA_ARCH_LIST"))
+        architectures = ";".join(kept)
+        print(f"CUDA architectures: {architectures}; older than 8.0, left out: {dropped or 'none'}")
+        env |= {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": architectures}
+    env |= {"CXX": cxx, "MAX_JOBS": str(jobs)}
+    # torch looks at these variables, and at some of them when this is imported.
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    csrc, flags = str(ROOT / "csrc"), kernel_build.read_flags(ROOT / "csrc/flags.txt")
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.c*"))
+    sets = [x for x in flags if x.startswith("avx") and platform.machine() in ("x86_64", "AMD64")]
+    parts = {x: [file for file in files if file.endswith(f"_{x}.cpp")] for x in sets}
+    facts = {
+        "TOKENFLOW_TORCH_VERSION": torch.__version__,
+        "TOKENFLOW_CUDA_VERSION": nvcc if cuda else "",
+        "TOKENFLOW_CUDA_ARCHITECTURES": architectures,
+        "TOKENFLOW_CUDA_REASON": reason,
+    }
+    info = CppExtension(
+        "tokenflow_ext._build_info",
+        ["csrc/torch/build_info.cpp", "csrc/cpu/instruction_set.cpp"],
+        include_dirs=[csrc],
+        define_macros=[(name, json.dumps(fact)) for name, fact in facts.items()],
+        extra_compile_args=[*flags["cxx"], "-O0"],
+    )
+    apart = {info.sources[0], *itertools.chain(*parts.values())}
+    abi = "0x{:02x}{:02x}000000000000".format(*kernel_build.MINIMUM_TORCH)
+    ops = (CUDAExtension if cuda else CppExtension)(
+        "tokenflow_ext.libtokenflow_ops",
+        [file for file in files if file.endswith(".cpp") and file not in apart],
+        include_dirs=[csrc],
+        define_macros=[("TORCH_TARGET_VERSION", abi)]
+        + [("USE_CUDA", None), ("TOKENFLOW_WITH_CUDA", None)] * cuda,
+        extra_compile_args={"cxx": flags["cxx"], "nvcc": [*flags["nvcc"], f"-ccbin={cxx}"]},
+        extra_link_args=["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"],
+        py_limited_api=True,
+    )
+    # Of torch the C shim alone, of CUDA the static runtime: all else ties a library to a version.
+    info.libraries, ops.libraries = [], ["torch_cpu", "pthread"]
+    ops.libraries += ["torch_cuda", "cudart_static", "rt", "dl"] * cuda
+
+    class BuildKernels(BuildExtension):
+        def build_extensions(self) -> None:
+            # flags.txt is all: Python's own flags may ask for another compiler or processor.
+            names = ("compiler_so", "compiler_so_cxx", "compiler_cxx", "linker_exe_cxx")
+            self.compiler.set_executables(**dict.fromkeys(names, cxx))
+            self.compiler.set_executables(linker_so_cxx=f"{cxx} -shared")
+            super().build_extensions()
+
+        def build_extension(self, ext: Extension) -> None:
+            # Objects are kept, so that a second build compiles only what changed.
+            self.build_temp = f"build/kernels/{get_platform()}-torch{torch.__version__}/{ext.name}"
+            if ext is info:
+                version = json.dumps(self.distribution.get_version())
+                ext.define_macros.append(("TOKENFLOW_VERSION", version))
+            for name, part in parts.items() if ext is ops else ():
+                folder, arguments = f"{self.build_temp}/{name}", [*flags["cxx"], *flags[name]]
+                ext.extra_objects += self.compiler.compile(
+                    part, folder, include_dirs=[csrc], extra_postargs=arguments
+                )
+            # CUDA sources come after torch's check, which refuses an nvcc a major version ahead.
+            ext.sources += [file for file in files if file.endswith(".cu") and cuda and ext is ops]
+            super().build_extension(ext)
+
+        def get_ext_filename(self, name: str) -> str:
+            # The operators are a plain shared library: no interpreter's suffix.
+            filename = super().get_ext_filename(name)
+            return filename.split(".")[0] + ".so" if "_ops" in name else filename
+
+    return {"ext_modules": [ops, info], "cmdclass": {"build_ext": BuildKernels}}
+
+
+arguments: dict[str, Any] = {"cmdclass": {}}
+# These read or pack files, and need neither torch nor a compiler.
+if not {"egg_info", "dist_info", "sdist", "build_py"} & set(sys.argv):
+    try:
+        arguments = kernels()
+    except kernel_build.BuildError as error:
+        raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
+arguments["cmdclass"]["sdist"] = SourceDistribution
+setup(packages=find_packages(include=["tokenflow_ext*"]), **arguments)

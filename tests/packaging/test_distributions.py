@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from kernel_build import read_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +110,7 @@ class TestSourceDistribution:
                 str((Path(found) / file).relative_to(ROOT))
                 for found, _, files in os.walk(ROOT / folder)
                 for file in files
-                if file.endswith((".py", ".h", ".cpp", ".cu", ".cuh", ".yaml"))
+                if file.endswith((".py", ".h", ".cpp", ".cu", ".cuh", ".yaml", "flags.txt"))
             }
             assert sources
             assert sources <= set(names)
@@ -125,11 +127,118 @@ class TestSourceDistribution:
             assert built == installed_files(pattern)
 
 
+# Stands for a compiler: notes what it is asked, and makes empty files of the names asked for.
+RECORDER = r"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+esac
+echo "$*" >> "$RECORD"
+for word; do
+  case $before in -o) : > "$word" ;; -MF) echo "x:" > "$word" ;; esac
+  before=$word
+done
+"""
+
+# torch is told that it was built with CUDA, since this one may have been built without.
+WITH_CUDA = """
+import runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = sys.argv[1:3]
+sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[3]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+class TestArguments:
+    """What the compilers are asked, without compiling anything."""
+
+    def recorded(
+        self, folder: Path, command: list[str], cwd: Path, **environment: str
+    ) -> tuple[dict[str, list[str]], str]:
+        """Runs a build; returns the arguments by the source or library made, and what was said."""
+        (folder / "bin").mkdir()
+        for name in ("c++", "nvcc"):
+            (folder / "bin" / name).write_text(RECORDER)
+            (folder / "bin" / name).chmod(0o755)
+        own = {
+            "CUDA_HOME": str(folder),
+            "CXX": str(folder / "bin" / "c++"),
+            "RECORD": str(folder / "record"),
+            "TOKENFLOW_CUDA": "",
+            "TORCH_CUDA_ARCH_LIST": "",
+            "TORCH_NO_COMPILER_WRAPPER": "1",
+        }
+        result = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env={**os.environ, **own, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        found = {}
+        for line in (folder / "record").read_text().splitlines():
+            words = line.split()
+            if "-o" in words:
+                made = words[words.index("-c") + 1 :] if "-c" in words else words
+                source = [word for word in made if word.startswith("/") and "csrc" in word]
+                name = source[0] if "-c" in words else words[words.index("-o") + 1]
+                found[Path(name).name.partition(".cpython")[0]] = words
+        return found, result.stdout
+
+    def test_without_cuda(self, unpacked: Path, tmp_path: Path) -> None:
+        command = ["setup.py", "build_ext", "--build-lib", str(tmp_path)]
+        found, said = self.recorded(tmp_path, command, unpacked, TOKENFLOW_CUDA="0")
+        assert "CUDA kernels: no: TOKENFLOW_CUDA=0" in said
+        flags = read_flags(unpacked / "csrc" / "flags.txt")
+        sources = {
+            path.name
+            for folder in ("cpu", "torch")
+            for path in (unpacked / "csrc" / folder).glob("*.cpp")
+        }
+        assert {name for name in found if name.endswith(".cpp")} == sources
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        for name in sources:
+            assert {*flags["cxx"]} <= {*found[name]}
+            instruction_set = flags.get(name[:-4].rpartition("_")[2], []) if x86 else []
+            machine = {flag for flag in instruction_set if flag.startswith("-m")}
+            assert {flag for flag in found[name] if flag.startswith("-m")} == machine, name
+        assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in found["schema.cpp"]
+        libraries = [word for word in found["libtokenflow_ops.so"] if word.startswith("-l")]
+        assert libraries == ["-ltorch_cpu", "-lpthread"]
+        assert [word for word in found["_build_info"] if word.startswith("-l")] == []
+
+    def test_with_cuda_of_another_major_version(self, unpacked: Path, tmp_path: Path) -> None:
+        command = ["-c", WITH_CUDA, "12.8", str(tmp_path), str(tmp_path / "lib")]
+        found, said = self.recorded(
+            tmp_path, command, unpacked, TORCH_CUDA_ARCH_LIST="7.0 8.0 9.0+PTX"
+        )
+        assert "WARNING: nvcc is a major version ahead" in said
+        assert "CUDA architectures: 8.0;9.0+PTX; older than 8.0, left out: ['7.0']" in said
+        sources = {path.name for path in (unpacked / "csrc" / "cuda").glob("*.cu")}
+        assert {name for name in found if name.endswith(".cu")} == sources
+        flags = read_flags(unpacked / "csrc" / "flags.txt")
+        for name in sources:
+            assert {*flags["nvcc"], f"-ccbin={tmp_path}/bin/c++"} <= {*found[name]}
+            assert {word for word in found[name] if "arch=" in word} == {
+                "-gencode=arch=compute_80,code=sm_80",
+                "-gencode=arch=compute_90,code=sm_90",
+                "-gencode=arch=compute_90,code=compute_90",
+            }
+        assert {"-DUSE_CUDA", "-DTOKENFLOW_WITH_CUDA"} <= {*found["operators_cuda.cpp"]}
+        library = found["libtokenflow_ops.so"]
+        assert {"-ltorch_cpu", "-ltorch_cuda", "-lcudart_static"} <= {*library}
+        assert {"-lcudart", "-lc10", "-lc10_cuda", "-ltorch_python"}.isdisjoint(library)
+        assert {f"{Path(name).stem}.o" for name in sources} <= {Path(word).name for word in library}
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "no-such-compiler"}, "CXX='no-such-compiler' is not a program"),
-        ({"CXX": "false"}, "false cannot compile a C++20 program"),
+        ({"CXX": "no-such-compiler"}, "no C++20 compiler in CXX='no-such-compiler' was found"),
+        ({"CXX": "false"}, "no C++20 compiler in CXX='false' was found"),
+        ({"MAX_JOBS": "all"}, "MAX_JOBS must be a positive number, got 'all'"),
         ({"TOKENFLOW_CUDA": "maybe"}, "TOKENFLOW_CUDA must be 0 or 1"),
     ],
 )

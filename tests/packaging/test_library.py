@@ -150,7 +150,7 @@ class TestWithoutLibrary:
         source, needed_library = tmp_path / "empty.cpp", tmp_path / "libtorch_cuda.so"
         source.touch()
         library = tmp_path / "libtokenflow_ops.so"
-        compiler = [*find_compiler(os.environ), "-shared", "-fPIC", str(source)]
+        compiler = [find_compiler(os.environ), "-shared", "-fPIC", str(source)]
         subprocess.run([*compiler, "-o", str(needed_library)], check=True)
         link = ["-Wl,--no-as-needed", f"-L{tmp_path}", "-ltorch_cuda"]
         subprocess.run([*compiler, *link, "-o", str(library)], check=True)
