@@ -143,7 +143,7 @@ class TestFlags:
             for entry in json.loads((tmp_path / "compile_commands.json").read_text())
         }
         x86 = platform.machine() in ("x86_64", "AMD64")
-        for name in ("search.cpp", "kernels_avx2.cpp", "rank_int8_avx512vnni.cpp"):
+        for name in (path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")):
             instruction_set = flags.get(name[:-4].rpartition("_")[2], []) if x86 else []
             found = commands[name]
             assert {*flags["cxx"], *instruction_set} <= {*found}
