@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -88,11 +89,14 @@ def from_plain(cls: type, values: Any, path: str = "") -> Any:
     except ConfigError:
         raise
     except ValueError as error:  # a check of the dataclass's own
-        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+        message = str(error)
+        if path:
+            message = re.sub(rf"\b({'|'.join(names)})\b", rf"{path}.\1", message)
+        raise ConfigError(message) from error
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return from_plain(kind, value, path)
     options = typing.get_args(kind)
     if type(None) in options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -42,13 +43,13 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if len(self.top_k) != len(self.top_p) or not self.top_k:
             raise ValueError(
-                f"top_k and top_p must name as many steps, at least one, got {self.top_k} and "
-                f"{self.top_p}"
+                "top_k and top_p must name as many steps, at least one, got "
+                f"{reprlib.repr(self.top_k)} and {reprlib.repr(self.top_p)}"
             )
         if isinstance(self.min_p, Sequence) and len(self.min_p) != len(self.top_k):
             raise ValueError(
                 f"min_p must be one number or one for each of {len(self.top_k)} steps, got "
-                f"{self.min_p}"
+                f"{reprlib.repr(self.min_p)}"
             )
 
     @classmethod
