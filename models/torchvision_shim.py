@@ -41,6 +41,7 @@ class _Loader(importlib.abc.Loader):
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.inner
         # Its versions keep the operators in different files, so the import itself has to tell.
         try:

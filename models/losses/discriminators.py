@@ -167,6 +167,8 @@ class BlurHalve(nn.Module):
     """Every second pixel after the filter [1, 3, 3, 1] / 8 along rows and columns, zeros outside
     (arXiv 1904.11486)."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kernel", torch.empty(1, 1, 4, 4), persistent=False)

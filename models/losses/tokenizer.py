@@ -9,14 +9,18 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tokenflow_ext.models.towers.teachers import WeightsError, read_state
+from tokenflow_ext.errors import WeightsError
+from tokenflow_ext.models.towers.teachers import read_state
+
+if TYPE_CHECKING:
+    from tokenflow_ext.models.tokenizer.model import TokenizerOutput
 
 
 def semantic_loss(pred: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:
@@ -195,7 +199,7 @@ class LossParts(NamedTuple):
 
 @record_function("losses")
 def tokenizer_loss(
-    output: object,
+    output: TokenizerOutput,
     images: Tensor,
     teacher: Tensor | None = None,
     *,
@@ -231,10 +235,10 @@ def tokenizer_loss(
     if teacher is not None and output.semantic is not None and semantic_weight:
         sem = semantic_loss(output.semantic, teacher, semantic_kind)
     vq = output.quantizer.vq_loss + output.quantizer.commitment_loss if vq_weight else zero
-    decoded = output.images is not None
-    l2 = reconstruction_loss(output.images, images) if decoded and l2_weight else zero
-    if decoded and perceptual is not None and perceptual_weight:
-        vis = perceptual(output.images, images)
+    decoded = output.images
+    l2 = reconstruction_loss(decoded, images) if decoded is not None and l2_weight else zero
+    if decoded is not None and perceptual is not None and perceptual_weight:
+        vis = perceptual(decoded, images)
     pixel = l2_weight * l2 + perceptual_weight * vis
     total = semantic_weight * sem + vq_weight * vq + pixel
     if fake_logits is not None and generator_weight:

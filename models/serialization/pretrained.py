@@ -120,6 +120,7 @@ def read_weights(
 
 def not_finite(values: Any, name: str = "") -> list[str]:
     """Names of the tensors and numbers in nested containers that hold a NaN or an infinity."""
+    entries: Iterable[tuple[Any, Any]]
     if isinstance(values, dict):
         entries = values.items()
     elif isinstance(values, (list, tuple)):

@@ -171,8 +171,8 @@ class QuantizerConfig:
         shares = {"usage_decay": self.usage_decay, "scale_drop": self.scale_drop}
         within("quantizer", 0, 1, **shares)
         within("quantizer", 0, 1e6, beta=self.beta)
-        for value in self.weights or ():
-            within("quantizer", 0, 1e6, weights=value)
+        for weight in self.weights or ():
+            within("quantizer", 0, 1e6, weights=weight)
         need(
             self.codebook_update in ("gradient", "ema"),
             f"quantizer.codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class TokenFlowTokenizer(nn.Module):
         self.left_aside: dict[str, Tensor] = {}
         pixel, semantic = config.pixel, config.semantic
         if pixel.enabled:
-            shape = {
+            shape: dict[str, Any] = {
                 "multipliers": pixel.multipliers,
                 "z_channels": pixel.z_channels,
                 "groups": pixel.groups,
@@ -257,6 +257,7 @@ class TokenFlowTokenizer(nn.Module):
         """The semantic channels of :meth:`features`."""
         grid = self._grid(images)
         tokens = self.tower_features(images) if tower_tokens is None else tower_tokens
+        assert tokens is not None  # a semantic branch has a tower
         expected = (images.shape[0], grid[0] * grid[1], self.config.semantic.tower.out_dim)
         if tuple(tokens.shape) != expected:
             raise ValueError(
@@ -461,7 +462,7 @@ class TokenFlowTokenizer(nn.Module):
 
 def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
     quantizer = config.quantizer
-    shared = {
+    shared: dict[str, Any] = {
         "scales": quantizer.scales,
         "beta": quantizer.beta,
         "l2_norm": quantizer.l2_norm,
@@ -480,7 +481,7 @@ def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
         quantizer.codebook_size,
         config.dims,
         weights=quantizer.weights,
-        codebook_update=quantizer.codebook_update,
+        codebook_update=cast(Literal["gradient", "ema"], quantizer.codebook_update),
         **shared,
     )
 

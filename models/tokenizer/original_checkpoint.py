@@ -184,8 +184,8 @@ def left_aside(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     if tower.kind != "siglip":
         return shapes
     width, inner = tower.width, tower.mlp_width
-    norm = {"weight": (width,), "bias": (width,)}
-    square = {"weight": (width, width), "bias": (width,)}
+    norm: dict[str, tuple[int, ...]] = {"weight": (width,), "bias": (width,)}
+    square: dict[str, tuple[int, ...]] = {"weight": (width, width), "bias": (width,)}
     mlp = {
         "mlp.fc1.weight": (inner, width),
         "mlp.fc1.bias": (inner,),
@@ -194,13 +194,14 @@ def left_aside(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     }
     stem = _TOWERS["siglip"][1]
     layer = f"{stem}encoder.layers.{tower.depth - 1}."
-    for part, sizes in (
+    layers: tuple[tuple[str, dict[str, tuple[int, ...]]], ...] = (
         *((f"{layer}self_attn.{name}_proj", square) for name in ("q", "k", "v", "out")),
         *((f"{layer}layer_norm{i}", norm) for i in (1, 2)),
         (f"{stem}post_layernorm", norm),
         (f"{stem}head.attention.out_proj", square),
         (f"{stem}head.layernorm", norm),
-    ):
+    )
+    for part, sizes in layers:
         shapes |= {f"{part}.{name}": size for name, size in sizes.items()}
     for part in (layer, f"{stem}head."):
         shapes |= {part + name: size for name, size in mlp.items()}

@@ -7,6 +7,7 @@ TokenFlow weights use too.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,10 +96,11 @@ def _level(
 
 
 def _run_level(level: nn.Module, x: Tensor) -> Tensor:
-    for i, block in enumerate(level.res):
+    blocks, attention = cast(nn.ModuleList, level.res), cast(nn.ModuleList, level.attn)
+    for i, block in enumerate(blocks):
         x = block(x)
-        if len(level.attn):
-            x = level.attn[i](x)
+        if len(attention):
+            x = attention[i](x)
     return x
 
 
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
         for level in self.conv_blocks:
             h = _run_level(level, h)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
+                h = cast(nn.Module, level.downsample)(h)
         for block in self.mid:
             h = block(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -194,7 +196,7 @@ class Decoder(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """Weight of the last convolution: where the adaptive GAN weight compares gradients."""
-        return self.conv_out.weight
+        return cast(nn.Parameter, self.conv_out.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, z_channels, h, w] -> [B, 3, h f, w f], f = patch * 2 ** (levels - 1)."""
@@ -204,6 +206,6 @@ class Decoder(nn.Module):
         for level in self.conv_blocks:
             h = _run_level(level, h)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h = cast(nn.Module, level.upsample)(h)
         images = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(images, self.patch) if self.patch > 1 else images

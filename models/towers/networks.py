@@ -76,6 +76,7 @@ class SiglipEmbeddings(nn.Module):
         # LeCun's normal, truncated at two deviations (whose deviation is 0.8796).
         std = (3 * patch_size**2) ** -0.5 / 0.87962566
         nn.init.trunc_normal_(self.patch_embedding.weight, std=std, a=-2 * std, b=2 * std)
+        assert self.patch_embedding.bias is not None
         nn.init.zeros_(self.patch_embedding.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:

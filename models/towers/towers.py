@@ -6,6 +6,7 @@ timm is imported where a tower of its is built, never before; the other towers a
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ def resample_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 class PixelNorm(nn.Module):
     """Images in [-1, 1] to a tower's pixels: to [0, 1] clamped, then mean and deviation."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class VitaminTower(Tower):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
         self.pixels = PixelNorm(CLIP_MEAN, CLIP_STD)
-        self.trunk = _vitamin(config.variant, config.image_size)
+        self.trunk: Any = _vitamin(config.variant, config.image_size)
         if self.trunk.num_features != config.width:
             raise ConfigError(
                 f"tower.width is {config.width}, but {config.variant} is "
@@ -221,7 +225,7 @@ class EfficientNetLite0Tower(Tower):
         return self
 
     def layers(self) -> list[nn.Module]:
-        return [block for stage in self.blocks for block in stage]
+        return [block for stage in self.blocks.children() for block in stage.children()]
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> tokens [B, N, 112]."""
