@@ -30,7 +30,7 @@ class MultiStepSampler(SamplingConfig):
 
     At every scale but the first, the tokens drawn with (top_k[0], top_p[0]) go back into the model
     as that scale's own input and are drawn again with (top_k[1], top_p[1]), and so on; the first
-    scale is drawn once. Guidance grows over the scales, t = guidance * k / (S - 1).
+    scale is drawn once. Guidance grows over the scales, t = guidance * k / (S - 1)::
 
         sampler = MultiStepSampler.preset("three", scales=(1, 2, 4, 6, 8, 10, 12, 14, 16))
         for k in range(sampler.num_scales):
