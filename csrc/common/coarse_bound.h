@@ -30,8 +30,12 @@
 //        where all codes are zero, and their biases equal);
 //      - normalising in float64, (dim + 8) 2^-53 M.
 //   3. Float64: the distances that decide are rounded, too (`distance_error`).
+//   4. A back end may put a tag in the lowest kTagBits bits of a score before scores are compared
+//      (CUDA does). That moves it by less than 2^kTagBits units in the last place, 2^(kTagBits -
+//      23) |S|, or 2^(kTagBits - 149) where it is tiny. |S| is at most M and what summing adds to
+//      it, for which two more of the (width + 8) are counted.
 //
-// With E the sum of the three, the code that float64 picks has S_i >= max S - 2 E.
+// With E the sum of the four, the code that float64 picks has S_i >= max S - 2 E.
 #pragma once
 
 #include <cmath>
@@ -68,13 +72,33 @@ struct CoarseCodeBounds {
   float bias;    // |h| + |l|
 };
 
+// Bits of a coarse score that a tag may take.
+constexpr int kTagBits = 7;
+
 // Of one row, in scaled units.
 struct CoarseRowBounds {
   float length;          // |zq|; NaN for a row that is not finite
   float error;           // |ez|
   float bias_factor;     // f
   float distance_error;  // part 3
+  double score_margin;   // not scaled, see score_margin
 };
+
+// Lengths that packing measures in float32, from sums of squares of `dim` terms. A value is rounded
+// to float32 first, which is 2^-24 of it or 2^-150, then to half precision; the difference of the
+// two is exact in float32 (they are within a factor of two, or one is zero or a small multiple of
+// the other's last place), and so is a half's square. A sum of `dim` such terms is off by less than
+// dim 2^-23 of it. The length of the error gains the 2^-24 of the exact vector, which is no longer
+// than the packed one and the error together.
+TOKENFLOW_HOST_DEVICE float coarse_packed_length(int dim, float square) {
+  return sqrtf(square) * (1.000001f + static_cast<float>(dim) * 0x1p-23f);
+}
+
+TOKENFLOW_HOST_DEVICE float coarse_packed_error(int dim, float packed_square, float error_square) {
+  const float growth = 1.000001f + static_cast<float>(dim) * 0x1p-23f;
+  return (sqrtf(error_square) + 0x1p-23f * sqrtf(packed_square)) * growth +
+         static_cast<float>(dim) * 0x1p-60f;
+}
 
 // Exponents a and e.
 struct CodeExponents {
@@ -128,13 +152,28 @@ TOKENFLOW_HOST_DEVICE float coarse_distance_error(int dim, double length,
       ldexp(distance_error(dim, squares), exponents.length + code_exponents(range).length));
 }
 
+// Rows and codes are compared a second time by the score in float64,
+//
+//   s_i = sum_g weight_g |z_g|^-1 |c_ig|^-1 <z_g, c_ig> + bias_i    (the lengths where l2_norm),
+//
+// whose products are exact (24 bits by 24). The sums take (dim + 8) steps of 2^-53 of
+// |z| |c| <= squares / 2, and so do weights, lengths and their reciprocals together: (dim + 8)
+// 2^-53 `squares` in all, a quarter of distance_error. With E' = 1.25 distance_error, which bounds
+// what lies between this score and the rounded distance, the code that float64 distances pick has
+// s_i >= max s - 2 E'. This is 2 E' and a little more for a row of this length.
+TOKENFLOW_HOST_DEVICE double score_margin(int dim, double length, const CodebookRange& range) {
+  return 3 * distance_error(dim, length * length + range.length * range.length);
+}
+
 // E for a row, with operands of `width` columns.
 TOKENFLOW_HOST_DEVICE float coarse_error_bound(int width, const CoarseRowBounds& row,
                                                const CoarseCodeBounds& codes) {
   const float rounding = row.error * codes.length + row.length * codes.error;
   const float magnitudes = row.length * (codes.length + codes.error) + row.bias_factor * codes.bias;
   const float summing = static_cast<float>(width + 8) / 4194304.0f * magnitudes;  // 2^-22
-  return (rounding + summing + row.distance_error) * 1.0001f;
+  // 2^(kTagBits - 23) in units of 2^-22, and two more.
+  const float tagging = ((1 << kTagBits) / 2 + 2) / 4194304.0f * magnitudes + 0x1p-140f;
+  return (rounding + summing + tagging + row.distance_error) * 1.0001f;
 }
 
 }  // namespace tokenflow

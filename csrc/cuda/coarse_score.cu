@@ -1,5 +1,7 @@
-// Scores of rows x codes in half precision, in registers: what is kept is one maximum for a row and
-// a tile of codes.
+// Scores of rows x codes in half precision, in registers: what is kept is one record for a row and
+// a few tiles of codes.
+#include <cstdint>
+
 #include "search.cuh"
 
 namespace tokenflow::cuda {
@@ -23,26 +25,46 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kFragments][4],
   }
 }
 
-// A thread's scores of 16 codes go into its running maxima, [8 j + lane / 4] as in quad_vector.
+// A thread's records of a number of rows, [8 j + lane / 4] as in quad_vector.
+template <int kRows>
+struct Records {
+  ScoreRecord row[kRows];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (ScoreRecord& record : row) record = {-infinity(), -infinity()};
+  }
+};
+
+// A thread's scores of a group for each row go into its records.
 template <int kFragments>
-__device__ __forceinline__ void update_maxima(const float (&sums)[2][kFragments][4],
-                                              float (&best)[2 * kFragments]) {
+__device__ __forceinline__ void update_records(const float (&sums)[2][kFragments][4], int tag,
+                                               Records<2 * kFragments>& records) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {  // fmaxf passes over NaN
-      best[2 * f] = fmaxf(fmaxf(best[2 * f], sums[i][f][0]), sums[i][f][1]);
-      best[2 * f + 1] = fmaxf(fmaxf(best[2 * f + 1], sums[i][f][2]), sums[i][f][3]);
+    for (int half = 0; half < 2; ++half) {  // fmaxf passes over NaN
+      const float score = with_tag(fmaxf(fmaxf(sums[0][f][2 * half], sums[0][f][2 * half + 1]),
+                                         fmaxf(sums[1][f][2 * half], sums[1][f][2 * half + 1])),
+                                   tag);
+      ScoreRecord& record = records.row[2 * f + half];
+      record.runner_up = fmaxf(record.runner_up, fminf(record.best, score));
+      record.best = fmaxf(record.best, score);
     }
   }
 }
 
-// The maxima of a tile for the warp's rows; each lane writes those of neighbouring rows.
+// Writes the warp's records; each lane those of neighbouring rows. `to` is that of the warp's first
+// row, and `stride` further is that of the next.
 template <int kFragments>
-__device__ __forceinline__ void store_maxima(float (&best)[2 * kFragments], float* tile_max) {
-  reduce_quad(best, [](float a, float b) { return fmaxf(a, b); });
+__device__ __forceinline__ void store_records(Records<2 * kFragments>& records, ScoreRecord* to,
+                                              int64_t stride) {
+  reduce_quad(records.row, [](const ScoreRecord& a, const ScoreRecord& b) {
+    return ScoreRecord{fmaxf(a.best, b.best),
+                       fmaxf(fmaxf(a.runner_up, b.runner_up), fminf(a.best, b.best))};
+  });
 #pragma unroll
-  for (int i = 0; i < kFragments / 2; ++i) tile_max[32 * i + quad_vector()] = best[i];
+  for (int i = 0; i < kFragments / 2; ++i) to[(32 * i + quad_vector()) * stride] = records.row[i];
 }
 
 // What a CUDA block of the coarse scores owns: its rows, and a run of tiles of codes.
@@ -51,13 +73,24 @@ struct ScoreBlock {
   int64_t first_tile;
   int tiles;
 
-  __device__ __forceinline__ ScoreBlock(const SearchArgs& args, int rows, int tiles_per_block)
+  __device__ __forceinline__ ScoreBlock(const SearchArgs& args, int rows, const ScoreRuns& runs)
       : row(static_cast<int64_t>(blockIdx.x) * rows),
-        first_tile(static_cast<int64_t>(blockIdx.y) * tiles_per_block) {
+        first_tile(static_cast<int64_t>(blockIdx.y) * runs.tiles_per_block) {
     const int64_t left = num_tiles(args) - first_tile;
-    tiles = left < tiles_per_block ? static_cast<int>(left) : tiles_per_block;
+    tiles = left < runs.tiles_per_block ? static_cast<int>(left) : runs.tiles_per_block;
   }
 };
+
+// Whether the block's tile i is the last of a record.
+__device__ __forceinline__ bool ends_record(const ScoreRuns& runs, const ScoreBlock& block, int i) {
+  return ((i + 1) & (runs.record_tiles - 1)) == 0 || i + 1 == block.tiles;
+}
+
+// Of row `row` of the block and its tile i.
+__device__ __forceinline__ int64_t record_index(const ScoreRuns& runs, const ScoreBlock& block,
+                                                int64_t row, int i) {
+  return (block.row + row) * runs.num_records + (block.first_tile + i) / runs.record_tiles;
+}
 
 // Copies kCount times 16 bytes to shared memory with the whole block.
 template <int kCount>
@@ -76,20 +109,20 @@ __device__ __forceinline__ int next_stage(int stage) {
 }
 
 // Operands of kSteps steps, held in registers on the side of the rows.
-// Grid: (blocks of 64 kFragments rows, runs of `tiles_per_block` tiles of codes); a block owns the
-// maxima of its rows over its tiles. A warp holds kFragments fragments of 16 rows and multiplies
-// them with each fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to
-// kSteps loads of shared memory and 8 kFragments maxima.
-// Shared memory: kStages tiles of 4 kSteps KiB, 36 KiB for TokenFlow's 40 channels.
-// Bytes: 32 kSteps (rows * runs + codes * blocks of rows) read, from the L2, and
-// 4 rows * tiles written. Operations: 32 kSteps rows codes; bound by the tensor cores.
+// Grid: (blocks of 64 kFragments rows, runs of tiles of codes); a block owns the records of its
+// rows over its tiles. A warp holds kFragments fragments of 16 rows and multiplies them with each
+// fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to kSteps loads of
+// shared memory and 14 kFragments instructions for the records. Shared memory: kStages tiles of 4
+// kSteps KiB, 36 KiB for TokenFlow's 40 channels. Bytes: 32 kSteps (rows * runs + codes * blocks of
+// rows) read, from the L2, and 8 rows * records written. Operations: 32 kSteps rows codes; bound by
+// the tensor cores.
 template <int kSteps, int kFragments>
 __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 ? 3 : 2))
     coarse_score_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
-                        int64_t num_rows, int tiles_per_block) {
+                        int64_t num_rows, const ScoreRuns runs) {
   constexpr int kTile = kSteps * kTileFragments * kWarpSize;
   if (is_dropped(args)) return;
-  const ScoreBlock block(args, kScoreWarps * kFragments * kFragmentVectors, tiles_per_block);
+  const ScoreBlock block(args, kScoreWarps * kFragments * kFragmentVectors, runs);
   const int64_t warp_row = block.row + warp_index() * kFragments * kFragmentVectors;
   const bool has_rows = warp_row < num_rows;
   uint4 rows[kSteps][kFragments];
@@ -113,8 +146,8 @@ __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 
     into = next_stage<kStages>(into);
   };
   for (int i = 0; i < kStages - 1; ++i) fetch();
-  const int64_t stride = padded_rows(num_rows);
-  float* tile_max = args.tile_max + block.first_tile * stride + warp_row;
+  Records<2 * kFragments> records;
+  records.clear();
   int from = 0;
   for (int i = 0; i < block.tiles; ++i) {
     wait_for_copies<kStages - 2>();
@@ -123,9 +156,7 @@ __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 
     const uint4* codes = shared + from * kTile + lane_index();
     from = next_stage<kStages>(from);
     if (!has_rows) continue;
-    float best[2 * kFragments];
-#pragma unroll
-    for (float& value : best) value = -infinity();
+    int tag = group_tag(i & (runs.record_tiles - 1), 0, lane_index() % 4);
     // Not unrolled: loads would move ahead until registers are spilled, and other warps hide them.
 #pragma unroll 1
     for (int c = 0; c < kTileFragments; ++c) {
@@ -134,10 +165,15 @@ __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 
       for (int s = 0; s < kSteps; ++s) {
         multiply_step(sums, rows[s], codes[(s * kTileFragments + c) * kWarpSize]);
       }
-      update_maxima(sums, best);
+      update_records(sums, tag, records);
+      tag += group_tag(0, 1, 0);
     }
-    store_maxima<kFragments>(best, tile_max);
-    tile_max += stride;
+    if (ends_record(runs, block, i)) {
+      store_records<kFragments>(records,
+                                args.records + record_index(runs, block, warp_row - block.row, i),
+                                runs.num_records);
+      records.clear();
+    }
   }
 }
 
@@ -148,16 +184,16 @@ constexpr int kWideChunk = kWideSteps * kTileFragments * kWarpSize;  // of rows,
 static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed vectors");
 
 // Operands of any number of steps, kWideSteps at a time on both sides.
-// Grid: (blocks of kWideRows rows, runs of `tiles_per_block` tiles of codes). A warp holds the
+// Grid: (blocks of kWideRows rows, runs of tiles of codes). A warp holds the
 // scores of 32 rows and a tile of codes. Shared memory: kWideStages chunks of both operands, 64
 // KiB. Bytes: a block reads its rows again for each of its tiles. Bound by the tensor cores, or by
 // the L2 (32 bytes a clock and multiprocessor at the rate of compute
 // capability 8.0).
 __global__ void __launch_bounds__(kScoreThreads, 2)
-    coarse_score_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
-                             int64_t num_rows, int tiles_per_block) {
+    coarse_score_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t,
+                             const ScoreRuns runs) {
   if (is_dropped(args)) return;
-  const ScoreBlock block(args, kWideRows, tiles_per_block);
+  const ScoreBlock block(args, kWideRows, runs);
   const int warp_row = warp_index() * kWideFragments * kFragmentVectors;
   const int chunks = operand_steps(args.layout.dim) / kWideSteps;
   uint4* shared = shared_memory<uint4>();
@@ -180,8 +216,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     into = next_stage<kWideStages>(into);
   };
   for (int i = 0; i < kWideStages - 1; ++i) fetch();
-  const int64_t stride = padded_rows(num_rows);
-  float* tile_max = args.tile_max + block.first_tile * stride + block.row + warp_row;
+  Records<2 * kWideFragments> records;
+  records.clear();
   int from = 0;
   for (int i = 0; i < block.tiles; ++i) {
     float sums[kTileFragments][2][kWideFragments][4] = {};
@@ -205,17 +241,19 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
         }
       }
     }
-    float best[2 * kWideFragments];
 #pragma unroll
-    for (float& value : best) value = -infinity();
-#pragma unroll
-    for (int c = 0; c < kTileFragments; ++c) update_maxima(sums[c], best);
-    store_maxima<kWideFragments>(best, tile_max);
-    tile_max += stride;
+    for (int c = 0; c < kTileFragments; ++c) {
+      update_records(sums[c], group_tag(i & (runs.record_tiles - 1), c, lane_index() % 4), records);
+    }
+    if (ends_record(runs, block, i)) {
+      store_records<kWideFragments>(records, args.records + record_index(runs, block, warp_row, i),
+                                    runs.num_records);
+      records.clear();
+    }
   }
 }
 
-using CoarseScoreKernel = void (*)(SearchArgs, int64_t, int64_t, int);
+using CoarseScoreKernel = void (*)(SearchArgs, int64_t, int64_t, ScoreRuns);
 
 template <int kFragments>
 CoarseScoreKernel coarse_score_kernel_for(int steps) {
@@ -234,28 +272,61 @@ CoarseScoreKernel coarse_score_kernel_for(int steps) {
   }
 }
 
+// A coarse scale has few rows: fewer of a block's would be there.
+bool has_few_rows(int64_t num_rows) { return num_rows <= kBlockRows / 2; }
+
+int block_rows(int steps, int64_t num_rows) {
+  if (steps > kMostSteps) return kWideRows;
+  return has_few_rows(num_rows) ? kBlockRows / 2 : kBlockRows;
+}
+
+// Blocks that keep a multiprocessor's tensor cores busy: one fewer than it holds at once (see
+// __launch_bounds__).
+int enough_blocks(int steps) { return steps <= 3 ? 3 : (steps == 4 ? 2 : 1); }
+
 }  // namespace
 
+// Few tiles a block make many blocks, each of which begins by loading rows; many leave some
+// multiprocessors idle at the end. Of what a block may take (1, 2 or a multiple of 4 tiles, so that
+// records end with it), the number is chosen for which the busiest multiprocessor has least to do,
+// when a block's beginning counts as half a tile.
+ScoreRuns::ScoreRuns(const SearchArgs& args, int64_t num_rows) {
+  const int steps = operand_steps(args.layout.dim);
+  const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
+  const int64_t row_blocks = ceil_div(num_rows, block_rows(steps, num_rows));
+  const int64_t enough = enough_blocks(steps);
+  // The second grid dimension ends at 65,535.
+  int64_t least = ceil_div(tiles, int64_t{65535});
+  if (num_rows > kFewRows || least > 2) least = ceil_div(least, kRecordTiles) * kRecordTiles;
+  int64_t best_cost = INT64_MAX;
+  for (int64_t t = least; t < tiles + kRecordTiles; t += t < kRecordTiles ? t : kRecordTiles) {
+    const int64_t blocks = ceil_div(row_blocks * ceil_div(tiles, t), int64_t{args.multiprocessors});
+    const int64_t cost = (blocks > enough ? blocks : enough) * (2 * (t < tiles ? t : tiles) + 1);
+    if (cost < best_cost) {
+      best_cost = cost;
+      tiles_per_block = static_cast<int>(t);
+    }
+    if (blocks <= enough) break;  // more tiles take longer
+  }
+  record_tiles = tiles_per_block < kRecordTiles ? tiles_per_block : kRecordTiles;
+  num_records = ceil_div(tiles, record_tiles);
+}
+
 cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                                cudaStream_t stream) {
+                                const ScoreRuns& runs, cudaStream_t stream) {
   const int steps = operand_steps(args.layout.dim);
   CoarseScoreKernel kernel = coarse_score_wide_kernel;
-  int rows = kWideRows, shared_vectors = 2 * kWideChunk * kWideStages;
+  int shared_vectors = 2 * kWideChunk * kWideStages;
   if (steps <= kMostSteps) {
-    // A coarse scale has few rows: fewer of a block's would be there.
-    const bool few = num_rows <= kBlockRows / 2;
-    kernel = few ? coarse_score_kernel_for<2>(steps) : coarse_score_kernel_for<4>(steps);
-    rows = few ? kBlockRows / 2 : kBlockRows;
+    kernel = has_few_rows(num_rows) ? coarse_score_kernel_for<2>(steps)
+                                    : coarse_score_kernel_for<4>(steps);
     shared_vectors = steps * kTileFragments * kWarpSize * kStages;
   }
-  const int64_t row_blocks = ceil_div(num_rows, rows);
   const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
-  // At most coarse_score_blocks runs, and the second grid dimension ends at 65,535.
-  const int64_t tiles_per_block = ceil_div(tiles, ceil_div(args.coarse_score_blocks, row_blocks));
-  const dim3 grid(static_cast<unsigned>(row_blocks),
-                  static_cast<unsigned>(ceil_div(tiles, tiles_per_block)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(num_rows, block_rows(steps, num_rows))),
+                  static_cast<unsigned>(ceil_div(tiles, runs.tiles_per_block)));
   return launch(kernel, grid, kScoreThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
-                stream, args, first_row, num_rows, static_cast<int>(tiles_per_block));
+                stream, args, first_row, num_rows, runs);
 }
 
 }  // namespace tokenflow::cuda

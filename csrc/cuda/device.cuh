@@ -57,6 +57,12 @@ __device__ __forceinline__ T max_over_warp(T x, int step) {
   return x;
 }
 
+// What lane `lane` holds.
+template <typename T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(kFullMask, value, lane);
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle_up(T value, int delta) {
   return __shfl_up_sync(kFullMask, value, delta);
@@ -65,6 +71,10 @@ __device__ __forceinline__ T shuffle_up(T value, int delta) {
 __device__ __forceinline__ unsigned ballot(bool predicate) {
   return __ballot_sync(kFullMask, predicate);
 }
+
+__device__ __forceinline__ int float_as_int(float value) { return __float_as_int(value); }
+
+__device__ __forceinline__ float int_as_float(int bits) { return __int_as_float(bits); }
 
 __device__ __forceinline__ int count_bits(unsigned mask) { return __popc(mask); }
 
@@ -205,6 +215,13 @@ inline cudaError_t largest_shared_memory(int* bytes) {
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+inline cudaError_t num_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 // Launches and reports what the launch itself says; the error does not linger for a later caller.

@@ -19,7 +19,7 @@
 
 namespace tokenflow::cuda {
 
-// Codes are scored in tiles of this many; a row keeps one maximum for each tile.
+// Codes are scored in tiles of this many.
 constexpr int kTileCodes = 128;
 
 constexpr int kTileVectors = 128;
@@ -66,13 +66,30 @@ struct CodebookSummary {
 
 struct PackedCodes {
   uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
+  double* inverse_norms;  // [codes, groups]: reciprocal lengths
+  double* bias;           // [codes], see codebook.h; -infinity for a code that is not finite
   CodebookSummary* summary;
 };
 
 struct PackedRows {
-  uint4* fragments;  // what follows the last row is never used
+  uint4* fragments;       // what follows the last row is never used
+  double* inverse_norms;  // [rows, groups]
   CoarseRowBounds* bounds;
   const CodebookSummary* codes;
+};
+
+// Where row n of a scale lies among all tokens.
+struct TokenMap {
+  int64_t tokens;  // an image
+  int64_t first;   // token of the scale
+  int64_t count;   // tokens of the scale in an image
+
+  // All tokens are fewer than 2^31 (see unsupported_reason), and so are the rows of a search.
+  __device__ __forceinline__ int64_t token(int64_t n) const {
+    const unsigned row = static_cast<unsigned>(n), rows = static_cast<unsigned>(count);
+    const unsigned image = row / rows;
+    return static_cast<int64_t>(image) * tokens + first + (row - image * rows);
+  }
 };
 
 __host__ __device__ __forceinline__ int64_t padded_rows(int64_t num_rows) {
@@ -86,14 +103,16 @@ inline int64_t packed_vectors(int64_t padded, int dim) {
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
+          workspace.take<double>(padded * layout.groups), workspace.take<double>(padded),
           workspace.take<CodebookSummary>(1)};
 }
 
-inline PackedRows take_packed_rows(Workspace& workspace, int dim, int64_t num_rows,
-                                   const PackedCodes& codes) {
+inline PackedRows take_packed_rows(Workspace& workspace, const CodebookLayout& layout,
+                                   int64_t num_rows, const PackedCodes& codes) {
   const int64_t padded = padded_rows(num_rows);
-  return {workspace.take<uint4>(packed_vectors(padded, dim)),
-          workspace.take<CoarseRowBounds>(padded), codes.summary};
+  return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
+          workspace.take<double>(padded * layout.groups), workspace.take<CoarseRowBounds>(padded),
+          codes.summary};
 }
 
 // inverse_norms [codes, groups]: reciprocal lengths of the codebook's rows.
@@ -101,14 +120,13 @@ cudaError_t launch_inverse_norms(const CodebookLayout& layout, const float* code
                                  double* inverse_norms, cudaStream_t stream);
 
 // Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it.
-// `inverse_norms` as above, or null.
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, double* inverse_norms, const float* rows,
-                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
+                        const PackedCodes& codes, const float* rows, int64_t num_rows,
+                        const PackedRows& packed, cudaStream_t stream);
 
-// Packs `num_rows` rows [num_rows, dim] for a codebook that is packed already.
-cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, int64_t num_rows,
-                             const PackedRows& packed, cudaStream_t stream);
+// Packs `num_rows` rows for a codebook that is packed already; row n is rows[map.token(n)].
+cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, const TokenMap& map,
+                             int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
 
 // What stands beside the channels in a packed vector.
 struct SpareColumns {
@@ -140,31 +158,38 @@ struct VectorSize {
   bool finite;
 };
 
+// By kPackLanes lanes, each of which writes the same `inverse_norms` [groups].
 __device__ __forceinline__ VectorSize measure_vector(const float* vector,
-                                                     const CodebookLayout& layout) {
+                                                     const CodebookLayout& layout,
+                                                     double* inverse_norms) {
   double square = 0, bias = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const double squared = quad_squared_norm(vector, layout.begin[g], layout.begin[g + 1]);
     const double scale = inverse_norm(squared, layout.l2_norm);
-    square += layout.weight[g] * squared * scale * scale;
-    bias += group_bias(squared, layout.weight[g], layout.l2_norm);
+    const double unit = squared * scale * scale;  // squared length of the normalised group
+    inverse_norms[g] = scale;
+    square += layout.weight[g] * unit;
+    // group_bias
+    bias += layout.l2_norm ? 0.5 * layout.weight[g] * (1.0 - unit) : -0.5 * layout.weight[g] * unit;
   }
   const double infinity = static_cast<double>(INFINITY);
   if (!(square < infinity && fabs(bias) < infinity)) return {0, 0, false};
   return {sqrt(square), bias, true};
 }
 
-// Squares of lengths in scaled units, as packed and of the difference from the exact vector.
-struct PackedSquares {
-  double packed;
-  double error;
+// Lengths in scaled units, as packed and of the difference from the exact vector; upper bounds.
+struct PackedLengths {
+  float packed;
+  float error;
 };
 
 // Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent,
-// if `write`; a vector that is not `finite` as zeros. The sums of squares are in every lane.
+// if `write`; a vector that is not `finite` as zeros. `inverse_norms` are those of measure_vector,
+// written by this lane. The lengths are in every lane.
 template <Operand kOperand>
-__device__ __forceinline__ PackedSquares pack_vector(const float* vector, bool finite,
-                                                     const CodebookLayout& layout, int exponent,
+__device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool finite,
+                                                     const CodebookLayout& layout,
+                                                     const double* inverse_norms, int exponent,
                                                      const SpareColumns& spare, int64_t n,
                                                      bool write, uint4* fragments) {
   const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
@@ -180,40 +205,46 @@ __device__ __forceinline__ PackedSquares pack_vector(const float* vector, bool f
     }
   };
   const double power = ldexp(1.0, exponent);
-  PackedSquares squares = {0, 0};
+  float packed = 0, error = 0;
   int i = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const int end = layout.begin[g + 1];
-    const double squared = quad_squared_norm(vector, layout.begin[g], end);
-    const double factor = sqrt(layout.weight[g]) * power * inverse_norm(squared, layout.l2_norm);
+    const double factor = sqrt(layout.weight[g]) * power * inverse_norms[g];
     for (; column(i) < end; ++i) {
-      const double exact = finite ? static_cast<double>(vector[column(i)]) * factor : 0;
-      const uint16_t half = to_half(static_cast<float>(exact));
-      const double rounded = static_cast<double>(from_half(half));
-      squares.packed += rounded * rounded;
-      squares.error += (rounded - exact) * (rounded - exact);
+      // The product is rounded to float32 before it is rounded to half: see coarse_packed_lengths.
+      const float value =
+          finite ? static_cast<float>(static_cast<double>(vector[column(i)]) * factor) : 0.0f;
+      const uint16_t half = to_half(value);
+      const float rounded = from_half(half);
+      packed += rounded * rounded;
+      error += (rounded - value) * (rounded - value);
       put(i, half);
     }
   }
   for (; i < 4 * steps; ++i) put(i, spare.at(column(i) - layout.dim));
-  return {sum_over_lanes<kPackLanes>(squares.packed), sum_over_lanes<kPackLanes>(squares.error)};
+  for (int mask = kPackLanes / 2; mask > 0; mask /= 2) {
+    packed += shuffle_xor(packed, mask);
+    error += shuffle_xor(error, mask);
+  }
+  return {coarse_packed_length(layout.dim, packed), coarse_packed_error(layout.dim, packed, error)};
 }
 
 // Packs one row as row n, if `write`; the work of kPackLanes lanes. The codes' range must be known.
 __device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
                                          bool write, const PackedRows& packed) {
-  const VectorSize size = measure_vector(row, layout);
+  double* inverse_norms = packed.inverse_norms + n * layout.groups;
+  const VectorSize size = measure_vector(row, layout, inverse_norms);
   const CodebookRange range = packed.codes->range;
   const RowExponents exponents = row_exponents(size.length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);
-  const PackedSquares squares =
-      pack_vector<Operand::kRows>(row, size.finite, layout, exponents.length,
+  const PackedLengths lengths =
+      pack_vector<Operand::kRows>(row, size.finite, layout, inverse_norms, exponents.length,
                                   {{half, half}, to_half(kExclusion)}, n, write, packed.fragments);
   if (write && lane_index() % kPackLanes == 0) {
-    packed.bounds[n] = {size.finite ? round_up(sqrt(squares.packed)) : NAN,
-                        round_up(sqrt(squares.error)), factor,
-                        coarse_distance_error(layout.dim, size.length, exponents, range)};
+    packed.bounds[n] = {size.finite ? lengths.packed : NAN, lengths.error, factor,
+                        coarse_distance_error(layout.dim, size.length, exponents, range),
+                        score_margin(layout.dim, size.length, range)};
   }
 }
 

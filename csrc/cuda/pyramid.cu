@@ -5,7 +5,7 @@
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kErrorThreads = 256;
+constexpr int kErrorThreads = 1024;
 
 int64_t total_tokens(const Pyramid& pyramid) { return pyramid.batch * tokens_per_image(pyramid); }
 
@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kErrorThreads)
   const TokenMap map = {tokens_per_image(pyramid), pyramid.first_token[s],
                         pyramid.first_token[s + 1] - pyramid.first_token[s]};
   double total = 0;
+#pragma unroll 4  // so that several loads are on their way
   for (int64_t n = threadIdx.x; n < pyramid.batch * map.count; n += kErrorThreads) {
     total += row_error[map.token(n)];
   }
@@ -46,33 +47,27 @@ int64_t largest_rows(const Pyramid& pyramid) {
 
 struct QuantizeScratch {
   PackedCodes codes;
-  double* code_inverse_norms;
   PackedRows packed;
-  float* tile_max;
+  ScoreRecord* records;
   float* rows;
   double* row_error;
   float* residual;
-  int* images_done;
 
   QuantizeScratch(Workspace& workspace, const QuantizeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
-        code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)),
-        packed(take_packed_rows(workspace, args.layout.dim, largest_rows(args.pyramid), codes)),
-        tile_max(take_tile_max(workspace, args.layout, largest_rows(args.pyramid))),
+        packed(take_packed_rows(workspace, args.layout, largest_rows(args.pyramid), codes)),
+        records(take_records(workspace, args.layout, largest_rows(args.pyramid))),
         rows(workspace.take<float>(total_tokens(args.pyramid) * args.layout.dim)),
         row_error(workspace.take<double>(total_tokens(args.pyramid))),
         residual(workspace.take<float>(args.pyramid.batch * args.layout.dim * args.pyramid.height *
-                                       args.pyramid.width)),
-        images_done(workspace.take<int>(args.pyramid.batch)) {}
+                                       args.pyramid.width)) {}
 };
 
 struct RowsScratch {
   double* code_inverse_norms;
-  int* images_done;
 
   RowsScratch(Workspace& workspace, const PyramidRowsArgs<float>& args)
-      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)),
-        images_done(workspace.take<int>(args.pyramid.batch)) {}
+      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
 };
 
 struct DecodeScratch {
@@ -109,21 +104,19 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
     return cudaMemsetAsync(args.squared_error, 0,
                            static_cast<size_t>(pyramid.num_scales) * sizeof(float), stream);
   }
-  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
-                                     static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
-  TOKENFLOW_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, scratch.code_inverse_norms,
-                                 nullptr, 0, scratch.packed, stream));
+  int multiprocessors = 0;
+  TOKENFLOW_CUDA_TRY(num_multiprocessors(&multiprocessors));
+  TOKENFLOW_CUDA_TRY(
+      launch_pack(layout, args.codebook, scratch.codes, nullptr, 0, scratch.packed, stream));
 
   ResidualPassArgs pass = {};
   pass.pyramid = pyramid;
   pass.layout = layout;
   pass.codebook = args.codebook;
-  pass.code_inverse_norms = scratch.code_inverse_norms;
+  pass.code_inverse_norms = scratch.codes.inverse_norms;
   pass.indices = args.indices;
   pass.sign = -1;
   pass.rows = scratch.rows;
-  pass.images_done = scratch.images_done;
-  pass.packed = scratch.packed;
 
   SearchArgs search = {};
   search.layout = layout;
@@ -132,8 +125,8 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   search.rows = scratch.rows;
   search.packed = scratch.packed;
   search.dropped = args.dropped;
-  search.code_inverse_norms = scratch.code_inverse_norms;
-  search.tile_max = scratch.tile_max;
+  search.multiprocessors = multiprocessors;
+  search.records = scratch.records;
   search.indices = args.indices;
   search.hits = args.hits;
   search.row_error = scratch.row_error;
@@ -145,6 +138,8 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
       search.scale_id = s;
       search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s])};
       search.num_rows = pyramid.batch * search.map.count;
+      TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, scratch.rows, search.map, search.num_rows,
+                                          scratch.packed, stream));
       TOKENFLOW_CUDA_TRY(launch_search(search, stream));
     }
     pass.first = pass.last = s;
@@ -152,7 +147,6 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
     pass.plane_out = s < 0 || last ? nullptr : scratch.residual;
     pass.sum = s < 0 ? nullptr : args.quantized;
     pass.sum_is_empty = s == 0;
-    pass.finish = last ? Finish::kNothing : Finish::kPack;
     TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
   }
   return launch(mean_errors_kernel, dim3(static_cast<unsigned>(pyramid.num_scales)), kErrorThreads,
@@ -171,14 +165,11 @@ cudaError_t launch_pyramid_rows(const PyramidRowsArgs<float>& args, void* worksp
   if (total_tokens(pyramid) == 0) return cudaSuccess;
   Workspace workspace(workspace_memory);
   const RowsScratch scratch(workspace, args);
-  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(scratch.images_done, 0,
-                                     static_cast<size_t>(pyramid.batch) * sizeof(int), stream));
   TOKENFLOW_CUDA_TRY(
       launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
   ResidualPassArgs pass = recompute_rows(args, scratch.code_inverse_norms, args.rows);
-  pass.finish = Finish::kNormalize;
-  pass.images_done = scratch.images_done;
-  return launch_residual_pass(pass, stream);
+  TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
+  return launch_normalize_rows(args.layout, args.rows, total_tokens(pyramid), stream);
 }
 
 size_t decode_workspace_bytes(const DecodeArgs<float>& args) {

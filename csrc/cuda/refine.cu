@@ -1,5 +1,5 @@
-// The nearest code of each row from its coarse scores: looks again at the tiles that may hold it,
-// and decides between codes too close for half precision by the distance in float64.
+// The nearest code of each row from its records. A row scores the few codes again that may be the
+// nearest, in float64, and decides between codes too close even for that by the distance.
 #include <cmath>
 
 #include "search.cuh"
@@ -7,114 +7,202 @@
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kRefineThreads = 256;
+constexpr int kRefineThreads = 128;
 
-__device__ __forceinline__ bool is_finite(double x) {
-  return fabs(x) < static_cast<double>(infinity());
-}
+// A score in float64 is the work of a team of lanes, one team for each code of a group.
+constexpr int kTeamLanes = kWarpSize / kGroupCodes;
 
-// The best code so far under (distance, index), in float64.
-struct NearestCandidate {
-  double distance = INFINITY;
-  int index = 0;
-  int deferred = -1;  // a candidate that was not compared yet
-  bool compared = false;
+__device__ __forceinline__ double negative_infinity() { return -static_cast<double>(INFINITY); }
 
-  // Candidates of one thread come in ascending order, so a tie keeps the lower index.
-  __device__ __forceinline__ void compare(const float* row, int code, const SearchArgs& args) {
-    const double d = tokenflow::distance(
-        row, args.codebook + static_cast<int64_t>(code) * args.layout.dim, args.layout);
-    if (d < distance) {
-      distance = d;
-      index = code;
-    }
-    compared = true;
-  }
-
-  // A lane's first candidate waits: nearly always it is the warp's only one.
-  __device__ __forceinline__ void add(const float* row, int code, const SearchArgs& args) {
-    if (deferred >= 0) compare(row, deferred, args);
-    deferred = code;
-  }
-
-  // The warp's nearest code, in every lane.
-  __device__ __forceinline__ int reduce(const float* row, const SearchArgs& args) {
-    const bool alone = count_bits(ballot(deferred >= 0)) == 1 && ballot(compared) == 0;
-    if (deferred >= 0) {
-      if (alone) {
-        distance = 0;
-        index = deferred;
-      } else {
-        compare(row, deferred, args);
-      }
-    }
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      const double d = shuffle_xor(distance, step);
-      const int i = shuffle_xor(index, step);
-      if (d < distance || (d == distance && i < index)) {
-        distance = d;
-        index = i;
-      }
-    }
-    return index;
-  }
+// A row that is looked at by a warp.
+struct Row {
+  const float* values;
+  const double* inverse_norms;  // [groups]
+  double margin;                // see score_margin
 };
 
-// Scores of one tile again, in float32: a quad sums the columns of a code that its lanes hold. The
-// codes that may be the best are added to `nearest`.
-__device__ __forceinline__ void rescore_tile(const SearchArgs& args, const float* row, int64_t n,
-                                             int tile, float threshold, NearestCandidate* nearest) {
+// Sum of `value` over lanes [0, count), lane after lane as a loop would add them, in every lane.
+__device__ __forceinline__ double sum_in_order(double sum, double value, int count) {
+  if (count >= kWarpSize) {
+#pragma unroll 8
+    for (int i = 0; i < kWarpSize; ++i) sum += shuffle(value, i);
+  } else {
+    for (int i = 0; i < count; ++i) sum += shuffle(value, i);
+  }
+  return sum;
+}
+
+// `distance` of codebook.h, the same bits, by a warp: what it adds one after the other is added in
+// that order, and everything else is done side by side.
+__device__ __forceinline__ double distance_by_warp(const float* row, const float* code,
+                                                   const CodebookLayout& layout) {
+  const int lane = lane_index();
+  double sum = 0;
+#pragma unroll 1
+  for (int g = 0; g < layout.groups; ++g) {
+    const int begin = layout.begin[g], end = layout.begin[g + 1];
+    double row_square = 0, code_square = 0;
+#pragma unroll 1
+    for (int d = begin; layout.l2_norm && d < end; d += kWarpSize) {
+      const double z = d + lane < end ? static_cast<double>(row[d + lane]) : 0;
+      const double c = d + lane < end ? static_cast<double>(code[d + lane]) : 0;
+      row_square = sum_in_order(row_square, product(z, z), end - d);
+      code_square = sum_in_order(code_square, product(c, c), end - d);
+    }
+    const double row_norm = group_norm(row_square, layout.l2_norm);
+    const double code_norm = group_norm(code_square, layout.l2_norm);
+    double group = 0;
+#pragma unroll 1
+    for (int d = begin; d < end; d += kWarpSize) {
+      const double z = d + lane < end ? static_cast<double>(row[d + lane]) : 0;
+      const double c = d + lane < end ? static_cast<double>(code[d + lane]) : 0;
+      const double difference = z / row_norm - c / code_norm;
+      group = sum_in_order(group, product(difference, difference), end - d);
+    }
+    sum += product(layout.weight[g], group);
+  }
+  return sum;
+}
+
+// The code nearest to a row of those that were looked at, by (distance, index) in float64: the same
+// in every lane.
+//
+// What is looked at comes in any order. A code is left out only where its score is more than the
+// margin below another's, so that its distance is larger; of the others the distances decide, which
+// are worked out where there are two to compare.
+struct NearestCandidate {
+  int index = 0;
+  bool measured = false;  // `distance` is known
+  double score = negative_infinity();
+  double distance = 0;
+};
+
+// The nearer of `nearest` and a code with this score. Where both have the same values, so that
+// their distances are equal, it is the one with the lower index.
+__device__ __forceinline__ NearestCandidate nearer(const SearchArgs& args, const float* row,
+                                                   NearestCandidate nearest, int other,
+                                                   double other_score) {
+  const CodebookLayout& layout = args.layout;
+  const float* values = args.codebook + static_cast<int64_t>(nearest.index) * layout.dim;
+  const float* others = args.codebook + static_cast<int64_t>(other) * layout.dim;
+  bool equal = true;
+#pragma unroll 1
+  for (int d = lane_index(); d < layout.dim; d += kWarpSize) equal &= values[d] == others[d];
+  if (ballot(!equal) == 0) {
+    nearest.index = other < nearest.index ? other : nearest.index;
+    return nearest;
+  }
+  if (!nearest.measured) nearest.distance = distance_by_warp(row, values, layout);
+  nearest.measured = true;
+  const double distance = distance_by_warp(row, others, layout);
+  if (distance < nearest.distance || (distance == nearest.distance && other < nearest.index)) {
+    nearest = {other, true, other_score, distance};
+  }
+  return nearest;
+}
+
+// Looks at the codes that each lane has in `codes`, a bit for code first + 32 i: a team takes one
+// at a time, of the first lanes that have any.
+__device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, int first,
+                                        unsigned codes, NearestCandidate* nearest) {
+  const CodebookLayout& layout = args.layout;
+  const int team = lane_index() / kTeamLanes, team_lane = lane_index() % kTeamLanes;
+#pragma unroll 1
+  for (unsigned lanes = ballot(codes != 0); lanes != 0; lanes = ballot(codes != 0)) {
+    unsigned rest = lanes;
+#pragma unroll
+    for (int i = 1; i < kGroupCodes; ++i) rest &= i <= team ? rest - 1 : rest;
+    const int code = shuffle(codes != 0 ? first + lowest_bit(codes) * kWarpSize : 0,
+                             rest != 0 ? lowest_bit(rest) : 0);
+    if (count_bits(lanes & ((1u << lane_index()) - 1)) < kGroupCodes) codes &= codes - 1;
+    const bool exists = rest != 0 && code < layout.codes;
+    const int64_t looked_at = exists ? code : 0;
+    const float* values = args.codebook + looked_at * layout.dim;
+    const double* inverse_norms = args.codes.inverse_norms + looked_at * layout.groups;
+    const double bias = args.codes.bias[looked_at];
+    double sum = 0;
+#pragma unroll 1
+    for (int g = 0; g < layout.groups; ++g) {
+      const double scale = layout.weight[g] * row.inverse_norms[g] * inverse_norms[g];
+      double dot = 0;
+#pragma unroll 4
+      for (int d = layout.begin[g] + team_lane; d < layout.begin[g + 1]; d += kTeamLanes) {
+        dot += static_cast<double>(row.values[d]) * static_cast<double>(values[d]);
+      }
+      sum += dot * scale;
+    }
+    double score = sum_over_lanes<kTeamLanes>(sum) + bias;
+    if (!exists || !(score > negative_infinity())) score = negative_infinity();  // or NaN
+    const double best = max_over_warp(score, kTeamLanes);
+    if (best == negative_infinity()) continue;
+    const double threshold = (best > nearest->score ? best : nearest->score) - row.margin;
+    unsigned near = ballot(team_lane == 0 && score >= threshold);
+    if (nearest->score < threshold) {  // the candidate so far, or none, is out
+      const int from = lowest_bit(near);
+      *nearest = {shuffle(code, from), false, shuffle(score, from), 0};
+      near &= near - 1;
+    }
+#pragma unroll 1
+    for (; near != 0; near &= near - 1) {
+      const int from = lowest_bit(near);
+      *nearest = nearer(args, row.values, *nearest, shuffle(code, from), shuffle(score, from));
+    }
+  }
+}
+
+// Coarse scores of a tile again, in float32: a quad sums the columns of a code that its lanes hold.
+// A bit for each of the codes tile * kTileCodes + quad_vector() + 32 i that may be the nearest.
+__device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t n, int tile,
+                                                 float threshold) {
+  constexpr int kFragments = kTileFragments / 2;  // at a time, to save registers
   const int steps = operand_steps(args.layout.dim);
-  const unsigned* packed = reinterpret_cast<const unsigned*>(
-      args.packed.fragments + fragment_index(n, 0, steps) + n % 8 * 4 + lane_index() % 4);
   const uint4* codes = args.codes.fragments +
                        fragment_index(static_cast<int64_t>(tile) * kTileCodes, 0, steps) +
                        lane_index();
-  float scores[2 * kTileFragments] = {};
-  for (int s = 0; s < steps; ++s) {
-    const float2 low = from_halves(packed[operand_word<Operand::kRows>(n, 0)]);
-    const float2 high = from_halves(packed[operand_word<Operand::kRows>(n, 1)]);
-    packed += 4 * kTileFragments * kWarpSize;
-    const auto add = [&](unsigned c_low, unsigned c_high, float* score) {
-      const float2 l = from_halves(c_low), h = from_halves(c_high);
-      *score = fmaf(high.y, h.y, fmaf(high.x, h.x, fmaf(low.y, l.y, fmaf(low.x, l.x, *score))));
-    };
-#pragma unroll
-    for (int c = 0; c < kTileFragments; ++c) {
-      const uint4 words = codes[c * kWarpSize];
-      add(words.x, words.y, &scores[2 * c]);
-      add(words.z, words.w, &scores[2 * c + 1]);
-    }
-    codes += kTileFragments * kWarpSize;
-  }
-  reduce_quad(scores, [](float a, float b) { return a + b; });
-  const int first = tile * kTileCodes + quad_vector();
   unsigned near = 0;
+#pragma unroll 1
+  for (int part = 0; part < kTileFragments / kFragments; ++part) {
+    const unsigned* packed = reinterpret_cast<const unsigned*>(
+        args.packed.fragments + fragment_index(n, 0, steps) + n % 8 * 4 + lane_index() % 4);
+    float scores[2 * kFragments] = {};
+#pragma unroll 1
+    for (int s = 0; s < steps; ++s) {
+      const float2 low = from_halves(packed[operand_word<Operand::kRows>(n, 0)]);
+      const float2 high = from_halves(packed[operand_word<Operand::kRows>(n, 1)]);
+      packed += 4 * kTileFragments * kWarpSize;
+      const auto add = [&](unsigned c_low, unsigned c_high, float* score) {
+        const float2 l = from_halves(c_low), h = from_halves(c_high);
+        *score = fmaf(high.y, h.y, fmaf(high.x, h.x, fmaf(low.y, l.y, fmaf(low.x, l.x, *score))));
+      };
 #pragma unroll
-  for (int i = 0; i < kTileCodes / kWarpSize; ++i) near |= (scores[i] >= threshold ? 1u : 0u) << i;
-  for (; near != 0; near &= near - 1) {
-    const int code = first + lowest_bit(near) * kWarpSize;
-    if (code < args.layout.codes) nearest->add(row, code, args);
+      for (int c = 0; c < kFragments; ++c) {
+        const uint4 words = codes[(s * kTileFragments + part * kFragments + c) * kWarpSize];
+        add(words.x, words.y, &scores[2 * c]);
+        add(words.z, words.w, &scores[2 * c + 1]);
+      }
+    }
+    reduce_quad(scores, [](float a, float b) { return a + b; });
+#pragma unroll
+    for (int i = 0; i < kFragments / 2; ++i) {
+      near |= (scores[i] >= threshold ? 1u : 0u) << (part * (kFragments / 2) + i);
+    }
   }
+  return near;
 }
 
 // |q - z|^2 with both normalised and rounded to float32; the work of a warp.
-__device__ __forceinline__ double row_squared_error(const SearchArgs& args, const float* row,
+__device__ __forceinline__ double row_squared_error(const SearchArgs& args, const Row& row,
                                                     int64_t index) {
   const CodebookLayout& layout = args.layout;
   const float* code = args.codebook + index * layout.dim;
+  const double* code_scales = args.codes.inverse_norms + index * layout.groups;
   double sum = 0;
+#pragma unroll 1
   for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g] + lane_index(), end = layout.begin[g + 1];
-    double squared = 0;
-    for (int d = begin; layout.l2_norm && d < end; d += kWarpSize) {
-      squared += static_cast<double>(row[d]) * static_cast<double>(row[d]);
-    }
-    const double row_scale = inverse_norm(sum_over_lanes<kWarpSize>(squared), layout.l2_norm);
-    const double code_scale = args.code_inverse_norms[index * layout.groups + g];
-    for (int d = begin; d < end; d += kWarpSize) {
-      const float q = static_cast<float>(static_cast<double>(code[d]) * code_scale);
-      const float z = static_cast<float>(static_cast<double>(row[d]) * row_scale);
+#pragma unroll 1
+    for (int d = layout.begin[g] + lane_index(); d < layout.begin[g + 1]; d += kWarpSize) {
+      const float q = static_cast<float>(static_cast<double>(code[d]) * code_scales[g]);
+      const float z = static_cast<float>(static_cast<double>(row.values[d]) * row.inverse_norms[g]);
       const double difference = static_cast<double>(q) - static_cast<double>(z);
       sum += difference * difference;
     }
@@ -122,17 +210,23 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
   return sum_over_lanes<kWarpSize>(sum);
 }
 
-// Grid: a warp a row, kRefineThreads / 32 rows a block, whose maxima lie side by side; no shared
-// memory, no barrier. Bytes: 4 a tile of codes for the maxima, and 4 KiB a step of the operands for
-// each tile looked at again (nearly always one), from the L2, which bounds it.
-// Codes closer together than half precision can tell cost a distance in float64 each.
-__global__ void __launch_bounds__(kRefineThreads, 3)
-    refine_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows) {
+// Where all codes are excluded (not finite), so is the best score: -2^30, when others are below
+// 2^29 in magnitude.
+constexpr float kExcludedScore = -0x1p29f;
+
+// Grid: a warp a row, kRefineThreads / 32 rows a block; no shared memory, no barrier.
+// Bytes: 8 a record, and four codes nearly always, from the L2; bound by its latency. Two codes of
+// different groups closer together than the coarse scores can tell cost four codes more; where both
+// groups are in one record, it is scored again, 4 KiB a step of the operands and a tile.
+// Codes closer together than scores in float64 can tell cost a distance each.
+__global__ void __launch_bounds__(kRefineThreads, 5)
+    refine_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
+                  const ScoreRuns runs) {
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kRefineThreads / kWarpSize) + warp_index();
-  if (n >= num_rows) return;
-  const int64_t token = args.map.token(first_row + n);
+  const int n = static_cast<int>(blockIdx.x) * (kRefineThreads / kWarpSize) + warp_index();
+  if (n >= num_rows) return;  // at most kRowsAtOnce
+  const int token = static_cast<int>(args.map.token(first_row + n));
   if (is_dropped(args)) {
     if (lane == 0) {
       args.indices[token] = -1;
@@ -140,33 +234,53 @@ __global__ void __launch_bounds__(kRefineThreads, 3)
     }
     return;
   }
-  const float* row = args.rows + token * layout.dim;
   const CoarseRowBounds bounds = args.packed.bounds[first_row + n];
-  int index = 0;
-  if (is_finite(static_cast<double>(bounds.length))) {
-    const int tiles = num_tiles(args);
-    const int64_t stride = padded_rows(num_rows);
-    const float* tile_max = args.tile_max + n;
-    float best = -infinity();
-    for (int t = lane; t < tiles; t += kWarpSize) best = fmaxf(best, tile_max[t * stride]);
-    best = max_over_warp(best, 1);
+  const Row row = {args.rows + static_cast<int64_t>(token) * layout.dim,
+                   args.packed.inverse_norms + (first_row + n) * layout.groups,
+                   bounds.score_margin};
+  NearestCandidate nearest;
+  const int num_records = static_cast<int>(runs.num_records);
+  const ScoreRecord* records = args.records + n * runs.num_records;
+  float best = -infinity();
+#pragma unroll 2
+  for (int r = lane; r < num_records; r += kWarpSize) best = fmaxf(best, records[r].best);
+  best = max_over_warp(best, 1);
+  if (fabsf(bounds.length) < infinity() && best > kExcludedScore) {
     const float threshold = best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns,
                                                           bounds, args.codes.summary->bounds);
-    NearestCandidate nearest;
-    for (int t0 = 0; t0 < tiles; t0 += kWarpSize) {
-      const bool near = t0 + lane < tiles && tile_max[(t0 + lane) * stride] >= threshold;
-      for (unsigned mask = ballot(near); mask != 0; mask &= mask - 1) {
-        rescore_tile(args, row, first_row + n, t0 + lowest_bit(mask), threshold, &nearest);
+#pragma unroll 1
+    for (int r0 = 0; r0 < num_records; r0 += kWarpSize) {
+      const bool exists = r0 + lane < num_records;
+      const ScoreRecord record = records[exists ? r0 + lane : 0];
+      const unsigned whole = ballot(record.runner_up >= threshold);
+#pragma unroll 1
+      for (unsigned near = ballot(exists && record.best >= threshold); near != 0;
+           near &= near - 1) {
+        const int from = lowest_bit(near);
+        const int tag = shuffle(tag_of(record.best), from);
+        const bool rescore = (whole >> from & 1u) != 0;
+        int tile = (r0 + from) * runs.record_tiles;
+        const int left = num_tiles(args) - tile;
+        const int last_tile = tile + (left < runs.record_tiles ? left : runs.record_tiles);
+        // Lanes 0 to 3 hold the group's codes, or all lanes those of each tile.
+        int first = tile * kTileCodes + group_code(tag, lane % kGroupCodes);
+        unsigned codes = lane < kGroupCodes ? 1u : 0u;
+        do {
+          if (rescore) {
+            first = tile * kTileCodes + quad_vector();
+            codes = rescore_tile(args, first_row + n, tile, threshold);
+          }
+          look_at(args, row, first, codes, &nearest);
+        } while (rescore && ++tile < last_tile);
       }
     }
-    index = nearest.reduce(row, args);
   }
   if (lane == 0) {
-    args.indices[token] = index;
-    if (args.hits) atomic_add(args.hits + index, int64_t{1});
+    args.indices[token] = nearest.index;
+    if (args.hits) atomic_add(args.hits + nearest.index, int64_t{1});
   }
   if (args.row_error) {
-    const double error = row_squared_error(args, row, index);
+    const double error = row_squared_error(args, row, nearest.index);
     if (lane == 0) args.row_error[token] = error;
   }
 }
@@ -174,10 +288,10 @@ __global__ void __launch_bounds__(kRefineThreads, 3)
 }  // namespace
 
 cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                          cudaStream_t stream) {
+                          const ScoreRuns& runs, cudaStream_t stream) {
   const int64_t blocks = ceil_div(num_rows, kRefineThreads / kWarpSize);
   return launch(refine_kernel, dim3(static_cast<unsigned>(blocks)), kRefineThreads, 0, stream, args,
-                first_row, num_rows);
+                first_row, num_rows, runs);
 }
 
 }  // namespace tokenflow::cuda

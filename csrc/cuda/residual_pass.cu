@@ -1,5 +1,5 @@
 // The residual pyramid's step, one kernel: gather, bicubic upsampling, accumulation, residual
-// update, pooling to the next scale and normalisation of its rows.
+// update and pooling to the next scale.
 #include <climits>
 
 #include "../common/normalize.h"
@@ -167,38 +167,12 @@ __device__ __forceinline__ void pool(const ResidualPassArgs& args, const Channel
   // No barrier: what comes next begins with one, or writes nothing that is read here.
 }
 
-// The image's last block to arrive here sees the rows of all the others and finishes them. Which
-// block that is does not show in the result.
-__device__ __forceinline__ void finish_rows(const ResidualPassArgs& args,
-                                            const ChannelBlock& block) {
-  const Pyramid& pyramid = args.pyramid;
-  const CodebookLayout& layout = args.layout;
-  int& earlier = *shared_memory<int>();
-  device_fence();
-  block_barrier();
-  if (threadIdx.x == 0) earlier = atomic_add(args.images_done + block.image, 1);
-  block_barrier();
-  const int blocks = (layout.dim + args.channels - 1) / args.channels;
-  if (earlier != blocks - 1) return;
-  device_fence();
-  if (threadIdx.x == 0) args.images_done[block.image] = 0;
-  float* image_rows = args.rows + block.image * tokens_per_image(pyramid) * layout.dim;
-  if (args.finish == Finish::kNormalize) {
-    for (int64_t n = threadIdx.x; n < tokens_per_image(pyramid); n += kPlaneThreads) {
-      normalize_row(image_rows + n * layout.dim, layout, image_rows + n * layout.dim);
-    }
-  } else {
-    const int s = args.last + 1;
-    const int count = area(pyramid.extent[s]);
-    // Whole warps, whose lanes without a row look at the last one.
-    for (int i = threadIdx.x; i < (kPackLanes * count + kWarpSize - 1) / kWarpSize * kWarpSize;
-         i += kPlaneThreads) {
-      const bool exists = i / kPackLanes < count;
-      const int p = exists ? i / kPackLanes : count - 1;
-      pack_row(image_rows + (pyramid.first_token[s] + p) * layout.dim, layout,
-               block.image * count + p, exists, args.packed);
-    }
-  }
+// Grid: a thread a row, which it owns. Bytes: 8 dim a row. Bound by latency.
+__global__ void __launch_bounds__(kPlaneThreads)
+    normalize_rows_kernel(const __grid_constant__ CodebookLayout layout, float* rows,
+                          int64_t num_rows) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kPlaneThreads + threadIdx.x;
+  if (n < num_rows) normalize_row(rows + n * layout.dim, layout, rows + n * layout.dim);
 }
 
 // Grid: a block for every image and `channels` channels; the block owns their planes from the
@@ -229,7 +203,6 @@ __global__ void __launch_bounds__(kPlaneThreads, 3)
       args.plane_out[offset + i] = shared.plane[i];
     }
   }
-  if (args.finish != Finish::kNothing) finish_rows(args, block);
 }
 
 }  // namespace
@@ -243,6 +216,13 @@ cudaError_t launch_residual_pass(ResidualPassArgs args, cudaStream_t stream) {
       residual_pass_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
       sizes.table_bytes(args.pyramid) + static_cast<size_t>(args.channels) * channel_bytes, stream,
       args, sizes);
+}
+
+cudaError_t launch_normalize_rows(const CodebookLayout& layout, float* rows, int64_t num_rows,
+                                  cudaStream_t stream) {
+  return launch(normalize_rows_kernel,
+                dim3(static_cast<unsigned>(ceil_div(num_rows, kPlaneThreads))), kPlaneThreads, 0,
+                stream, layout, rows, num_rows);
 }
 
 const char* unsupported_reason(const CodebookLayout& layout) {

@@ -6,13 +6,6 @@
 
 namespace tokenflow::cuda {
 
-// What becomes of the pooled rows once an image has all of its channels.
-enum class Finish {
-  kNothing,    // left as they are
-  kNormalize,  // normalised in place
-  kPack,       // left as they are, and packed for the search of scale `last + 1`
-};
-
 // One pass along the residual pyramid for known indices: adds the codes of scales
 // [first, last] one after the other, and pools the plane to scale s + 1 after scale s.
 // first = -1 begins with pooling to scale 0.
@@ -31,12 +24,9 @@ struct ResidualPassArgs {
   float* sum;                        // [batch, dim, height, width] gains u at every scale, or null
   bool sum_is_empty;                 // `sum` holds nothing yet
   float* rows;                       // out [batch, tokens, dim]: pooled rows; null: no pooling
-  Finish finish;
-  int* images_done;   // [batch] zeros, left as zeros; used unless finish is kNothing
-  PackedRows packed;  // used if finish is kPack
 };
 
-// The pass that recomputes the rows of every scale from h and known indices, unfinished.
+// The pass that recomputes the rows of every scale from h and known indices, not normalised.
 template <typename Args>
 ResidualPassArgs recompute_rows(const Args& args, const double* code_inverse_norms, float* rows) {
   ResidualPassArgs pass = {};
@@ -50,11 +40,14 @@ ResidualPassArgs recompute_rows(const Args& args, const double* code_inverse_nor
   pass.plane_in = args.h;
   pass.sign = -1;
   pass.rows = rows;
-  pass.finish = Finish::kNothing;
   return pass;
 }
 
 // `args.channels` is chosen here.
 cudaError_t launch_residual_pass(ResidualPassArgs args, cudaStream_t stream);
+
+// Normalises `rows` [num_rows, dim] by groups, in place.
+cudaError_t launch_normalize_rows(const CodebookLayout& layout, float* rows, int64_t num_rows,
+                                  cudaStream_t stream);
 
 }  // namespace tokenflow::cuda

@@ -2,9 +2,10 @@
 //
 //   measure       once a call: reciprocal lengths, and the range of the codebook
 //   pack          once a call: codes (and rows) in half precision, as the tensor cores take them
-//   coarse_score  scores of rows x codes in registers; one maximum for a row and a tile of codes
-//   refine        a warp a row: looks again at the tiles that may hold the best code, and decides
-//                 between codes too close for half precision by the distance in float64
+//   coarse_score  scores of rows x codes in registers; a record for a row and a few tiles of codes
+//   refine        a warp a row: looks again at the few codes that may be the nearest, and decides
+//   by
+//                 the score in float64, or by the distance where that cannot tell
 #include "quantizer.h"
 #include "search.cuh"
 
@@ -14,13 +15,13 @@ namespace {
 struct NearestCodeScratch {
   PackedCodes codes;
   PackedRows rows;
-  float* tile_max;
+  ScoreRecord* records;
 
   NearestCodeScratch(Workspace& workspace, const NearestCodeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
-        rows(take_packed_rows(workspace, args.layout.dim,
+        rows(take_packed_rows(workspace, args.layout,
                               args.num_rows < kRowsAtOnce ? args.num_rows : kRowsAtOnce, codes)),
-        tile_max(take_tile_max(workspace, args.layout, args.num_rows)) {}
+        records(take_records(workspace, args.layout, args.num_rows)) {}
 };
 
 }  // namespace
@@ -29,8 +30,9 @@ cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream) {
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
-    TOKENFLOW_CUDA_TRY(launch_coarse_score(args, first, count, stream));
-    TOKENFLOW_CUDA_TRY(launch_refine(args, first, count, stream));
+    const ScoreRuns runs(args, count);
+    TOKENFLOW_CUDA_TRY(launch_coarse_score(args, first, count, runs, stream));
+    TOKENFLOW_CUDA_TRY(launch_refine(args, first, count, runs, stream));
   }
   return cudaSuccess;
 }
@@ -46,6 +48,8 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
   if (args.num_rows == 0) return cudaSuccess;
   const CodebookLayout& layout = args.layout;
   if (args.num_rows < 0 || unsupported_reason(layout)) return cudaErrorInvalidValue;
+  int multiprocessors = 0;
+  TOKENFLOW_CUDA_TRY(num_multiprocessors(&multiprocessors));
   Workspace workspace(workspace_memory);
   const NearestCodeScratch scratch(workspace, args);
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
@@ -53,10 +57,11 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
     const float* rows = args.rows + first * layout.dim;
     if (first == 0) {
-      TOKENFLOW_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, nullptr, rows, count,
-                                     scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(
+          launch_pack(layout, args.codebook, scratch.codes, rows, count, scratch.rows, stream));
     } else {
-      TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, rows, count, scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(
+          launch_pack_rows(layout, rows, {count, 0, count}, count, scratch.rows, stream));
     }
     SearchArgs search = {};
     search.layout = layout;
@@ -66,7 +71,8 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     search.packed = scratch.rows;
     search.map = {count, 0, count};
     search.num_rows = count;
-    search.tile_max = scratch.tile_max;
+    search.multiprocessors = multiprocessors;
+    search.records = scratch.records;
     search.indices = args.indices + first;
     TOKENFLOW_CUDA_TRY(launch_search(search, stream));
   }

@@ -6,23 +6,42 @@
 
 namespace tokenflow::cuda {
 
-// Blocks of the coarse scores: several waves of them on the largest machine, and few enough that a
-// block's rows are loaded for more than one tile of codes.
-constexpr int64_t kCoarseScoreBlocks = 2048;
+// Rows whose records are held at once: bounds the scratch of a search.
+constexpr int64_t kRowsAtOnce = 16384;
 
-// Rows whose tile maxima are held at once: bounds the scratch of a search.
-constexpr int64_t kRowsAtOnce = 8192;
-
-// Where row n of a scale lies among all tokens.
-struct TokenMap {
-  int64_t tokens;  // an image
-  int64_t first;   // token of the scale
-  int64_t count;   // tokens of the scale in an image
-
-  __device__ __forceinline__ int64_t token(int64_t n) const {
-    return n / count * tokens + first + n % count;
-  }
+// What a row keeps of a record, the coarse scores of up to kRecordTiles neighbouring tiles of
+// codes: the best score, and the best of those outside of its group. A group is four codes of a
+// fragment, 2t, 2t + 1, 2t + 8 and 2t + 9, whose scores one lane holds; the lowest kTagBits bits of
+// a score are replaced by the number of its group in the record.
+struct ScoreRecord {
+  float best;
+  float runner_up;
 };
+
+constexpr int kRecordTiles = 4;
+constexpr int kGroupCodes = 4;
+static_assert(kRecordTiles * kTileCodes / kGroupCodes == 1 << kTagBits, "a tag for every group");
+
+// Up to this many rows may have records of fewer tiles, so that there are blocks enough.
+constexpr int64_t kFewRows = 1024;
+
+// Group of a record: tile of the record, fragment of the tile, t.
+__device__ __forceinline__ int group_tag(int tile, int fragment, int t) {
+  return (tile * kTileFragments + fragment) * 4 + t;
+}
+
+// Code i of a group, from the first of the record.
+__device__ __forceinline__ int group_code(int tag, int i) {
+  return tag / 4 * kFragmentVectors + i / 2 * 8 + 2 * (tag % 4) + i % 2;
+}
+
+__device__ __forceinline__ float with_tag(float score, int tag) {
+  return int_as_float((float_as_int(score) & ~((1 << kTagBits) - 1)) | tag);
+}
+
+__device__ __forceinline__ int tag_of(float score) {
+  return float_as_int(score) & ((1 << kTagBits) - 1);
+}
 
 struct SearchArgs {
   CodebookLayout layout;
@@ -32,29 +51,43 @@ struct SearchArgs {
   PackedRows packed;  // the scale's rows in the order of TokenMap
   TokenMap map;
   int64_t num_rows;
-  int scale_id;                      // which scale of the pyramid
-  const int64_t* dropped;            // null or one scale id; the tokens of that scale get -1
-  const double* code_inverse_norms;  // [codes, groups]; used with row_error
-  float* tile_max;                   // scratch, see take_tile_max
-  int64_t* indices;                  // out [batch * tokens]
-  int64_t* hits;                     // out [codes] (added to) or null
-  double* row_error;                 // out [batch * tokens] squared error of each row, or null
-  int64_t coarse_score_blocks = kCoarseScoreBlocks;
+  int scale_id;            // which scale of the pyramid
+  const int64_t* dropped;  // null or one scale id; the tokens of that scale get -1
+  ScoreRecord* records;    // scratch, see take_records
+  int64_t* indices;        // out [batch * tokens]
+  int64_t* hits;           // out [codes] (added to) or null
+  double* row_error;       // out [batch * tokens] squared error of each row, or null
+  int multiprocessors;     // of the device
 };
 
-// [tiles of codes][rows at once].
-inline float* take_tile_max(Workspace& workspace, const CodebookLayout& layout, int64_t num_rows) {
-  return workspace.take<float>(padded_rows(num_rows < kRowsAtOnce ? num_rows : kRowsAtOnce) *
-                               ceil_div(layout.codes, kTileCodes));
+// How the codes are shared out in one launch of the coarse scores.
+struct ScoreRuns {
+  int tiles_per_block;
+  int record_tiles;     // of a record: 1, 2 or 4; divides tiles_per_block
+  int64_t num_records;  // of a row
+
+  ScoreRuns(const SearchArgs& args, int64_t num_rows);
+};
+
+// [rows at once][records].
+inline ScoreRecord* take_records(Workspace& workspace, const CodebookLayout& layout,
+                                 int64_t num_rows) {
+  const int64_t tiles = ceil_div(layout.codes, kTileCodes);
+  const auto records = [](int64_t rows, int64_t most, int64_t records) {
+    return padded_rows(rows < most ? rows : most) * records;
+  };
+  const int64_t few = records(num_rows, kFewRows, tiles);
+  const int64_t many = records(num_rows, kRowsAtOnce, ceil_div(tiles, kRecordTiles));
+  return workspace.take<ScoreRecord>(few > many ? few : many);
 }
 
-// tile_max for rows [first_row, first_row + num_rows) of the search.
+// Records of rows [first_row, first_row + num_rows) of the search.
 cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                                cudaStream_t stream);
+                                const ScoreRuns& runs, cudaStream_t stream);
 
-// Indices, hits and row errors of these rows from their tile_max.
+// Indices, hits and row errors of these rows from their records.
 cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
-                          cudaStream_t stream);
+                          const ScoreRuns& runs, cudaStream_t stream);
 
 cudaError_t launch_search(const SearchArgs& args, cudaStream_t stream);
 
@@ -68,18 +101,22 @@ __device__ __forceinline__ int num_tiles(const SearchArgs& args) {
   return static_cast<int>((args.layout.codes + kTileCodes - 1) / kTileCodes);
 }
 
+__device__ __forceinline__ ScoreRecord shuffle_xor(const ScoreRecord& record, int mask) {
+  return {shuffle_xor(record.best, mask), shuffle_xor(record.runner_up, mask)};
+}
+
 // The lanes of a quad hold kCount values each. Combines them over the quad: lane t is left with
 // values t, 4 + t, ... in the first kCount / 4 positions.
-template <int kCount, typename Combine>
-__device__ __forceinline__ void reduce_quad(float (&values)[kCount], const Combine& combine) {
+template <typename T, int kCount, typename Combine>
+__device__ __forceinline__ void reduce_quad(T (&values)[kCount], const Combine& combine) {
   static_assert(kCount % 4 == 0, "as many for each lane");
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
     const bool upper = (lane_index() & bit) != 0;
 #pragma unroll
     for (int i = 0; i < kCount / 2 / bit; ++i) {
-      const float keep = upper ? values[2 * i + 1] : values[2 * i];
-      const float send = upper ? values[2 * i] : values[2 * i + 1];
+      const T keep = upper ? values[2 * i + 1] : values[2 * i];
+      const T send = upper ? values[2 * i] : values[2 * i + 1];
       values[i] = combine(keep, shuffle_xor(send, bit));
     }
   }

@@ -66,21 +66,22 @@ struct Stages {
   std::vector<std::unique_ptr<unsigned char, decltype(&std::free)>> memory;
   cuda::PackedCodes codes;
   cuda::PackedRows rows;
-  float* tile_max;
+  cuda::ScoreRecord* records;
+  int64_t num_records, record_codes;
   Indices indices;
 
-  // Scores and refines with about `coarse_score_blocks` blocks.
+  // Scores and refines as for a device of so many multiprocessors, or with so many tiles of codes
+  // (1, 2 or a multiple of 4) a block.
   Stages(const CodebookLayout& layout, const Floats& codebook, const Floats& row_values,
-         int64_t coarse_score_blocks)
+         int multiprocessors, int tiles_per_block = 0)
       : layout(layout), num_rows(static_cast<int64_t>(row_values.size()) / layout.dim) {
     take([&](cuda::Workspace& memory) { codes = cuda::take_packed_codes(memory, layout); });
     take([&](cuda::Workspace& memory) {
-      rows = cuda::take_packed_rows(memory, layout.dim, num_rows, codes);
+      rows = cuda::take_packed_rows(memory, layout, num_rows, codes);
     });
-    take(
-        [&](cuda::Workspace& memory) { tile_max = cuda::take_tile_max(memory, layout, num_rows); });
-    CHECK(cuda::launch_pack(layout, codebook.data(), codes, nullptr, row_values.data(), num_rows,
-                            rows, nullptr) == cudaSuccess,
+    take([&](cuda::Workspace& memory) { records = cuda::take_records(memory, layout, num_rows); });
+    CHECK(cuda::launch_pack(layout, codebook.data(), codes, row_values.data(), num_rows, rows,
+                            nullptr) == cudaSuccess,
           "pack");
     indices = poisoned<int64_t>(num_rows);
     cuda::SearchArgs args = {};
@@ -91,10 +92,19 @@ struct Stages {
     args.packed = rows;
     args.map = {num_rows, 0, num_rows};
     args.num_rows = num_rows;
-    args.tile_max = tile_max;
+    args.records = records;
     args.indices = indices.data();
-    args.coarse_score_blocks = coarse_score_blocks;
-    CHECK(cuda::launch_search(args, nullptr) == cudaSuccess, "search");
+    args.multiprocessors = multiprocessors;
+    cuda::ScoreRuns runs(args, num_rows);
+    if (tiles_per_block != 0) {
+      runs.tiles_per_block = tiles_per_block;
+      runs.record_tiles = std::min(tiles_per_block, 4);
+      runs.num_records = cuda::ceil_div(layout.codes, 128 * runs.record_tiles);
+    }
+    num_records = runs.num_records;
+    record_codes = int64_t{runs.record_tiles} * 128;
+    CHECK(cuda::launch_coarse_score(args, 0, num_rows, runs, nullptr) == cudaSuccess, "scores");
+    CHECK(cuda::launch_refine(args, 0, num_rows, runs, nullptr) == cudaSuccess, "refine");
   }
 
   // Memory of its own for each, so that its end is guarded.
@@ -140,12 +150,12 @@ float add_cut(float sum, float a, float b) {
                                                                     : nearest;
 }
 
-// Holds packed scores and tile maxima to the bound, whichever way they are summed. Returns the
+// Holds packed scores and records to the bound, whichever way they are summed. Returns the
 // largest bound as a share of the row's length times the longest code's, and stores how much of the
 // bound was needed.
 double check_bound(const char* name, const CodebookLayout& layout, const Floats& codebook,
-                   const Floats& row_values, double* needed = nullptr) {
-  const Stages stages(layout, codebook, row_values, 4);
+                   const Floats& row_values, double* needed = nullptr, int tiles_per_block = 0) {
+  const Stages stages(layout, codebook, row_values, 4, tiles_per_block);
   const CodebookRange range = stages.codes.summary->range;
   const auto weighted = [&](const float* values) {
     Vector vector = normalized(values, layout);
@@ -176,7 +186,6 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
     }
   }
   double share = 0, most = 0;
-  const int64_t tiles = (layout.codes + 127) / 128;
   for (int64_t n = 0; n < stages.num_rows; ++n) {
     const Vector row = weighted(row_values.data() + n * layout.dim);
     const RowExponents exponents =
@@ -187,10 +196,10 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
       packed.push_back(stages.packed(stages.rows.fragments, true, n, k));
     }
     const double bound = stages.bound(n);
-    std::vector<long double> best(static_cast<size_t>(tiles), -INFINITY);
+    std::vector<long double> scores;
     for (int64_t i = 0; i < layout.codes; ++i) {
       const long double exact = unit * (dot(row, codes[i]) + biases[i]);
-      best[i / 128] = std::max(best[i / 128], exact);
+      scores.push_back(exact);
       float up = 0, down = 0;
       for (int k = 0; k < columns; ++k) up = add_cut(up, packed[k], packed_codes[i][k]);
       for (int k = columns; k-- > 0;) down += packed[k] * packed_codes[i][k];
@@ -201,11 +210,24 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
         most = std::max(most, error / bound);
       }
     }
-    for (int64_t t = 0; t < tiles; ++t) {
-      const float got = stages.tile_max[t * cuda::padded_rows(stages.num_rows) + n];
-      CHECK(std::fabs(got - best[t]) <= bound, "%s: row %ld, tile %ld: %g, not %g", name,
-            static_cast<long>(n), static_cast<long>(t), static_cast<double>(got),
-            static_cast<double>(best[t]));
+    for (int64_t r = 0; r < stages.num_records; ++r) {
+      const cuda::ScoreRecord got = stages.records[n * stages.num_records + r];
+      const int tag = cuda::tag_of(got.best);
+      std::set<int64_t> group;
+      for (int i = 0; i < 4; ++i) group.insert(r * stages.record_codes + cuda::group_code(tag, i));
+      long double best = -INFINITY, others = -INFINITY;
+      for (int64_t i = r * stages.record_codes;
+           i < std::min(layout.codes, (r + 1) * stages.record_codes); ++i) {
+        long double& most = group.count(i) ? best : others;
+        most = std::max(most, scores[i]);
+      }
+      CHECK(std::fabs(got.best - best) <= bound && others <= got.best + bound,
+            "%s: row %ld, record %ld: %g, not %g", name, static_cast<long>(n), static_cast<long>(r),
+            static_cast<double>(got.best), static_cast<double>(best));
+      CHECK(std::isfinite(static_cast<double>(others)) ? std::fabs(got.runner_up - others) <= bound
+                                                       : got.runner_up < -0x1p29f,
+            "%s: row %ld, record %ld: the others have %g, not %g", name, static_cast<long>(n),
+            static_cast<long>(r), static_cast<double>(got.runner_up), static_cast<double>(others));
     }
     const long double lengths = unit * std::sqrt(dot(row, row)) * range.length;
     if (lengths > 0) share = std::max(share, static_cast<double>(bound / lengths));
@@ -260,14 +282,60 @@ int main() {
     const CodebookLayout layout = make_layout(1200, {dim}, true);
     const Floats codebook = random_floats(1200 * dim, 44), rows = random_floats(70 * dim, 45);
     const Indices wanted = definition(layout, codebook, rows);
-    for (const int64_t coarse_score_blocks : {1, 3}) {
+    for (const int multiprocessors : {1, 3, 20}) {
       in_every_order([&](const char* order) {
-        CHECK(Stages(layout, codebook, rows, coarse_score_blocks).indices == wanted,
-              "%d channels (%s)", dim, order);
+        CHECK(Stages(layout, codebook, rows, multiprocessors).indices == wanted, "%d channels (%s)",
+              dim, order);
       });
     }
   }
 
+  {  // Two codes as near to a row as each other, or nearly so, in one group of a record, in two
+     // groups of one, and in two records of any length: what decides goes from half precision to
+     // float64, and to the index where the distances are equal.
+    for (const bool l2_norm : {false, true}) {
+      const CodebookLayout layout = make_layout(1200, {32, 8}, l2_norm, {1.0, 0.5});
+      constexpr int kDim = 40, kRows = 45;
+      Floats codebook = random_floats(1200 * kDim, 80), rows = random_floats(kRows * kDim, 81);
+      // Whole multiples of 2^-8, so that steps of 2^-14 to either side are exact.
+      for (float& value : rows) value = std::round(value * 256) / 256;
+      const std::vector<std::pair<int, int>> apart{{0, 1},   {1, 8},   {0, 2},
+                                                   {5, 100}, {3, 200}, {40, 700}};
+      for (int n = 0; n < kRows; ++n) {
+        const auto [one, other] = apart[static_cast<size_t>(n) % apart.size()];
+        const int first = n * 23 % 480 / 16 * 16;
+        // Equal distances, and differences of one bit, 1e-7, 1e-5, 1e-4 and 1e-3 of one step.
+        const float difference =
+            std::vector<float>{0, 0x1p-23f, 1e-7f, 1e-5f, 1e-4f, 1e-3f}[n / 6 % 6];
+        for (int d = 0; d < kDim; ++d) {
+          const float step = (d * 7 + n) % 3 == 0 ? 0x1p-14f : -0x1p-14f,
+                      value = rows[n * kDim + d];
+          codebook[(first + one) * kDim + d] = value + step;
+          codebook[(first + other) * kDim + d] =
+              n % 2 == 0 ? value - step : value + step;  // mirrored, or the same
+        }
+        codebook[(first + (n % 4 < 2 ? one : other)) * kDim + n % kDim] *= 1 + difference;
+      }
+      Indices wanted;
+      for (int n = 0; n < kRows; ++n) {
+        double best = std::numeric_limits<double>::infinity();
+        wanted.push_back(0);
+        for (int i = 0; i < 1200; ++i) {
+          const double d =
+              tokenflow::distance(rows.data() + n * kDim, codebook.data() + i * kDim, layout);
+          if (d < best) wanted.back() = i;
+          best = std::min(best, d);
+        }
+      }
+      for (const int tiles_per_block : {1, 2, 4, 8}) {
+        in_every_order([&](const char* order) {
+          CHECK(Stages(layout, codebook, rows, 1, tiles_per_block).indices == wanted,
+                "near ties, %d tiles (%s)", tiles_per_block, order);
+        });
+        check_bound("near ties", layout, codebook, rows, nullptr, tiles_per_block);
+      }
+    }
+  }
   {  // Codes in bunches that half precision cannot tell apart, and rows in the midst of them.
     const CodebookLayout layout = make_layout(300, {32, 8}, true);
     const Floats centres = random_floats(20 * 40, 50);
@@ -471,14 +539,15 @@ int main() {
   }
   {  // More rows than are held at once.
     const CodebookLayout layout = make_layout(3, {2}, false);
-    const Floats codebook = random_floats(6, 25), rows = random_floats(8200 * 2, 26);
+    const Floats codebook = random_floats(6, 25),
+                 rows = random_floats((cuda::kRowsAtOnce + 8) * 2, 26);
     const Indices wanted = definition(layout, codebook, rows);
     CHECK(search(layout, codebook, rows) == wanted, "more rows than are held at once");
   }
   {  // The scratch does not grow with rows x codes.
     NearestCodeArgs<float> args = {};
     args.layout = make_layout(131072, {32, 8}, true);
-    args.num_rows = 8192;
+    args.num_rows = cuda::kRowsAtOnce;
     const size_t bytes = cuda::nearest_code_workspace_bytes(args);
     args.num_rows = int64_t{1} << 24;
     CHECK(cuda::nearest_code_workspace_bytes(args) == bytes, "%zu", bytes);

@@ -15,6 +15,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -72,6 +73,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 }
 
 template <typename T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return ::emulation::exchange(mask, "shfl", value, [=](int) { return from & 31; });
+}
+
+template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int delta) {
   return ::emulation::exchange(mask, "shfl_up", value,
                                [=](int lane) { return lane < delta ? lane : lane - delta; });
@@ -91,6 +97,12 @@ inline int __float_as_int(float value) {
   int bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
+}
+
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 inline long long __double_as_longlong(double value) {

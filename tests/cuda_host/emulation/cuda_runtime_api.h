@@ -6,10 +6,14 @@
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 
 // The least of the devices that the kernels are built for.
 constexpr int kMaxSharedBytesPerBlock = 99 * 1024;
+constexpr int kMultiprocessors = 2;
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -21,8 +25,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = kMaxSharedBytesPerBlock;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kMaxSharedBytesPerBlock;
   return cudaSuccess;
 }
 
