@@ -28,6 +28,42 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
+// A row of zeros is as far from all codes of unit length, but for rounding: every code would have
+// to be compared by its distance, for each such row.
+//
+// Grid: a thread for every code of the padded codebook. The nearest of a warp's codes to a row of
+// zeros, by `distance`, the lowest on a tie; codes that are not finite are infinitely far.
+// Bytes: 4 dim a code. Bound by float64 divisions.
+__global__ void __launch_bounds__(kPackThreads)
+    nearest_to_zero_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
+                           const double* bias, NearestOfSome* to_zero) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  const bool finite = n < layout.codes && bias[n] > -static_cast<double>(INFINITY);
+  double distance = finite ? 0 : static_cast<double>(INFINITY);
+  const float* code = codebook + (finite ? n : 0) * layout.dim;
+#pragma unroll 1
+  for (int g = 0; g < layout.groups && finite; ++g) {
+    const int begin = layout.begin[g], end = layout.begin[g + 1];
+    const double norm = group_norm(squared_norm(code, begin, end), layout.l2_norm);
+    double group = 0;
+    for (int d = begin; d < end; ++d) {
+      const double difference = static_cast<double>(code[d]) / norm;
+      group += product(difference, difference);
+    }
+    distance += product(layout.weight[g], group);
+  }
+  int64_t index = n;
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    const double d = shuffle_xor(distance, step);
+    const int64_t i = shuffle_xor(index, step);
+    if (d < distance || (d == distance && i < index)) {
+      distance = d;
+      index = i;
+    }
+  }
+  if (lane_index() == 0) to_zero[n / kWarpSize] = {distance, index};
+}
+
 // Packs code n of the padded codebook, which is measured, and raises the bounds; the work of
 // kPackLanes lanes.
 __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
@@ -111,6 +147,10 @@ cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
                             layout, codebook, codes.inverse_norms, codes.bias,
                             &codes.summary->range));
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+  TOKENFLOW_CUDA_TRY(launch(nearest_to_zero_kernel,
+                            dim3(static_cast<unsigned>(padded / kPackThreads)), kPackThreads, 0,
+                            stream, layout, codebook, codes.bias, codes.to_zero));
+  static_assert(kTileCodes % kPackThreads == 0, "whole blocks of codes");
   const PackArgs args = {layout, codebook, codes, padded, rows, {num_rows, 0, num_rows},
                          packed, num_rows};
   return launch(pack_kernel, dim3(blocks(padded + num_rows)), kPackThreads, 0, stream, args);

@@ -64,10 +64,17 @@ struct CodebookSummary {
   CoarseCodeBounds bounds;
 };
 
+// The nearest of some codes to a row.
+struct NearestOfSome {
+  double distance;
+  int64_t index;
+};
+
 struct PackedCodes {
   uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
-  double* inverse_norms;  // [codes, groups]: reciprocal lengths
-  double* bias;           // [codes], see codebook.h; -infinity for a code that is not finite
+  double* inverse_norms;   // [codes, groups]: reciprocal lengths
+  double* bias;            // [codes], see codebook.h; -infinity for a code that is not finite
+  NearestOfSome* to_zero;  // [codes / 32] of each 32 codes: the nearest to a row of zeros
   CodebookSummary* summary;
 };
 
@@ -104,7 +111,7 @@ inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout&
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
           workspace.take<double>(padded * layout.groups), workspace.take<double>(padded),
-          workspace.take<CodebookSummary>(1)};
+          workspace.take<NearestOfSome>(padded / kWarpSize), workspace.take<CodebookSummary>(1)};
 }
 
 inline PackedRows take_packed_rows(Workspace& workspace, const CodebookLayout& layout,

@@ -210,6 +210,36 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
   return sum_over_lanes<kWarpSize>(sum);
 }
 
+// Whether the row holds nothing but zeros; the work of a warp.
+__device__ __forceinline__ bool is_zero(const float* row, int dim) {
+  bool zero = true;
+#pragma unroll 1
+  for (int d = lane_index(); d < dim; d += kWarpSize) zero &= row[d] == 0;
+  return ballot(!zero) == 0;
+}
+
+// Of all codes; the work of a warp.
+__device__ __forceinline__ int nearest_to_zero(const SearchArgs& args) {
+  const int count = num_tiles(args) * (kTileCodes / kWarpSize);
+  double distance = static_cast<double>(INFINITY);
+  int index = 0;
+  const auto take_nearer = [&](double d, int i) {
+    if (d < distance || (d == distance && i < index)) {
+      distance = d;
+      index = i;
+    }
+  };
+#pragma unroll 1
+  for (int i = lane_index(); i < count; i += kWarpSize) {
+    take_nearer(args.codes.to_zero[i].distance, static_cast<int>(args.codes.to_zero[i].index));
+  }
+#pragma unroll 1
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    take_nearer(shuffle_xor(distance, step), shuffle_xor(index, step));
+  }
+  return index;
+}
+
 // Where all codes are excluded (not finite), so is the best score: -2^30, when others are below
 // 2^29 in magnitude.
 constexpr float kExcludedScore = -0x1p29f;
@@ -245,7 +275,10 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
 #pragma unroll 2
   for (int r = lane; r < num_records; r += kWarpSize) best = fmaxf(best, records[r].best);
   best = max_over_warp(best, 1);
-  if (fabsf(bounds.length) < infinity() && best > kExcludedScore) {
+  const bool decidable = fabsf(bounds.length) < infinity() && best > kExcludedScore;
+  if (decidable && bounds.length == 0 && is_zero(row.values, layout.dim)) {
+    nearest.index = nearest_to_zero(args);
+  } else if (decidable) {
     const float threshold = best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns,
                                                           bounds, args.codes.summary->bounds);
 #pragma unroll 1

@@ -316,6 +316,7 @@ int main() {
         }
         codebook[(first + (n % 4 < 2 ? one : other)) * kDim + n % kDim] *= 1 + difference;
       }
+      std::fill_n(rows.end() - kDim, kDim, 0.0f);  // as far from all codes of unit length
       Indices wanted;
       for (int n = 0; n < kRows; ++n) {
         double best = std::numeric_limits<double>::infinity();
