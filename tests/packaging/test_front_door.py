@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,29 @@ def test_citation_agrees_with_the_project() -> None:
     assert citation["version"] == project["version"]
     assert citation["license"] == project["license"]
     assert citation["references"][0]["url"] == project["urls"]["Paper"]
+
+
+def old_names() -> set[str]:
+    """Every name that the sources keep for one version: the arguments of renamed() and
+    warn_renamed()."""
+    found: set[str] = set()
+    for folder in ("tokenflow_ext", "models", "train"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+                    continue
+                if call.func.id == "renamed" and isinstance(call.args[1], ast.Dict):
+                    found |= {ast.literal_eval(key) for key in call.args[1].keys}
+                elif call.func.id == "warn_renamed" and isinstance(call.args[0], ast.Constant):
+                    found.add(call.args[0].value.rpartition(".")[2])
+    return found
+
+
+def test_the_changelog_lists_the_names_that_changed() -> None:
+    names = old_names()
+    assert {"walk", "three_step"} <= names
+    deprecated = (ROOT / "CHANGELOG.md").read_text().partition("### Deprecated")[2]
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", deprecated)] == []
 
 
 @pytest.mark.parametrize("form", ["bug", "feature"])
