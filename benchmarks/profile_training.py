@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import commit, cpu_model
 from tokenflow_ext.train.config import load_config, to_yaml
 from tokenflow_ext.train.engine.distributed import processes
-from tokenflow_ext.train.tasks.tokenizer import Trainer
+from tokenflow_ext.train.engine.loop import Trainer
+from tokenflow_ext.train.tasks.tokenizer import TokenizerTask
 
 #: The ranges that training marks by record_function, in the order of a step.
 PARTS = (
@@ -144,7 +145,7 @@ def _steps(trainer: Trainer, count: int) -> float:
 def measure(config: Any, out: Path, steps: int, warmup: int) -> dict[str, Any]:
     """Profile a run; the first process writes what the module says."""
     with processes(config.device) as group:
-        trainer = Trainer(config, group)
+        trainer = Trainer(config, group, TokenizerTask)
         trainer.prepare()
         if warmup:
             _steps(trainer, warmup)

@@ -11,20 +11,20 @@ from functools import partial
 from typing import Any
 
 from tokenflow_ext.train.config import TextConfig, load_text_config
-from tokenflow_ext.train.engine import loop
+from tokenflow_ext.train.engine import command, loop
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.tasks.text_to_image import TextTrainer
+from tokenflow_ext.train.tasks.text_to_image import TextToImageTask
 
 
 def train(config: TextConfig, group: Processes, resume: bool = False) -> dict[str, Any]:
     """Run the training that ``config`` describes; returns its summary (see ``loop.train``)."""
-    return loop.train(config, group, TextTrainer, resume)
+    return loop.train(config, group, TextToImageTask, resume)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    read = partial(loop.read_arguments, load_text_config, "text_to_image.py", __doc__, argv)
-    loop.run_command(read, train)
+    read = partial(command.read_arguments, load_text_config, "text_to_image.py", __doc__, argv)
+    command.run_command(read, train)
 
 
 if __name__ == "__main__":

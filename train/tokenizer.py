@@ -11,9 +11,9 @@ from typing import Any
 
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import DataConfig, TrainConfig, load_config
-from tokenflow_ext.train.engine import loop
+from tokenflow_ext.train.engine import command, loop
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.tasks.tokenizer import Trainer
+from tokenflow_ext.train.tasks.tokenizer import TokenizerTask
 
 
 def notice(config: DataConfig) -> str:
@@ -23,13 +23,13 @@ def notice(config: DataConfig) -> str:
 
 def train(config: TrainConfig, group: Processes, resume: bool = False) -> dict[str, Any]:
     """Run the training that ``config`` describes; returns its summary (see ``loop.train``)."""
-    return loop.train(config, group, Trainer, resume, notice(config.data))
+    return loop.train(config, group, TokenizerTask, resume, notice(config.data))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    read = partial(loop.read_arguments, load_config, "tokenizer.py", __doc__, argv)
-    loop.run_command(read, train)
+    read = partial(command.read_arguments, load_config, "tokenizer.py", __doc__, argv)
+    command.run_command(read, train)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from tokenflow_ext.train import decoder, tokenizer
 from tokenflow_ext.train.config import load_config, load_decoder_config
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.engine.parallel import whole
-from tokenflow_ext.train.tasks.decoder import DecoderTrainer
-from tokenflow_ext.train.tasks.tokenizer import Trainer
+from tokenflow_ext.train.tasks.decoder import DecoderTask
+from tokenflow_ext.train.tasks.tokenizer import TokenizerTask
 
 PROGRAMS = {
-    "tokenizer": (load_config, Trainer, tokenizer.train),
-    "decoder": (load_decoder_config, DecoderTrainer, decoder.train),
+    "tokenizer": (load_config, TokenizerTask, tokenizer.train),
+    "decoder": (load_decoder_config, DecoderTask, decoder.train),
 }
 
 
@@ -42,16 +43,14 @@ def one_step(trainer: Trainer, output: str, group: Processes) -> None:
     checksums = group.gather([v.double().sum().item() for v in weights.values()])
     sizes = group.gather(sum(_local_size(p) for p in trainer.model.parameters()))
     held_out = trainer.evaluate()
-    models = {"model": trainer.model}
-    if trainer.discriminator is not None:
-        models["discriminator"] = trainer.discriminator
+    models = {name: optimized.module for name, optimized in trainer.task.optimized.items()}
     gradients = {
         f"{kind}.{name}": whole(p.grad)
         for kind, model in models.items()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    averages = {name: whole(value) for name, value in trainer.average.weights.items()}
+    averages = {name: whole(value) for name, value in trainer.task.ema.weights.items()}
     if group.first:
         result = {
             "gradients": gradients,
@@ -84,7 +83,7 @@ def main(plan: dict, group: Processes) -> None:
     """Do what the plan says."""
     load, make, train = PROGRAMS[plan["program"]]
     for output, overrides in plan["steps"].items():
-        one_step(make(load(None, overrides), group), output, group)
+        one_step(Trainer(load(None, overrides), group, make), output, group)
     if plan["halved"]:
         whole_and_resumed(*(load(None, run) for run in plan["halved"]), train, group)
     for overrides in plan["runs"]:

@@ -16,13 +16,14 @@ import torch
 from tokenflow_ext.train import text_to_image
 from tokenflow_ext.train.config import load_text_config
 from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.engine.parallel import whole
-from tokenflow_ext.train.tasks.text_to_image import TextTrainer
+from tokenflow_ext.train.tasks.text_to_image import TextToImageTask
 
 
 def two_steps(output: str, overrides: list[str], group: Processes) -> None:
     """Two training steps; what they leave, in one piece."""
-    trainer = TextTrainer(load_text_config(None, overrides), group)
+    trainer = Trainer(load_text_config(None, overrides), group, TextToImageTask)
     trainer.prepare()
     losses = []
     for _ in range(2):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from tokenflow_ext.models.serialization.files import (
     write_file,
 )
 from tokenflow_ext.train.data.image_files import to_pixels
+
+from . import checkpoint
 
 
 class RunLog:
@@ -162,3 +165,39 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def summary_text(
+    run: Path, summary: dict[str, Any], metrics: dict[str, tuple[str, str]], head: str = ""
+) -> str:
+    """The end of a run for people: what was reached, the time, the paths.
+
+    Args:
+        run: its folder.
+        summary: as in summary.json.
+        metrics: the values of an evaluation to show: by key, (name, format).
+        head: of the table's first column.
+    """
+    rows = [(head, "first", "last")]
+    for key, (name, form) in metrics.items():
+        if key in summary["last"]:
+            first, last = (summary[when].get(key) for when in ("first", "last"))
+            rows.append((name, "-" if first is None else form.format(first), form.format(last)))
+    newest = checkpoint.available(run / "checkpoints")
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    done = f"{summary['steps']} steps, {summary['images']} images"
+    picture = run / "pictures" / "final.png"
+    paths = [
+        ("picture", picture if picture.exists() else "-"),
+        ("checkpoint", newest[-1] if newest else "-"),
+        ("logs", f"{run / 'log.jsonl'}, tensorboard --logdir {run}"),
+    ]
+    return "\n".join(
+        [
+            "",
+            table(rows),
+            "",
+            f"{done} in {minutes} min {seconds} s",
+            *(f"{name:10s} {path}" for name, path in paths),
+        ]
+    )

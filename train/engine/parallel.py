@@ -1,11 +1,11 @@
 """Weights over processes: whole on each (DDP) or split over them (FSDP2), and what does not depend
-on which: the average of the weights, the norm of the gradients, the form of a checkpoint."""
+on which: the norm of the gradients, the form of a checkpoint."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.serialization import pretrained
 
 from .distributed import Processes
@@ -34,7 +34,8 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be split over processes."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -73,6 +74,19 @@ def reshard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, without gradients; afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        reshard(model)
 
 
 def distribute(model: nn.Module, group: Processes, **options: Any) -> nn.Module:
@@ -114,38 +128,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, limit, norm)
     return norm
-
-
-class Average:
-    """The moving average of weights, each split over processes as the weight is.
-
-    The decay starts low, as (1 + t) / (10 + t), so that the first steps are forgotten.
-
-    Args:
-        parameters: those that change in training, by name.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        mine = [_local(w) for w in self.weights.values()]
-        return mine, [_local(p.detach()) for p in self.parameters.values()]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the weights after optimizer step ``step`` (counted from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(*self._pairs(), None)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the weights and their average."""
-        for mine, theirs in zip(*self._pairs(), strict=True):
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
 
 
 # -- checkpoints: the same for every way of splitting ---------------------------------------------
@@ -235,4 +217,7 @@ def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LambdaLR, state: di
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of weights and buffers whose part on this process holds a NaN or an infinity."""
-    return pretrained.not_finite({name: _local(v) for name, v in model.state_dict().items()})
+    return pretrained.not_finite({name: local_part(v) for name, v in model.state_dict().items()})
+
+
+__getattr__ = renamed(__name__, {"Average": "tokenflow_ext.train.engine.ema:EMA"})

@@ -33,7 +33,8 @@ from tokenflow_ext.train.config import (
 from tokenflow_ext.train.data.text_files import DataError
 from tokenflow_ext.train.engine import checkpoint, logs, runs
 from tokenflow_ext.train.engine.distributed import Launcher, Processes
-from tokenflow_ext.train.tasks.tokenizer import Trainer
+from tokenflow_ext.train.engine.loop import Trainer
+from tokenflow_ext.train.tasks.tokenizer import TokenizerTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -283,18 +284,18 @@ def test_the_optimizer_takes_up_what_is_asked_for(copy, capsys):
     run, given = copy
     asked = ["optim.lr=0.5", "optim.betas=[0.5,0.75]", "optim.weight_decay=0.25", "optim.steps=9"]
     asked += ["optim.discriminator_lr=0.125", "optim.lr_scale.pixel_encoder=0.5"]
-    trainer = Trainer(load_config(None, [*given, *asked]), ALONE)
+    trainer = Trainer(load_config(None, [*given, *asked]), ALONE, TokenizerTask)
     trainer.restore(checkpoint.available(run / "checkpoints")[-1])
     assert trainer.step == 3
     # Warm-up of two steps, then a cosine to 2% at the ninth.
     factor = [0.5, 1.0] + [0.02 + 0.49 * (1 + math.cos(math.pi * n / 7)) for n in range(7)]
     for _ in range(2):
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.task.generator.optimizer.param_groups:
             rate = 0.25 if group["name"] == "pixel_encoder" else 0.5
             assert group["lr"] == pytest.approx(rate * factor[trainer.step])
             assert tuple(group["betas"]) == (0.5, 0.75)
             assert group["weight_decay"] == 0.25
-        (group,) = trainer.d_optimizer.param_groups
+        (group,) = trainer.task.pixel_loss.discriminator.optimizer.param_groups
         assert group["lr"] == pytest.approx(0.125 * factor[trainer.step])
         if trainer.step == 3:
             trainer.prepare()
@@ -346,9 +347,11 @@ def test_no_checkpoint_holds_what_is_not_finite(
                 elif broken == "weight":
                     self.model.decoder.conv_out.weight[0, 0, 0, 0] = math.inf
                 elif broken == "average":
-                    self.average.weights["decoder.conv_out.weight"][0] = math.nan
+                    self.task.ema.weights["decoder.conv_out.weight"][0] = math.nan
                 else:
-                    next(iter(self.optimizer.state.values()))["exp_avg"][0] = -math.inf
+                    next(iter(self.task.generator.optimizer.state.values()))["exp_avg"][
+                        0
+                    ] = -math.inf
         return values
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
@@ -445,7 +448,7 @@ STATES = {
 @pytest.fixture(scope="module")
 def trainer(done):
     run, given = done
-    trainer = Trainer(load_config(None, given), ALONE)
+    trainer = Trainer(load_config(None, given), ALONE, TokenizerTask)
     trainer.restore(checkpoint.available(run / "checkpoints")[-1])
     return trainer
 

@@ -14,7 +14,9 @@ from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.config import load_config, load_decoder_config
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.tasks.decoder import DecoderTrainer, with_enhanced_decoder
+from tokenflow_ext.train.engine.loop import Trainer
+from tokenflow_ext.train.engine.parallel import evaluating
+from tokenflow_ext.train.tasks.decoder import DecoderTask, with_enhanced_decoder
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TOGETHER = Path(__file__).parents[1] / "together.py"
@@ -46,9 +48,9 @@ def released_config(micro, images) -> TokenizerConfig:
 def make(micro, image_tokenizer, images, tmp_path):
     """make("decoder=enhanced", ...): a trainer over the micro tokenizer, ready for steps."""
 
-    def build(*more: str, init: Path = image_tokenizer) -> DecoderTrainer:
+    def build(*more: str, init: Path = image_tokenizer) -> Trainer:
         given = micro.decoder_overrides(tmp_path / "run", init, images, *more)
-        trainer = DecoderTrainer(load_decoder_config(None, given), ALONE)
+        trainer = Trainer(load_decoder_config(None, given), ALONE, DecoderTask)
         trainer.prepare()
         return trainer
 
@@ -72,7 +74,8 @@ def test_the_decoder_moves_and_nothing_else(make, image_tokenizer, kind):
     for _ in range(2):
         trainer.train_step()
     for averaged in (False, True):
-        with trainer._ready() if averaged else trainer._evaluating() as model:
+        with trainer.averaged() if averaged else evaluating(trainer.model):
+            model = trainer.model
             after = state(model)
             moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
             assert moved == {k for k in after if k.startswith("decoder.")}
@@ -80,9 +83,9 @@ def test_the_decoder_moves_and_nothing_else(make, image_tokenizer, kind):
         assert not any(part.training for part in model.modules())
     frozen = [p for k, p in trainer.model.named_parameters() if not k.startswith("decoder.")]
     assert all(p.grad is None for p in frozen)
-    assert sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"]) == sum(
-        p.numel() for p in trainer.model.decoder.parameters()
-    )
+    assert sum(
+        p.numel() for g in trainer.task.generator.optimizer.param_groups for p in g["params"]
+    ) == sum(p.numel() for p in trainer.model.decoder.parameters())
 
 
 def test_the_decoder_starts_from_what_it_was(make, image_tokenizer):
@@ -114,20 +117,20 @@ def test_the_enhanced_decoder_starts_anew_once(make, image_tokenizer, tmp_path):
 def test_it_learns_from_what_decode_reads(make):
     """The quantized features of a step are those of the tokens, every scale of them."""
     trainer = make("optim.batch=16")
-    images, quantized = trainer._take_batch()
+    images, quantized = next(trainer.batches)
     model = trainer.model
     assert not quantized.quantized.requires_grad
     assert torch.equal(quantized.indices, model.encode(images))
     expected = model.decode(quantized.indices)[0]
-    torch.testing.assert_close(trainer._forward(images, quantized).images, expected)
+    torch.testing.assert_close(trainer.task.decode(quantized).images, expected)
 
 
-def test_the_losses_are_those_of_the_images(make, monkeypatch):
+def test_the_losses_are_those_of_the_images(make):
     trainer = make(*GAN)
-    images, quantized = trainer._take_batch()
-    monkeypatch.setattr(trainer, "_take_batch", lambda: (images, quantized))
+    images, quantized = next(trainer.batches)
+    trainer.batches = iter([(images, quantized)])
     made = trainer.model.decode(quantized.indices)[0].detach()
-    logits = trainer.discriminator(made)
+    logits = trainer.task.pixel_loss.discriminator.module(made)
     values = trainer.train_step()
     l2 = (made - images).square().mean()
     torch.testing.assert_close(values["l2"], l2)
@@ -182,9 +185,9 @@ def test_a_released_file_is_a_start(micro, released_file, images, tmp_path, monk
 
     monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
     given = micro.decoder_overrides(tmp_path / "run", released_file, images, "resolution=256")
-    trainer = DecoderTrainer(load_decoder_config(None, [*given, "decoder=enhanced"]), ALONE)
+    task = DecoderTask(load_decoder_config(None, [*given, "decoder=enhanced"]), ALONE)
     assert asked == [(released_file, 256)]
-    assert "quantize.codebook_used" in trainer.model.left_aside
+    assert "quantize.codebook_used" in task.model.left_aside
 
 
 @pytest.mark.parametrize(

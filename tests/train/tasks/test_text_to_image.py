@@ -22,8 +22,9 @@ from tokenflow_ext.train.config import load_text_config
 from tokenflow_ext.train.data.captions import list_captions, some
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.tasks import language
-from tokenflow_ext.train.tasks.text_to_image import TextTrainer
+from tokenflow_ext.train.tasks.text_to_image import TextToImageTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TOGETHER = Path(__file__).parents[1] / "together_text.py"
@@ -51,8 +52,8 @@ def arguments(micro, image_tokenizer, pairs, tmp_path):
 def make(arguments):
     """make("optim.steps=3", ...): a trainer, ready for steps."""
 
-    def build(*more: str) -> TextTrainer:
-        trainer = TextTrainer(load_text_config(None, arguments("run", *more)), ALONE)
+    def build(*more: str) -> Trainer:
+        trainer = Trainer(load_text_config(None, arguments("run", *more)), ALONE, TextToImageTask)
         trainer.prepare()
         return trainer
 
@@ -73,23 +74,23 @@ def test_every_weight_trains(make):
 
 def test_pictures_are_tokenized_as_shards_are(make, tokens):
     on_the_fly, ready = make(), make(f"data.path={tokens}")
-    assert ready.dataset.tokenized
-    assert not on_the_fly.dataset.tokenized
+    assert ready.task.dataset.tokenized
+    assert not on_the_fly.task.dataset.tokenized
     # Folders list the pictures in the same order, so samples agree.
     for _ in range(3):
-        for a, b in zip(on_the_fly._take_batch(), ready._take_batch(), strict=True):
+        for a, b in zip(next(on_the_fly.batches), next(ready.batches), strict=True):
             assert torch.equal(a, b)
 
 
 def test_a_dropped_caption_is_the_unconditional_prompt(make):
     trainer = make("data.drop=1.0")
-    ids, valid, _ = trainer._take_batch()
-    empty, mask = encode_prompts([""], trainer.text_tokenizer, trainer.model.config)
+    ids, valid, _ = next(trainer.batches)
+    empty, mask = encode_prompts([""], trainer.task.text_tokenizer, trainer.model.config)
     assert torch.equal(ids, empty.expand(4, -1))
     assert torch.equal(valid, mask.expand(4, -1))
     cut = make("data.drop=0.0", "data.truncate=1.0")
-    ids, valid, _ = cut._take_batch()
-    text = cut.text_tokenizer.decode(ids[0][valid[0]])
+    ids, valid, _ = next(cut.batches)
+    text = cut.task.text_tokenizer.decode(ids[0][valid[0]])
     assert text.endswith("<img>")
     assert "grey" not in text
 
@@ -126,9 +127,9 @@ def test_the_average_follows_the_weights(make):
     for step in range(1, 4):
         trainer.train_step()
         expected.lerp_(weight.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
-    torch.testing.assert_close(trainer.average.weights[name], expected)
+    torch.testing.assert_close(trainer.task.ema.weights[name], expected)
     kept = weight.detach().clone()
-    with trainer._ready() as model:
+    with trainer.averaged() as model:
         torch.testing.assert_close(dict(model.named_parameters())[name].detach(), expected)
     assert torch.equal(weight, kept)
 
@@ -378,7 +379,7 @@ def test_unseen_captions_are_held_out(make, pairs):
     captions = sorted(filter(None, list_captions(pairs).values()))
     unseen = captions[:2]
     trainer = make(f"data.unseen={'|'.join(map(re.escape, unseen))}")
-    assert sorted({s.caption for s in some(trainer.dataset.source, 0)}) == captions[2:]
+    assert sorted({s.caption for s in some(trainer.task.dataset.source, 0)}) == captions[2:]
     assert "held_out_loss" in trainer.evaluate()
 
 

@@ -20,9 +20,10 @@ from tokenflow_ext.train import tokenizer
 from tokenflow_ext.train.config import OptimConfig, load_config
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.engine.loop import learning_rate
-from tokenflow_ext.train.engine.parallel import Average
-from tokenflow_ext.train.tasks.tokenizer import Trainer
+from tokenflow_ext.train.engine.ema import EMA
+from tokenflow_ext.train.engine.loop import Trainer
+from tokenflow_ext.train.engine.optimization import learning_rate
+from tokenflow_ext.train.tasks.tokenizer import TokenizerTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -36,7 +37,7 @@ def make(micro, images, tmp_path):
             pytest.skip(LITE0_MISSING)
         extra = more if semantic else (*micro.PIXEL_ONLY, *more)
         config = load_config(None, micro.overrides(tmp_path / "run", images, *extra))
-        trainer = Trainer(config, ALONE)
+        trainer = Trainer(config, ALONE, TokenizerTask)
         trainer.prepare()
         return trainer
 
@@ -65,7 +66,7 @@ def test_the_schedule():
 
 def test_the_average_is_the_moving_average():
     weight = torch.nn.Parameter(torch.randn(1))
-    average = Average({"weight": weight}, 0.9)
+    average = EMA({"weight": weight}, 0.9)
     expected = weight.item()
     for step in range(1, 200):
         with torch.no_grad():
@@ -94,16 +95,16 @@ ADVERSARIES = {
 def test_every_weight_trains_with_every_loss(make, adversary):
     settings = ("loss.gan=0.5", "loss.gan_start=0", "model.quantizer.scale_drop=0", *adversary)
     trainer = make(*settings, semantic=True)
-    before, d_before = weights(trainer.model), weights(trainer.discriminator)
+    before, d_before = weights(trainer.model), weights(trainer.task.pixel_loss.discriminator.module)
     for _ in range(2):
         values = trainer.train_step()
     assert all(math.isfinite(v) for v in values.values())
     learned = {k for k, p in trainer.model.named_parameters() if p.requires_grad}
     assert learned <= changed(before, trainer.model)
     assert not any(k.startswith("semantic_encoder") for k in changed(before, trainer.model))
-    assert {k for k, _ in trainer.discriminator.named_parameters()} <= changed(
-        d_before, trainer.discriminator
-    )
+    assert {
+        k for k, _ in trainer.task.pixel_loss.discriminator.module.named_parameters()
+    } <= changed(d_before, trainer.task.pixel_loss.discriminator.module)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +127,21 @@ def test_a_loss_switched_off_moves_nothing(make, off, idle):
 
 def test_the_discriminator_waits_for_its_start(make):
     trainer = make("loss.gan=0.5", "loss.gan_start=2")
-    before = weights(trainer.discriminator)
+    before = weights(trainer.task.pixel_loss.discriminator.module)
     assert "discriminator" not in trainer.train_step()
     assert "discriminator" not in trainer.train_step()
-    assert not changed(before, trainer.discriminator)
+    assert not changed(before, trainer.task.pixel_loss.discriminator.module)
     assert "discriminator" in trainer.train_step()
-    assert changed(before, trainer.discriminator)
+    assert changed(before, trainer.task.pixel_loss.discriminator.module)
 
 
 def test_adversarial_losses_are_the_configured_ones(make):
     """By the logits of one step, in numbers."""
     trainer = make("loss.gan=0.5", "loss.gan_start=0", *ADVERSARIES["stylegan"])
     seen = []
-    trainer.discriminator.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
+    trainer.task.pixel_loss.discriminator.module.register_forward_hook(
+        lambda _m, _i, out: seen.append(out.detach())
+    )
     values = trainer.train_step()
     (fake, both) = seen
     assert values["generator"].item() == pytest.approx(-fake.sigmoid().log().mean().item())
@@ -154,13 +157,13 @@ def test_a_group_of_the_discriminator_is_not_split(make):
 
 def test_teacher_and_tower_read_the_same_pixels_in_half_precision(make):
     trainer = make("optim.precision=bf16", "optim.accumulate=1", semantic=True)
-    images, target = trainer._take_batch()
+    images, target = next(trainer.batches)
     assert images.dtype == torch.float32
     assert target.dtype == torch.bfloat16  # computed under autocast
-    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in trainer.teacher.parameters())
-    assert not trainer.teacher.training
-    assert cosine(target.float(), trainer.teacher(images)) > 0.98
+    assert {p.dtype for p in trainer.task.teacher.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in trainer.task.teacher.parameters())
+    assert not trainer.task.teacher.training
+    assert cosine(target.float(), trainer.task.teacher(images)) > 0.98
     values = trainer.train_step()
     assert {value.dtype for value in values.values()} == {torch.float32}
 
@@ -169,7 +172,7 @@ def test_teacher_and_tower_read_the_same_pixels_in_half_precision(make):
 def test_half_precision_stays_near_full_precision(make, precision):
     full = make("model.quantizer.scale_drop=0")
     half = make("model.quantizer.scale_drop=0", f"optim.precision={precision}")
-    assert half.scaler.is_enabled() == (precision == "fp16")
+    assert half.task.generator.scaler.is_enabled() == (precision == "fp16")
     for _ in range(3):
         a, b = full.train_step(), half.train_step()
     assert b["l2"].item() == pytest.approx(a["l2"].item(), rel=0.05)
@@ -198,7 +201,7 @@ def test_gradients_are_clipped(make):
 def test_parts_have_learning_rates_of_their_own(make, tmp_path):
     scales = ("optim.lr_scale.pixel_encoder=0.5", "optim.lr_scale.codebooks=0")
     trainer = make(*scales, "optim.lr=1e-2", "optim.warmup=2")
-    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    groups = {group["name"]: group for group in trainer.task.generator.optimizer.param_groups}
     assert list(groups) == ["pixel_encoder", "pixel_decoder"]
     before = weights(trainer.model)
     for factor in (0.5, 1.0):  # the warm-up, of every group alike
@@ -211,12 +214,16 @@ def test_parts_have_learning_rates_of_their_own(make, tmp_path):
     # Adam's first steps are as long as the learning rate, whatever the gradient.
     step = (trainer.model.encoder.conv_in.weight - before["encoder.conv_in.weight"]).abs()
     assert step.max() <= 0.5e-2 * 1.5 * (1 + 1e-3)
-    lines = trainer.headline().splitlines()
+    lines = trainer.task.headline().splitlines()
     assert [line.split(" M  ")[1] for line in lines[:3]] == ["lr 0.005", "frozen", "lr 0.01"]
     trainer.save()
     other = make(*scales, "optim.lr=1e-2", "optim.warmup=2")
     other.restore(checkpoint.available(tmp_path / "run" / "checkpoints")[-1])
-    for one, two in zip(trainer.optimizer.param_groups, other.optimizer.param_groups, strict=True):
+    for one, two in zip(
+        trainer.task.generator.optimizer.param_groups,
+        other.task.generator.optimizer.param_groups,
+        strict=True,
+    ):
         assert (one["name"], one["lr"]) == (two["name"], two["lr"])
 
 
@@ -229,7 +236,7 @@ def test_the_decoder_alone_trains(make):
     moved = {n for n in changed(before, trainer.model) if not n.startswith("quantizer.usage")}
     assert moved
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
-    assert not any(name.startswith("encoder") for name in trainer.average.weights)
+    assert not any(name.startswith("encoder") for name in trainer.task.ema.weights)
 
 
 def test_recomputed_activations_change_no_step(make):
@@ -264,13 +271,13 @@ def test_a_compiled_model_trains_alike(make, monkeypatch, backend):
 
 def test_kmeans_starts_codes_on_the_features(make):
     plain, started = make("codebook.kmeans_batches=0"), make()
-    images = started.held_out
+    images = started.task.crops.held_out
     with torch.no_grad():
         losses = [
             t.model.eval().quantizer(t.model.features(images)).vq_loss for t in (plain, started)
         ]
     assert losses[1] < 0.7 * losses[0]
-    for average, codebook in started._codebooks():
+    for average, codebook in started.task.averaged_codebooks():
         assert torch.equal(average, codebook)
 
 
@@ -284,7 +291,7 @@ def test_dead_codes_are_restarted_in_model_and_average(make):
     quantizer.usage_ema[5] = 0
     trainer.train_step()
     assert not torch.allclose(quantizer.codebooks[0][5], far, atol=0.1)
-    average, codebook = trainer._codebooks()[0]
+    average, codebook = trainer.task.averaged_codebooks()[0]
     assert torch.equal(codebook[5], average[5])
     assert quantizer.usage_ema[5] > 0
 
