@@ -269,19 +269,33 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary."""
         output, steps = self.config.output, self.config.optim.steps
-        log = None
-        if self.group.first:
-            self.run.mkdir(parents=True, exist_ok=True)
-            log = RunLog(
-                self.run,
-                self.step,
-                steps,
-                tensorboard=output.tensorboard,
-                progress=output.progress,
-            )
+        log, launcher = self._open_log(), Launcher()
         try:
             with self._naming_the_cause():
-                self._fit(log)
+                self.prepare()
+                started, done_before, before = time.perf_counter(), self.step, self.seconds
+                if self.step == 0:
+                    self._report(log)
+                while self.step < steps:
+                    launcher.check()
+                    values = self.train_step()
+                    self._note(values)
+                    self.seconds = before + time.perf_counter() - started
+                    last = self.step == steps
+                    if log is not None:
+                        log.advance()
+                    if last or self.step % output.log_every == 0:
+                        speed = (self.step - done_before) / (self.seconds - before)
+                        self._log_step(log, values, speed)
+                    if last or self.step % output.eval_every == 0:
+                        self._report(log)
+                    if last or self.step % output.picture_every == 0:
+                        self._draw(log, "final" if last else f"step_{self.step:08d}")
+                    self.seconds = before + time.perf_counter() - started
+                    if last or self.step % output.checkpoint_every == 0:
+                        self.save()
+                if not self.last:  # the run was already complete
+                    self.last = self.evaluate()
         finally:
             self.stop_reading()
             if log is not None:
@@ -289,37 +303,19 @@ class Trainer:
         self.group.wait()
         return self._summary()
 
-    def _fit(self, log: RunLog | None) -> None:
+    def _open_log(self) -> RunLog | None:
+        if not self.group.first:
+            return None
         output, steps = self.config.output, self.config.optim.steps
-        launcher = Launcher()
-        self.prepare()
-        started, done_before = time.perf_counter(), self.step
-        before = self.seconds
-        if self.step == 0:
-            self._report(log)
-        while self.step < steps:
-            launcher.check()
-            values = self.train_step()
-            self._note(values)
-            self.seconds = before + time.perf_counter() - started
-            last = self.step == steps
-            if log is not None:
-                log.advance()
-            if last or self.step % output.log_every == 0:
-                speed = (self.step - done_before) / (self.seconds - before)
-                self._log_step(log, values, speed)
-            if last or self.step % output.eval_every == 0:
-                self._report(log)
-            if last or self.step % output.picture_every == 0:
-                name = "final" if last else f"step_{self.step:08d}"
-                images = self.pictures()
-                if log is not None and images is not None:
-                    log.picture(self.step, self.run / "pictures" / f"{name}.png", *images)
-            self.seconds = before + time.perf_counter() - started
-            if last or self.step % output.checkpoint_every == 0:
-                self.save()
-        if not self.last:  # the run was already complete
-            self.last = self.evaluate()
+        self.run.mkdir(parents=True, exist_ok=True)
+        return RunLog(
+            self.run, self.step, steps, tensorboard=output.tensorboard, progress=output.progress
+        )
+
+    def _draw(self, log: RunLog | None, name: str) -> None:
+        images = self.pictures()
+        if log is not None and images is not None:
+            log.picture(self.step, self.run / "pictures" / f"{name}.png", *images)
 
     def _log_step(self, log: RunLog | None, values: dict[str, Tensor], speed: float) -> None:
         self._check_losses()

@@ -167,15 +167,6 @@ class TokenizerTask(Task):
 
     def micro_step(self, batch: tuple[Tensor, Tensor | None], step: int) -> dict[str, Tensor]:
         images, target = batch
-        made, losses = self._train_generator(images, target, step)
-        if made is None:  # no pixel branch, no discriminator
-            return losses
-        return losses | self.pixel_loss.train_discriminator(images, made, step)
-
-    def _train_generator(
-        self, images: Tensor, target: Tensor | None, step: int
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Forward and backward of the tokenizer: its images (without graph) and its losses."""
         loss = self.config.loss
         with autocast(self.config.optim.precision, self.group.device):
             out = self.generator.parallel(images, target if self.tower_is_teacher else None)
@@ -190,7 +181,10 @@ class TokenizerTask(Task):
             )
         with record_function("backward"):
             self.generator.backward(losses.total)
-        return None if out.images is None else out.images.detach(), losses._asdict()
+        if out.images is None:  # no pixel branch, no discriminator
+            return losses._asdict()
+        made = out.images.detach()
+        return losses._asdict() | self.pixel_loss.train_discriminator(images, made, step)
 
     # -- codebooks --------------------------------------------------------------------------------
 
