@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.train import config
 from tokenflow_ext.train.cli import commands
 
@@ -61,7 +62,7 @@ def keys(*kinds: type) -> set[str]:
     """The dotted keys of configurations, groups of keys included."""
     found: set[str] = set()
     for kind in kinds:
-        values = config.to_plain(kind())
+        values = to_plain(kind())
         found |= set(config.leaves(values)) | set(values)
     return found
 

@@ -12,6 +12,7 @@ from tokenflow_ext.models import ConfigError, TokenizerConfig
 from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.train import config
 from tokenflow_ext.train.config import TrainConfig, load_config, parse_overrides, to_yaml
+from tokenflow_ext.train.config.checks import RANGES
 
 
 def test_yaml_gives_back_an_equal_configuration(tmp_path):
@@ -133,10 +134,10 @@ def test_every_number_has_its_range():
             number = any(type(v) in (int, float) for v in values)
             of_model = key.count(".") > 1 and key.startswith("model.")
             if number and not of_model and key != "model.image_size":
-                assert key in config._RANGES, key
+                assert key in RANGES, key
 
 
-@pytest.mark.parametrize("key", sorted(config._RANGES))
+@pytest.mark.parametrize("key", sorted(RANGES))
 @pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "x"])
 def test_no_number_leaves_its_range(key, value):
     for load in (load_config, config.load_decoder_config, config.load_text_config):

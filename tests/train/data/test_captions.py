@@ -165,7 +165,7 @@ def taken(shards: Path, world: int, start: int, steps: int, streams=(2, 2), accu
     """The captions of each step, joined over processes; and the shards each process opened."""
     steps_seen, opened = [], []
     for rank in range(world):
-        share = data.Shard(8, accumulate, rank, world)
+        share = data.BatchPartition(8, accumulate, rank, world)
         config = CaptionConfig(drop=0.0, truncate=0.0, streams=streams)
         pairs = Captioned(shards, FORM, config, 8 // accumulate, seed=3)
         seen = [
@@ -213,7 +213,7 @@ def test_a_round_of_a_stream_visits_each_sample_once(shards):
 def test_the_loader_gives_the_same_with_workers(shards):
     def batches(workers: int) -> list[list[str]]:
         pairs = Captioned(shards, FORM, CaptionConfig(streams=(1, 2)), 4, seed=3)
-        loader = iter(data.loader(pairs, data.Shard(4), 8, workers, captions.collate))
+        loader = iter(data.loader(pairs, data.BatchPartition(4), 8, workers, captions.collate))
         return [next(loader)[1] for _ in range(6)]
 
     assert batches(0) == batches(2)

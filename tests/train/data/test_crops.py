@@ -60,21 +60,21 @@ def test_samples_are_in_range_and_shape(images):
 )
 def test_processes_share_out_the_joined_batch(world, accumulate, local, position):
     batch = world * accumulate * local
-    shards = [data.Shard(batch, accumulate, rank, world) for rank in range(world)]
-    parts = [shard.indices(position, micro) for micro in range(accumulate) for shard in shards]
+    partitions = [data.BatchPartition(batch, accumulate, rank, world) for rank in range(world)]
+    parts = [each.indices(position, micro) for micro in range(accumulate) for each in partitions]
     assert list(itertools.chain(*parts)) == list(range(position, position + batch))
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused():
     with pytest.raises(data.DataError, match=r"10.*4 processes"):
-        data.Shard(10, 1, 0, 4)
+        data.BatchPartition(10, 1, 0, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_starts_at_any_position(images, workers):
-    crops, shard = dataset(images), data.Shard(4, accumulate=2)
+    crops, partition = dataset(images), data.BatchPartition(4, accumulate=2)
     state = torch.get_rng_state()
-    batches = iter(data.loader(crops, shard, 8, workers))
+    batches = iter(data.loader(crops, partition, 8, workers))
     for start in (8, 10, 12):
         assert torch.equal(next(batches), torch.stack([crops[start], crops[start + 1]]))
     assert torch.equal(state, torch.get_rng_state())  # reading leaves the generator alone
@@ -180,7 +180,7 @@ def test_a_workers_error_is_one_line(tmp_path, workers):
     crops.source._kept = data.Kept(0)
     (tmp_path / "2.png").write_bytes(b"no image")
     with pytest.raises(data.DataError) as error:
-        list(itertools.islice(data.loader(crops, data.Shard(4), 0, workers), 1))
+        list(itertools.islice(data.loader(crops, data.BatchPartition(4), 0, workers), 1))
     assert str(error.value) == f"cannot read the image {tmp_path}/2.png: of no known format"
 
 
@@ -195,7 +195,7 @@ class _Killing(torch.utils.data.Dataset):
 
 def test_a_worker_that_ends_is_told_in_one_line():
     with pytest.raises(data.DataError, match=r"^a process that decodes images has ended \(.*\): "):
-        next(data.loader(_Killing(), data.Shard(2), 0, 1))
+        next(data.loader(_Killing(), data.BatchPartition(2), 0, 1))
 
 
 def test_a_span_is_compared_with_its_file(tmp_path):

@@ -80,7 +80,7 @@ def test_processes_share_out_the_shards(folder):
     def taken(world: int, start: int, steps: int) -> list[list[bytes]]:
         seen = []
         for rank in range(world):
-            own, share = crops(folder), data.Shard(8, 1, rank, world)
+            own, share = crops(folder), data.BatchPartition(8, 1, rank, world)
             seen.append([[own[g] for g in share.indices(8 * s, 0)] for s in range(start, steps)])
         return [
             [c.numpy().tobytes() for part in parts for c in part]
@@ -104,7 +104,7 @@ def test_a_round_visits_each_picture_once(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_the_same_with_workers(folder, workers):
     own = crops(folder)
-    batches = iter(data.loader(crops(folder), data.Shard(8), 16, workers))
+    batches = iter(data.loader(crops(folder), data.BatchPartition(8), 16, workers))
     for start in (16, 24, 32):
         assert torch.equal(next(batches), torch.stack([own[start + i] for i in range(8)]))
 
