@@ -125,10 +125,10 @@ def _load(kind: type[Config], path: str | Path | None, overrides: list[str] | No
             raise ConfigError(f"{path} must hold a mapping, got {type(given).__name__}")
     given = _overlay(given, parse_overrides(overrides or []))
     try:
-        below = kind()
+        below = to_plain(kind())
         if kind is TrainConfig:
-            below = TrainConfig(model=TokenizerConfig.preset(given.get("preset", "tiny")))
-        return from_plain(kind, _overlay(to_plain(below), given))
+            below["model"] = to_plain(TokenizerConfig.preset(given.get("preset", "tiny")))
+        return from_plain(kind, _overlay(below, given))
     except ConfigError as error:
         if path is None:
             raise
