@@ -225,15 +225,22 @@ inline cudaError_t num_multiprocessors(int* count) {
 }
 
 // Launches and reports what the launch itself says; the error does not linger for a later caller.
+//
+// How much dynamic shared memory a kernel may have is state of the kernel, which all threads share.
+// It is always set to the most there is: set to what a launch needs, another thread's launch of the
+// same kernel could lower it in between.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared_bytes,
                    cudaStream_t stream, Arguments&&... arguments) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+    int most = 0;
+    error = largest_shared_memory(&most);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};

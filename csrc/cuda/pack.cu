@@ -85,7 +85,7 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
   spare.exclusion = to_half(finite ? 0.0f : -kExclusion);
   const PackedLengths lengths = pack_vector<Operand::kCodes>(
       codebook + code * layout.dim, finite, layout, codes.inverse_norms + code * layout.groups,
-      exponents.length, spare, n, true, codes.fragments);
+      exponents.length, spare, n, codes.fragments);
   // |2^a c| is at most |cq| + |ec|.
   const CoarseCodeBounds bounds = {max_over_warp(lengths.packed + lengths.error, kPackLanes),
                                    max_over_warp(lengths.error, kPackLanes),
@@ -109,9 +109,10 @@ struct PackArgs {
   int64_t num_rows;
 };
 
-// Grid: kPackLanes lanes for every code of the padded codebook, then for every row, in blocks of
-// kPackThreads. Reads the vectors once (again from the L1) and writes 2 bytes a
-// column of the operands, bound by memory.
+// Grid: kPackLanes lanes for every code of the padded codebook, then for every row of the padded
+// ones, in blocks of kPackThreads. Reads the vectors once (again from the L1) and writes 2 bytes a
+// column of the operands, bound by memory. Rows that do not exist are packed as zeros: their scores
+// are computed, and not used.
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs args) {
   static_assert(kTileCodes % (kPackThreads / kPackLanes) == 0, "a block packs codes or rows");
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
   } else {
     const int64_t row = n - args.padded_codes;
     const bool exists = row < args.num_rows;
-    pack_row(args.rows + (exists ? args.map.token(row) : args.map.first) * args.layout.dim,
-             args.layout, row, exists, args.packed);
+    pack_row(args.rows + (exists ? args.map.token(row) : args.map.first) * args.layout.dim, exists,
+             args.layout, row, args.packed);
   }
 }
 
@@ -153,13 +154,14 @@ cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
   static_assert(kTileCodes % kPackThreads == 0, "whole blocks of codes");
   const PackArgs args = {layout, codebook, codes, padded, rows, {num_rows, 0, num_rows},
                          packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(padded + num_rows)), kPackThreads, 0, stream, args);
+  return launch(pack_kernel, dim3(blocks(padded + padded_rows(num_rows))), kPackThreads, 0, stream,
+                args);
 }
 
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, const TokenMap& map,
                              int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
   const PackArgs args = {layout, nullptr, {}, 0, rows, map, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(num_rows)), kPackThreads, 0, stream, args);
+  return launch(pack_kernel, dim3(blocks(padded_rows(num_rows))), kPackThreads, 0, stream, args);
 }
 
 }  // namespace tokenflow::cuda

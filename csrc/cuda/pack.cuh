@@ -79,7 +79,7 @@ struct PackedCodes {
 };
 
 struct PackedRows {
-  uint4* fragments;       // what follows the last row is never used
+  uint4* fragments;       // zeros after the last row
   double* inverse_norms;  // [rows, groups]
   CoarseRowBounds* bounds;
   const CodebookSummary* codes;
@@ -190,15 +190,15 @@ struct PackedLengths {
   float error;
 };
 
-// Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent,
-// if `write`; a vector that is not `finite` as zeros. `inverse_norms` are those of measure_vector,
+// Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent; a
+// vector that is not `finite` as zeros. `inverse_norms` are those of measure_vector,
 // written by this lane. The lengths are in every lane.
 template <Operand kOperand>
 __device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool finite,
                                                      const CodebookLayout& layout,
                                                      const double* inverse_norms, int exponent,
                                                      const SpareColumns& spare, int64_t n,
-                                                     bool write, uint4* fragments) {
+                                                     uint4* fragments) {
   const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
   unsigned* words =
       reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
@@ -207,7 +207,7 @@ __device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool f
   unsigned pair = 0;
   const auto put = [&](int i, uint16_t half) {
     pair = i % 2 == 0 ? half : pair | static_cast<unsigned>(half) << 16;
-    if (write && i % 2 == 1) {
+    if (i % 2 == 1) {
       words[i / 4 * (4 * kTileFragments * kWarpSize) + operand_word<kOperand>(n, i % 4 / 2)] = pair;
     }
   };
@@ -236,19 +236,21 @@ __device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool f
   return {coarse_packed_length(layout.dim, packed), coarse_packed_error(layout.dim, packed, error)};
 }
 
-// Packs one row as row n, if `write`; the work of kPackLanes lanes. The codes' range must be known.
-__device__ __forceinline__ void pack_row(const float* row, const CodebookLayout& layout, int64_t n,
-                                         bool write, const PackedRows& packed) {
+// Packs one row as row n, or zeros where no row `exists`; the work of kPackLanes lanes. The codes'
+// range must be known.
+__device__ __forceinline__ void pack_row(const float* row, bool exists,
+                                         const CodebookLayout& layout, int64_t n,
+                                         const PackedRows& packed) {
   double* inverse_norms = packed.inverse_norms + n * layout.groups;
   const VectorSize size = measure_vector(row, layout, inverse_norms);
   const CodebookRange range = packed.codes->range;
   const RowExponents exponents = row_exponents(size.length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);
-  const PackedLengths lengths =
-      pack_vector<Operand::kRows>(row, size.finite, layout, inverse_norms, exponents.length,
-                                  {{half, half}, to_half(kExclusion)}, n, write, packed.fragments);
-  if (write && lane_index() % kPackLanes == 0) {
+  const PackedLengths lengths = pack_vector<Operand::kRows>(
+      row, exists && size.finite, layout, inverse_norms, exponents.length,
+      {{half, half}, to_half(kExclusion)}, n, packed.fragments);
+  if (exists && lane_index() % kPackLanes == 0) {
     packed.bounds[n] = {size.finite ? lengths.packed : NAN, lengths.error, factor,
                         coarse_distance_error(layout.dim, size.length, exponents, range),
                         score_margin(layout.dim, size.length, range)};

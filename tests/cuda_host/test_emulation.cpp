@@ -31,7 +31,7 @@ __global__ void divergent_warp_kernel(int* out) {
   }
 }
 
-__global__ void past_the_end_kernel() { shared_memory<float>()[threadIdx.x] = 0; }
+__global__ void shared_memory_kernel() { shared_memory<float>()[threadIdx.x] = 0; }
 
 __global__ void warp_kernel(int* sums, unsigned* ballots, int* ups) {
   int value = static_cast<int>(threadIdx.x);
@@ -214,8 +214,15 @@ int main() {
           (void)launch(divergent_warp_kernel, dim3(1), 32, 0, nullptr, out.data());
         }),
         "lanes at different operations");
-  CHECK(launch(past_the_end_kernel, dim3(1), 32, 100 * 1024, nullptr) == cudaErrorInvalidValue,
+  CHECK(launch(shared_memory_kernel, dim3(1), 32, 100 * 1024, nullptr) == cudaErrorInvalidValue,
         "more shared memory than there is");
+  // What a kernel may have is shared by all threads: no launch leaves less than another needs.
+  for (const size_t kibibytes : {60, 50}) {
+    CHECK(launch(shared_memory_kernel, dim3(1), 32, kibibytes * 1024, nullptr) == cudaSuccess &&
+              emulation::allowed_shared_bytes(
+                  reinterpret_cast<const void*>(shared_memory_kernel)) == kMaxSharedBytesPerBlock,
+          "a launch with %zu KiB sets the kernel's limit to the most there is", kibibytes);
+  }
 
   CHECK(throws([] {
           alignas(16) static const unsigned char bytes[32] = {};
