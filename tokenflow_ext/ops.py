@@ -14,7 +14,7 @@ a codebook that does, gets some index in range, and an index out of range adds n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, cast
 
@@ -117,8 +117,7 @@ def multiscale_quantize(
     """
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return QuantizeResult(
-        *_call(
-            _Quantize,
+        *_with_gradient(_Quantize)(
             h,
             codebook,
             dropped,
@@ -175,7 +174,7 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     Rows are added in order, in float64 where that costs nothing, so the result is the same in
     every run. An index of -1 is skipped.
     """
-    return _call(_SegmentSum, rows, indices, num_segments)
+    return _with_gradient(_SegmentSum)(rows, indices, num_segments)
 
 
 def normalize_groups(x: Tensor, dims: Sequence[int], l2_norm: bool) -> Tensor:
@@ -318,8 +317,7 @@ def _quantize_backward(
     wants_codebook = ctx.needs_input_grad[1]
     # As torch's own sums by index do: another algorithm, not an error.
     atomic = ctx.atomic_codebook_gradient and not torch.are_deterministic_algorithms_enabled()
-    grad_h, grad_codebook = _call(
-        _QuantizeGradient,
+    grad_h, grad_codebook = _with_gradient(_QuantizeGradient)(
         h,
         codebook,
         indices,
@@ -334,16 +332,22 @@ def _quantize_backward(
     return grad_h, grad_codebook if wants_codebook else None, *[None] * 6
 
 
-def _call(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """The operator, with its gradient. `torch.func` and forward-mode differentiation take no
-    gradient that is registered with an operator (forward mode would be zero without a word), and
-    `torch.compile` takes no function inside a function's gradient."""
-    if not torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    for value in inputs:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError("forward mode (jvp) is not implemented by these operators")
-    return function.forward(*inputs)
+def _with_gradient(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The operator with its gradient, to be called. `torch.func` and forward-mode differentiation
+    take no gradient that is registered with an operator (forward mode would be zero without a
+    word), and `torch.compile` takes no function inside a function's gradient."""
+    return _compiled(function) if torch.compiler.is_compiling() else function.apply
+
+
+def _compiled(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        for value in inputs:
+            if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                message = "forward mode (jvp) is not implemented by these operators"
+                raise NotImplementedError(message)
+        return function.forward(*inputs)
+
+    return call
 
 
 class _Quantize(torch.autograd.Function):
