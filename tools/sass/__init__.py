@@ -6,7 +6,7 @@ holds, whether registers were spilled, and what its hot loop issues:
 
     python -m tools.sass                          tables of all kernels
     python -m tools.sass --check                  fails where local memory is used
-    python -m tools.sass --write docs/kernels.md  renews the tables of the documentation
+    python -m tools.sass --write FILE             renews the tables between the markers of FILE
 
 The loops come from the control-flow graph that the branches of the disassembly make: a loop is a
 strongly connected part of it, and what remains of a loop without its header holds the loops inside.
