@@ -21,7 +21,9 @@ from benchmarks.timing import clock
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tokenflow benchmarks")
-    group.addoption("--batch", type=int, default=2, help="images in a batch (default: 2)")
+    group.addoption(
+        "--batch-size", "--batch", type=int, default=2, help="images in a batch (default: 2)"
+    )
     group.addoption(
         "--budget",
         type=float,
@@ -123,7 +125,7 @@ def ceilings(pytestconfig: pytest.Config) -> Iterator[Callable[[str], list[Ceili
 @pytest.fixture
 def batch(request: pytest.FixtureRequest) -> int:
     """Images in a batch."""
-    return request.config.getoption("--batch")
+    return request.config.getoption("--batch-size")
 
 
 @pytest.fixture

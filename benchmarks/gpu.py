@@ -388,7 +388,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--codes", type=int, default=32768, help="codebook size (default: 32768)")
     parser.add_argument("--pyramid", choices=list(PYRAMIDS), default="XL", help="(default: XL)")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
+    parser.add_argument(
+        "--batch-size", "--batch", type=int, default=8, help="images a step (default: 8)"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of soak and threads")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -399,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
         if taken:
             parser.error(f"{options.out} already has {', '.join(taken)}")
     settings = Settings(
-        options.device, options.codes, options.pyramid, options.batch, options.seconds
+        options.device, options.codes, options.pyramid, options.batch_size, options.seconds
     )
     run = machine.facts([])
     run["command"] = " ".join(["python -m benchmarks.gpu", *options.modes])

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, results: Path) -> None:
     selected = f"({' or '.join(options.devices)})"
     if options.quick:
         selected += " and 8192 and not XL"
-    arguments = ["benchmarks", "-q", "-k", selected, "--batch", str(options.batch)]
+    arguments = ["benchmarks", "-q", "-k", selected, "--batch-size", str(options.batch_size)]
     if options.quick:
         arguments += ["--budget", "1"]
     arguments += [f"--{name}" for name in ("compile", "large") if getattr(options, name)]
@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, help="gets a folder for each device: %(default)s"
     )
-    parser.add_argument("--batch", type=int, default=2, help="images in a batch: %(default)s")
+    parser.add_argument(
+        "--batch-size", "--batch", type=int, default=2, help="images in a batch: %(default)s"
+    )
     parser.add_argument(
         "--devices", nargs="+", choices=("cpu", "cuda"), default=["cpu", "cuda"], help="%(default)s"
     )

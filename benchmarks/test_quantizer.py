@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     shapes = [(p, k, mode) for p in ("B", "XL") for k in (8192, 32768) for mode in MODES]
     if option("--large"):
         shapes.append(("XL", 131072, "forward"))
-    cases = [Case(*shape, option("--batch"), device) for device in DEVICES for shape in shapes]
+    cases = [Case(*shape, option("--batch-size"), device) for device in DEVICES for shape in shapes]
     names = [f"{case.device}-{case.pyramid}-{case.codebook_size}-{case.mode}" for case in cases]
     metafunc.parametrize("case", cases, ids=names)
 

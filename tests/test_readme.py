@@ -11,7 +11,7 @@ import pytest
 
 from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.train import config
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,7 +53,7 @@ def shown_commands(page: Path) -> list[list[str]]:
 def options_of(command: str, capsys: pytest.CaptureFixture) -> set[str]:
     """The options that `tokenflow COMMAND --help` lists."""
     with pytest.raises(SystemExit) as end:
-        commands.main([command, "--help"])
+        entry.main([command, "--help"])
     assert end.value.code == 0, f"tokenflow has no command {command}"
     return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
 

@@ -17,7 +17,7 @@ SMALL = [
     "600",
     "--pyramid",
     "tiny",
-    "--batch",
+    "--batch-size",
     "2",
     "--seconds",
     "0.1",

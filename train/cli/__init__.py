@@ -2,8 +2,12 @@
 
 from tokenflow_ext._deprecated import renamed
 
-# This folder has the name of the module that commands.py was.
+# This folder has the name of a module that held these.
 __getattr__ = renamed(
     __name__,
-    {name: f"{__name__}.commands:{name}" for name in ("main", "reconstruct", "tokenize")},
+    {
+        "main": f"{__name__}.entry:main",
+        "reconstruct": f"{__name__}.commands.reconstruct:reconstruct",
+        "tokenize": f"{__name__}.commands.tokenize:tokenize",
+    },
 )

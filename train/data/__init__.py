@@ -11,7 +11,6 @@ from .crops import (
     PictureSet,
     RandomCrops,
     Source,
-    check_counts,
     checked_weight,
     counted_rng,
     draw_round,
@@ -39,7 +38,6 @@ __all__ = [
     "PictureSet",
     "RandomCrops",
     "Source",
-    "check_counts",
     "checked_weight",
     "counted_rng",
     "draw_round",
@@ -57,4 +55,10 @@ __all__ = [
     "to_tensor",
 ]
 
-__getattr__ = renamed(__name__, {"Shard": "BatchPartition"})
+__getattr__ = renamed(
+    __name__,
+    {
+        "Shard": "BatchPartition",
+        "check_counts": "tokenflow_ext.train.cli.options:check_counts",
+    },
+)

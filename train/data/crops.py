@@ -48,27 +48,6 @@ PHOTOGRAPHS = (
 )
 
 
-_MOST = 2**31 - 1  # of a number on a command line: nothing that is counted here has more
-
-
-def check_counts(options: Any, **least: int) -> None:
-    """That numbers of a command line, where they are given, are large enough.
-
-    Args:
-        options: has them as attributes.
-        least: the smallest value of each.
-
-    Raises:
-        DataError: naming the option.
-    """
-    for name, minimum in least.items():
-        value = getattr(options, name)
-        if value is not None and not minimum <= value < math.inf:  # a NaN is not, either
-            raise DataError(f"--{name.replace('_', '-')} must be {minimum} or more, got {value}")
-        if value is not None and value > _MOST:
-            raise DataError(f"--{name.replace('_', '-')} must be {_MOST} or less, got {value}")
-
-
 def counted_rng(seed: int, stream: int, count: int) -> np.random.Generator:
     """The generator of draw ``count`` of a stream: it depends on nothing else.
 

@@ -7,7 +7,6 @@ under its name when it is complete.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.serialization.files import OutputError, write_file
 
 from .text_files import reason
@@ -237,8 +237,4 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """``--overwrite`` of a command that writes into a folder."""
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace files that are there, but no input"
-    )
+__getattr__ = renamed(__name__, {"add_overwrite": "tokenflow_ext.train.cli.options:add_overwrite"})

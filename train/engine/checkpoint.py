@@ -13,7 +13,6 @@ What else lies in the folder is left alone.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 import tokenflow_ext.models.serialization.files as on_disk
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
 from tokenflow_ext.models.serialization.files import (
     OutputError,
@@ -325,22 +325,6 @@ def weights_digest(place: Path) -> str:
     return digest(place if place.is_file() else place / WEIGHTS_FILE)
 
 
-def add_tokenizer_arguments(
-    parser: argparse.ArgumentParser, several: bool = False, more: str = ""
-) -> None:
-    """``--checkpoint`` and ``--resolution`` of a command that uses tokenizers.
-
-    Args:
-        several: ``--checkpoint`` may be repeated, and is a list.
-        more: what its help says at the end.
-    """
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        action="append" if several else "store",
-        metavar="PATH",
-        help=f"a run, a checkpoint, a folder of save_pretrained, or a released file{more}",
-    )
-    parser.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help="of a released B: 224 or 256 [224]"
-    )
+__getattr__ = renamed(
+    __name__, {"add_tokenizer_arguments": "tokenflow_ext.train.cli.options:add_tokenizer"}
+)

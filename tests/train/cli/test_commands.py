@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from tokenflow_ext._build import InstructionSetError
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train import tokenizer
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.data import image_files
+from tokenflow_ext.train.data.image_files import read_square
 from tokenflow_ext.train.engine import checkpoint, messages
 from tokenflow_ext.train.engine.logs import over_under
 
@@ -37,7 +38,7 @@ def run(micro, images, tmp_path_factory) -> Path:
 def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
     names = [str(p) for p in sorted(images.iterdir())[:2]]
     out = tmp_path / "out"
-    commands.main(["reconstruct", *names, "--checkpoint", str(run), "--out", str(out)])
+    entry.main(["reconstruct", *names, "--checkpoint", str(run), "--out", str(out)])
     assert capsys.readouterr().out.count(" dB") == 2
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
     for name in names:
@@ -45,7 +46,7 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
         with Image.open(stem.with_suffix(".png")) as picture:
             assert picture.width < picture.height  # one above the other
         tokens = load_file(stem.with_suffix(".safetensors"))["tokens"]
-        original = commands.read_square(Path(name), 32)[None]
+        original = read_square(Path(name), 32)[None]
         assert torch.equal(tokens.long(), model.encode(original))
 
 
@@ -60,7 +61,7 @@ def test_commands_take_released_files(run, images, tmp_path, released):
         ("evaluate", "--data", folder),
         ("analyse", "--data", folder),
     ):
-        commands.main([name, *more, *source, "--out", str(tmp_path / name)])
+        entry.main([name, *more, *source, "--out", str(tmp_path / name)])
     assert asked == [(file, 256)] * 4
     expected = checkpoint.digest(file)
     metrics = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
@@ -73,8 +74,17 @@ def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
     (images / "picture1.txt").write_text("Waves of colour.\nMore.\n")
     (images / "broken.png").write_bytes(b"no image")
     out = tmp_path / "tokens"
-    arguments = ["--checkpoint", str(run), "--out", str(out), "--shard", "2", "--batch", "1"]
-    commands.main(["tokenize", str(images), *arguments])
+    arguments = [
+        "--checkpoint",
+        str(run),
+        "--out",
+        str(out),
+        "--shard-size",
+        "2",
+        "--batch-size",
+        "1",
+    ]
+    entry.main(["tokenize", str(images), *arguments])
     index = json.loads((out / "index.json").read_text())
     assert (index["images"], index["codebook_size"], index["tokens_per_image"]) == (3, 64, 21)
     assert [shard["count"] for shard in index["shards"]] == [1, 2]
@@ -89,7 +99,7 @@ def test_tokenize_writes_shards_and_an_index(run, images, tmp_path):
         assert len(rows) == len(tokens)
         for row, line in zip(rows, tokens, strict=True):
             captions[row["image"]] = row["caption"]
-            original = commands.read_square(images / row["image"], 32)[None]
+            original = read_square(images / row["image"], 32)[None]
             assert torch.equal(line.long(), model.encode(original)[0])
     (images / "picture1.txt").unlink()
     (images / "broken.png").unlink()
@@ -104,7 +114,7 @@ def test_every_kind_of_checkpoint_path(run, images, tmp_path, place):
     if place == "saved":
         source = TokenFlowTokenizer.from_pretrained(source).save_pretrained(tmp_path / "saved")
     image = str(sorted(images.iterdir())[0])
-    commands.main(["reconstruct", image, "--checkpoint", str(source), "--out", str(tmp_path / "o")])
+    entry.main(["reconstruct", image, "--checkpoint", str(source), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o").iterdir())) == 2
 
 
@@ -119,13 +129,13 @@ def test_errors_end_with_one_line(run, tmp_path):
         (["tokenize", str(broken), "--checkpoint", str(run)], "can be read"),
     ):
         with pytest.raises(SystemExit, match=message):
-            commands.main([*arguments, "--out", str(tmp_path / "out")])
+            entry.main([*arguments, "--out", str(tmp_path / "out")])
 
 
 def test_train_is_the_entry_point(monkeypatch):
     called = []
     monkeypatch.setattr(tokenizer, "main", called.append)
-    commands.main(["train", "--resume", "optim.lr=1e-4"])
+    entry.main(["train", "--resume", "optim.lr=1e-4"])
     assert called == [["--resume", "optim.lr=1e-4"]]
 
 
@@ -152,7 +162,7 @@ def reconstruct(image_tokenizer, tmp_path):
 
     def call(images: list[Path], *more: str) -> None:
         common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
-        commands.main(["reconstruct", *map(str, images), *common, *more])
+        entry.main(["reconstruct", *map(str, images), *common, *more])
 
     return call
 
@@ -244,9 +254,9 @@ def test_one_picture_has_one_psnr(image_tokenizer, images, tmp_path, capsys):
     """What reconstruct prints is what evaluate measures."""
     common = ["--checkpoint", str(image_tokenizer), "--device", "cpu"]
     paths = sorted(images.glob("*.png"))
-    commands.main(["reconstruct", *map(str, paths), *common, "--out", str(tmp_path / "a")])
+    entry.main(["reconstruct", *map(str, paths), *common, "--out", str(tmp_path / "a")])
     printed = re.findall(r"([\d.]+) dB", capsys.readouterr().out)
-    commands.main(["evaluate", "--data", str(images), *common, "--out", str(tmp_path / "b")])
+    entry.main(["evaluate", "--data", str(images), *common, "--out", str(tmp_path / "b")])
     rows = [json.loads(line) for line in (tmp_path / "b" / "images.jsonl").read_text().splitlines()]
     assert [f"{row['psnr']:.2f}" for row in rows] == printed
 
@@ -294,7 +304,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
         words.remove(str(image_tokenizer))
     monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", lambda *_: pytest.fail("read"))
     with pytest.raises(SystemExit, match=message) as raised:
-        commands.main(words)
+        entry.main(words)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -302,13 +312,13 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tokenize", ".", "--batch", "0"], "--batch must be 1 or more, got 0"),
-        (["tokenize", ".", "--shard", "-1"], "--shard must be 1 or more, got -1"),
+        (["tokenize", ".", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["tokenize", ".", "--shard-size", "-1"], "--shard-size must be 1 or more, got -1"),
         (["tokenize", "nowhere"], "no folder at nowhere"),
         (["reconstruct", "."], r"cannot read \.: a folder"),
         (["reconstruct", "PIPE"], "pipe"),
         (["reconstruct", "a\0b"], "cannot read a"),
-        (["tokenize", ".", "--batch", str(2**40)], "--batch must be 2147483647 or less"),
+        (["tokenize", ".", "--batch-size", str(2**40)], "--batch-size must be 2147483647 or less"),
         (["tokenize", ".", "--out", ""], "--out names no folder"),
         (["tokenize", ".", "--out", "a\0b"], "cannot write into a"),
         (["reconstruct", "a\udce9.png"], r"cannot read a\\xe9\.png: No such file"),
@@ -320,7 +330,7 @@ def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
     given = [str(tmp_path / "pipe") if word == "PIPE" else word for word in words]
     common = ["--checkpoint", str(image_tokenizer), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=message) as raised:
-        commands.main([given[0], *common, *given[1:]])
+        entry.main([given[0], *common, *given[1:]])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -328,7 +338,7 @@ def test_wrong_options_and_files(image_tokenizer, tmp_path, words, message):
 @pytest.mark.parametrize("words", [["nonsense"], ["reconstruct", "--nonsense"], ["fid", "a"], []])
 def test_unknown_words_are_named_by_argparse(words, capsys):
     with pytest.raises(SystemExit) as raised:
-        commands.main(words)
+        entry.main(words)
     assert raised.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -353,12 +363,12 @@ def test_a_full_disk_is_named_and_nothing_looks_finished(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             with pytest.raises(SystemExit, match=f"error: cannot write {out}/.*: No space left"):
-                commands.main([*words, *common])
+                entry.main([*words, *common])
         left = sorted(os.listdir(out)) if out.exists() else []
         # Tokens are gone on with.
         begun = ["tokens-00000.safetensors", "unfinished.json"]
         assert left == (begun if command == "tokenize" and room else [])
-    commands.main([*words, *common])
+    entry.main([*words, *common])
 
 
 def test_an_unknown_instruction_set_is_one_line(monkeypatch):
@@ -367,7 +377,7 @@ def test_an_unknown_instruction_set_is_one_line(monkeypatch):
 
     monkeypatch.setattr(messages, "build_info", refuse)
     with pytest.raises(SystemExit, match="error: TOKENFLOW_CPU must be one of"):
-        commands.main(["fid", "here", "there"])
+        entry.main(["fid", "here", "there"])
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

@@ -17,7 +17,8 @@ from PIL import Image
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.train import text_to_image, tokenizer
-from tokenflow_ext.train.cli import commands, generate
+from tokenflow_ext.train.cli import entry, image_generator
+from tokenflow_ext.train.cli.image_generator import ImageGenerator
 from tokenflow_ext.train.data import captions
 from tokenflow_ext.train.data.image_files import to_pixels
 from tokenflow_ext.train.data.outputs import OutputError
@@ -38,25 +39,25 @@ def learned(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painter(learned) -> generate.Painter:
-    return generate.Painter.load(learned, steps="one", guidance=0.0, batch=5)
+def generator(learned) -> ImageGenerator:
+    return ImageGenerator.load(learned, steps="one", guidance=0.0, batch=5)
 
 
-def originals(painter: generate.Painter, pairs: Path) -> tuple[list[str], torch.Tensor]:
+def originals(generator: ImageGenerator, pairs: Path) -> tuple[list[str], torch.Tensor]:
     """Captions and tokens of the dozen."""
     samples = captions.some(captions.Pictures(pairs, 32), 0)
     pictures, texts = captions.collate(samples)
-    return texts, painter.model.tokenizer.encode(pictures)
+    return texts, generator.model.tokenizer.encode(pictures)
 
 
-def test_a_dozen_pictures_are_reproduced(learned, painter, pairs):
+def test_a_dozen_pictures_are_reproduced(learned, generator, pairs):
     summary = json.loads((learned / "summary.json").read_text())
     assert summary["first"]["known_accuracy"] < 0.1
     assert summary["last"]["known_accuracy"] > 0.95
-    texts, tokens = originals(painter, pairs)
+    texts, tokens = originals(generator, pairs)
     # What the tokenizer makes of each is what should be drawn, from the caption alone.
-    expected = to_pixels(painter.model.tokenizer.decode(tokens)[0])
-    drawn = list(painter.draw(texts, range(len(texts))))
+    expected = to_pixels(generator.model.tokenizer.decode(tokens)[0])
+    drawn = list(generator.draw(texts, range(len(texts))))
     same = [np.array_equal(d.permute(1, 2, 0), e) for d, e in zip(drawn, expected, strict=True)]
     assert sum(same) >= 10
     # A sentence less, as truncation cuts them in training, is still the same picture.
@@ -64,23 +65,27 @@ def test_a_dozen_pictures_are_reproduced(learned, painter, pairs):
     assert first != texts[0]
 
 
-def test_an_image_depends_on_prompt_and_seed_alone(painter):
-    options = {"model": painter.model, "text_tokenizer": painter.text_tokenizer, "guidance": 2.0}
+def test_an_image_depends_on_prompt_and_seed_alone(generator):
+    options = {
+        "model": generator.model,
+        "text_tokenizer": generator.text_tokenizer,
+        "guidance": 2.0,
+    }
     texts = ["A red disc.", "something else", ""]
-    together = list(generate.Painter(**options, batch=3).draw(texts, [5, 6, 7]))
-    single = list(generate.Painter(**options, batch=1).draw(texts[::-1], [7, 6, 5]))[::-1]
+    together = list(ImageGenerator(**options, batch=3).draw(texts, [5, 6, 7]))
+    single = list(ImageGenerator(**options, batch=1).draw(texts[::-1], [7, 6, 5]))[::-1]
     for a, b in zip(together, single, strict=True):
         # The tokens are the same; the decoder's convolutions may round another way.
         assert (a.int() - b.int()).abs().max() <= 1
-    other = next(generate.Painter(**options).draw(["something else"], [99]))
+    other = next(ImageGenerator(**options).draw(["something else"], [99]))
     assert (together[1].int() - other.int()).abs().max() > 20
 
 
 @pytest.mark.parametrize(("steps", "runs"), [("three", 7), ("two", 5), ("one", 3)])
-def test_the_bar_counts_every_run(painter, steps, runs, capsys):
-    brush = generate.Painter(painter.model, painter.text_tokenizer, steps=steps, batch=2)
-    assert brush.runs == runs  # three scales, of which the first is drawn once
-    list(brush.draw(["a", "b", "c"], [0, 1, 2]))
+def test_the_bar_counts_every_run(generator, steps, runs, capsys):
+    other = ImageGenerator(generator.model, generator.text_tokenizer, steps=steps, batch=2)
+    assert other.runs == runs  # three scales, of which the first is drawn once
+    list(other.draw(["a", "b", "c"], [0, 1, 2]))
     assert f"{2 * runs}/{2 * runs}" in capsys.readouterr().err
 
 
@@ -88,7 +93,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
     out = tmp_path / "out"
     prompts = ["A red disc. On grey.", "Ça! / ..?"]
     command = ["--checkpoint", str(learned), "--out", str(out), "--seed", "3", "--guidance", "0"]
-    commands.main(["generate", *prompts, *command, "--grid", "--each", "2", "--steps", "one"])
+    entry.main(["generate", *prompts, *command, "--grid", "--each", "2", "--steps", "one"])
     assert "5 pictures" in capsys.readouterr().out
     names = ["00000_a_red_disc_on_grey.png", "00000_a_red_disc_on_grey_1.png"]
     names += ["00001_a.png", "00001_a_1.png", "grid.png"]
@@ -97,7 +102,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
         assert image.size == (32, 32)
         assert (image.text["prompt"], image.text["seed"]) == (prompts[0], "3")
     before = (out / names[1]).read_bytes()
-    commands.main(["generate", *prompts, *command, "--each", "2", "--steps", "one"])
+    entry.main(["generate", *prompts, *command, "--each", "2", "--steps", "one"])
     assert (out / names[1]).read_bytes() == before  # the seed decides
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 128
@@ -106,7 +111,7 @@ def test_generate_writes_pictures_and_a_grid(learned, tmp_path, capsys):
 def test_prompts_from_a_file(learned, tmp_path):
     (tmp_path / "prompts.txt").write_text("A red disc.\n\nA blue square.\n")
     command = ["--checkpoint", str(learned), "--out", str(tmp_path / "out"), "--steps", "one"]
-    commands.main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *command])
+    entry.main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *command])
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["00000_a_red_disc.png", "00001_a_blue_square.png"]
 
@@ -120,7 +125,7 @@ def test_the_layout_of_geneval(learned, tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["generate", "--prompts", str(file), "--layout", "geneval", "--steps", "one"]
     command += ["--checkpoint", str(learned), "--out", str(out)]
-    commands.main(command)
+    entry.main(command)
     for number, line in enumerate(lines):
         folder = out / f"{number:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == line
@@ -130,7 +135,7 @@ def test_the_layout_of_geneval(learned, tmp_path):
     kept, lost = out / "00000/samples/00001.png", out / "00001/samples/00002.png"
     content, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    commands.main(command)
+    entry.main(command)
     assert lost.read_bytes() == content
     assert kept.stat().st_mtime_ns == stamp
 
@@ -141,7 +146,7 @@ def test_the_layout_of_dpg(learned, tmp_path):
     (source / "COCOval2014_1.txt").write_text("A red disc.\n")
     (source / "drawtext_2.txt").write_text("A blue square.")
     command = ["--checkpoint", str(learned), "--out", str(out), "--steps", "one"]
-    commands.main(["generate", "--prompts", str(source), "--layout", "dpg", *command])
+    entry.main(["generate", "--prompts", str(source), "--layout", "dpg", *command])
     assert sorted(p.name for p in out.iterdir()) == ["COCOval2014_1.png", "drawtext_2.png"]
     with Image.open(out / "COCOval2014_1.png") as image:
         assert image.size == (64, 64)  # two by two, nothing between them
@@ -171,11 +176,9 @@ def test_the_layout_of_dpg(learned, tmp_path):
 def test_generate_says_what_is_wrong(learned, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "plain.txt").write_text("A red disc.\n")
     given = [str(tmp_path / "plain.txt") if a == "PLAIN" else a for a in arguments]
-    monkeypatch.setattr(generate.Painter, "load", lambda *_, **__: pytest.fail("a model was read"))
+    monkeypatch.setattr(ImageGenerator, "load", lambda *_, **__: pytest.fail("a model was read"))
     with pytest.raises(SystemExit, match=message):
-        commands.main(
-            ["generate", "--checkpoint", str(learned), "--out", str(tmp_path / "o"), *given]
-        )
+        entry.main(["generate", "--checkpoint", str(learned), "--out", str(tmp_path / "o"), *given])
     assert not (tmp_path / "o").exists()
 
 
@@ -183,11 +186,11 @@ def test_what_is_there_is_drawn_once_and_never_written_over(learned, tmp_path, c
     out = tmp_path / "out"
     command = ["--checkpoint", str(learned), "--out", str(out), "--guidance", "0", "--grid"]
     command += ["--steps", "one"]
-    commands.main(["generate", "peach", "peach", *command])
+    entry.main(["generate", "peach", "peach", *command])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(before) == ["00000_peach.png", "00001_peach.png", "grid.png"]
     assert before["00000_peach.png"] != before["00001_peach.png"]  # seeds of their own
-    commands.main(["generate", "peach", "peach", *command])
+    entry.main(["generate", "peach", "peach", *command])
     said = capsys.readouterr()
     assert "2 pictures are in" in said.err
     assert "0 pictures in" in said.out
@@ -201,22 +204,22 @@ def test_what_is_there_is_drawn_once_and_never_written_over(learned, tmp_path, c
         ["Peach"],
     ):
         with pytest.raises(SystemExit, match=r"00000_peach\.png is there already"):
-            commands.main(["generate", *command, *more])
+            entry.main(["generate", *command, *more])
     with pytest.raises(SystemExit, match=r"grid\.png is there already"):
-        commands.main(["generate", "peach", *command])
+        entry.main(["generate", "peach", *command])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    commands.main(["generate", "peach", "peach", *command, "--seed", "1", "--overwrite"])
+    entry.main(["generate", "peach", "peach", *command, "--seed", "1", "--overwrite"])
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(after) == sorted(before)
     assert all(after[name] != before[name] for name in after)
 
 
-def test_another_model_and_other_files_are_refused(learned, painter, tmp_path):
-    prompts = generate.plain_prompts(["a"])
-    options = {"model": painter.model, "text_tokenizer": painter.text_tokenizer, "steps": "one"}
-    generate.write(generate.Painter(**options, weights="one"), prompts, tmp_path)
+def test_another_model_and_other_files_are_refused(learned, generator, tmp_path):
+    prompts = image_generator.plain_prompts(["a"])
+    options = {"model": generator.model, "text_tokenizer": generator.text_tokenizer, "steps": "one"}
+    image_generator.write(ImageGenerator(**options, weights="one"), prompts, tmp_path)
     with pytest.raises(OutputError, match=r"00000_a\.png is there already"):
-        generate.write(generate.Painter(**options, weights="other"), prompts, tmp_path)
+        image_generator.write(ImageGenerator(**options, weights="other"), prompts, tmp_path)
     for make in (
         Path.mkdir,
         os.mkfifo,
@@ -227,17 +230,21 @@ def test_another_model_and_other_files_are_refused(learned, painter, tmp_path):
         tmp_path.mkdir()
         make(tmp_path / "00000_a.png")
         with pytest.raises(OutputError, match=r"00000_a\.png is there already"):
-            generate.write(generate.Painter(**options), prompts, tmp_path)
+            image_generator.write(ImageGenerator(**options), prompts, tmp_path)
     # An item of a benchmark that is called like the sheet.
     with pytest.raises(OutputError, match="written twice"):
-        generate.write(
-            painter, [generate.Prompt("a", "grid")], tmp_path / "new", layout="dpg", grid=True
+        image_generator.write(
+            generator,
+            [image_generator.Prompt("a", "grid")],
+            tmp_path / "new",
+            layout="dpg",
+            grid=True,
         )
 
 
-def test_the_seed_is_any_whole_number_of_64_bits(painter, tmp_path):
+def test_the_seed_is_any_whole_number_of_64_bits(generator, tmp_path):
     """numpy's too; and the same bits are the same seed."""
-    prompts = generate.plain_prompts(["a"])
+    prompts = image_generator.plain_prompts(["a"])
     made = {}
     for name, seed in (
         ("python", 5),
@@ -246,12 +253,12 @@ def test_the_seed_is_any_whole_number_of_64_bits(painter, tmp_path):
         ("negative", -1),
         ("last", 2**63 - 1),
     ):
-        files = generate.write(painter, prompts, tmp_path / name, each=2, seed=seed)
+        files = image_generator.write(generator, prompts, tmp_path / name, each=2, seed=seed)
         made[name] = [np.array(Image.open(file)) for file in files]
     for one, other in (("python", "numpy"), ("unsigned", "negative")):
         assert np.array_equal(made[one], made[other]), (one, other)
     with pytest.raises(TypeError):
-        generate.write(painter, prompts, tmp_path / "float", seed=1.5)
+        image_generator.write(generator, prompts, tmp_path / "float", seed=1.5)
 
 
 @pytest.mark.parametrize(
@@ -279,40 +286,40 @@ def test_a_prompts_file_that_is_wrong_is_named(tmp_path, content, message):
     file.write_bytes(content)
     for layout in ("plain", "geneval"):
         with pytest.raises(DataError, match=message) as raised:
-            generate.read_prompts(file, layout)
+            image_generator.read_prompts(file, layout)
         assert str(file) in str(raised.value)
 
 
 def test_prompts_of_every_encoding_that_is_utf8(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa cat\xe2\x80\xa8on a mat\r\n\n caf\xc3\xa9 \n")
-    texts = [prompt.text for prompt in generate.read_prompts(file, "plain")]
+    texts = [prompt.text for prompt in image_generator.read_prompts(file, "plain")]
     assert texts == ["a cat\u2028on a mat", "café"]
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
         with pytest.raises(DataError, match="cannot read the prompts"):
-            generate.read_prompts(tmp_path / name, "plain")
+            image_generator.read_prompts(tmp_path / name, "plain")
     items = tmp_path / "items"
     items.mkdir()
     with pytest.raises(DataError, match="no prompt in"):
-        generate.read_prompts(items, "dpg")
+        image_generator.read_prompts(items, "dpg")
     (items / "a.txt").write_bytes(b" \n")
     with pytest.raises(DataError, match=r"a\.txt: the prompt is empty"):
-        generate.read_prompts(items, "dpg")
+        image_generator.read_prompts(items, "dpg")
 
 
 def test_a_tokenizer_is_no_model_that_draws(image_tokenizer, tmp_path):
     with pytest.raises(SystemExit, match="text_tokenizer"):
-        commands.main(["generate", "a", "--checkpoint", str(image_tokenizer)])
+        entry.main(["generate", "a", "--checkpoint", str(image_tokenizer)])
 
 
 def test_tiles_and_labels():
     images = [np.full((2, 2, 3), value, np.uint8) for value in (0, 10, 20)]
-    sheet = generate.tile(images, 2)
+    sheet = image_generator.tile(images, 2)
     assert sheet.shape == (4, 4, 3)
     assert [sheet[0, 0, 0], sheet[0, 2, 0], sheet[2, 0, 0], sheet[2, 2, 0]] == [0, 10, 20, 255]
     labels = ["one", "a label of many words that will not fit", "donaudampfschifffahrt" * 3]
-    grid = generate.labelled(images, labels, least=64)
+    grid = image_generator.labelled(images, labels, least=64)
     assert grid.shape[1] == 2 * 68
     assert (grid[70:80] < 100).any()  # something is written
 
@@ -321,7 +328,7 @@ def test_train_text_is_the_entry_point(monkeypatch):
     called = []
     monkeypatch.setattr(text_to_image, "main", called.append)
     monkeypatch.setattr(tokenizer, "main", lambda _: pytest.fail("the tokenizer's"))
-    commands.main(["train-text", "--resume", "optim.lr=1e-4"])
+    entry.main(["train-text", "--resume", "optim.lr=1e-4"])
     assert called == [["--resume", "optim.lr=1e-4"]]
 
 
@@ -341,7 +348,7 @@ def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
     find = fid.importlib.util.find_spec
     monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install 'tokenflow_ext"):
-        commands.main(["fid", *folders])
+        entry.main(["fid", *folders])
     monkeypatch.setattr(fid.importlib.util, "find_spec", find)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsError, match=rf"no file {tmp_path}/checkpoints/{fid.WEIGHTS}"):
@@ -354,9 +361,9 @@ def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
         fid.find_weights(other)
     Path(folders[1], "0.png").unlink()
     with pytest.raises(SystemExit, match="holds 1"):
-        commands.main(["fid", *folders])
+        entry.main(["fid", *folders])
     with pytest.raises(SystemExit, match="no folder at nowhere"):
-        commands.main(["fid", folders[0], "nowhere"])
+        entry.main(["fid", folders[0], "nowhere"])
 
 
 def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
@@ -373,11 +380,11 @@ def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
     library.calculate_metrics = calculate_metrics
     library.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "torch_fidelity", library)
-    commands.main(["fid", *folders, "--weights", str(weights)])
+    entry.main(["fid", *folders, "--weights", str(weights)])
     assert capsys.readouterr().out == "FID 12.5000\n"
     assert given["feature_extractor_weights_path"] == str(weights)
     assert (given["input1"], given["input2"], given["fid"]) == (*folders, True)
     weights.write_bytes(b"not a pickle")
     monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(b"not a pickle").hexdigest()[:8])
     with pytest.raises(SystemExit, match="cannot be read as a torch file"):
-        commands.main(["fid", *folders, "--weights", str(weights)])
+        entry.main(["fid", *folders, "--weights", str(weights)])

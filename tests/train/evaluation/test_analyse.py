@@ -19,12 +19,12 @@ from PIL import Image
 from tokenflow_ext import MultiScaleQuantizer
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train import data
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.config import load_config
 from tokenflow_ext.train.data.outputs import OutputError
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.evaluation import analyse, evaluate
-from tokenflow_ext.train.evaluation.analyse import Clusters
+from tokenflow_ext.train.evaluation import analyse, cluster_pictures, clusters, preprocess
+from tokenflow_ext.train.evaluation.clusters import Clusters
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 16
@@ -69,9 +69,9 @@ def coloured(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(coloured) -> dict[str, Clusters]:
-    images = evaluate.Squares(sorted(coloured.glob("*.png")), SIZE)
-    codes, _ = analyse.assign(ByColour(), images, analyse.CODEBOOKS, ALONE, batch=3)
-    pairs = zip(analyse.CODEBOOKS, codes, strict=True)
+    images = preprocess.CenterCropDataset(sorted(coloured.glob("*.png")), SIZE)
+    codes, _ = clusters.assign(ByColour(), images, clusters.CODEBOOKS, ALONE, batch=3)
+    pairs = zip(clusters.CODEBOOKS, codes, strict=True)
     return {by: Clusters("by-hand", by, len(CODES), row) for by, row in pairs}
 
 
@@ -90,9 +90,9 @@ def test_codes_placed_by_hand(found):
 def test_weights_decide_the_joint_codebook_alone():
     """Red says code 4, half way between green's: with red's weight at 0 only green counts."""
     h = torch.tensor([-1.0, 0.0, 0.1, 0.9]).view(1, 4, 1, 1)
-    assert analyse.nearest(ByColour(4.0), h, "joint").item() == 4
-    assert analyse.nearest(ByColour(0.0), h, "joint").item() == 1
-    assert analyse.nearest(ByColour(0.0), h, "semantic").item() == 4
+    assert clusters.nearest(ByColour(4.0), h, "joint").item() == 4
+    assert clusters.nearest(ByColour(0.0), h, "joint").item() == 1
+    assert clusters.nearest(ByColour(0.0), h, "semantic").item() == 4
 
 
 def test_facts_of_the_clusters(found):
@@ -103,7 +103,7 @@ def test_facts_of_the_clusters(found):
 
 
 def test_the_plot_has_the_sorted_sizes(found):
-    (axis,) = analyse.plot(list(found.values())).axes
+    (axis,) = cluster_pictures.plot(list(found.values())).axes
     assert axis.get_yscale() == "log"
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines == {
@@ -115,7 +115,7 @@ def test_the_plot_has_the_sorted_sizes(found):
 
 def test_a_sheet_shows_the_clusters_in_rows():
     dark, light = np.full((32, 32, 3), 10, np.uint8), np.full((32, 32, 3), 200, np.uint8)
-    sheet = analyse.cluster_sheet([("a", [dark, light]), ("bb", [light])], columns=3)
+    sheet = cluster_pictures.cluster_sheet([("a", [dark, light]), ("bb", [light])], columns=3)
     assert sheet.shape[0] == 2 * (64 + 4)  # enlarged to 64
     left = sheet.shape[1] - 3 * 64
     first, second = sheet[2 + 32, left + 32 :: 64, 0], sheet[68 + 2 + 32, left + 32 :: 64, 0]
@@ -125,11 +125,11 @@ def test_a_sheet_shows_the_clusters_in_rows():
 
 
 def test_photographs_are_cut_into_squares():
-    images = analyse.PhotographSquares(SIZE)
+    images = preprocess.PhotographCrops(SIZE)
     assert len(images) == 3225  # as docs/guides/analysis.md says
     sides = {"astronaut": 64, "coffee": 50, "rocket": 53, "chelsea": 37, "moon": 64}  # an eighth
     paths = {path.stem: path for path in data.photographs()}
-    few = analyse.PhotographSquares(SIZE, limit=7)
+    few = preprocess.PhotographCrops(SIZE, limit=7)
     assert len(few) == 7
     checked = 0
     for index, name in enumerate(few.paths):
@@ -164,8 +164,8 @@ def joint_tokenizer(micro, images, tmp_path_factory) -> Path:
 def by_distances(folder: Path, images: Path, groups: slice) -> list[int]:
     """Codes by all the distances of normalised rows, in float64."""
     model = TokenFlowTokenizer.from_pretrained(folder)
-    squares = evaluate.Squares(sorted(images.glob("*.png")), model.config.image_size)
-    pixels = evaluate.to_float(torch.stack([squares[i][1] for i in range(len(squares))]))
+    squares = preprocess.CenterCropDataset(sorted(images.glob("*.png")), model.config.image_size)
+    pixels = preprocess.to_float(torch.stack([squares[i][1] for i in range(len(squares))]))
     with torch.no_grad():
         rows = model.features(pixels).mean(dim=(2, 3)).double()
     distances = torch.zeros(len(rows), model.quantizer.codebook_size, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_the_command(joint_tokenizer, image_tokenizer, images, tmp_path, capsys)
     out = tmp_path / "out"
     arguments = ["--data", str(images), "--out", str(out), "--device", "cpu", "--members", "2"]
     arguments += ["--checkpoint", str(joint_tokenizer), "--checkpoint", str(image_tokenizer)]
-    commands.main(["analyse", *arguments])
+    entry.main(["analyse", *arguments])
     report = json.loads((out / "analysis.json").read_text())
     expected = {
         ("joint", "joint"): by_distances(joint_tokenizer, images, slice(0, 2)),
@@ -188,18 +188,18 @@ def test_the_command(joint_tokenizer, image_tokenizer, images, tmp_path, capsys)
         ("saved", "pixel"): by_distances(image_tokenizer, images, slice(0, 1)),
     }
     assert [(a["tokenizer"], a["by"]) for a in report["analyses"]] == list(expected)
-    for entry, codes in zip(report["analyses"], expected.values(), strict=True):
+    for one, codes in zip(report["analyses"], expected.values(), strict=True):
         counts = {code: codes.count(code) for code in codes}
-        assert dict(entry["clusters"]) == counts
-        assert entry["filled"] == len(counts) / 64
-        for listed in entry["largest"]:
+        assert dict(one["clusters"]) == counts
+        assert one["filled"] == len(counts) / 64
+        for listed in one["largest"]:
             names = [
                 p.name
                 for p, c in zip(sorted(images.glob("*.png")), codes, strict=True)
                 if c == listed["code"]
             ]
             assert {Path(name).name for name in listed["shown"]} <= set(names)
-        assert (out / entry["picture"]).is_file()
+        assert (out / one["picture"]).is_file()
     for suffix in ("png", "svg"):
         assert (out / f"clusters.{suffix}").stat().st_size > 1000
     assert report["tokenizers"][0]["data_sha256"] == report["tokenizers"][1]["data_sha256"]
@@ -239,9 +239,9 @@ def test_checkpoints_and_pictures_of_any_name(image_tokenizer, images, tmp_path)
     out = tmp_path / "out"
     analyse.run(sources, str(pictures), str(out), ALONE)
     report = json.loads((out / "analysis.json").read_bytes().decode("utf-8"))
-    found = [os.fsencode(entry["tokenizer"]) for entry in report["analyses"]]
+    found = [os.fsencode(one["tokenizer"]) for one in report["analyses"]]
     assert found == [*names[:2], b"_x~2", names[3]]
-    assert all((out / entry["picture"]).is_file() for entry in report["analyses"])
+    assert all((out / one["picture"]).is_file() for one in report["analyses"])
     shown = {os.fsencode(p) for e in report["analyses"][0]["largest"] for p in e["shown"]}
     assert os.fsencode(pictures) + b"/\xe9.png" in shown
     svg = ElementTree.fromstring((out / "clusters.svg").read_bytes())
@@ -249,7 +249,7 @@ def test_checkpoints_and_pictures_of_any_name(image_tokenizer, images, tmp_path)
 
 
 def test_two_processes_are_one(micro, joint_tokenizer, images, tmp_path):
-    script = Path(commands.__file__).with_name("__main__.py")
+    script = Path(entry.__file__).with_name("__main__.py")
     outs = {world: tmp_path / f"out{world}" for world in (1, 2)}
     runs = []
     for world, out in outs.items():
@@ -273,7 +273,7 @@ def test_errors_end_with_one_line(image_tokenizer, images, tmp_path, monkeypatch
         (["--data", str(images), "--limit", "0"], "--limit must be 1 or more, got 0"),
     ):
         with pytest.raises(SystemExit, match=message):
-            commands.main([*common, *more])
+            entry.main([*common, *more])
     assert not (tmp_path / "out").exists()
 
     there = builtins.__import__
@@ -285,4 +285,4 @@ def test_errors_end_with_one_line(image_tokenizer, images, tmp_path, monkeypatch
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(SystemExit, match="needs matplotlib: pip install matplotlib"):
-        commands.main([*common, "--data", str(images)])
+        entry.main([*common, "--data", str(images)])

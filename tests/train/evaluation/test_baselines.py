@@ -15,10 +15,10 @@ from tokenflow_ext.models.metrics import cosine
 from tokenflow_ext.models.serialization.config import to_plain
 from tokenflow_ext.models.towers.teachers import build_teacher
 from tokenflow_ext.train import tokenizer
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.config import load_config
 from tokenflow_ext.train.engine import checkpoint
-from tokenflow_ext.train.evaluation import evaluate
+from tokenflow_ext.train.evaluation import preprocess
 
 CONFIGS = Path(__file__).resolve().parents[3] / "train" / "configs" / "ablation"
 SEMANTIC_ONLY = ("model.pixel.enabled=no",)
@@ -103,7 +103,7 @@ def test_a_run_without_a_pixel_branch(semantic_run, capsys):
 def test_evaluation_without_images_has_cosine_and_usage(semantic_run, images, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--data", str(images), "--out", str(out), "--device", "cpu", "--batch-size", "2"]
-    commands.main(["evaluate", "--checkpoint", str(semantic_run), *arguments])
+    entry.main(["evaluate", "--checkpoint", str(semantic_run), *arguments])
     report = json.loads((out / "metrics.json").read_text())
     had = {name for name, value in report["figures"].items() if value is not None}
     assert had == {"cosine", "usage", "perplexity"}
@@ -118,8 +118,8 @@ def test_evaluation_without_images_has_cosine_and_usage(semantic_run, images, tm
     # The cosine, worked out apart.
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(semantic_run))
     teacher = build_teacher(model.config.teacher)
-    squares = evaluate.Squares(sorted(images.glob("*.png")), 32)
-    pixels = evaluate.to_float(torch.stack([squares[i][1] for i in range(3)]))
+    squares = preprocess.CenterCropDataset(sorted(images.glob("*.png")), 32)
+    pixels = preprocess.to_float(torch.stack([squares[i][1] for i in range(3)]))
     with torch.no_grad():
         semantic = model.decode(model.encode(pixels))[1]
     expected = cosine(semantic, teacher(pixels)).item()
@@ -130,16 +130,16 @@ def test_a_teacher_for_a_tokenizer_without_one_is_refused(image_tokenizer, image
     arguments = ["--checkpoint", str(image_tokenizer), "--data", str(images), "--device", "cpu"]
     arguments += ["--out", str(tmp_path / "out"), "--teacher", "teacher.pth"]
     with pytest.raises(SystemExit, match=r"--teacher teacher\.pth.*without a teacher"):
-        commands.main(["evaluate", *arguments])
+        entry.main(["evaluate", *arguments])
 
 
 def test_tokens_but_no_pictures_without_a_pixel_branch(semantic_run, images, tmp_path):
     image = str(sorted(images.glob("*.png"))[0])
     common = ["--checkpoint", str(semantic_run), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"decodes no images.*pixel\.enabled is false"):
-        commands.main(["reconstruct", image, *common])
+        entry.main(["reconstruct", image, *common])
     assert not (tmp_path / "out").exists()
-    commands.main(["tokenize", str(images), *common])
+    entry.main(["tokenize", str(images), *common])
     assert json.loads((tmp_path / "out" / "index.json").read_text())["tokens_per_image"] == 21
 
 
@@ -148,10 +148,10 @@ def test_other_quantizers_go_through_every_command(micro, images, tmp_path, sett
     run = train(micro, images, tmp_path / "run", *settings)
     image, out = str(sorted(images.glob("*.png"))[0]), tmp_path / "out"
     common = ["--checkpoint", str(run), "--out"]
-    commands.main(["reconstruct", image, *common, str(out)])
-    commands.main(["tokenize", str(images), *common, str(out / "tokens")])
+    entry.main(["reconstruct", image, *common, str(out)])
+    entry.main(["tokenize", str(images), *common, str(out / "tokens")])
     arguments = ["--data", str(images), "--device", "cpu"]
-    commands.main(["evaluate", *arguments, *common, str(out / "evaluation")])
+    entry.main(["evaluate", *arguments, *common, str(out / "evaluation")])
     report = json.loads((out / "evaluation" / "metrics.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     assert report["tokenizer"]["tokens_per_image"] == (21 if settings == VAR else 32)

@@ -21,10 +21,10 @@ from weights import needs_lite0
 from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.data.text_files import DataError
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.evaluation import evaluate, fid
+from tokenflow_ext.train.evaluation import evaluate, fid, metrics, networks, preprocess, report
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 32
@@ -63,22 +63,22 @@ def squares(paths) -> np.ndarray:
     return np.stack(made)
 
 
-def average_features() -> evaluate.Features:
+def average_features() -> metrics.Features:
     """Twelve numbers of an image that a test can follow: means of its four quarters."""
 
     def extract(pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 2).flatten(1)
 
-    return evaluate.Features("fd_efflite0", 12, extract)
+    return metrics.Features("fd_efflite0", 12, extract)
 
 
-def measure(change, paths, **options) -> evaluate.Measured:
+def measure(change, paths, **options) -> metrics.EvaluationResult:
     """Figures of a stub that changes images [B, 3, S, S] in [-1, 1] and always chooses code 3."""
 
     def reconstruct(images):
-        return evaluate.Reconstruction(torch.full((len(images), 5), 3), change(images))
+        return metrics.Reconstruction(torch.full((len(images), 5), 3), change(images))
 
-    return evaluate.evaluate(
+    return metrics.evaluate(
         reconstruct, paths, SIZE, 8, ALONE, batch=3, features=average_features(), **options
     )
 
@@ -99,13 +99,13 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 
 def test_identical_images(paths):
     got = measure(lambda images: images, paths)
-    assert got.figures["psnr"] is None
+    assert got.metrics["psnr"] is None
     assert "infinite" in got.missing["psnr"]
     assert got.identical == len(paths) == 7
-    assert got.figures["ssim"] == got.figures["ssim_range_2"] == 1.0
-    assert got.figures["fd_efflite0"] == pytest.approx(0, abs=1e-12)
-    assert got.figures["usage"] == 1 / 8
-    assert got.figures["perplexity"] == pytest.approx(1)
+    assert got.metrics["ssim"] == got.metrics["ssim_range_2"] == 1.0
+    assert got.metrics["fd_efflite0"] == pytest.approx(0, abs=1e-12)
+    assert got.metrics["usage"] == 1 / 8
+    assert got.metrics["perplexity"] == pytest.approx(1)
     assert [row["psnr"] for row in got.images] == [None] * 7
     assert torch.equal(got.originals, got.made)
 
@@ -125,7 +125,7 @@ def test_one_identical_image_leaves_the_mean_of_the_others(paths):
     others = [row["psnr"] for row in got.images[1:]]
     assert got.images[0]["psnr"] is None
     assert got.identical == 1
-    assert got.figures["psnr"] == pytest.approx(sum(others) / 6)
+    assert got.metrics["psnr"] == pytest.approx(sum(others) / 6)
 
 
 @pytest.mark.parametrize("change", [noisy, blurred])
@@ -141,8 +141,8 @@ def test_figures_are_scikit_images(change, paths, squares):
             expected[name].append(value)
     for name, values in expected.items():
         assert [row[name] for row in got.images] == pytest.approx(values, rel=1e-9), name
-        assert got.figures[name] == pytest.approx(np.mean(values), rel=1e-9), name
-    assert got.figures["ssim_range_2"] > got.figures["ssim"] + 0.01
+        assert got.metrics[name] == pytest.approx(np.mean(values), rel=1e-9), name
+    assert got.metrics["ssim_range_2"] > got.metrics["ssim"] + 0.01
 
     def statistics(pixels):
         quarters = pixels.reshape(7, 2, SIZE // 2, 2, SIZE // 2, 3).mean(axis=(2, 4)) / 255
@@ -153,7 +153,7 @@ def test_figures_are_scikit_images(change, paths, squares):
     (one, mean_1), (two, mean_2) = statistics(squares), statistics(made)
     cross = np.linalg.svd(one @ two.T, compute_uv=False).sum()
     distance = (np.sum(one**2) + np.sum(two**2) - 2 * cross) / 6 + np.sum((mean_1 - mean_2) ** 2)
-    assert got.figures["fd_efflite0"] == pytest.approx(distance, rel=1e-5)
+    assert got.metrics["fd_efflite0"] == pytest.approx(distance, rel=1e-5)
     assert distance > 1e-5
 
 
@@ -168,12 +168,12 @@ def test_preprocessing(paths, squares):
 
 def test_every_level_survives_the_way_to_the_tokenizer_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(evaluate.to_float(levels)), levels)
+    assert torch.equal(to_uint8(preprocess.to_float(levels)), levels)
 
 
 def test_limit_is_spread(paths):
-    assert evaluate.thinned(paths, None) == evaluate.thinned(paths, 7) == paths
-    assert evaluate.thinned(paths, 3) == [paths[0], paths[2], paths[4]]
+    assert preprocess.evenly_spread(paths, None) == preprocess.evenly_spread(paths, 7) == paths
+    assert preprocess.evenly_spread(paths, 3) == [paths[0], paths[2], paths[4]]
 
 
 def test_lpips_is_the_mean_over_images(paths, squares):
@@ -183,9 +183,9 @@ def test_lpips_is_the_mean_over_images(paths, squares):
         return (made - originals).abs().mean()
 
     got = measure(blurred, paths, perceptual=perceptual)
-    images = evaluate.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
-    expected = perceptual(evaluate.to_float(to_uint8(blurred(images))), images)
-    assert got.figures["lpips"] == pytest.approx(expected.item(), rel=1e-5)
+    images = preprocess.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
+    expected = perceptual(preprocess.to_float(to_uint8(blurred(images))), images)
+    assert got.metrics["lpips"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_no_image_or_a_broken_one_is_an_error(paths, tmp_path):
@@ -198,7 +198,7 @@ def test_no_image_or_a_broken_one_is_an_error(paths, tmp_path):
     with pytest.raises(DataError, match=r"not finite, among .*picture0\.png"):
         measure(lambda images: images / 0, paths)
     got = measure(blurred, paths[:1])
-    assert got.figures["fd_efflite0"] is None
+    assert got.metrics["fd_efflite0"] is None
     assert "two images" in got.missing["fd_efflite0"]
 
 
@@ -207,7 +207,7 @@ def test_no_image_or_a_broken_one_is_an_error(paths, tmp_path):
 
 def test_both_kinds_of_images_are_measured_alike():
     a, b = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
-    floats = [evaluate.to_float(x) for x in (a, b)]
+    floats = [preprocess.to_float(x) for x in (a, b)]
     torch.testing.assert_close(psnr(*floats).double(), psnr(a, b), rtol=1e-5, atol=0)
     torch.testing.assert_close(ssim(*floats).double(), ssim(a, b), rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="7 pixels"):
@@ -292,11 +292,11 @@ def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, c
     out = tmp_path / "out"
     arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
     arguments += ["--device", "cpu", "--out", str(out), "--batch-size", "4", "--pictures", "3"]
-    commands.main(arguments)
+    entry.main(arguments)
     said = capsys.readouterr().out
     report = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
     model = TokenFlowTokenizer.from_pretrained(image_tokenizer)
-    images = evaluate.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
+    images = preprocess.to_float(torch.from_numpy(squares).permute(0, 3, 1, 2))
     with torch.no_grad():
         codes = model.encode(images)
         made = to_uint8(model.decode(codes)[0])
@@ -324,7 +324,7 @@ def test_the_command(image_tokenizer, folder, paths, squares, cache, tmp_path, c
         assert text in said, text
     flat = " ".join(said.split())  # lines are wrapped
     assert report["preprocessing"] in flat
-    for file in (fid.WEIGHTS, evaluate.VGG16):
+    for file in (fid.WEIGHTS, networks.VGG16):
         assert f"{cache / file}" in flat
     assert "7 images for features of 112 channels" in flat
 
@@ -341,13 +341,13 @@ def test_a_report_is_not_written_over(image_tokenizer, folder, cache, tmp_path):
     out = tmp_path / "out"
     arguments = ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder)]
     arguments += ["--device", "cpu", "--out", str(out)]
-    commands.main(arguments)
+    entry.main(arguments)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sorted(before) == sorted(evaluate.FILES)
+    assert sorted(before) == sorted(report.FILES)
     with pytest.raises(SystemExit, match="is there already"):
-        commands.main([*arguments, "--limit", "2"])
+        entry.main([*arguments, "--limit", "2"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    commands.main([*arguments, "--limit", "2", "--overwrite", "--pictures", "0"])
+    entry.main([*arguments, "--limit", "2", "--overwrite", "--pictures", "0"])
     assert json.loads((out / "metrics.json").read_text())["data"]["images"] == 2
     assert not (out / "pictures.png").exists()  # the earlier report's would be of other images
 
@@ -377,7 +377,7 @@ def test_a_figure_that_is_not_finite_is_missing(paths):
         return torch.tensor(torch.nan)
 
     got = measure(blurred, paths, perceptual=perceptual)
-    assert got.figures["lpips"] is None
+    assert got.metrics["lpips"] is None
     assert got.missing["lpips"] == "not finite: nan"
 
 
@@ -392,7 +392,7 @@ def test_errors_end_with_one_line(image_tokenizer, folder, cache, tmp_path):
         ([str(folder), "--vgg16", "none.pth"], r"no file at none\.pth"),
     ):
         with pytest.raises(SystemExit, match=message):
-            commands.main([*arguments, *more])
+            entry.main([*arguments, *more])
     assert not (tmp_path / "out").exists()
 
 
@@ -400,8 +400,8 @@ def test_without_any_weights_nothing_is_named_in_their_place(cache, monkeypatch)
     def no_weights(*_):
         raise WeightsError("pip install a package")
 
-    monkeypatch.setattr(evaluate, "build_teacher", no_weights)
-    features, missing = evaluate.choose_features(None, torch.device("cpu"))
+    monkeypatch.setattr(networks, "build_teacher", no_weights)
+    features, missing = networks.choose_features(None, torch.device("cpu"))
     assert features is None
     assert str(cache / fid.WEIGHTS) in missing["rfid"]
     assert missing["fd_efflite0"] == "pip install a package"
@@ -409,9 +409,9 @@ def test_without_any_weights_nothing_is_named_in_their_place(cache, monkeypatch)
 
 @needs_lite0
 def test_the_stand_in_grows_with_the_damage(paths):
-    features = evaluate.lite0_features(torch.device("cpu"))
+    features = networks.lite0_features(torch.device("cpu"))
     made = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((64, 64)))) for p in paths])
-    made = evaluate.to_float(made[..., :3].permute(0, 3, 1, 2))
+    made = preprocess.to_float(made[..., :3].permute(0, 3, 1, 2))
 
     def distance(change) -> float:
         sums = [FeatureSums(112), FeatureSums(112)]
@@ -431,15 +431,15 @@ def test_vgg16_in_the_cache_is_found(cache, monkeypatch):
         read.append(path)
         return torch.nn.Identity()
 
-    monkeypatch.setattr(evaluate, "LPIPS", stub)
-    none, missing = evaluate.choose_perceptual(None, torch.device("cpu"))
+    monkeypatch.setattr(networks, "LPIPS", stub)
+    none, missing = networks.choose_perceptual(None, torch.device("cpu"))
     assert none is None
-    assert str(cache / evaluate.VGG16) in missing["lpips"]
+    assert str(cache / networks.VGG16) in missing["lpips"]
     cache.mkdir(parents=True)
-    (cache / evaluate.VGG16).touch()
-    assert evaluate.choose_perceptual(None, torch.device("cpu"))[1] == {}
-    evaluate.choose_perceptual("mine.pth", torch.device("cpu"))
-    assert read == [cache / evaluate.VGG16, "mine.pth"]
+    (cache / networks.VGG16).touch()
+    assert networks.choose_perceptual(None, torch.device("cpu"))[1] == {}
+    networks.choose_perceptual("mine.pth", torch.device("cpu"))
+    assert read == [cache / networks.VGG16, "mine.pth"]
 
 
 def test_processes_with_other_weights_are_told(image_tokenizer, folder, cache, tmp_path):
@@ -454,7 +454,7 @@ def test_processes_with_other_weights_are_told(image_tokenizer, folder, cache, t
 
 def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
     """Seven images for two processes, and one for two: dealt out, none twice."""
-    script = Path(commands.__file__).with_name("__main__.py")
+    script = Path(entry.__file__).with_name("__main__.py")
     runs = []
     for world, limit in ((1, 7), (2, 7), (2, 1)):
         out = tmp_path / f"out{world}{limit}"
@@ -498,10 +498,10 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     torch.save(network.state_dict(), weights)
     monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
-    features, missing = evaluate.choose_features(str(weights), torch.device("cpu"))
-    assert (features.figure, missing) == ("rfid", {})
-    features_of = evaluate.evaluate(
-        lambda images: evaluate.Reconstruction(
+    features, missing = networks.choose_features(str(weights), torch.device("cpu"))
+    assert (features.metric, missing) == ("rfid", {})
+    features_of = metrics.evaluate(
+        lambda images: metrics.Reconstruction(
             torch.zeros(len(images), 1, dtype=torch.int64), blurred(images)
         ),
         paths,
@@ -516,4 +516,4 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
         for i, image in enumerate(pixels):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
     library = fid.fid(tmp_path / "a", tmp_path / "b", weights)
-    assert features_of.figures["rfid"] == pytest.approx(library, rel=1e-3)
+    assert features_of.metrics["rfid"] == pytest.approx(library, rel=1e-3)

@@ -10,7 +10,7 @@ import torch
 
 from tokenflow_ext.models import TokenFlowTokenizer, TokenizerConfig
 from tokenflow_ext.train import decoder
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.config import load_config, load_decoder_config
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
@@ -156,7 +156,7 @@ def test_a_run_ends_with_a_whole_tokenizer(micro, released_file, images, tmp_pat
     folder = source.save_pretrained(tmp_path / "source")
     run = tmp_path / "run"
     given = micro.decoder_overrides(run, folder, images, "decoder=enhanced", "optim.steps=2")
-    commands.main(["train-decoder", *given])
+    entry.main(["train-decoder", *given])
     text = capsys.readouterr().out
     assert "decoder: enhanced" in text
     assert "PSNR" in text

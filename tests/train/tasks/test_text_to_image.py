@@ -17,7 +17,7 @@ from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import encode_prompts
 from tokenflow_ext.train import text_to_image
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli.commands.tokenize import tokenize
 from tokenflow_ext.train.config import load_text_config
 from tokenflow_ext.train.data.captions import list_captions, some
 from tokenflow_ext.train.engine import checkpoint
@@ -34,7 +34,7 @@ TOGETHER = Path(__file__).parents[1] / "together_text.py"
 def tokens(image_tokenizer, pairs, tmp_path_factory) -> Path:
     """The pairs as `tokenflow tokenize` writes them."""
     out = tmp_path_factory.mktemp("pair_tokens")
-    commands.tokenize(str(pairs), str(image_tokenizer), str(out), shard=5)
+    tokenize(str(pairs), str(image_tokenizer), str(out), shard_size=5)
     return out
 
 

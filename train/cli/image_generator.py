@@ -6,7 +6,7 @@ import hashlib
 import math
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Prompt:
 
 
 @dataclass
-class Painter:
+class ImageGenerator:
     """A model and how it draws.
 
     Attributes:
@@ -66,7 +66,7 @@ class Painter:
     weights: str = ""
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> Painter:
+    def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> ImageGenerator:
         """From a run, one of its checkpoints, or a folder with a saved model and text tokenizer.
 
         Raises:
@@ -96,7 +96,7 @@ class Painter:
         """How tokens are drawn."""
         return SamplingConfig.preset(self.steps, guidance=self.guidance)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Generator[Tensor, None, None]:
         """Images [3, H, W] uint8, one for each prompt; a bar counts the transformer's runs.
 
         Args:
@@ -233,7 +233,7 @@ def pictures(
     Image m of prompt n has the seed ``seed + n * each + m``.
 
     Args:
-        drawn: :attr:`Painter.facts`.
+        drawn: :attr:`ImageGenerator.facts`.
     """
     made = []
     for n, prompt in enumerate(prompts):
@@ -270,7 +270,7 @@ def claim(
 
 
 def write(
-    painter: Painter,
+    generator: ImageGenerator,
     prompts: Sequence[Prompt],
     out: str | Path,
     *,
@@ -296,7 +296,7 @@ def write(
         OutputError: something else is there, and ``overwrite`` is false.
     """
     target = Outputs(Path(out), overwrite)
-    wanted = pictures(prompts, layout, each, seed, painter.facts)
+    wanted = pictures(prompts, layout, each, seed, generator.facts)
     missing = claim(target, prompts, wanted, layout, grid)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} pictures are in {out} already, drawn from the same")
@@ -310,7 +310,7 @@ def write(
     texts = [picture.text for picture in redrawn for _ in picture.seeds]
     seeds = [seed for picture in redrawn for seed in picture.seeds]
     written, names = [], {picture.name for picture in missing}
-    with closing(painter.draw(texts, seeds)) as images:
+    with closing(generator.draw(texts, seeds)) as images:
         for picture in redrawn:
             drawn = [next(images).permute(1, 2, 0).numpy() for _ in picture.seeds]
             image = drawn[0] if layout != "dpg" else tile(drawn, math.ceil(each**0.5))
@@ -376,4 +376,6 @@ def labelled(images: Sequence[np.ndarray], labels: Sequence[str], least: int = 1
     return tile(cells, math.ceil(len(cells) ** 0.5))
 
 
-__getattr__ = renamed(__name__, {"STEPS": "tokenflow_ext.sampler:PRESETS"})
+__getattr__ = renamed(
+    __name__, {"Painter": "ImageGenerator", "STEPS": "tokenflow_ext.sampler:PRESETS"}
+)
