@@ -111,7 +111,7 @@ def small_original(file: Path) -> TokenizerConfig:
         quantizer=dataclasses.replace(preset.quantizer, codebook_size=64),
         teacher=dataclasses.replace(tower, projection=20),
     )
-    TokenFlowTokenizer(config).save_released(file)
+    TokenFlowTokenizer(config).save_original(file)
     return config
 
 

@@ -87,8 +87,8 @@ def pictures(model, count, seed=3):
     )
 
 
-def released_shapes(vocab, hidden, mlp, layers, heads, codes, scales):
-    """Keys of the released weights, as their description lists them."""
+def original_shapes(vocab, hidden, mlp, layers, heads, codes, scales):
+    """Keys of the original weights, as their description lists them."""
     shapes = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -129,8 +129,8 @@ TINY = {
 }
 
 
-def tiny_released():
-    shapes = released_shapes(WORDS + CODES + 1, 32, 40, 2, 4, sum(DIMS), SCALES)
+def tiny_original():
+    shapes = original_shapes(WORDS + CODES + 1, 32, 40, 2, 4, sum(DIMS), SCALES)
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     return state, llama_config(**TINY)

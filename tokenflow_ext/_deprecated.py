@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -44,3 +45,38 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(home), new)
 
     return __getattr__
+
+
+class RenamedAttribute:
+    """A method or an attribute of a class under its name of before.
+
+        class Model:
+            load_released = RenamedAttribute("load_original", aside="unused")
+
+    Args:
+        new: the name that it has now.
+        keywords: of a method, the new name of each keyword argument that has one.
+    """
+
+    def __init__(self, new: str, **keywords: str) -> None:
+        self.new, self.keywords = new, keywords
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = f"{owner.__name__}.{name}"
+        self.now = f"{owner.__name__}.{self.new}"
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        warn_renamed(self.old, self.now)
+        value = getattr(owner if instance is None else instance, self.new)
+        if not self.keywords:
+            return value
+
+        @functools.wraps(value)
+        def call(*arguments: Any, **named: Any) -> Any:
+            return value(*arguments, **{self.keywords.get(k, k): v for k, v in named.items()})
+
+        return call
+
+    def __set__(self, instance: object, value: Any) -> None:
+        warn_renamed(self.old, self.now)
+        setattr(instance, self.new, value)

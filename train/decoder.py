@@ -2,7 +2,7 @@
 [key=value ...]``.
 
 ``init`` is a run of train/tokenizer.py, one of its checkpoints, a save_pretrained folder or a
-released file. Its tokens stay what they are; what is saved is a whole tokenizer.
+original checkpoint. Its tokens stay what they are; what is saved is a whole tokenizer.
 """
 
 from __future__ import annotations

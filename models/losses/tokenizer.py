@@ -27,7 +27,7 @@ def semantic_loss(pred: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:
     """Distance of decoded semantic tokens from the teacher's, both [B, N, C] (0-dim, float32).
 
     Args:
-        kind: ``cosine``, the mean over tokens of 1 - cos (what the released weights were trained
+        kind: ``cosine``, the mean over tokens of 1 - cos (what the original weights were trained
             with), or ``l2``, the mean squared difference (what the paper prints).
 
     Raises:

@@ -1,7 +1,7 @@
 """Text to image by next-scale prediction: a Llama-family transformer over text, then all scales.
 
 Method: arXiv 2412.03069, section 3.3. The keys of :meth:`TextToImage.state_dict` are those of the
-released weights.
+original weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.pretrained import (
@@ -24,6 +25,7 @@ from tokenflow_ext.models.serialization.pretrained import (
     not_finite,
     read_weights,
 )
+from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.sampler import SamplingConfig
 
@@ -75,7 +77,7 @@ class TextToImage(nn.Module):
     """Next-scale text-to-image transformer (arXiv 2412.03069, section 3.3).
 
     Weights start random; :meth:`from_language_model` starts from a pretrained transformer,
-    :meth:`from_released` takes the released weights.
+    :meth:`from_original` takes the original weights.
 
     Args:
         config: shape of everything.
@@ -86,8 +88,8 @@ class TextToImage(nn.Module):
             CUDA, where it skips the blocks that the mask empties).
 
     Attributes:
-        left_aside, released_header: of a released model, the buffers that are no weights here and
-            the ``config.json`` it was read with; :meth:`save_released` alone writes them.
+        unused_tensors, original_header: of an original model, the buffers that are no weights here
+            and the ``config.json`` it was read with; :meth:`save_original` alone writes them.
 
     Raises:
         ConfigError: a tokenizer that does not fit the configuration.
@@ -120,8 +122,8 @@ class TextToImage(nn.Module):
         _check_tokenizer(config, tokenizer)
         self.config = config
         self.attention = attention
-        self.left_aside: dict[str, Tensor] = {}
-        self.released_header: dict[str, Any] | None = None
+        self.unused_tensors: dict[str, Tensor] = {}
+        self.original_header: dict[str, Any] | None = None
         # Past Module.__setattr__: not a submodule.
         self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
         self._session: Session | None = None
@@ -138,7 +140,7 @@ class TextToImage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head, level and position embeddings as the release's started; the rest resets itself."""
+        """Head, level and position embeddings as the original's started; the rest resets itself."""
         backbone = self.config.backbone
         nn.init.normal_(self.lm_head.weight, std=backbone.initializer_range)
         for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):
@@ -394,14 +396,14 @@ class TextToImage(nn.Module):
     # ------------------------------------------------------------------ weights
 
     @classmethod
-    def from_released(
+    def from_original(
         cls,
         source: Mapping[str, Tensor] | str | Path,
         llama_config: PretrainedConfig | None,
         tokenizer: TokenFlowTokenizer,
         **options: Any,
     ) -> TextToImage:
-        """The model of released weights; it takes the tensors over without a copy.
+        """The model of original weights; it takes the tensors over without a copy.
 
         Args:
             source: a state dict, or where the weights are: a folder of transformers or one file
@@ -419,9 +421,9 @@ class TextToImage(nn.Module):
                 missing or cannot be read.
             ConfigError: a configuration that is not served or does not fit the tokenizer.
         """
-        state, name, header = source, "the released weights", None
+        state, name, header = source, "the state dict", None
         if not isinstance(source, Mapping):
-            state, name = original_checkpoint.read(source), str(source)
+            state, name = read_state_dict(source), str(source)
             if bad := not_finite(state):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
             if llama_config is None:
@@ -440,38 +442,38 @@ class TextToImage(nn.Module):
                 f"id, got {llama_config.vocab_size}"
             )
         config = TextToImageConfig.for_tokenizer(backbone, tokenizer, text_vocab_size)
-        weights, aside = original_checkpoint.split_aside(state, config)
+        weights, unused = original_checkpoint.split_unused(state, config)
         embeddings = weights.get("model.embed_tokens.weight")
         if llama_config.tie_word_embeddings and embeddings is not None:
             # Two weights from now on: training reaches rows of one that it does not reach of the
             # other.
             weights.setdefault("lm_head.weight", embeddings.clone())
             header = None if header is None else header | {"tie_word_embeddings": False}
-        shapes = {key: value.shape for key, value in weights.items()}
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
         model = cls._skeleton(config, tokenizer, shapes, name, options)._filled(weights, name)
-        model.left_aside, model.released_header = aside, header
+        model.unused_tensors, model.original_header = unused, header
         return model
 
-    def to_released(self) -> dict[str, Tensor]:
-        """The released form of the weights: the inverse of :meth:`from_released`.
+    def to_original(self) -> dict[str, Tensor]:
+        """The original form of the weights: the inverse of :meth:`from_original`.
 
         Raises:
-            ConfigError: another backbone than a Llama, whose names the release has not.
+            ConfigError: another backbone than a Llama, whose names the original has not.
         """
         family = self.config.backbone.family
         if family != "llama":
             raise ConfigError(
-                f"released text-to-image models are of family 'llama', this one is {family!r}: "
+                f"original text-to-image models are of family 'llama', this one is {family!r}: "
                 "save_pretrained saves it"
             )
-        return self.state_dict() | self.left_aside
+        return self.state_dict() | self.unused_tensors
 
-    def save_released(
+    def save_original(
         self, path: str | Path, max_shard_size: str = "5GB", *, overwrite: bool = False
     ) -> Path:
-        """Writes the weights with exactly the released names into the directory ``path``, as
-        transformers and :meth:`from_released` read them; the image tokenizer has a file of its own
-        (:meth:`TokenFlowTokenizer.save_released`).
+        """Writes the weights with exactly the original names into the directory ``path``, as
+        transformers and :meth:`from_original` read them; the image tokenizer has a file of its own
+        (:meth:`TokenFlowTokenizer.save_original`).
 
         ``config.json`` is the one that the model was read with, or else a plain Llama's: what the
         original programs look up in theirs besides has to be added by hand.
@@ -482,10 +484,10 @@ class TextToImage(nn.Module):
 
         Raises:
             OutputError: a model is there, or the files cannot be written.
-            ConfigError: see :meth:`to_released`.
+            ConfigError: see :meth:`to_original`.
         """
-        state = self.to_released()
-        header = self.released_header
+        state = self.to_original()
+        header = self.original_header
         if header is None:
             backbone = self.config.backbone
             header = backbone.to_transformers(self.config.vocab_size).to_diff_dict()
@@ -494,6 +496,12 @@ class TextToImage(nn.Module):
                 scaling = backbone.rope.to_transformers()
                 header["rope_scaling"] = {**scaling, "type": backbone.rope.rope_type}
         return original_checkpoint.write(path, state, header, max_shard_size, overwrite)
+
+    from_released = RenamedAttribute("from_original")
+    to_released = RenamedAttribute("to_original")
+    save_released = RenamedAttribute("save_original")
+    left_aside = RenamedAttribute("unused_tensors")
+    released_header = RenamedAttribute("original_header")
 
     @classmethod
     def from_language_model(
@@ -533,7 +541,7 @@ class TextToImage(nn.Module):
         cls,
         config: TextToImageConfig,
         tokenizer: TokenFlowTokenizer,
-        shapes: Mapping[str, Sequence[int]],
+        shapes: Mapping[str, tuple[int, ...]],
         source: str,
         options: dict[str, Any],
     ) -> TextToImage:
@@ -546,20 +554,8 @@ class TextToImage(nn.Module):
             )
         with torch.device("meta"):
             model = cls(config, tokenizer, **options)
-        own = model.state_dict()
-        missing = [key for key in own if key not in shapes]
-        unknown = [key for key in shapes if key not in own]
-        if missing or unknown:
-            first = f" (first {(missing or unknown)[0]})"
-            raise CheckpointError(
-                f"{source}: {len(missing)} keys missing, {len(unknown)} unknown{first}"
-            )
-        for key, value in own.items():
-            if tuple(shapes[key]) != tuple(value.shape):
-                raise CheckpointError(
-                    f"{source}: {key} is {tuple(shapes[key])}, the configuration asks for "
-                    f"{tuple(value.shape)}"
-                )
+        if difference := compare(shapes, model.state_dict()):
+            raise CheckpointError(f"{source} does not fit the configuration: {difference}")
         return model
 
     def _filled(self, weights: dict[str, Tensor], source: str) -> TextToImage:

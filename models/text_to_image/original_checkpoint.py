@@ -1,12 +1,12 @@
-"""TokenFlow's released text-to-image weights: read and written as the release has them.
+"""TokenFlow's original text-to-image weights: read and written as the original has them.
 
-The release is a folder of transformers: ``config.json`` and the weights, in one safetensors file or
-in several with an index. Their names are those of :meth:`TextToImage.state_dict`, with two more:
+The original is a folder of transformers: ``config.json`` and the weights, in one safetensors file
+or in several with an index. Their names are those of :meth:`TextToImage.state_dict`, with two more:
 
     image_token_start, image_token_end    first and last id of the image tokens, buffers that may be
                                           there, under any prefix; held against the vocabulary
 
-which are kept aside, with ``config.json``, and written back.
+which are kept, with ``config.json``, and written back.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.files import (
     OutputError,
     brief,
     cannot_write,
-    inside,
     read_json,
 )
-from tokenflow_ext.models.serialization.pretrained import read_safetensors
-from tokenflow_ext.models.tokenizer import original_checkpoint
 
 from .sequence import TextToImageConfig, check_header
 
@@ -37,56 +35,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 HEADER = "config.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # and each with ".index.json": in several
 _RANGE = ("image_token_start", "image_token_end")
 _MODEL_TYPES = ("llava_llama", "llama")
-
-
-def read(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of the released weights.
-
-    Args:
-        path: a folder of transformers, one safetensors file, or one torch file with the weights
-            under ``ema``, ``model`` or ``state_dict`` or by themselves.
-
-    Raises:
-        CheckpointError: nothing there, a file that cannot be read, or an index that does not agree
-            with its files.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return _read_file(path)
-    for name in _WEIGHTS:
-        if (index := path / f"{name}.index.json").is_file():
-            return _read_indexed(index)
-        if (path / name).is_file():
-            return _read_file(path / name)
-    raise CheckpointError(f"{path} holds neither {' nor '.join(_WEIGHTS)}, nor an index of either")
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return original_checkpoint.read(path)
-    return read_safetensors(path)[0]
-
-
-def _read_indexed(index: Path) -> dict[str, Tensor]:
-    content = read_json(index, CheckpointError)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict):
-        raise CheckpointError(f"{index} is no index: it must have a weight_map")
-    files = {name: inside(index.parent, name, index, CheckpointError) for name in places.values()}
-    state: dict[str, Tensor] = {}
-    for name in sorted(files):
-        for key, value in _read_file(files[name]).items():
-            if places.get(key) != name:
-                raise CheckpointError(f"{index} does not say that {name} has {key}")
-            state[key] = value
-    if missing := [key for key in places if key not in state]:
-        raise CheckpointError(
-            f"{index} says that {places[missing[0]]} has {missing[0]}, which it has not"
-        )
-    return state
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -106,7 +56,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def parse_header(header: Mapping[str, Any]) -> PretrainedConfig:
-    """The backbone's configuration in a released ``config.json``.
+    """The backbone's configuration in an original ``config.json``.
 
     Raises:
         ConfigError: of another model than a Llama, or not one that transformers can make.
@@ -140,7 +90,7 @@ def first_line(error: Exception) -> str:
     return brief(" ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1]))
 
 
-def split_aside(
+def split_unused(
     state: Mapping[str, Tensor], config: TextToImageConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights, and the buffers with the image tokens' ids.
@@ -148,10 +98,10 @@ def split_aside(
     Raises:
         CheckpointError: ids that are not the vocabulary's.
     """
-    aside = {key: value for key, value in state.items() if key.rpartition(".")[2] in _RANGE}
-    for key, value in aside.items():
+    unused = {key: value for key, value in state.items() if key.rpartition(".")[2] in _RANGE}
+    for key, value in unused.items():
         _check_range(key, value, config)
-    return {key: value for key, value in state.items() if key not in aside}, aside
+    return {key: value for key, value in state.items() if key not in unused}, unused
 
 
 def _check_range(key: str, value: Tensor, config: TextToImageConfig) -> None:
@@ -173,8 +123,8 @@ def write(
     shard: str,
     overwrite: bool,
 ) -> Path:
-    """Saves a folder as :func:`read` and transformers read it; ``config.json`` comes last, and each
-    file is complete before it takes its name.
+    """Saves a folder as :func:`.read_state_dict` and transformers read it. ``config.json`` comes
+    last, and each file is complete before it takes its name.
 
     Args:
         shard: the largest file, such as ``5GB``; what does not fit into one goes into several.
@@ -208,3 +158,12 @@ def write(
 
 def _weights_index_header(file: Path) -> tuple[bool, bool]:
     return file.suffix == ".json", file.name == HEADER
+
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "read": "tokenflow_ext.models.serialization.state_dict:read_state_dict",
+        "split_aside": "split_unused",
+    },
+)

@@ -1,6 +1,6 @@
 """Configurations of the tokenizer: plain dataclasses with presets and a JSON form.
 
-The numbers of the presets B, L and XL are those of arXiv 2412.03069, table 11, and of the released
+The numbers of the presets B, L and XL are those of arXiv 2412.03069, table 11, and of the original
 weights; ``tiny`` is small enough to train on two CPU cores.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -13,12 +13,18 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
+from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.serialization.config import CheckpointError
 from tokenflow_ext.models.serialization.pretrained import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     SavedForm,
     read_weights,
+)
+from tokenflow_ext.models.serialization.state_dict import (
+    compare,
+    no_random_init,
+    read_state_dict,
 )
 from tokenflow_ext.models.towers.teachers import load_tower
 from tokenflow_ext.models.towers.towers import build_tower
@@ -67,9 +73,9 @@ class TokenFlowTokenizer(nn.Module):
         config: shape of everything; see :meth:`TokenizerConfig.preset`.
 
     Attributes:
-        left_aside: by the release's names, what a released file had that no module here has (see
-            :mod:`.original_checkpoint`); empty for any other tokenizer. Not part of the state dict:
-            :meth:`save_released` alone writes it.
+        unused_tensors: by the original names, what an original checkpoint had that no module here
+            has (see :mod:`.original_checkpoint`); empty for any other tokenizer. Not part of the
+            state dict: :meth:`save_original` alone writes it.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -77,7 +83,7 @@ class TokenFlowTokenizer(nn.Module):
         if not isinstance(config, TokenizerConfig):
             raise TypeError(f"config must be a TokenizerConfig, got {type(config).__name__}")
         self.config = config
-        self.left_aside: dict[str, Tensor] = {}
+        self.unused_tensors: dict[str, Tensor] = {}
         pixel, semantic = config.pixel, config.semantic
         if pixel.enabled:
             shape: dict[str, Any] = {
@@ -339,32 +345,35 @@ class TokenFlowTokenizer(nn.Module):
         _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
-    def save_released(
+    def save_original(
         self,
         path: str | Path,
-        left_aside_from: str | Path | None = None,
+        unused_from: str | Path | None = None,
         *,
         overwrite: bool = False,
     ) -> Path:
-        """Writes one torch file with exactly the released checkpoints' names and shapes.
+        """Writes one torch file with exactly the original checkpoints' names and shapes.
 
         Args:
-            left_aside_from: a released file to take from what no module here holds (SigLIP's last
-                layer and head, usage statistics), for a tokenizer that was not read from one; None
-                is what :meth:`from_pretrained` kept.
+            unused_from: an original checkpoint to take from what no module here holds (SigLIP's
+                last layer and head, usage statistics), for a tokenizer that was not read from one;
+                None is what :meth:`from_pretrained` kept.
             overwrite: whether to replace a file that is there.
 
         Raises:
             OutputError: the file is there, or cannot be written.
-            ConfigError: a tokenizer that has no released form.
-            CheckpointError: weights of the released form that neither source has.
+            ConfigError: a tokenizer that has no original form.
+            CheckpointError: weights of the original form that neither source has.
         """
         original_checkpoint.check(self.config)
-        aside = self.left_aside
-        if left_aside_from is not None:
-            aside = original_checkpoint.read_left_aside(left_aside_from, self.config)
-        state = original_checkpoint.to_released(self.state_dict(), self.config, aside)
+        unused = self.unused_tensors
+        if unused_from is not None:
+            unused = original_checkpoint.read_unused(unused_from, self.config)
+        state = original_checkpoint.to_original(self.state_dict(), self.config, unused)
         return original_checkpoint.write(path, state, overwrite)
+
+    save_released = RenamedAttribute("save_original", left_aside_from="unused_from")
+    left_aside = RenamedAttribute("unused_tensors")
 
     @classmethod
     def from_pretrained(
@@ -376,12 +385,12 @@ class TokenFlowTokenizer(nn.Module):
         """Loads a trained tokenizer (in evaluation mode, on the CPU).
 
         Args:
-            path: a directory written by :meth:`save_pretrained`, or a file: one of the released
+            path: a directory written by :meth:`save_pretrained`, or a file: one of the original
                 checkpoints (see :mod:`.original_checkpoint`).
-            resolution: side of the images in pixels, None for the tokenizer's own. A released B
+            resolution: side of the images in pixels, None for the tokenizer's own. An original B
                 (224) can be read for 256; anywhere else it must be the tokenizer's own.
-            config: for a file with the released names but other sizes, its configuration; None
-                recognises the released tokenizers.
+            config: for a file with the original names but other sizes, its configuration; None
+                infers those of the original tokenizers.
 
         Raises:
             CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
@@ -391,10 +400,12 @@ class TokenFlowTokenizer(nn.Module):
         """
         path = Path(path)
         if path.is_file():
-            model = cls._from_released(path, resolution, config)
+            model = cls._from_original(path, resolution, config)
         else:
             if config is not None:
-                raise ValueError(f"config is for released files: {path} has its own {CONFIG_FILE}")
+                raise ValueError(
+                    f"config is for original checkpoints: {path} has its own {CONFIG_FILE}"
+                )
             model = cls._from_folder(path)
             if resolution not in (None, model.config.image_size):
                 raise ValueError(
@@ -412,18 +423,18 @@ class TokenFlowTokenizer(nn.Module):
         return _read_config(folder)
 
     @classmethod
-    def _from_released(
+    def _from_original(
         cls, path: Path, resolution: int | None, config: TokenizerConfig | None
     ) -> TokenFlowTokenizer:
         if config is not None and resolution is not None:
             raise ValueError("config says the resolution: give one of the two")
-        state = original_checkpoint.read(path)
-        model = cls(config or original_checkpoint.recognise(state, resolution, path))
-        weights, aside = original_checkpoint.from_released(
-            state, model.config, model.state_dict(), path
-        )
+        state = read_state_dict(path)
+        config = config or original_checkpoint.infer_config(state, resolution, path)
+        with no_random_init():
+            model = cls(config)
+        weights, unused = original_checkpoint.from_original(state, config, model.state_dict(), path)
         model.load_state_dict(weights)
-        model.left_aside = {key: value.clone() for key, value in aside.items()}
+        model.unused_tensors = {key: value.clone() for key, value in unused.items()}
         return model
 
     @classmethod
@@ -432,30 +443,16 @@ class TokenFlowTokenizer(nn.Module):
         with torch.device("meta"):  # no memory is taken for sizes that the file does not have
             own = cls(config).state_dict()
 
-        def check(shapes: dict[str, tuple[int, ...]]) -> None:
-            missing = [k for k in own if k not in shapes]
-            unexpected = [k for k in shapes if k not in own]
-            if missing or unexpected:
-                raise CheckpointError(
-                    f"{file} does not fit its {CONFIG_FILE}: {len(missing)} weights "
-                    f"missing{_first(missing)}, {len(unexpected)} unknown{_first(unexpected)}"
-                )
-            for key, value in own.items():
-                if shapes[key] != tuple(value.shape):
-                    raise CheckpointError(
-                        f"{file}: {key} is {shapes[key]}, its {CONFIG_FILE} asks for "
-                        f"{tuple(value.shape)}"
-                    )
+        def check(found: Mapping[str, Tensor | tuple[int, ...]]) -> None:
+            if difference := compare(found, own):
+                raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}: {difference}")
 
         state, metadata = read_weights(folder, check)
         if metadata.get("format") != _FORM.name:
             raise CheckpointError(f"{file} was not written by save_pretrained")
-        for key, value in own.items():
-            if state[key].dtype != value.dtype:
-                raise CheckpointError(
-                    f"{file}: {key} is {state[key].dtype}, its {CONFIG_FILE} asks for {value.dtype}"
-                )
-        model = cls(config)
+        check(state)  # the types
+        with no_random_init():
+            model = cls(config)
         model.load_state_dict(state)
         return model
 
@@ -492,14 +489,10 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
     return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
-def _first(keys: list[str]) -> str:
-    return f" (first {keys[0]})" if keys else ""
-
-
 def _read_config(folder: Path) -> TokenizerConfig:
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is no directory, and no file: a saved tokenizer is a directory with "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}, a released one a torch file"
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, an original one a torch file"
         )
     return _FORM.read_config(folder, TokenizerConfig.from_dict)

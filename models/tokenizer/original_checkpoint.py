@@ -1,17 +1,17 @@
-"""TokenFlow's released tokenizer checkpoints: recognised, read and written with their own names.
+"""TokenFlow's original tokenizer checkpoints: read and written with their own names.
 
-A released file is a torch file with a state dict under ``ema``, ``model`` or ``state_dict``. Its
-names differ from ours by a prefix a module (:func:`released_name`); shapes are the same. What one
-side has and the other has not:
+An original checkpoint is a torch file with a state dict under ``ema``, ``model`` or ``state_dict``.
+Its names differ from ours by a prefix a module (:func:`original_name`), shapes are the same. What
+one side has and the other has not:
 
 =====================================  ========================================================
 in the file, not in our modules        what becomes of it
 =====================================  ========================================================
-``quantize.codebook_used``             the last 131,072 codes chosen in the release's training, a
-                                       statistic: left aside; zeros, its first state, where it was
+``quantize.codebook_used``             the last 131,072 codes chosen in the original training, a
+                                       statistic: unused; zeros, its first state, where it was
                                        never loaded
 SigLIP's last layer, ``post_layernorm``  come after ``hidden_states[-2]``, where the features leave:
-and ``head``                           left aside; cannot be made up, so that writing without them
+and ``head``                           unused; cannot be made up, so that writing without them
                                        is refused
 ``scaling_layer.shift``, ``.scale``    the tower's mean and deviation, constants here: compared on
                                        reading (another value would change every token), written
@@ -25,31 +25,31 @@ in our modules, not in the file        what becomes of it
 ``quantizer.codebook_sums``            reading, and are not written
 =====================================  ========================================================
 
-What is left aside is kept with the tokenizer (``TokenFlowTokenizer.left_aside``) and written back.
+Unused tensors are kept with the tokenizer (``TokenFlowTokenizer.unused_tensors``) and written back.
 Any other name, shape or type is an error that names it.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
-from tokenflow_ext.models.serialization.pretrained import read_torch, write_torch
+from tokenflow_ext.models.serialization.pretrained import write_torch
+from tokenflow_ext.models.serialization.state_dict import compare, listed, read_state_dict
 from tokenflow_ext.models.towers.towers import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 
 from .config import TokenizerConfig
 
-CONTAINERS = ("ema", "model", "state_dict")  # the first that a file has is read
 USAGE = "quantize.codebook_used"
 _USAGE_LENGTH = 131072
 _STATISTICS = ("quantizer.usage_ema", "quantizer.codebook_sums")
 
-# Our prefix of the semantic tower and the release's, by the tower's kind.
+# Our prefix of the semantic tower and the original's, by the tower's kind.
 _TOWERS = {
     "clip": ("semantic_encoder.", "encoder_vqkd."),
     "vitamin": ("semantic_encoder.trunk.", "encoder_vqkd."),
@@ -68,42 +68,12 @@ _VARIANTS = {
     "XL": ("encoder_vqkd.vision_model.embeddings.patch_embedding.weight", {384: "XL"}),
 }
 _DECODER = "decoder.conv_in.weight"
-_SHOWN = 8  # names of each kind that a message spells out
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a released file, without the ``module.`` of DistributedDataParallel.
-
-    Tensors of files in torch's present format are mapped, not read: copy them before the file goes.
-
-    Raises:
-        CheckpointError: no such file, or one that holds no state dict under a known name.
-    """
-    path = Path(path)
-    # Training scripts store their argparse.Namespace beside the weights: a plain record.
-    content = read_torch(path, mmap=True, records=[argparse.Namespace])
-    names = list(content) if isinstance(content, dict) else []
-    found = next((name for name in CONTAINERS if name in names), None)
-    if found is not None:
-        content = content[found]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise CheckpointError(
-            f"{path} holds no state dict of tensors, by itself or under {', '.join(CONTAINERS)}; "
-            f"at its top it has {_listed(str(name) for name in names) or 'no names'}"
-        )
-    if all(key.startswith("module.") for key in content):
-        return {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
-
-
-def recognise(
+def infer_config(
     state: Mapping[str, Tensor], resolution: int | None = None, source: str | Path = "checkpoint"
 ) -> TokenizerConfig:
-    """The configuration of a released state dict, from its names and shapes.
+    """The configuration of an original state dict, from its names and shapes.
 
     Args:
         resolution: side of the images, None for the variant's own: 224 for B, which can be read for
@@ -118,9 +88,9 @@ def recognise(
     found = [name for name, mark in marks.items() if mark in state]
     if len(found) != 1:
         raise CheckpointError(
-            f"{source} is no released tokenizer: it must have exactly one of "
+            f"{source} is no original tokenizer: it must have exactly one of "
             f"{', '.join(f'{mark} ({name})' for name, mark in marks.items())}, and has "
-            f"{' and '.join(found) or 'none'} of them; its names are {_listed(state)}"
+            f"{' and '.join(found) or 'none'} of them; its names are {listed(state)}"
         )
     presets = _VARIANTS[found[0]][1]
     side = next(iter(presets)) if resolution is None else resolution
@@ -138,7 +108,7 @@ def recognise(
 
 
 def check(config: TokenizerConfig) -> None:
-    """That tokenizers of ``config`` have a released form, whatever their sizes.
+    """That tokenizers of ``config`` have an original form, whatever their sizes.
 
     Raises:
         ConfigError: another tower than CLIP's, ViTamin's or SigLIP's, no pixel branch, or pixel
@@ -147,25 +117,25 @@ def check(config: TokenizerConfig) -> None:
     kind = config.semantic.tower.kind
     if kind not in _TOWERS:
         raise ConfigError(
-            f"released tokenizers have a semantic tower {', '.join(_TOWERS)}, this one's kind is "
+            f"original tokenizers have a semantic tower {', '.join(_TOWERS)}, this one's kind is "
             f"{kind!r}: save_pretrained saves it"
         )
     if not config.pixel.enabled:
         raise ConfigError(
-            "released tokenizers have a pixel branch, this one has none (pixel.enabled is false): "
+            "original tokenizers have a pixel branch, this one has none (pixel.enabled is false): "
             "save_pretrained saves it"
         )
     if config.pixel.patch != 1:
         raise ConfigError(
-            f"released tokenizers have pixel.patch 1, this one has {config.pixel.patch}: "
+            f"original tokenizers have pixel.patch 1, this one has {config.pixel.patch}: "
             "save_pretrained saves it"
         )
 
 
-def released_name(name: str, kind: str) -> str | None:
-    """The release's name of our weight ``name`` with a tower of ``kind``.
+def original_name(name: str, kind: str) -> str | None:
+    """The original name of our weight ``name`` with a tower of ``kind``.
 
-    None for the statistics of our training, which the release does not have.
+    None for the statistics of our training, which the original does not have.
     """
     if name in _STATISTICS:
         return None
@@ -177,8 +147,8 @@ def released_name(name: str, kind: str) -> str | None:
     return name
 
 
-def left_aside(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a released file has and our modules have not."""
+def unused_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what an original checkpoint has and our modules have not."""
     shapes: dict[str, tuple[int, ...]] = {USAGE: (_USAGE_LENGTH,)}
     tower = config.semantic.tower
     if tower.kind != "siglip":
@@ -211,23 +181,23 @@ def left_aside(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def from_released(
+def from_original(
     state: Mapping[str, Tensor],
     config: TokenizerConfig,
     own: Mapping[str, Tensor],
     source: str | Path = "checkpoint",
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A released state dict as a model's own, and what is left aside of it.
+    """An original state dict as a model's own, and its unused tensors.
 
     Args:
-        state: as :func:`read` gives it.
+        state: of :func:`.read_state_dict`.
         config: the model's configuration.
         own: the model's state dict: names, shapes and types that are wanted, and the statistics
-            that no released file has.
+            that no original checkpoint has.
         source: what messages call ``state``.
 
     Returns:
-        Weights by our names, complete, and the tensors left aside by the release's. The latter may
+        Weights by our names, complete, and the unused tensors by the original's. The latter may
         be missing in part: nothing here reads them.
 
     Raises:
@@ -237,32 +207,16 @@ def from_released(
     """
     check(config)
     kind = config.semantic.tower.kind
-    names = {name: released_name(name, kind) for name in own}
+    names = {name: original_name(name, kind) for name in own}
     wanted = {theirs: own[ours] for ours, theirs in names.items() if theirs is not None}
     pixels = _normalisation(config)
     wanted |= pixels
-    aside = left_aside(config)
-    faults = []
-    if missing := [key for key in wanted if key not in state]:
-        faults.append(f"{len(missing)} missing ({_listed(missing)})")
-    if unknown := [key for key in state if key not in wanted and key not in aside]:
-        faults.append(f"{len(unknown)} unknown ({_listed(unknown)})")
-    other = []
-    for key, value in state.items():
-        if key in wanted:
-            like = (tuple(wanted[key].shape), wanted[key].dtype)
-        elif key in aside:
-            like = (aside[key], torch.float32)
-        else:
-            continue
-        if (tuple(value.shape), value.dtype) != like:
-            other.append(f"{key} is {tuple(value.shape)} {value.dtype}, not {like[0]} {like[1]}")
-    if other:
-        faults.append(f"{len(other)} of another shape or type ({_listed(other)})")
-    if faults:
+    unused = unused_shapes(config)
+    difference = compare(state, wanted, unused)
+    if difference:
         raise CheckpointError(
             f"{source} does not fit the configuration with a {kind} tower at "
-            f"{config.image_size} px: {'; '.join(faults)}"
+            f"{config.image_size} px: {difference}"
         )
     for key, value in pixels.items():
         if not torch.allclose(state[key], value, rtol=0.0, atol=1e-6):
@@ -273,44 +227,44 @@ def from_released(
     weights = {
         ours: own[ours] if theirs is None else state[theirs] for ours, theirs in names.items()
     }
-    return weights, {key: state[key] for key in aside if key in state}
+    return weights, {key: state[key] for key in unused if key in state}
 
 
-def to_released(
-    own: Mapping[str, Tensor], config: TokenizerConfig, aside: Mapping[str, Tensor]
+def to_original(
+    own: Mapping[str, Tensor], config: TokenizerConfig, unused: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The released form of a model's state dict: the inverse of :func:`from_released`.
+    """The original form of a model's state dict: the inverse of :func:`from_original`.
 
     Raises:
-        CheckpointError: ``aside`` lacks weights that cannot be made up.
+        CheckpointError: ``unused`` lacks weights that cannot be made up.
         ConfigError: see :func:`check`.
     """
     check(config)
     kind = config.semantic.tower.kind
     state = {}
     for ours, value in own.items():
-        theirs = released_name(ours, kind)
+        theirs = original_name(ours, kind)
         if theirs is not None:
             state[theirs] = value
     state |= _normalisation(config)
-    kept = {USAGE: torch.zeros(_USAGE_LENGTH), **aside}
-    if missing := [key for key in left_aside(config) if key not in kept]:
+    kept = {USAGE: torch.zeros(_USAGE_LENGTH), **unused}
+    if missing := [key for key in unused_shapes(config) if key not in kept]:
         raise CheckpointError(
-            f"{len(missing)} weights of the released form are not in this tokenizer, which was not "
-            f"read from a released file ({_listed(missing)}): name one in left_aside_from"
+            f"{len(missing)} weights of the original form are not in this tokenizer, which was not "
+            f"read from an original checkpoint ({listed(missing)}): name one in unused_from"
         )
-    return state | {key: kept[key] for key in left_aside(config)}
+    return state | {key: kept[key] for key in unused_shapes(config)}
 
 
-def read_left_aside(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
-    """What tokenizers of ``config`` leave aside, from a released file.
+def read_unused(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
+    """What tokenizers of ``config`` have no use for, from an original checkpoint.
 
     Raises:
-        CheckpointError: see :func:`read`; or weights of another shape or type.
+        CheckpointError: see :func:`.read_state_dict`; or weights of another shape or type.
     """
-    state = read(path)
+    state = read_state_dict(path)
     found = {}
-    for key, shape in left_aside(config).items():
+    for key, shape in unused_shapes(config).items():
         if key not in state:
             continue
         value = state[key]
@@ -339,8 +293,16 @@ def _normalisation(config: TokenizerConfig) -> dict[str, Tensor]:
     return {"scaling_layer.shift": mean, "scaling_layer.scale": deviation}
 
 
-def _listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    given = list(names)
-    more = f", and {len(given) - _SHOWN} more" if len(given) > _SHOWN else ""
-    return ", ".join(given[:_SHOWN]) + more
+__getattr__ = renamed(
+    __name__,
+    {
+        "CONTAINERS": "tokenflow_ext.models.serialization.state_dict:CONTAINERS",
+        "read": "tokenflow_ext.models.serialization.state_dict:read_state_dict",
+        "recognise": "infer_config",
+        "released_name": "original_name",
+        "left_aside": "unused_shapes",
+        "from_released": "from_original",
+        "to_released": "to_original",
+        "read_left_aside": "read_unused",
+    },
+)

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext.errors import WeightsError as WeightsError
-from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
-from tokenflow_ext.models.serialization.pretrained import read_safetensors, read_torch
+from tokenflow_ext.models.serialization.config import ConfigError
+from tokenflow_ext.models.serialization.state_dict import (
+    compare,
+    no_random_init,
+    read_state_dict,
+    without_prefix,
+)
 
 from .config import TowerConfig
 from .towers import Tower, build_tower
@@ -68,20 +73,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}")
-    try:
-        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
-    except CheckpointError as error:
-        raise WeightsError(
-            f"{path} cannot be read as a state dict ({error}); a TorchScript archive must be saved "
-            "as a plain state dict first"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise WeightsError(f"{path} holds no plain state dict of tensors")
-    return state
+
+    def error(message: str) -> WeightsError:
+        return WeightsError(
+            f"{path} cannot be read as a state dict ({message}); a TorchScript archive must be "
+            "saved as a plain state dict first"
+        )
+
+    return read_state_dict(path, error)
 
 
 def clip_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +123,7 @@ def clip_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def efficientnet_from_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """EfficientNet-Lite0's weights as the package names them, renamed as timm has them."""
     blocks_per_stage = (1, 2, 2, 3, 3, 4, 1)
-    places = [(s, i) for s, n in enumerate(blocks_per_stage) for i in range(n)]
+    positions = [(s, i) for s, n in enumerate(blocks_per_stage) for i in range(n)]
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     top["_fc"] = "classifier"
     # A block without expansion counts its norms from one convolution later.
@@ -147,7 +146,7 @@ def efficientnet_from_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
         first, rest = key.split(".", 1)
         if first == "_blocks":
             number, part, rest = rest.split(".", 2)
-            stage, index = places[int(number)]
+            stage, index = positions[int(number)]
             names = plain if stage == 0 else expanding
             made[f"blocks.{stage}.{index}.{names[part]}.{rest}"] = value
         else:
@@ -158,8 +157,8 @@ def efficientnet_from_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _strip(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """The entries under the first prefix that has any, without it; else all."""
     for prefix in prefixes:
-        if any(k.startswith(prefix) for k in state):
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if found := without_prefix(state, prefix):
+            return found
     return state
 
 
@@ -219,18 +218,14 @@ def load_tower(tower: Tower, weights: str | Path | None = None) -> Path:
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{path} is not {_WANTED[kind]} (at {error})") from error
     own = tower.state_dict()
-    missing = [k for k in own if k not in state]
-    if missing:
+    difference = compare(state, own, dtypes=False)
+    if missing := difference.missing:
         raise WeightsError(
             f"{path} is not {_WANTED[kind]}: {len(missing)} of {len(own)} weights are missing, "
             f"first {missing[0]}"
         )
-    for key, value in own.items():
-        if state[key].shape != value.shape:
-            raise WeightsError(
-                f"{path}: {key} is {tuple(state[key].shape)}, the configured tower has "
-                f"{tuple(value.shape)}"
-            )
+    if difference.other:
+        raise WeightsError(f"{path} does not fit the configured tower: {difference.other[0]}")
     tower.load_state_dict({k: state[k] for k in own})
     return path
 
@@ -250,9 +245,11 @@ def build_teacher(
     """
     if not config.enabled:
         raise ConfigError("teacher.kind is 'none': there is no teacher to build")
-    teacher = Teacher(build_tower(config))
-    if not random_init:
-        load_tower(teacher.tower, weights)
+    if random_init:
+        return Teacher(build_tower(config))
+    with no_random_init():
+        teacher = Teacher(build_tower(config))
+    load_tower(teacher.tower, weights)
     return teacher
 
 

@@ -37,7 +37,7 @@ def resample_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Learned positions for another grid: class position kept, the others bicubic.
 
     The scale factor (grid + 0.1) / base is handed to the interpolation as it is, so its sampling
-    points differ slightly from those of a resize to the same size. The released weights were made
+    points differ slightly from those of a resize to the same size. The original weights were made
     with these points.
 
     Args:
@@ -84,7 +84,7 @@ class PixelNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, 3, H, W]."""
-        # By way of 0-255 although (x + 1) / 2 is the same number: rounding follows the released
+        # By way of 0-255 although (x + 1) / 2 is the same number: rounding follows the original
         # tokenizers', whose tokens can turn on the last bit.
         return (((images + 1.0) * 127.5).clamp(0.0, 255.0) / 255.0 - self.mean) / self.std
 
@@ -114,7 +114,7 @@ class Tower(nn.Module):
 class ClipTower(Tower):
     """CLIP's ViT (OpenAI's: QuickGELU), patch tokens after ``ln_post``.
 
-    Images go in as they are, in [-1, 1], as the released weights were trained. With
+    Images go in as they are, in [-1, 1], as the original weights were trained. With
     ``config.projection`` the tokens are multiplied by the visual projection (the teacher's form).
     Names of the weights are OpenAI's, as in open_clip.
     """

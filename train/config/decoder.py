@@ -20,9 +20,9 @@ class DecoderConfig:
     threads: int = 1
     checkpointing: bool = False  # as in TrainConfig, and compile
     compile: bool = False
-    # The tokenizer: a run, a checkpoint, a save_pretrained folder, or a released file.
+    # The tokenizer: a run, a checkpoint, a save_pretrained folder, or an original checkpoint.
     init: str = "runs/tokenizer"
-    resolution: int | None = None  # of a released B: 224 or 256
+    resolution: int | None = None  # of an original B: 224 or 256
     # "kept": its pixel decoder goes on from where it is. "enhanced": one of twice the width and
     # twice the residual blocks starts anew, unless it has those already.
     decoder: str = "kept"

@@ -86,9 +86,9 @@ class TextConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
-    # The image tokenizer: a run, a checkpoint, a save_pretrained folder, or a released file.
+    # The image tokenizer: a run, a checkpoint, a save_pretrained folder, or an original checkpoint.
     tokenizer: str = "runs/emoji-tokenizer"
-    resolution: int | None = None  # of a released B: 224 or 256
+    resolution: int | None = None  # of an original B: 224 or 256
     backbone: str | None = None  # pretrained: a folder of transformers, or a GGUF file
     init: str | None = None  # a run, checkpoint or save_pretrained folder to start from
     parallel: str = "ddp"  # or "fsdp": weights, gradients and optimizer split over processes

@@ -290,7 +290,7 @@ def find(path: str | Path) -> Path:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer that ``path`` means: what :func:`find` finds, or a released file.
+    """The tokenizer that ``path`` means: what :func:`find` finds, or an original checkpoint.
 
     Raises:
         CheckpointError: nothing there, or a checkpoint that is not whole.

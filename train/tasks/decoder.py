@@ -50,7 +50,7 @@ def with_enhanced_decoder(model: TokenFlowTokenizer) -> TokenFlowTokenizer:
     made = TokenFlowTokenizer(config)
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
     made.load_state_dict(made.state_dict() | kept)
-    made.left_aside = model.left_aside
+    made.unused_tensors = model.unused_tensors
     return made
 
 

@@ -13,10 +13,10 @@ from tiny_models import (
     build,
     image_tokenizer,
     llama_config,
+    original_shapes,
     pictures,
     prompts,
-    released_shapes,
-    tiny_released,
+    tiny_original,
 )
 
 from tokenflow_ext.models import (
@@ -30,21 +30,21 @@ from tokenflow_ext.models.serialization.files import OutputError
 from tokenflow_ext.models.text_to_image.rope import RopeConfig
 
 
-def test_released_keys_of_llama_2_7b():
+def test_original_keys_of_llama_2_7b():
     with torch.device("meta"):
         tokenizer = TokenFlowTokenizer(TokenizerConfig.preset("B-256"))
     scales = (1, 2, 4, 6, 8, 10, 12, 14, 16)
-    shapes = released_shapes(64769, 4096, 11008, 32, 32, 40, scales)
+    shapes = original_shapes(64769, 4096, 11008, 32, 32, 40, scales)
     state = {
         key: torch.empty(shape, device="meta", dtype=torch.bfloat16)
         for key, shape in shapes.items()
     }
     buffers = {"image_token_start": torch.tensor(32000), "image_token_end": torch.tensor(64767)}
-    model = TextToImage.from_released(
+    model = TextToImage.from_original(
         {**state, **buffers}, llama_config(vocab_size=64769), tokenizer
     )
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes
-    back = model.to_released()
+    back = model.to_original()
     assert back.keys() == {*shapes, *buffers}
     assert all(back[key] is value for key, value in buffers.items())
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -53,10 +53,10 @@ def test_released_keys_of_llama_2_7b():
     assert model.config.backbone.num_key_value_heads == 32
 
 
-def test_released_weights_keep_their_values():
-    state, config = tiny_released()
+def test_original_weights_keep_their_values():
+    state, config = tiny_original()
     tokenizer = image_tokenizer()
-    model = TextToImage.from_released(state, config, tokenizer)
+    model = TextToImage.from_original(state, config, tokenizer)
     assert not model.training
     own = model.state_dict()
     assert own.keys() == state.keys()
@@ -121,26 +121,26 @@ def released_folder(folder, state, files):
 def test_released_folders_there_and_back(tmp_path, files):
     from transformers import LlamaForCausalLM
 
-    state, _ = tiny_released()
+    state, _ = tiny_original()
     state = {key: value.bfloat16() for key, value in state.items()} | RANGE
     folder = released_folder(tmp_path / "released", state, files)
-    model = TextToImage.from_released(folder, None, image_tokenizer())
-    equal(model.to_released(), state)
+    model = TextToImage.from_original(folder, None, image_tokenizer())
+    equal(model.to_original(), state)
     assert model.config.text_vocab_size == WORDS
     assert model.config.backbone.rope_theta == 10000.0
 
-    written = model.save_released(tmp_path / "again", max_shard_size="20KB" if files > 1 else "5GB")
+    written = model.save_original(tmp_path / "again", max_shard_size="20KB" if files > 1 else "5GB")
     assert (written / "model.safetensors").is_file() == (files == 1)
     assert (written / "model.safetensors.index.json").is_file() == (files > 1)
     assert json.loads((written / "config.json").read_text()) == HEADER
-    again = TextToImage.from_released(written, None, image_tokenizer())
-    equal(again.to_released(), state)
+    again = TextToImage.from_original(written, None, image_tokenizer())
+    equal(again.to_original(), state)
     before = {file.name: file.read_bytes() for file in written.iterdir()}
     with pytest.raises(OutputError, match="nothing is written over it"):
-        again.save_released(written)
+        again.save_original(written)
     assert {file.name: file.read_bytes() for file in written.iterdir()} == before
-    again.save_released(written, overwrite=True)  # in other shards: none of the old are left
-    equal(TextToImage.from_released(written, None, image_tokenizer()).to_released(), state)
+    again.save_original(written, overwrite=True)  # in other shards: none of the old are left
+    equal(TextToImage.from_original(written, None, image_tokenizer()).to_original(), state)
     names = {"config.json", "model.safetensors"}
     assert {file.name for file in written.iterdir()} == names
 
@@ -152,7 +152,7 @@ def test_released_folders_there_and_back(tmp_path, files):
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_released_folders_of_torch_files(tmp_path, files):
-    state, _ = tiny_released()
+    state, _ = tiny_original()
     (tmp_path / "config.json").write_text(json.dumps(HEADER))
     if files == 1:
         torch.save(state, tmp_path / "pytorch_model.bin")
@@ -163,8 +163,8 @@ def test_released_folders_of_torch_files(tmp_path, files):
             torch.save(part, tmp_path / name)
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(json.dumps({"weight_map": places}))
-    model = TextToImage.from_released(tmp_path, None, image_tokenizer())
-    equal(model.to_released(), state)
+    model = TextToImage.from_original(tmp_path, None, image_tokenizer())
+    equal(model.to_original(), state)
 
 
 def shape_of(header):
@@ -174,48 +174,48 @@ def shape_of(header):
 
 @pytest.mark.parametrize("container", ["ema", "model", "state_dict", None])
 def test_released_text_to_image_in_one_torch_file(tmp_path, container):
-    state, config = tiny_released()
+    state, config = tiny_original()
     named = {f"module.{key}": value for key, value in (state | RANGE).items()}
     torch.save({container: named, "steps": 3} if container else named, tmp_path / "weights.pt")
-    model = TextToImage.from_released(tmp_path / "weights.pt", config, image_tokenizer())
-    equal(model.to_released(), state | RANGE)
+    model = TextToImage.from_original(tmp_path / "weights.pt", config, image_tokenizer())
+    equal(model.to_original(), state | RANGE)
     with pytest.raises(CheckpointError, match=r"config\.json is missing: give llama_config"):
-        TextToImage.from_released(tmp_path / "weights.pt", None, image_tokenizer())
+        TextToImage.from_original(tmp_path / "weights.pt", None, image_tokenizer())
     (tmp_path / "config.json").write_text(json.dumps(HEADER))
-    beside = TextToImage.from_released(tmp_path / "weights.pt", None, image_tokenizer())
+    beside = TextToImage.from_original(tmp_path / "weights.pt", None, image_tokenizer())
     assert beside.config == model.config
 
 
 def test_a_model_trained_here_is_released(tmp_path):
     model = build(dtype=torch.float32)
-    assert model.left_aside == {}
-    folder = model.save_released(tmp_path / "released")
-    again = TextToImage.from_released(folder, None, model.tokenizer)
+    assert model.unused_tensors == {}
+    folder = model.save_original(tmp_path / "released")
+    again = TextToImage.from_original(folder, None, model.tokenizer)
     equal(again.state_dict(), model.state_dict())
     ids, indices = prompts(model, [9, 5]), pictures(model, 2)
     assert torch.equal(again(ids, indices).logits, model(ids, indices).logits)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
     other = build("qwen3", dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"family 'llama', this one is 'qwen3'"):
-        other.save_released(tmp_path / "other")
+        other.save_original(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-def test_a_released_model_with_one_weight_for_embeddings_and_head(tmp_path):
+def test_an_original_model_with_one_weight_for_embeddings_and_head(tmp_path):
     """It becomes two, which training does not confuse; what is written says so."""
-    state, _ = tiny_released()
+    state, _ = tiny_original()
     embeddings = state["model.embed_tokens.weight"]
     del state["lm_head.weight"]
     folder = released_folder(tmp_path / "released", state, 1)
-    with pytest.raises(CheckpointError, match=r"1 keys missing.*lm_head\.weight"):
-        TextToImage.from_released(folder, None, image_tokenizer())
+    with pytest.raises(CheckpointError, match=r"1 missing.*lm_head\.weight"):
+        TextToImage.from_original(folder, None, image_tokenizer())
     (folder / "config.json").write_text(json.dumps(HEADER | {"tie_word_embeddings": True}))
-    model = TextToImage.from_released(folder, None, image_tokenizer())
+    model = TextToImage.from_original(folder, None, image_tokenizer())
     with torch.no_grad():
         model.lm_head.weight[3] += 1
     assert torch.equal(model.model.embed_tokens.weight, embeddings)
-    written = model.save_released(tmp_path / "again")
-    again = TextToImage.from_released(written, None, image_tokenizer())
+    written = model.save_original(tmp_path / "again")
+    again = TextToImage.from_original(written, None, image_tokenizer())
     equal(again.state_dict(), model.state_dict())
     assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is False
 
@@ -232,9 +232,9 @@ def test_scaled_rope_is_saved_and_released(tmp_path):
     logits = model(ids, indices).logits
     for name, read in (
         ("saved", TextToImage.from_pretrained),
-        ("released", lambda folder: TextToImage.from_released(folder, None, model.tokenizer)),
+        ("released", lambda folder: TextToImage.from_original(folder, None, model.tokenizer)),
     ):
-        (model.save_pretrained if name == "saved" else model.save_released)(tmp_path / name)
+        (model.save_pretrained if name == "saved" else model.save_original)(tmp_path / name)
         again = read(tmp_path / name)
         assert again.config.backbone.rope == scaled
         assert torch.equal(again(ids, indices).logits, logits)
@@ -247,7 +247,7 @@ def test_scaled_rope_is_saved_and_released(tmp_path):
 
 
 def test_damaged_released_folders(tmp_path):
-    state, config = tiny_released()
+    state, config = tiny_original()
     tokenizer = image_tokenizer()
     folder = released_folder(tmp_path / "released", state, 2)
     index = folder / "model.safetensors.index.json"
@@ -256,7 +256,7 @@ def test_damaged_released_folders(tmp_path):
 
     def refused(message, error=CheckpointError):
         with pytest.raises(error, match=message):
-            TextToImage.from_released(folder, None, tokenizer)
+            TextToImage.from_original(folder, None, tokenizer)
 
     places = {k: v for k, v in whole["weight_map"].items() if k != key}
     index.write_text(json.dumps({"weight_map": places}))
@@ -297,26 +297,24 @@ def test_damaged_released_folders(tmp_path):
     index.unlink()
     refused("holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
     with pytest.raises(CheckpointError, match=r"gone\.pt is missing"):
-        TextToImage.from_released(tmp_path / "gone.pt", config, tokenizer)
+        TextToImage.from_original(tmp_path / "gone.pt", config, tokenizer)
     with pytest.raises(ConfigError, match="llama_config must be given for a state dict, got None"):
-        TextToImage.from_released(state, None, tokenizer)
+        TextToImage.from_original(state, None, tokenizer)
 
 
-def test_released_weights_that_do_not_fit():
-    state, config = tiny_released()
+def test_original_weights_that_do_not_fit():
+    state, config = tiny_original()
     tokenizer = image_tokenizer()
 
     def load(changes, **options):
-        return TextToImage.from_released({**state, **changes}, config, tokenizer, **options)
+        return TextToImage.from_original({**state, **changes}, config, tokenizer, **options)
 
     missing = {
         k: v for k, v in state.items() if k != "model.layers.1.self_attn.qknorm.key_norm.weight"
     }
-    with pytest.raises(
-        CheckpointError, match=r"1 keys missing.*layers.1.self_attn.qknorm.key_norm"
-    ):
-        TextToImage.from_released(missing, config, tokenizer)
-    with pytest.raises(CheckpointError, match=r"1 unknown \(first model.extra\)"):
+    with pytest.raises(CheckpointError, match=r"1 missing.*layers.1.self_attn.qknorm.key_norm"):
+        TextToImage.from_original(missing, config, tokenizer)
+    with pytest.raises(CheckpointError, match=r"1 unknown \(model.extra\)"):
         load({"model.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"model.pos_1LC is \(3, 32\).*\(30, 32\)"):
         load({"model.pos_1LC": torch.zeros(3, 32)})
@@ -324,12 +322,12 @@ def test_released_weights_that_do_not_fit():
         load({"image_token_start": torch.tensor(WORDS - 1)})
     load({"model.image_token_end": torch.tensor(WORDS + CODES - 1)})
     with pytest.raises(CheckpointError, match="has 2 layers, the configuration asks for 9"):
-        TextToImage.from_released(state, llama_config(**TINY | {"num_hidden_layers": 9}), tokenizer)
+        TextToImage.from_original(state, llama_config(**TINY | {"num_hidden_layers": 9}), tokenizer)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is torch\.(bfloat16|float32)"):
         load({"lm_head.weight": state["lm_head.weight"].bfloat16()})
     whole = {key: value.to(torch.int8) for key, value in state.items()}
     with pytest.raises(CheckpointError, match=r"one floating-point type, .* is torch\.int8"):
-        TextToImage.from_released(whole, config, tokenizer)
+        TextToImage.from_original(whole, config, tokenizer)
     config.vocab_size = CODES
     with pytest.raises(ConfigError, match="vocab_size must hold text"):
-        TextToImage.from_released(state, config, tokenizer)
+        TextToImage.from_original(state, config, tokenizer)

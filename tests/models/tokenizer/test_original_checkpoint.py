@@ -1,6 +1,6 @@
-"""TokenFlow's released checkpoints: names, round trips, refusals, and details that change tokens.
+"""TokenFlow's original checkpoints: names, round trips, refusals, and details that change tokens.
 
-``released_keys/`` holds names and shapes of the published files, a line a weight; ``0-11`` in a
+``original_keys/`` holds names and shapes of the published files, a line a weight; ``0-11`` in a
 name stands for every number from 0 to 11. Formulas of the networks themselves are tested beside
 them: VQGAN's in test_vqgan.py, the semantic decoder's (biases on queries and values alone, exact
 GELU, norms) in test_semantic_decoder.py, the towers' in test_towers.py.
@@ -31,6 +31,7 @@ from tokenflow_ext.models import (
 )
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.files import OutputError
+from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.tokenizer import original_checkpoint
 from tokenflow_ext.models.tokenizer.semantic_decoder import SemanticDecoder
 from tokenflow_ext.models.tokenizer.vqgan import Downsample
@@ -48,7 +49,7 @@ USED = "quantize.codebook_used"
 def published_shapes(name):
     """{key: shape} of a published file."""
     shapes = {}
-    text = (Path(__file__).parent / "released_keys" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "original_keys" / f"{name}.txt").read_text(encoding="utf-8")
     for line in text.splitlines():
         key, *sides = line.split()
         parts = []
@@ -76,7 +77,7 @@ def test_key_lists(name):
     state = published_meta(name)
     assert len(state) == {"B": 549, "L": 972, "XL": 848}[LISTS[name][0]] + 100 * LISTS[name][1]
     preset, enhanced = LISTS[name]
-    config = original_checkpoint.recognise(state)
+    config = original_checkpoint.infer_config(state)
     expected = TokenizerConfig.preset(preset)
     assert config == (expected.with_enhanced_decoder() if enhanced else expected)
     assert (config.pixel.decoder_channels, config.pixel.decoder_res_blocks) == (
@@ -84,9 +85,9 @@ def test_key_lists(name):
     )
     with torch.device("meta"):
         own = TokenFlowTokenizer(config).state_dict()
-    weights, aside = original_checkpoint.from_released(state, config, own)
+    weights, aside = original_checkpoint.from_original(state, config, own)
     assert set(weights) == set(own)
-    assert set(aside) == set(original_checkpoint.left_aside(config))
+    assert set(aside) == set(original_checkpoint.unused_shapes(config))
     read = {id(v) for v in (*weights.values(), *aside.values())}
     assert {k for k, v in state.items() if id(v) not in read} == {
         k for k in state if k.startswith("scaling_layer.")
@@ -103,7 +104,7 @@ def test_key_lists(name):
     for group, part in enumerate(("vqkd", "vqgan")):
         source = names[id(weights[f"quantizer.codebooks.{group}"])]
         assert source == f"quantize.embedding_{part}.weight"
-    back = original_checkpoint.to_released(weights, config, aside)
+    back = original_checkpoint.to_original(weights, config, aside)
     assert {k: tuple(v.shape) for k, v in back.items()} == published_shapes(name)
     assert all(v.dtype == torch.float32 for v in back.values())
     for key, value in state.items():
@@ -113,10 +114,12 @@ def test_key_lists(name):
             assert back[key] is value, key
 
 
-def test_what_is_left_aside():
+def test_unused_tensors():
     for preset in ("B", "L"):
-        assert original_checkpoint.left_aside(TokenizerConfig.preset(preset)) == {USED: (131072,)}
-    xl = original_checkpoint.left_aside(TokenizerConfig.preset("XL"))
+        assert original_checkpoint.unused_shapes(TokenizerConfig.preset(preset)) == {
+            USED: (131072,)
+        }
+    xl = original_checkpoint.unused_shapes(TokenizerConfig.preset("XL"))
     stem = "encoder_vqkd.vision_model."
     parts = ("encoder.layers.26.", "post_layernorm.", "head.")
     assert {k for k in xl if not k.startswith(tuple(stem + part for part in parts))} == {USED}
@@ -174,7 +177,7 @@ def packages_tower(config):
 
 @functools.cache
 def fabricate(variant, enhanced=False):
-    """(config, released state dict by hand, the tower's features function or None)."""
+    """(config, original state dict by hand, the tower's features function or None)."""
     torch.manual_seed(0)
     config = tiny(variant, enhanced=enhanced)
     state, features = {}, None
@@ -227,7 +230,7 @@ def test_by_value(variant, tmp_path):
     assert torch.equal(codebooks[0], state["quantize.embedding_vqkd.weight"])
     assert torch.equal(codebooks[1], state["quantize.embedding_vqgan.weight"])
     assert not model.quantizer.usage_ema.any()
-    same(model.left_aside, {k: state[k] for k in original_checkpoint.left_aside(config)})
+    same(model.unused_tensors, {k: state[k] for k in original_checkpoint.unused_shapes(config)})
 
     x = picture(config.image_size)
     with torch.no_grad():
@@ -246,11 +249,11 @@ def test_by_value(variant, tmp_path):
     assert images.shape == x.shape
     assert decoded.shape == (1, config.grid**2, width)
 
-    assert model.save_released(tmp_path / "again.pt") == tmp_path / "again.pt"
+    assert model.save_original(tmp_path / "again.pt") == tmp_path / "again.pt"
     same(torch.load(tmp_path / "again.pt", weights_only=True)["model"], state)
     other = TokenFlowTokenizer.from_pretrained(tmp_path / "again.pt", config=config)
     same(other.state_dict(), model.state_dict())
-    same(other.left_aside, model.left_aside)
+    same(other.unused_tensors, model.unused_tensors)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -259,7 +262,7 @@ def test_enhanced_by_value(tmp_path):
     assert state["decoder.conv_blocks.0.res.2.conv1.weight"].shape == (64, 64, 3, 3)
     torch.save({"model": state}, tmp_path / "released.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "released.pt", config=config)
-    same(original_checkpoint.to_released(model.state_dict(), config, model.left_aside), state)
+    same(original_checkpoint.to_original(model.state_dict(), config, model.unused_tensors), state)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -274,21 +277,21 @@ def test_containers(container, prefix, tmp_path):
         content[container] = named
     torch.save(content, tmp_path / "released.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "released.pt", config=config)
-    same(original_checkpoint.to_released(model.state_dict(), config, model.left_aside), state)
+    same(original_checkpoint.to_original(model.state_dict(), config, model.unused_tensors), state)
 
 
 def test_average_comes_before_the_last_weights(tmp_path):
     _, state, _ = fabricate("B")
     old = {k: v + 1 for k, v in state.items()}
     torch.save({"model": old, "ema": state, "state_dict": old}, tmp_path / "released.pt")
-    same(original_checkpoint.read(tmp_path / "released.pt"), state)
+    same(read_state_dict(tmp_path / "released.pt"), state)
 
 
 def test_old_file_format(tmp_path):
     _, state, _ = fabricate("B")
     file = tmp_path / "old.pt"
     torch.save({"model": state}, file, _use_new_zipfile_serialization=False)
-    same(original_checkpoint.read(file), state)
+    same(read_state_dict(file), state)
 
 
 def available_memory():
@@ -308,23 +311,23 @@ def test_full_size_b_enhanced(tmp_path):
     first, second = tmp_path / "tokenflow_clipb_32k_enhanced.pt", tmp_path / "again.pt"
     torch.manual_seed(0)
     source = TokenFlowTokenizer(TokenizerConfig.preset("B").with_enhanced_decoder())
-    source.left_aside[USED] = torch.randint(0, 32768, (131072,)).float()
+    source.unused_tensors[USED] = torch.randint(0, 32768, (131072,)).float()
     try:
-        source.save_released(first)
-        state = original_checkpoint.read(first)
+        source.save_original(first)
+        state = read_state_dict(first)
         shapes = published_shapes("clipb_224_enhanced")
         assert {k: tuple(v.shape) for k, v in state.items()} == shapes
         model = TokenFlowTokenizer.from_pretrained(first, resolution=256)
         assert model.config == TokenizerConfig.preset("B-256").with_enhanced_decoder()
         same(model.state_dict(), source.state_dict())
-        same(model.left_aside, source.left_aside)
+        same(model.unused_tensors, source.unused_tensors)
         del source
         with torch.no_grad():
             indices = model.encode(picture(256))
         assert indices.shape == (1, 817)
-        model.save_released(second)
+        model.save_original(second)
         del model
-        same(original_checkpoint.read(second), state)
+        same(read_state_dict(second), state)
     finally:  # three gigabytes that pytest would keep
         first.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
@@ -363,15 +366,15 @@ def test_wrong_names_are_named(tmp_path):
     refused({**state, "module.x": torch.zeros(1)}, config, r"1 unknown \(module\.x\)", tmp_path)
 
 
-def test_a_released_list_of_other_sizes_is_refused():
+def test_an_original_list_of_other_sizes_is_refused():
     """Without a configuration the sizes must be the released ones."""
     state = published_meta("clipb_224")
-    config = original_checkpoint.recognise(state)
+    config = original_checkpoint.infer_config(state)
     with torch.device("meta"):
         own = TokenFlowTokenizer(config).state_dict()
     state["encoder.conv_in.weight"] = torch.empty(64, 3, 3, 3, device="meta")
     with pytest.raises(CheckpointError, match=r"conv_in\.weight is \(64, 3, 3, 3\).*\(128, 3, 3"):
-        original_checkpoint.from_released(state, config, own, "some.pt")
+        original_checkpoint.from_original(state, config, own, "some.pt")
 
 
 @pytest.mark.parametrize("variant", ["L", "XL"])
@@ -385,11 +388,13 @@ def test_normalisation_must_be_the_towers(variant, tmp_path):
 
 def test_variants_are_told_apart():
     mark = "encoder_vqkd.class_embedding"
-    with pytest.raises(CheckpointError, match=r"some\.pt is no released tokenizer.*none of them"):
-        original_checkpoint.recognise({"encoder.conv_in.weight": torch.zeros(1)}, source="some.pt")
+    with pytest.raises(CheckpointError, match=r"some\.pt is no original tokenizer.*none of them"):
+        original_checkpoint.infer_config(
+            {"encoder.conv_in.weight": torch.zeros(1)}, source="some.pt"
+        )
     both = published_meta("siglip_384") | {mark: torch.zeros(1)}
     with pytest.raises(CheckpointError, match="has B and XL of them"):
-        original_checkpoint.recognise(both)
+        original_checkpoint.infer_config(both)
 
 
 @pytest.mark.parametrize(
@@ -402,11 +407,11 @@ def test_variants_are_told_apart():
 )
 def test_resolutions(name, good, bad, message):
     state = published_meta(name)
-    assert original_checkpoint.recognise(state).image_size == good[0]
+    assert original_checkpoint.infer_config(state).image_size == good[0]
     for side in good:
-        assert original_checkpoint.recognise(state, side).image_size == side
+        assert original_checkpoint.infer_config(state, side).image_size == side
     with pytest.raises(ValueError, match=message):
-        original_checkpoint.recognise(state, bad)
+        original_checkpoint.infer_config(state, bad)
 
 
 class Payload:
@@ -431,10 +436,12 @@ def test_unreadable_files(tmp_path, capsys):
         TokenFlowTokenizer.from_pretrained(file)
     for content in ({"weights": {}, "step": 1}, {"model": {}}, {"model": {"a": 1}}, [1]):
         torch.save(content, file)
-        with pytest.raises(CheckpointError, match=r"no state dict of tensors.*ema, model, state"):
+        with pytest.raises(
+            CheckpointError, match=r"no plain state dict of tensors.*ema, model, state"
+        ):
             TokenFlowTokenizer.from_pretrained(file)
     with pytest.raises(CheckpointError, match=r"gone\.pt is missing"):
-        original_checkpoint.read(tmp_path / "gone.pt")
+        read_state_dict(tmp_path / "gone.pt")
 
 
 def test_one_entry_for_files_and_directories(tmp_path):
@@ -456,7 +463,7 @@ def test_one_entry_for_files_and_directories(tmp_path):
 
 def test_usage_that_was_never_loaded_is_empty(tmp_path):
     model = TokenFlowTokenizer(tiny("B"))
-    state = original_checkpoint.read(model.save_released(tmp_path / "new" / "file.pt"))
+    state = read_state_dict(model.save_original(tmp_path / "new" / "file.pt"))
     assert state[USED].shape == (131072,)
     assert not state[USED].any()
 
@@ -468,47 +475,47 @@ def test_layers_that_were_never_loaded_are_asked_for(tmp_path):
         tmp_path / "released.pt", config=config
     ).save_pretrained(tmp_path / "folder")
     model = TokenFlowTokenizer.from_pretrained(folder)  # as after training: it has no 27th layer
-    assert model.left_aside == {}
-    with pytest.raises(CheckpointError, match=r"29 weights .*layers\.1\..*left_aside_from"):
-        model.save_released(tmp_path / "again.pt")
+    assert model.unused_tensors == {}
+    with pytest.raises(CheckpointError, match=r"29 weights .*layers\.1\..*unused_from"):
+        model.save_original(tmp_path / "again.pt")
     assert not (tmp_path / "again.pt").exists()
-    model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
-    same(original_checkpoint.read(tmp_path / "again.pt"), state)
+    model.save_original(tmp_path / "again.pt", unused_from=tmp_path / "released.pt")
+    same(read_state_dict(tmp_path / "again.pt"), state)
     with pytest.raises(OutputError, match=r"again\.pt is there already"):
-        model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "released.pt")
-    model.save_released(tmp_path / "again.pt", tmp_path / "released.pt", overwrite=True)
-    same(original_checkpoint.read(tmp_path / "again.pt"), state)
+        model.save_original(tmp_path / "again.pt", unused_from=tmp_path / "released.pt")
+    model.save_original(tmp_path / "again.pt", tmp_path / "released.pt", overwrite=True)
+    same(read_state_dict(tmp_path / "again.pt"), state)
     key = "encoder_vqkd.vision_model.head.probe"
     torch.save({"model": {**state, key: torch.zeros(1, 1, 23)}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"head\.probe is \(1, 1, 23\)"):
-        model.save_released(tmp_path / "again.pt", left_aside_from=tmp_path / "other.pt")
+        model.save_original(tmp_path / "again.pt", unused_from=tmp_path / "other.pt")
     # A file without what nothing here reads is read all the same, and is not made up later.
-    lean = {k: v for k, v in state.items() if k not in original_checkpoint.left_aside(config)}
+    lean = {k: v for k, v in state.items() if k not in original_checkpoint.unused_shapes(config)}
     torch.save({"model": lean}, tmp_path / "lean.pt")
     model = TokenFlowTokenizer.from_pretrained(tmp_path / "lean.pt", config=config)
     with pytest.raises(CheckpointError, match="29 weights"):
-        model.save_released(tmp_path / "again.pt")
+        model.save_original(tmp_path / "again.pt")
 
 
-def test_what_is_left_aside_goes_with_a_copy():
+def test_unused_tensors_goes_with_a_copy():
     model = TokenFlowTokenizer(tiny("B"))
-    model.left_aside[USED] = torch.ones(131072)
+    model.unused_tensors[USED] = torch.ones(131072)
     twin = copy.deepcopy(model)
-    same(twin.left_aside, model.left_aside)
-    assert twin.left_aside[USED] is not model.left_aside[USED]
-    assert not any("left_aside" in k for k in model.state_dict())
+    same(twin.unused_tensors, model.unused_tensors)
+    assert twin.unused_tensors[USED] is not model.unused_tensors[USED]
+    assert not any("unused_tensors" in k for k in model.state_dict())
 
 
 def test_tokenizers_without_a_released_form(tmp_path):
     with pytest.raises(ConfigError, match=r"clip, vitamin, siglip, .* 'efficientnet_lite0'"):
-        TokenFlowTokenizer(TokenizerConfig.preset("tiny")).save_released(tmp_path / "file.pt")
+        TokenFlowTokenizer(TokenizerConfig.preset("tiny")).save_original(tmp_path / "file.pt")
     config = tiny("B")
     blocks = dataclasses.replace(PIXEL, multipliers=(1, 2), patch=8)
     with pytest.raises(ConfigError, match=r"pixel\.patch 1, this one has 8"):
-        TokenFlowTokenizer(dataclasses.replace(config, pixel=blocks)).save_released(tmp_path / "x")
+        TokenFlowTokenizer(dataclasses.replace(config, pixel=blocks)).save_original(tmp_path / "x")
     alone = dataclasses.replace(config, pixel=PixelConfig(enabled=False))
     with pytest.raises(ConfigError, match=r"have a pixel branch.*pixel\.enabled is false"):
-        TokenFlowTokenizer(alone).save_released(tmp_path / "x")
+        TokenFlowTokenizer(alone).save_original(tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 

@@ -73,7 +73,7 @@ def test_task_layer():
 
 
 @pytest.mark.parametrize(("preset", "width", "positions"), [("B", 768, 197), ("XL", 1152, 730)])
-def test_released_shapes(preset, width, positions):
+def test_original_shapes(preset, width, positions):
     semantic = TokenizerConfig.preset(preset).semantic
     with torch.device("meta"):
         decoder = SemanticDecoder(

@@ -149,7 +149,7 @@ def test_resize_is_plain_bicubic():
     assert resize(same, (8, 8)) is same
 
 
-def test_released_shapes():
+def test_original_shapes():
     """Names and shapes of the released pixel branch (224 px) and of the enhanced decoder."""
     pixel = TokenizerConfig.preset("B").pixel
     shape = {"multipliers": pixel.multipliers, "z_channels": pixel.z_channels}

@@ -50,7 +50,7 @@ def test_reconstruct_writes_pictures_and_tokens(run, images, tmp_path, capsys):
         assert torch.equal(tokens.long(), model.encode(original))
 
 
-def test_commands_take_released_files(run, images, tmp_path, released):
+def test_commands_take_original_files(run, images, tmp_path, released):
     """Each command that uses a tokenizer hands file and resolution to the one reader."""
     file, asked = released(checkpoint.find(run))
     picture, folder = str(min(images.glob("*.png"))), str(images)

@@ -131,7 +131,7 @@ def test_find_takes_a_run_a_checkpoint_or_a_saved_model(tmp_path):
         checkpoint.find(tmp_path)
 
 
-def test_tokenizers_are_found_in_folders_and_released_files(tmp_path, monkeypatch):
+def test_tokenizers_are_found_in_folders_and_original_files(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         checkpoint.TokenFlowTokenizer, "from_pretrained", lambda *given: asked.append(given)

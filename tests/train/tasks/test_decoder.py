@@ -24,13 +24,13 @@ GAN = ("loss.gan=0.5", "loss.gan_start=0")
 
 
 @pytest.fixture(scope="module")
-def released_file(micro, images, tmp_path_factory) -> Path:
-    """A tokenizer under the released names and in their kind of file, of micro sizes."""
+def original_file(micro, images, tmp_path_factory) -> Path:
+    """A tokenizer under the original names and in their kind of file, of micro sizes."""
     folder = tmp_path_factory.mktemp("released")
     model = TokenFlowTokenizer(released_config(micro, images))
     for group in model.quantizer.codebooks:
         group.data.normal_()
-    return model.save_released(folder / "released.pt")
+    return model.save_original(folder / "released.pt")
 
 
 def released_config(micro, images) -> TokenizerConfig:
@@ -98,14 +98,14 @@ def test_the_decoder_starts_from_what_it_was(make, image_tokenizer):
 
 def test_the_enhanced_decoder_starts_anew_once(make, image_tokenizer, tmp_path):
     start = TokenFlowTokenizer.from_pretrained(image_tokenizer)
-    start.left_aside["note"] = torch.ones(1)
+    start.unused_tensors["note"] = torch.ones(1)
     made = with_enhanced_decoder(start)
     pixel = start.config.pixel
     assert made.config.pixel.decoder_channels == 2 * pixel.channels == 16
     assert made.config.pixel.decoder_res_blocks == 2 * pixel.res_blocks
     assert made.decoder.conv_out.weight.shape == (3, 16, 3, 3)
     assert len(made.decoder.conv_blocks[0].res) == 2 * pixel.res_blocks + 1
-    assert made.left_aside == start.left_aside
+    assert made.unused_tensors == start.unused_tensors
     # A decoder that is one already goes on from its weights.
     assert with_enhanced_decoder(made) is made
     folder = made.save_pretrained(tmp_path / "enhanced")
@@ -149,10 +149,10 @@ def test_training_improves_the_images(make, kind):
     assert (last["usage"], last["perplexity"]) == (first["usage"], first["perplexity"])
 
 
-def test_a_run_ends_with_a_whole_tokenizer(micro, released_file, images, tmp_path, capsys):
-    """From a released file to a released file, by the command."""
+def test_a_run_ends_with_a_whole_tokenizer(micro, original_file, images, tmp_path, capsys):
+    """From an original checkpoint to an original checkpoint, by the command."""
     config = released_config(micro, images)
-    source = TokenFlowTokenizer.from_pretrained(released_file, config=config)
+    source = TokenFlowTokenizer.from_pretrained(original_file, config=config)
     folder = source.save_pretrained(tmp_path / "source")
     run = tmp_path / "run"
     given = micro.decoder_overrides(run, folder, images, "decoder=enhanced", "optim.steps=2")
@@ -166,14 +166,14 @@ def test_a_run_ends_with_a_whole_tokenizer(micro, released_file, images, tmp_pat
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
     assert model.config == config.with_enhanced_decoder()
     assert torch.equal(model.encode(pictures()), source.encode(pictures()))
-    written = model.save_released(tmp_path / "again.pt")
+    written = model.save_original(tmp_path / "again.pt")
     again = TokenFlowTokenizer.from_pretrained(written, config=model.config)
     assert torch.equal(
         again.decode(again.encode(pictures()))[0], model.decode(model.encode(pictures()))[0]
     )
 
 
-def test_a_released_file_is_a_start(micro, released_file, images, tmp_path, monkeypatch):
+def test_an_original_file_is_a_start(micro, original_file, images, tmp_path, monkeypatch):
     """Read as one: the file's own name, the resolution asked for, what is left aside kept."""
     asked = []
     config = released_config(micro, images)
@@ -184,10 +184,10 @@ def test_a_released_file_is_a_start(micro, released_file, images, tmp_path, monk
         return plain(path, config=config)
 
     monkeypatch.setattr(TokenFlowTokenizer, "from_pretrained", read)
-    given = micro.decoder_overrides(tmp_path / "run", released_file, images, "resolution=256")
+    given = micro.decoder_overrides(tmp_path / "run", original_file, images, "resolution=256")
     task = DecoderTask(load_decoder_config(None, [*given, "decoder=enhanced"]), ALONE)
-    assert asked == [(released_file, 256)]
-    assert "quantize.codebook_used" in task.model.left_aside
+    assert asked == [(original_file, 256)]
+    assert "quantize.codebook_used" in task.model.unused_tensors
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_starting_from_a_trained_model(arguments, make, tmp_path):
         assert torch.equal(value, trained[key]), key
 
 
-def test_a_released_file_gives_the_tokens(make, image_tokenizer, released):
+def test_an_original_file_gives_the_tokens(make, image_tokenizer, released):
     """Read as one: the file's own name, the resolution asked for."""
     expected = TokenFlowTokenizer.from_pretrained(image_tokenizer).state_dict()
     file, asked = released(image_tokenizer)
