@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tokenflow_ext._deprecated import REMOVED_IN, renamed
+from tokenflow_ext._deprecated import REMOVED_IN, RenamedAttribute, renamed
 
 
 @pytest.fixture
@@ -59,3 +59,41 @@ def test_a_name_that_never_was_is_an_attribute_error(module):
         pytest.raises(AttributeError, match="Missing"),
     ):
         _ = module.Lost
+
+
+class Renamed:
+    def __init__(self) -> None:
+        self.current = 1
+
+    @classmethod
+    def make(cls, *, size: int = 0) -> tuple[type, int]:
+        return cls, size
+
+    def add(self, one: int, *, two: int = 0) -> int:
+        return self.current + one + two
+
+    old = RenamedAttribute("current")
+    old_make = RenamedAttribute("make")
+    old_add = RenamedAttribute("add", second="two")
+
+
+def test_an_attribute_of_before_is_read_and_set_with_a_warning():
+    instance = Renamed()
+    said = rf"Renamed\.old is now Renamed\.current; .* {REMOVED_IN}"
+    with pytest.warns(DeprecationWarning, match=said) as caught:
+        assert instance.old == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=said):
+        instance.old = 5
+    assert instance.current == 5
+
+
+def test_methods_of_before_take_keywords_of_before():
+    with pytest.warns(DeprecationWarning, match=r"Renamed\.old_add is now Renamed\.add"):
+        assert Renamed().old_add(2, second=3) == 6
+    with pytest.warns(DeprecationWarning, match=r"Renamed\.old_add"):
+        assert Renamed().old_add(2, two=3) == 6
+    with pytest.warns(DeprecationWarning, match=r"Renamed\.old_make"):
+        assert Renamed.old_make(size=4) == (Renamed, 4)
+    with pytest.warns(match="old_add"), pytest.raises(TypeError, match="stranger"):
+        Renamed().old_add(2, stranger=3)

@@ -182,14 +182,23 @@ def compare(
     )
 
 
-# In place, each gives back the tensor that it is called with.
+# In place, each gives back the tensor that it is called with. Of nn.init those that a mode sees:
+# what the others call is seen instead.
 _RANDOM: set[Any] = {
     Tensor.normal_,
     Tensor.uniform_,
     Tensor.exponential_,
     Tensor.random_,
+    nn.init.kaiming_uniform_,
     nn.init.normal_,
     nn.init.uniform_,
+}
+
+_ZEROS: dict[Any, Callable[..., Tensor]] = {
+    torch.rand: torch.zeros,
+    torch.randn: torch.zeros,
+    torch.rand_like: torch.zeros_like,
+    torch.randn_like: torch.zeros_like,
 }
 
 
@@ -205,7 +214,11 @@ class _NoRandom(TorchFunctionMode):
             tensor = args[0] if args else (kwargs or {})["tensor"]
             with torch.no_grad():
                 return tensor.zero_()
-        return func(*args, **(kwargs or {}))
+        named = dict(kwargs or {})
+        if func in _ZEROS:
+            named.pop("generator", None)
+            return _ZEROS[func](*args, **named)
+        return func(*args, **named)
 
 
 @contextmanager

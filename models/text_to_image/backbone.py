@@ -1,6 +1,6 @@
 """The transformer of text to image: Llama's, Qwen2's or Qwen3's parts, under their weights' names.
 
-It differs from theirs in two places (arXiv 2412.03069, section 3.3): queries and keys are
+It differs from theirs in two points (arXiv 2412.03069, section 3.3): queries and keys are
 normalised per head before RoPE, and a layer's norms are re-ordered, as in Swin v2 (arXiv
 2111.09883) and Chameleon (arXiv 2405.09818). They act on what a branch gives, not on what it takes:
 
@@ -28,7 +28,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Cache(Protocol):
-    """Where an attention leaves its keys and values, and finds those of earlier places."""
+    """Where an attention leaves its keys and values, and finds those of earlier positions."""
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]: ...
 
@@ -47,7 +47,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(config: BackboneConfig, length: int, like: Tensor) -> Rotary:
-    """RoPE's cos and sin for places 0 to ``length`` - 1, with the device and dtype of ``like``."""
+    """RoPE's cos and sin for positions 0 to ``length`` - 1, on the device and in the dtype of
+    ``like``."""
     frequencies, factor = config.rope.frequencies(
         config.rope_theta,
         config.width_of_head,
@@ -55,8 +56,8 @@ def rotary(config: BackboneConfig, length: int, like: Tensor) -> Rotary:
         length,
         like.device,
     )
-    place = torch.arange(length, dtype=torch.float64, device=like.device)
-    angle = torch.outer(place, frequencies).repeat(1, 2).unsqueeze(0)
+    position = torch.arange(length, dtype=torch.float64, device=like.device)
+    angle = torch.outer(position, frequencies).repeat(1, 2).unsqueeze(0)
     return (factor * angle.cos()).to(like.dtype), (factor * angle.sin()).to(like.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Generation of image tokens with a key-value cache: each run computes one scale's places.
+"""Generation of image tokens with a key-value cache: each run computes one scale's positions.
 
 What later scales see of a scale is its own first run, whose input is f-hat of the scales before it
 as in training. The refinement runs of the scale, whose input includes the drawn tokens, write over
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class KeyValueCache:
     """Keys and values of every layer, [rows, heads, length, head_dim], written in place.
 
-    ``places`` says which places the coming run computes. It writes over what a run of the same
-    places wrote, and its attention reads all entries up to its end.
+    ``positions`` says which ones the coming run computes. It writes over what a run of the same
+    positions wrote, and its attention reads all entries up to its end.
     """
 
     def __init__(self, model: TextToImage, rows: int, sequence: NextScaleSequence) -> None:
@@ -40,23 +40,23 @@ class KeyValueCache:
 
         self.entries = entries(sequence.length)
         self.kept = entries(max(side * side for side in sequence.scales))
-        self.places = (0, 0)
+        self.positions = (0, 0)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Stores the run's keys and values [rows, heads, n, head_dim] of a layer; returns those of
-        all places up to the run's end."""
-        first, end = self.places
+        all positions up to the run's end."""
+        first, end = self.positions
         keys, values = self.entries[layer]
         keys[:, :, first:end] = key
         values[:, :, first:end] = value
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, first: int, end: int) -> None:
-        """Sets the entries of these places aside."""
+        """Sets the entries of these positions aside."""
         self.kept[..., : end - first, :] = self.entries[..., first:end, :]
 
     def put_back(self, first: int, end: int) -> None:
-        """Undoes what was written to these places since :meth:`keep`."""
+        """Undoes what was written to these positions since :meth:`keep`."""
         self.entries[..., first:end, :] = self.kept[..., : end - first, :]
 
 
@@ -64,7 +64,7 @@ class Session:
     """The buffers of one generation: cache, masks, RoPE, and CUDA graphs where they are asked for.
 
     Args:
-        sequence: the definition of places.
+        sequence: the definition of positions.
         rows: prompts in a batch, conditional and negative ones together.
         padded: whether any prompt is padded; without padding no run of a scale needs a mask.
     """
@@ -78,17 +78,17 @@ class Session:
         self.padded = padded
         self.cache = KeyValueCache(model, rows, sequence)
         device = model.device
-        self.levels = sequence.levels().to(device)
+        self.scale_ids = sequence.scale_ids().to(device)
         like = torch.empty(0, device=device, dtype=model.lm_head.weight.dtype)
         self.cos, self.sin = model.rotary(like, sequence.length)
         self.masks = [
-            torch.empty(rows, 1, 1, sequence.places(scale)[1], dtype=torch.bool, device=device)
+            torch.empty(rows, 1, 1, sequence.positions(scale)[1], dtype=torch.bool, device=device)
             for scale in range(len(sequence.scales))
         ]
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
-    def _layers(self, inputs: Tensor, places: tuple[int, int], mask: Tensor | None) -> Tensor:
-        first, end = self.cache.places = places
+    def _layers(self, inputs: Tensor, positions: tuple[int, int], mask: Tensor | None) -> Tensor:
+        first, end = self.cache.positions = positions
         rotary = self.cos[:, first:end], self.sin[:, first:end]
         return self.model.run_layers(inputs, rotary, mask, self.cache)
 
@@ -97,8 +97,8 @@ class Session:
         text = self.sequence.text
         if self.padded:
             for scale, mask in enumerate(self.masks):
-                # All places of a scale see the same keys: one row of the mask stands for them.
-                first, end = self.sequence.places(scale)
+                # All positions of a scale see the same keys: one row of the mask stands for them.
+                first, end = self.sequence.positions(scale)
                 mask.copy_(self.sequence.mask(valid, first, end)[:, :, :1])
         inputs = self.model.embed_text(ids)
         hidden = self._layers(inputs, (0, text), self.sequence.mask(valid, 0, text))
@@ -110,9 +110,9 @@ class Session:
         Nothing here waits for the device, and every buffer keeps its place, so that it can be
         captured in a CUDA graph.
         """
-        first, end = self.sequence.places(scale)
+        first, end = self.sequence.positions(scale)
         position = first - (self.sequence.text - 1)
-        inputs = self.model.embed_image(f_hat.flatten(2).mT, position, self.levels[first:end])
+        inputs = self.model.embed_image(f_hat.flatten(2).mT, position, self.scale_ids[first:end])
         inputs = inputs.repeat(self.rows // inputs.shape[0], 1, 1)
         mask = self.masks[scale] if self.padded else None
         return self.model.image_logits(self._layers(inputs, (first, end), mask))
@@ -181,11 +181,11 @@ def generate_tokens(
             return halves(session.run_text(ids, valid))
         logits = halves(run_scale(scale, quantizer.scale_input(f_hat, scale, tokens)))
         if tokens is None and sampler.steps(scale) > 1:
-            session.cache.keep(*sequence.places(scale))
+            session.cache.keep(*sequence.positions(scale))
         return logits
 
     def offsets(scale: int, step: int) -> Tensor:
-        first, end = (place - (sequence.text - 1) for place in sequence.places(scale))
+        first, end = (at - (sequence.text - 1) for at in sequence.positions(scale))
         return numbers[first:end] + step * len(numbers)
 
     drawn: list[Tensor] = []
@@ -194,7 +194,7 @@ def generate_tokens(
             f_hat = quantizer.accumulate(f_hat, drawn[-1], scale - 1)
         drawn.append(sampler.sample_scale(scale, answer, seed=seeds, offsets=offsets))
         if sampler.steps(scale) > 1:
-            session.cache.put_back(*sequence.places(scale))
+            session.cache.put_back(*sequence.positions(scale))
     return torch.cat(drawn, dim=1)
 
 

@@ -140,7 +140,7 @@ class TextToImage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head, level and position embeddings as the original's started; the rest resets itself."""
+        """Head, scale and position embeddings as the original's started; the rest resets itself."""
         backbone = self.config.backbone
         nn.init.normal_(self.lm_head.weight, std=backbone.initializer_range)
         for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):
@@ -164,16 +164,16 @@ class TextToImage(nn.Module):
     # ------------------------------------------------------------------ parts of the sequence
 
     def sequence(self, text: int) -> NextScaleSequence:
-        """The sequence's definition for prompts of ``text`` places.
+        """The sequence's definition for prompts of ``text`` positions.
 
         Raises:
-            ValueError: no place, or more than the backbone's positions hold with the image's.
+            ValueError: no position, or more than the backbone's positions hold with the image's.
         """
         sequence = NextScaleSequence(self.config.scales, text)
         limit = self.config.backbone.longest
         if text < 1 or sequence.length > limit:
             raise ValueError(
-                f"input_ids must have 1 to {limit - self.config.image_tokens + 1} places, what "
+                f"input_ids must have 1 to {limit - self.config.image_tokens + 1} positions, what "
                 f"the backbone has beside the image's {self.config.image_tokens}, got {text}"
             )
         return sequence
@@ -184,21 +184,21 @@ class TextToImage(nn.Module):
         last = F.pad(self.model.pos_1LC[:1], (0, 0, input_ids.shape[1] - 1, 0))
         return inputs + last.to(inputs.dtype)
 
-    def embed_image(self, features: Tensor, first: int, levels: Tensor) -> Tensor:
-        """Inputs of image places from f-hat at their scales' sizes.
+    def embed_image(self, features: Tensor, first: int, scale_ids: Tensor) -> Tensor:
+        """Inputs of image positions from f-hat at their scales' sizes.
 
         Args:
             features: [B, n, C].
-            first: row of the position embeddings of the first of these places; 0 is the last text
-                place.
-            levels: rows of the scale embeddings, [n].
+            first: row of the position embeddings of the first of these positions; 0 is the last
+                text position.
+            scale_ids: rows of the scale embeddings, [n].
         """
         projected = self.model.mm_projector(features.to(self.model.mm_projector[0].weight.dtype))
         positions = self.model.pos_1LC[first : first + features.shape[1]]
-        return projected + positions + self.model.lvl_embed(levels)
+        return projected + positions + self.model.lvl_embed(scale_ids)
 
     def rotary(self, like: Tensor, length: int) -> Rotary:
-        """RoPE for a sequence of ``length`` places, counted from 0 with the padding."""
+        """RoPE for a sequence of ``length`` positions, counted from 0 with the padding."""
         return rotary(self.config.backbone, length, like)
 
     def run_layers(
@@ -234,8 +234,8 @@ class TextToImage(nn.Module):
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, prompts that are too long; on
-                the CPU also ids out of range and a padded last place (elsewhere that would wait for
-                the device).
+                the CPU also ids out of range and a padded last position (elsewhere that would wait
+                for the device).
         """
         sequence = self.sequence(self._check_ids("input_ids", input_ids, not input_ids.is_cuda))
         valid = self._valid("attention_mask", input_ids, attention_mask, not input_ids.is_cuda)
@@ -247,8 +247,8 @@ class TextToImage(nn.Module):
         if not indices.is_cuda:
             _check_range("indices", indices, self.config.codebook_size)
         features = self.tokenizer.quantizer.next_scale_inputs(indices)
-        levels = sequence.levels().to(input_ids.device)[sequence.text :]
-        image = self.embed_image(features, 1, levels)
+        scale_ids = sequence.scale_ids().to(input_ids.device)[sequence.text :]
+        image = self.embed_image(features, 1, scale_ids)
         inputs = torch.cat([self.embed_text(input_ids), image], dim=1)
         mask = sequence.block_mask if self.attention == "flex" else sequence.mask
         hidden = self.run_layers(inputs, self.rotary(inputs, sequence.length), mask(valid))
@@ -273,7 +273,7 @@ class TextToImage(nn.Module):
         return ids.shape[1]
 
     def _valid(self, name: str, ids: Tensor, mask: Tensor | None, check: bool) -> Tensor:
-        """Which prompt places are no padding, [B, T] bool."""
+        """Which prompt positions are no padding, [B, T] bool."""
         if mask is None:
             mask = ids != self.config.pad_id
         if mask.shape != ids.shape:
@@ -282,7 +282,7 @@ class TextToImage(nn.Module):
             )
         mask = mask.to(ids.device, torch.bool)
         if check and not bool(mask[:, -1].all()):
-            raise ValueError(f"{name}: the last place predicts the image and cannot be padding")
+            raise ValueError(f"{name}: the last position predicts the image and cannot be padding")
         return mask
 
     # ------------------------------------------------------------------ generation

@@ -1,7 +1,7 @@
 """RoPE (arXiv 2104.09864) and its scaled forms, under the names of transformers'
 ``rope_parameters``.
 
-In float64: angles of far places are off by some 1e-4 in float32.
+In float64: angles of far positions are off by some 1e-4 in float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How places turn into angles; ``rope_theta`` is the backbone's own field.
+    """How positions turn into angles; ``rope_theta`` is the backbone's own field.
 
     Attributes:
         rope_type: ``default``, ``linear``, ``dynamic`` (NTK), ``yarn`` (arXiv 2309.00071),
@@ -140,7 +140,7 @@ class RopeConfig:
         length: int,
         device: torch.device | None = None,
     ) -> tuple[Tensor, float]:
-        """Angles from a place to the next, and what cos and sin are multiplied by.
+        """Angles from a position to the next, and what cos and sin are multiplied by.
 
         Args:
             theta: the base.

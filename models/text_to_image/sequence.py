@@ -1,4 +1,4 @@
-"""What a text-to-image sequence is: vocabulary, prompts, and which place holds and sees what.
+"""What a text-to-image sequence is: vocabulary, prompts, and which position holds and sees what.
 
 Method: arXiv 2412.03069, section 3.3. The shapes are plain dataclasses, as
 :mod:`tokenflow_ext.models.tokenizer.config` has them for the tokenizer.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.serialization.config import ConfigError, from_plain, to_plain
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
@@ -344,11 +345,12 @@ def encode_prompts(
 
 @dataclass(frozen=True)
 class NextScaleSequence:
-    """Which place of the sequence holds, sees and predicts what; training and generation ask here.
+    """Which position of the sequence holds, sees and predicts what. Training and generation ask
+    here.
 
-    The ``text`` prompt places come first. The last of them, p, predicts scale 0 (one token); after
-    it stand the places of scales 1, 2, ..., each of which predicts its own token. Place p + j adds
-    row j of the position embeddings.
+    The ``text`` prompt positions come first. The last of them, p, predicts scale 0 (one token).
+    After it stand the positions of scales 1, 2, ..., each of which predicts its own token. Position
+    p + j adds row j of the position embeddings.
     """
 
     scales: tuple[int, ...]
@@ -356,41 +358,44 @@ class NextScaleSequence:
 
     @property
     def length(self) -> int:
-        """Places in all: the last text place is the first image place too."""
+        """Positions in all: the last text position is the first image position too."""
         return self.text - 1 + sum(side * side for side in self.scales)
 
-    def places(self, scale: int) -> tuple[int, int]:
-        """(first, end) of the places that predict a scale's tokens."""
+    places = RenamedAttribute("positions")
+    levels = RenamedAttribute("scale_ids")
+
+    def positions(self, scale: int) -> tuple[int, int]:
+        """(first, end) of the positions that predict a scale's tokens."""
         first = self.text - 1 + sum(side * side for side in self.scales[:scale])
         return first, first + self.scales[scale] ** 2
 
-    def _of_places(self, of_text: Sequence[int], of_scale: Sequence[int]) -> Tensor:
+    def _of_positions(self, of_text: Sequence[int], of_scale: Sequence[int]) -> Tensor:
         counts = [1] * len(of_text) + [side * side for side in self.scales[1:]]
         values = torch.tensor([*of_text, *of_scale[1:]])
         return values.repeat_interleave(torch.tensor(counts))
 
-    def levels(self) -> Tensor:
-        """Row of the scale embeddings that each place adds, [length] (row 1 is unused)."""
-        return self._of_places([0] * self.text, [scale + 1 for scale in range(len(self.scales))])
+    def scale_ids(self) -> Tensor:
+        """Row of the scale embeddings that each position adds, [length] (row 1 is unused)."""
+        return self._of_positions([0] * self.text, [scale + 1 for scale in range(len(self.scales))])
 
     def visible(self) -> Tensor:
-        """How many leading places each place sees, [length]: text is causal, a scale's places see
-        all places up to their scale's end."""
-        ends = [self.places(scale)[1] for scale in range(len(self.scales))]
-        return self._of_places(range(1, self.text + 1), ends)
+        """How many leading positions each one sees, [length]: text is causal, a scale's positions
+        see all up to their scale's end."""
+        ends = [self.positions(scale)[1] for scale in range(len(self.scales))]
+        return self._of_positions(range(1, self.text + 1), ends)
 
     def _keys(self, valid: Tensor) -> Tensor:
-        """Which places are no padding [B, length] from those of the prompt [B, text]."""
+        """Which positions are no padding [B, length] from those of the prompt [B, text]."""
         return F.pad(valid, (0, self.length - self.text), value=True)
 
     def mask(self, valid: Tensor, first: int = 0, end: int | None = None) -> Tensor:
-        """[B, 1, end - first, end] bool, True where the row's place sees the column's.
+        """[B, 1, end - first, end] bool, True where the row's position sees the column's.
 
-        A padded place is seen by itself alone: no row is empty, whose softmax would be NaN.
+        A padded position is seen by itself alone: no row is empty, whose softmax would be NaN.
 
         Args:
-            valid: which prompt places are no padding, [B, text] bool.
-            first, end: the places that ask; all by default. None of them sees past ``end``.
+            valid: which prompt positions are no padding, [B, text] bool.
+            first, end: the positions that ask; all by default. None of them sees past ``end``.
         """
         end = self.length if end is None else end
         key = torch.arange(end, device=valid.device)

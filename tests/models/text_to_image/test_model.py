@@ -504,7 +504,7 @@ def test_every_draw_has_its_own_numbers(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [0.0, 7.5])
 def test_positions_computed(guidance):
-    """9 scales in three steps after 61 text places: 2,509 positions, 8,005 without the cache."""
+    """9 scales in three steps after 61 text positions: 2,509 positions, 8,005 without the cache."""
     scales, text = (1, 2, 4, 6, 8, 10, 12, 14, 16), 61
     model = build(
         tokenizer=image_tokenizer(scales),
@@ -621,15 +621,15 @@ def test_mask_is_the_definition(more, text, lengths):
                 sees = sees and (j >= text or bool(valid[row, j]))
                 assert bool(mask[row, 0, i, j]) == (sees or i == j)
     for scale in range(len(scales)):
-        first, end = sequence.places(scale)
+        first, end = sequence.positions(scale)
         assert of_scale[first:end] == [scale] * scales[scale] ** 2
         part = sequence.mask(valid, first, end)
         assert torch.equal(part, mask[:, :, first:end, :end])
         assert not mask[:, :, first:end, end:].any()
         # What generation relies on: one row stands for a scale.
         assert torch.equal(part, part[:, :, :1].expand_as(part))
-    levels = sequence.levels().tolist()
-    assert levels == [0] * text + [scale + 1 for scale in of_scale[text:]]
+    scale_ids = sequence.scale_ids().tolist()
+    assert scale_ids == [0] * text + [scale + 1 for scale in of_scale[text:]]
     flex = sequence.block_mask(valid)
     grid = torch.meshgrid(*(torch.arange(n) for n in (len(lengths), length, length)), indexing="ij")
     assert torch.equal(flex.mask_mod(grid[0], 0, grid[1], grid[2]), mask[:, 0])
@@ -925,7 +925,7 @@ def test_refusals():
 
     too_long = torch.zeros(1, 100, dtype=torch.int64)
     for call in (generate, lambda ids: model(ids, pictures(model, 1))):
-        with pytest.raises(ValueError, match=r"1 to 99 places.*got 100"):
+        with pytest.raises(ValueError, match=r"1 to 99 positions.*got 100"):
             call(too_long)
         with pytest.raises(TypeError, match=r"int64 tensor, got torch\.int32"):
             call(too_long.int())
@@ -938,7 +938,7 @@ def test_refusals():
             generate(negative=strange)
         with pytest.raises(ValueError, match=message):
             model(strange, indices)
-    with pytest.raises(ValueError, match="last place"):
+    with pytest.raises(ValueError, match="last position"):
         generate(attention_mask=torch.tensor([[1] * 9, [1] * 8 + [0]]))
     with pytest.raises(ValueError, match=r"attention_mask must be \(2, 9\)"):
         model(ids, indices, torch.ones(2, 8))

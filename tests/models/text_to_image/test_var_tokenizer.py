@@ -66,11 +66,11 @@ def seen_by(model: TextToImage, tokens: list[Tensor], scale: int) -> Tensor:
 def logits_plainly(model: TextToImage, ids: Tensor, inputs: list[Tensor]) -> Tensor:
     """Of the last scale that has inputs, in one run of the whole sequence without a cache."""
     sequence = model.sequence(ids.shape[1])
-    first, end = sequence.places(len(inputs))
+    first, end = sequence.positions(len(inputs))
     hidden = model.embed_text(ids)
     if inputs:
-        levels = sequence.levels()[sequence.text : end]
-        image = model.embed_image(torch.cat(inputs, dim=1), 1, levels)
+        scale_ids = sequence.scale_ids()[sequence.text : end]
+        image = model.embed_image(torch.cat(inputs, dim=1), 1, scale_ids)
         hidden = torch.cat([hidden, image.expand(len(ids), -1, -1)], dim=1)
     rotary = tuple(part[:, :end] for part in model.rotary(hidden, sequence.length))
     mask = sequence.mask(ids != model.config.pad_id)[:, :, :end, :end]
