@@ -50,25 +50,47 @@ def read_state_dict(
         error: nothing there, a file that cannot be read or holds no state dict, or an index that
             does not agree with its files.
     """
-    path = Path(path)
+    files, file_of = _files(Path(path), error)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                part = read_safetensors(file)[0]
+            except CheckpointError as fault:
+                raise error(str(fault)) from fault
+        else:
+            # Training scripts store their argparse.Namespace beside the weights: a plain record.
+            content = read_torch(file, error, mmap=True, records=[argparse.Namespace])
+            part = _state_dict_in(content, file, error)
+        if file_of and (stranger := next((k for k in part if file_of.get(k) != file), None)):
+            raise error(f"the index of {path} does not say that {file.name} has {stranger}")
+        state |= part
+    if missing := [key for key in file_of if key not in state]:
+        file = file_of[missing[0]]
+        raise error(f"the index of {path} says that {file.name} has {missing[0]}, which it has not")
+    return state
+
+
+def _files(path: Path, error: Callable[[str], Exception]) -> tuple[list[Path], dict[str, Path]]:
+    """The files to read, and by an index, where there is one, which of them has each name."""
     if not path.is_dir():
-        return _read_file(path, error)
+        return [path], {}
     for name in FOLDER_FILES:
         if (index := path / f"{name}.index.json").is_file():
-            return _read_indexed(index, error)
+            content = read_json(index, error)
+            names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(names, dict):
+                raise error(f"{index} is no index: it must have a weight_map")
+            files = {each: inside(path, each, index, error) for each in names.values()}
+            return sorted(files.values()), {key: files[each] for key, each in names.items()}
         if (path / name).is_file():
-            return _read_file(path / name, error)
+            return [path / name], {}
     raise error(f"{path} holds neither {' nor '.join(FOLDER_FILES)}, nor an index of either")
 
 
-def _read_file(path: Path, error: Callable[[str], Exception]) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return read_safetensors(path)[0]
-        except CheckpointError as fault:
-            raise error(str(fault)) from fault
-    # Training scripts store their argparse.Namespace beside the weights: a plain record.
-    content = read_torch(path, error, mmap=True, records=[argparse.Namespace])
+def _state_dict_in(
+    content: Any, path: Path, error: Callable[[str], Exception]
+) -> dict[str, Tensor]:
     names = list(content) if isinstance(content, dict) else []
     if found := next((name for name in CONTAINERS if name in names), None):
         content = content[found]
@@ -83,23 +105,6 @@ def _read_file(path: Path, error: Callable[[str], Exception]) -> dict[str, Tenso
             f"{listed(str(name) for name in names) or 'no names'}"
         )
     return without_prefix(content, "module.") if _all_begin(content, "module.") else dict(content)
-
-
-def _read_indexed(index: Path, error: Callable[[str], Exception]) -> dict[str, Tensor]:
-    content = read_json(index, error)
-    files_of = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files_of, dict):
-        raise error(f"{index} is no index: it must have a weight_map")
-    files = {name: inside(index.parent, name, index, error) for name in files_of.values()}
-    state: dict[str, Tensor] = {}
-    for name in sorted(files):
-        for key, value in _read_file(files[name], error).items():
-            if files_of.get(key) != name:
-                raise error(f"{index} does not say that {name} has {key}")
-            state[key] = value
-    if missing := [key for key in files_of if key not in state]:
-        raise error(f"{index} says that {files_of[missing[0]]} has {missing[0]}, which it has not")
-    return state
 
 
 def _all_begin(state: Mapping[str, Any], prefix: str) -> bool:

@@ -399,18 +399,29 @@ class TokenFlowTokenizer(nn.Module):
                 a ``config`` for a directory.
         """
         path = Path(path)
+        unused: dict[str, Tensor] = {}
         if path.is_file():
-            model = cls._from_original(path, resolution, config)
+            if config is not None and resolution is not None:
+                raise ValueError("config says the resolution: give one of the two")
+            state = read_state_dict(path)
+            config = config or original_checkpoint.infer_config(state, resolution, path)
+            model = cls._to_load(config)
+            state, unused = original_checkpoint.from_original(
+                state, config, model.state_dict(), path
+            )
         else:
             if config is not None:
                 raise ValueError(
                     f"config is for original checkpoints: {path} has its own {CONFIG_FILE}"
                 )
-            model = cls._from_folder(path)
-            if resolution not in (None, model.config.image_size):
+            config, state = cls._read_folder(path)
+            if resolution not in (None, config.image_size):
                 raise ValueError(
-                    f"resolution must be {model.config.image_size} for {path}, got {resolution!r}"
+                    f"resolution must be {config.image_size} for {path}, got {resolution!r}"
                 )
+            model = cls._to_load(config)
+        model.load_state_dict(state)
+        model.unused_tensors = {key: value.clone() for key, value in unused.items()}
         return model.eval()
 
     @classmethod
@@ -423,22 +434,12 @@ class TokenFlowTokenizer(nn.Module):
         return _read_config(folder)
 
     @classmethod
-    def _from_original(
-        cls, path: Path, resolution: int | None, config: TokenizerConfig | None
-    ) -> TokenFlowTokenizer:
-        if config is not None and resolution is not None:
-            raise ValueError("config says the resolution: give one of the two")
-        state = read_state_dict(path)
-        config = config or original_checkpoint.infer_config(state, resolution, path)
+    def _to_load(cls, config: TokenizerConfig) -> TokenFlowTokenizer:
         with no_random_init():
-            model = cls(config)
-        weights, unused = original_checkpoint.from_original(state, config, model.state_dict(), path)
-        model.load_state_dict(weights)
-        model.unused_tensors = {key: value.clone() for key, value in unused.items()}
-        return model
+            return cls(config)
 
     @classmethod
-    def _from_folder(cls, folder: Path) -> TokenFlowTokenizer:
+    def _read_folder(cls, folder: Path) -> tuple[TokenizerConfig, dict[str, Tensor]]:
         config, file = _read_config(folder), folder / WEIGHTS_FILE
         with torch.device("meta"):  # no memory is taken for sizes that the file does not have
             own = cls(config).state_dict()
@@ -451,10 +452,7 @@ class TokenFlowTokenizer(nn.Module):
         if metadata.get("format") != _FORM.name:
             raise CheckpointError(f"{file} was not written by save_pretrained")
         check(state)  # the types
-        with no_random_init():
-            model = cls(config)
-        model.load_state_dict(state)
-        return model
+        return config, state
 
 
 def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
