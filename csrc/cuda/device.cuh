@@ -101,15 +101,6 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
 
-// Sets what is 0, and returns what was there before.
-__device__ __forceinline__ uint32_t atomic_set_if_zero(uint32_t* address, uint32_t value) {
-  return atomicCAS(address, uint32_t{0}, value);
-}
-
-__device__ __forceinline__ void atomic_max(uint32_t* address, uint32_t value) {
-  atomicMax(address, value);
-}
-
 // The sum depends on the order of arrival: only where a caller has asked for that.
 __device__ __forceinline__ void atomic_add(float* address, float value) {
   atomicAdd(address, value);

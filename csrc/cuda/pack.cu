@@ -28,46 +28,21 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// What a slot holds of code 0.
-constexpr uint32_t kHighestEntry = 0xffffffffu;
-
-// Which slot holds the codes that are equal to this one, which enters it. Of equal codes the one
-// with the lowest index is nearest to a row, so that the others need no score. Without this, each
-// row near to such a code would have to compare all of them.
-__device__ __forceinline__ int64_t enter_slot(const EqualCodes& equal, const float* codebook,
-                                              int dim, int64_t n) {
-  const float* code = codebook + n * dim;
-  uint32_t hash = 0;
-  for (int d = 0; d < dim; ++d) {
-    hash = (hash ^ static_cast<uint32_t>(float_as_int(code[d]))) * 0x9e3779b1u;
-    hash ^= hash >> 15;
-  }
-  const uint32_t entry = kHighestEntry - static_cast<uint32_t>(n);
-  for (int64_t slot = hash & (equal.size - 1);; slot = (slot + 1) & (equal.size - 1)) {
-    uint32_t found = *static_cast<volatile uint32_t*>(equal.slots + slot);
-    if (found == 0) found = atomic_set_if_zero(equal.slots + slot, entry);
-    if (found == 0) return slot;
-    const float* other = codebook + static_cast<int64_t>(kHighestEntry - found) * dim;
-    bool same = true;
-    for (int d = 0; d < dim && same; ++d) same = float_as_int(code[d]) == float_as_int(other[d]);
-    if (same) {  // whichever of the equal codes is there later
-      if (found < entry) atomic_max(equal.slots + slot, entry);
-      return slot;
-    }
-  }
-}
-
-// Whether no earlier code has the same bits.
-__device__ __forceinline__ bool is_first_of_equal(const EqualCodes& equal, int64_t n) {
-  return equal.slots[equal.slot_of[n]] == kHighestEntry - static_cast<uint32_t>(n);
-}
-
-// `distance` of a finite code to a row of zeros.
-__device__ __forceinline__ double distance_to_zero(const CodebookLayout& layout,
-                                                   const float* code) {
-  double distance = 0;
+// A row of zeros is as far from all codes of unit length, but for rounding: every code would have
+// to be compared by its distance, for each such row.
+//
+// Grid: a thread for every code of the padded codebook. The nearest of a warp's codes to a row of
+// zeros, by `distance`, the lowest on a tie; codes that are not finite are infinitely far.
+// Bytes: 4 dim a code. Bound by float64 divisions.
+__global__ void __launch_bounds__(kPackThreads)
+    nearest_to_zero_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
+                           const double* bias, NearestOfSome* to_zero) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  const bool finite = n < layout.codes && bias[n] > -static_cast<double>(INFINITY);
+  double distance = finite ? 0 : static_cast<double>(INFINITY);
+  const float* code = codebook + (finite ? n : 0) * layout.dim;
 #pragma unroll 1
-  for (int g = 0; g < layout.groups; ++g) {
+  for (int g = 0; g < layout.groups && finite; ++g) {
     const int begin = layout.begin[g], end = layout.begin[g + 1];
     const double norm = group_norm(squared_norm(code, begin, end), layout.l2_norm);
     double group = 0;
@@ -76,26 +51,6 @@ __device__ __forceinline__ double distance_to_zero(const CodebookLayout& layout,
       group += product(difference, difference);
     }
     distance += product(layout.weight[g], group);
-  }
-  return distance;
-}
-
-// Prepares for rows and codes that tie with many others. A row of zeros is as far from all codes of
-// unit length, but for rounding: every code would have to be compared by its distance, for each
-// such row. Equal codes: see enter_slot.
-//
-// Grid: a thread for every code of the padded codebook. Enters its code among the equal ones. A
-// warp writes the nearest of its codes to a row of zeros, by `distance`, the lowest on a tie; codes
-// that are not finite are infinitely far. Bytes: 4 dim a code. Bound by float64 divisions.
-__global__ void __launch_bounds__(kPackThreads)
-    prepare_ties_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                        const double* bias, NearestOfSome* to_zero, const EqualCodes equal) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  const bool finite = n < layout.codes && bias[n] > -static_cast<double>(INFINITY);
-  double distance = static_cast<double>(INFINITY);
-  if (finite) {
-    equal.slot_of[n] = enter_slot(equal, codebook, layout.dim, n);
-    distance = distance_to_zero(layout, codebook + n * layout.dim);
   }
   int64_t index = n;
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -109,18 +64,17 @@ __global__ void __launch_bounds__(kPackThreads)
   if (lane_index() == 0) to_zero[n / kWarpSize] = {distance, index};
 }
 
-// Packs code n of the padded codebook, which is measured, and raises the bounds; one that must
-// never win as zeros. The work of kPackLanes lanes.
+// Packs code n of the padded codebook, which is measured, and raises the bounds; the work of
+// kPackLanes lanes.
 __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
                                           int64_t n, const PackedCodes& codes) {
   const int64_t code = n < layout.codes ? n : layout.codes - 1;
   const double bias = codes.bias[code];
   const bool finite = n < layout.codes && bias > -static_cast<double>(INFINITY);
-  const bool scored = finite && is_first_of_equal(codes.equal, n);
   const CodeExponents exponents = code_exponents(codes.summary->range);
 
   SpareColumns spare;
-  double rest = scored ? ldexp(bias, exponents.bias) : 0, magnitude = 0;
+  double rest = finite ? ldexp(bias, exponents.bias) : 0, magnitude = 0;
 #pragma unroll
   for (uint16_t& part : spare.bias) {
     part = to_half(static_cast<float>(rest));
@@ -128,9 +82,9 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
     rest -= value;
     magnitude += fabs(value);
   }
-  spare.exclusion = to_half(scored ? 0.0f : -kExclusion);
+  spare.exclusion = to_half(finite ? 0.0f : -kExclusion);
   const PackedLengths lengths = pack_vector<Operand::kCodes>(
-      codebook + code * layout.dim, scored, layout, codes.inverse_norms + code * layout.groups,
+      codebook + code * layout.dim, finite, layout, codes.inverse_norms + code * layout.groups,
       exponents.length, spare, n, codes.fragments);
   // |2^a c| is at most |cq| + |ec|.
   const CoarseCodeBounds bounds = {max_over_warp(lengths.packed + lengths.error, kPackLanes),
@@ -190,15 +144,13 @@ cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
                         const PackedCodes& codes, const float* rows, int64_t num_rows,
                         const PackedRows& packed, cudaStream_t stream) {
   TOKENFLOW_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
-  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
-      codes.equal.slots, 0, static_cast<size_t>(codes.equal.size) * sizeof(uint32_t), stream));
   TOKENFLOW_CUDA_TRY(launch(measure_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream,
                             layout, codebook, codes.inverse_norms, codes.bias,
                             &codes.summary->range));
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
-  TOKENFLOW_CUDA_TRY(launch(prepare_ties_kernel, dim3(static_cast<unsigned>(padded / kPackThreads)),
-                            kPackThreads, 0, stream, layout, codebook, codes.bias, codes.to_zero,
-                            codes.equal));
+  TOKENFLOW_CUDA_TRY(launch(nearest_to_zero_kernel,
+                            dim3(static_cast<unsigned>(padded / kPackThreads)), kPackThreads, 0,
+                            stream, layout, codebook, codes.bias, codes.to_zero));
   static_assert(kTileCodes % kPackThreads == 0, "whole blocks of codes");
   const PackArgs args = {layout, codebook, codes, padded, rows, {num_rows, 0, num_rows},
                          packed, num_rows};

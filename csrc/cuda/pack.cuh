@@ -70,21 +70,11 @@ struct NearestOfSome {
   int64_t index;
 };
 
-// Which codes have the same bits, as a hash table: a slot holds 2^32 - 1 less the lowest index of
-// some codes that are equal, or 0 where it is empty.
-struct EqualCodes {
-  uint32_t* slots;  // [size], a power of two above the number of codes
-  int64_t size;
-  int64_t* slot_of;  // [codes], of the finite ones
-};
-
 struct PackedCodes {
-  uint4* fragments;  // missing codes of the last tile, codes that are not finite, and codes with
-                     // the bits of an earlier one never win
+  uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
   double* inverse_norms;   // [codes, groups]: reciprocal lengths
   double* bias;            // [codes], see codebook.h; -infinity for a code that is not finite
   NearestOfSome* to_zero;  // [codes / 32] of each 32 codes: the nearest to a row of zeros
-  EqualCodes equal;
   CodebookSummary* summary;
 };
 
@@ -119,14 +109,9 @@ inline int64_t packed_vectors(int64_t padded, int dim) {
 
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
   const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
-  int64_t slots = 1;
-  while (slots < 2 * layout.codes) slots *= 2;
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
-          workspace.take<double>(padded * layout.groups),
-          workspace.take<double>(padded),
-          workspace.take<NearestOfSome>(padded / kWarpSize),
-          {workspace.take<uint32_t>(slots), slots, workspace.take<int64_t>(layout.codes)},
-          workspace.take<CodebookSummary>(1)};
+          workspace.take<double>(padded * layout.groups), workspace.take<double>(padded),
+          workspace.take<NearestOfSome>(padded / kWarpSize), workspace.take<CodebookSummary>(1)};
 }
 
 inline PackedRows take_packed_rows(Workspace& workspace, const CodebookLayout& layout,

@@ -124,10 +124,3 @@ T atomicMax(T* address, T value) {
   *address = before > value ? before : value;
   return before;
 }
-
-template <typename T>
-T atomicCAS(T* address, T compare, T value) {
-  const T before = *address;
-  if (before == compare) *address = value;
-  return before;
-}
