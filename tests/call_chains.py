@@ -163,7 +163,7 @@ def written(found: dict[str, list[str]]) -> str:
     parts = []
     for title, names in found.items():
         lines = "\n".join(names)
-        head = f"{title[0].upper()}{title[1:]}, {len(names)} functions:"
+        head = f"{title[0].upper()}{title[1:]}, {len(names)} function{'s' * (len(names) != 1)}:"
         parts.append(f"{head}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)
 
