@@ -38,7 +38,7 @@ help:
 	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
 	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
 	@echo 'make renew-newest  write the newest versions of today into constraints-newest.txt'
-	@echo 'make benchmark     measure the kernels against their rivals'
+	@echo 'make benchmark     measure the kernels against their baselines'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
 	@echo 'make docs          the documentation as a site, in build/docs/index.html'
 	@echo 'make lint          check style and types; make format mends the style'

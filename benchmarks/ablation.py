@@ -220,7 +220,7 @@ def run(
     shared = {
         key: value
         for key, value in machine.facts([]).items()
-        if key not in ("rivals", "compiler", "command")
+        if key not in ("baselines", "compiler", "command")
     }
     held_out = out / "held_out"
     if not held_out.exists():

@@ -167,7 +167,7 @@ def free_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def rivals(case: Case, compile_too: bool) -> dict[str, str | None]:
+def available_baselines(case: Case, compile_too: bool) -> dict[str, str | None]:
     """Each baseline of a case, with the reason if it cannot be run here."""
     found: dict[str, str | None] = {}
     for name, implementation in IMPLEMENTATIONS.items():

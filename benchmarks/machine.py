@@ -28,7 +28,7 @@ SETTINGS = (
     "OMP_",
     "TOKENFLOW_",
 )
-RIVAL_PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "flashinfer-python")
+BASELINE_PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "flashinfer-python")
 
 
 def cpu_model() -> str:
@@ -78,7 +78,7 @@ def facts(arguments: list[str]) -> dict[str, Any]:
         "tokenflow_ext": info["version"],
         "compiler": info["compiler"],
         "commit": commit(),
-        "rivals": {package: _version(package) for package in RIVAL_PACKAGES},
+        "baselines": {package: _version(package) for package in BASELINE_PACKAGES},
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join([*settings, "pytest", *arguments]),
         "load before": list(os.getloadavg()),
@@ -87,14 +87,15 @@ def facts(arguments: list[str]) -> dict[str, Any]:
 
 def describe(run: dict[str, Any], device: str) -> list[str]:
     """The facts of a run on a device, a line each."""
-    rivals = ", ".join(f"{name} {version}" for name, version in run["rivals"].items())
+    found = run.get("baselines") or run["rivals"]  # as in results of before
+    packages = ", ".join(f"{name} {version}" for name, version in found.items())
     where = f"{run['device']['cpu']}, {run['threads']} threads of {run['cores']} cores"
     if device == "cuda":
         where = f"{run['device']['cuda']}, CUDA {run['CUDA']}; host: {where}"
     loads = " and ".join(f"{run[f'load {when}'][0]:.2f}" for when in ("before", "after"))
     return [
         f"{where}; {run['system']}",
-        f"Python {run['python']}, torch {run['torch']}, {rivals}",
+        f"Python {run['python']}, torch {run['torch']}, {packages}",
         f"tokenflow_ext {run['tokenflow_ext']} at commit {run['commit']}; {run['compiler']}; "
         f"CPU kernels: {run['instruction set']}",
         f"{run['date']}; load average of the last minute before and after the run: {loads}",

@@ -64,7 +64,7 @@ def by_flashinfer(logits: Tensor, uncond: Tensor, settings: Settings) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A rival."""
+    """A baseline."""
 
     draw: Draw
     includes: str

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.agreement import check_results
-from benchmarks.cases import DEVICES, IMPLEMENTATIONS, MODES, Case, build, rivals
+from benchmarks.cases import DEVICES, IMPLEMENTATIONS, MODES, Case, available_baselines, build
 from benchmarks.timing import clock, interleave, rounds_within
 
 
@@ -26,7 +26,7 @@ def test_quantizer(request, benchmark, record, ceilings, memory, budget, case):
     ours, calls = build(case, "ours"), {}
     expected = ours()  # also the warm-up
     results = {}
-    for name, reason in rivals(case, request.config.getoption("--compile")).items():
+    for name, reason in available_baselines(case, request.config.getoption("--compile")).items():
         results[name] = {"left_out": reason}
         if reason:
             continue

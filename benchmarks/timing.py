@@ -52,28 +52,28 @@ def rounds_within(budget: float, one_round: float, at_least: int = 3, at_most: i
 def interleave(
     benchmark: Any,
     ours: Callable[[], object],
-    rivals: Mapping[str, Callable[[], object]],
+    baselines: Mapping[str, Callable[[], object]],
     ceilings: Mapping[str, Callable[[], float]],
     rounds: int,
 ) -> Times:
     """Times ours with pytest-benchmark; before each of its rounds samples every ceiling's rate and
-    times every rival once.
+    times every baseline once.
 
     Skips the test where pytest-benchmark is told not to measure.
     """
     if benchmark.disabled:
         pytest.skip("results agree; timing is disabled")
-    times = Times({name: [] for name in rivals}, {name: [] for name in ceilings})
+    times = Times({name: [] for name in baselines}, {name: [] for name in ceilings})
 
-    def run_rivals() -> None:
+    def run_baselines() -> None:
         for name, sample in ceilings.items():
             times.ceilings[name].append(sample())
-        for name, call in rivals.items():
+        for name, call in baselines.items():
             times.by_name[name].append(seconds(call))
 
     def run_ours() -> None:
         ours()
 
-    benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds, iterations=1)
+    benchmark.pedantic(run_ours, setup=run_baselines, rounds=rounds, iterations=1)
     times.by_name["ours"] = list(benchmark.stats.stats.data)
     return times

@@ -7,11 +7,11 @@ import torch
 
 from benchmarks import cases
 from benchmarks.agreement import check_near_ties, check_results, unit_groups
-from benchmarks.cases import DIMS, IMPLEMENTATIONS, MODES, Case, build, rivals
+from benchmarks.cases import DIMS, IMPLEMENTATIONS, MODES, Case, available_baselines, build
 from benchmarks.searches import SEARCHES
 from tokenflow_ext import nearest_code
 
-RIVALS = [
+BASELINES = [
     name
     for name, item in IMPLEMENTATIONS.items()
     if name != "ours" and not item.compiled and "cpu" in item.devices
@@ -24,8 +24,8 @@ def skip_without(package: str | None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", RIVALS)
-def test_rival_agrees(name, mode) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_agrees(name, mode) -> None:
     skip_without(IMPLEMENTATIONS[name].package)
     case = Case("B", 64, mode, batch=2)
     ours = build(case, "ours")
@@ -43,7 +43,7 @@ def test_search_agrees(name) -> None:
     check_near_ties(rows, codebook, nearest_code(rows, codebook, DIMS), found)
 
 
-class TestWrongRival:
+class TestWrongBaseline:
     case = Case("tiny", 32, "forward+backward", batch=2)
 
     def results(self):
@@ -74,15 +74,18 @@ class TestWhatCanRun:
 
     def test_leaves_out_what_does_not_fit(self, monkeypatch) -> None:
         monkeypatch.setattr(cases, "free_memory", lambda device: 3 * 2**30)
-        found = rivals(self.case, compile_too=False)
+        found = available_baselines(self.case, compile_too=False)
         assert found["released"] == "needs 4.3 of 3.0 GiB free"  # 24 bytes for 1458 x 131072 scores
         assert found["eager"] is None
 
     def test_leaves_out_what_is_not_installed(self, monkeypatch) -> None:
         monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
-        assert rivals(Case("B", 64, "forward", 1), compile_too=False)["faiss"] == "not installed"
+        assert (
+            available_baselines(Case("B", 64, "forward", 1), compile_too=False)["faiss"]
+            == "not installed"
+        )
 
     def test_compiles_on_request(self) -> None:
         small = Case("B", 64, "forward", 1)
-        assert "compiled" not in rivals(small, compile_too=False)
-        assert "compiled" in rivals(small, compile_too=True)
+        assert "compiled" not in available_baselines(small, compile_too=False)
+        assert "compiled" in available_baselines(small, compile_too=True)
