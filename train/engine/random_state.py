@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from tokenflow_ext.models.serialization.state_dict import no_random_init
 
 from .distributed import Processes
 
@@ -56,51 +55,7 @@ def restore_generators(states: list[dict[str, Any]], group: Processes) -> None:
         torch.cuda.set_rng_state(mine["cuda"], group.device)
 
 
-_IN_PLACE = {
-    Tensor.normal_,
-    Tensor.uniform_,
-    nn.init.kaiming_normal_,
-    nn.init.kaiming_uniform_,
-    nn.init.normal_,
-    nn.init.trunc_normal_,
-    nn.init.uniform_,
-    nn.init.xavier_normal_,
-    nn.init.xavier_uniform_,
-}
-_NEW: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
-    torch.rand: torch.zeros,
-    torch.rand_like: torch.zeros_like,
-    torch.randn: torch.zeros,
-    torch.randn_like: torch.zeros_like,
-}
-
-
-class ZerosForDraws(TorchFunctionMode):
-    """Inside it weights that would be drawn are zeros, and no generator moves.
-
-    For a model whose weights are read from a file at once. Unlike on the meta device, whatever is
-    computed (buffers that no file holds, say) is what it always is.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func in _IN_PLACE:
-            tensor = args[0] if args else named["tensor"]
-            with torch.no_grad():
-                return tensor.zero_()
-        if func in _NEW:
-            named.pop("generator", None)
-            return _NEW[func](*args, **named)
-        return func(*args, **named)
-
-
 def undrawn(resuming: bool) -> AbstractContextManager[Any]:
     """Where a model is built: with random weights, or with zeros where ``resuming``, since the
     checkpoint has all of them."""
-    return ZerosForDraws() if resuming else nullcontext()
+    return no_random_init() if resuming else nullcontext()
