@@ -38,8 +38,11 @@ def kernels() -> dict[str, Any]:
 
     torch is imported here, where something is built: reading metadata needs none.
     """
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        fix = "Fix: pip install torch, or leave out --no-build-isolation"
+        raise kernel_build.BuildError(f"{sys.executable} has no torch. {fix}") from error
     kernel_build.check_torch(torch.__version__)
     env, cores = os.environ, len(os.sched_getaffinity(0))
     cxx = kernel_build.find_compiler(env)

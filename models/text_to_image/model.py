@@ -419,7 +419,7 @@ class TextToImage(nn.Module):
         Raises:
             CheckpointError: a key that is missing, unknown or of another shape; a file that is
                 missing or cannot be read.
-            ConfigError: a configuration that is not served or does not fit the tokenizer.
+            ConfigError: a configuration that is not supported or does not fit the tokenizer.
         """
         state, name, header = source, "the state dict", None
         if not isinstance(source, Mapping):

@@ -221,7 +221,7 @@ class RopeConfig:
         """From ``rope_parameters`` without their ``rope_theta``, or from a ``rope_scaling``.
 
         Raises:
-            ConfigError: a kind or an entry that is not served, or a value of the wrong type.
+            ConfigError: a kind or an entry that is not supported, or a value of the wrong type.
         """
         values = {name: value for name, value in parameters.items() if value is not None}
         older = values.pop("type", None)

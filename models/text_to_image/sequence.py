@@ -172,7 +172,7 @@ class BackboneConfig:
 
         Raises:
             ConfigError: another family, something that would change the computation and is not
-                served (sliding windows, attention dropout), or a value of the wrong type: the
+                supported (sliding windows, attention dropout), or a value of the wrong type: the
                 message names it.
         """
         family = getattr(config, "model_type", None)
@@ -184,11 +184,11 @@ class BackboneConfig:
         window = getattr(config, "sliding_window", None)
         if set(kinds) != {"full_attention"} if kinds else window is not None:
             raise ConfigError(
-                f"sliding windows are not served, got sliding_window {window} and layer_types "
+                f"sliding windows are not supported, got sliding_window {window} and layer_types "
                 f"{sorted(set(kinds or ()))}"
             )
         if getattr(config, "attention_dropout", 0.0):
-            raise ConfigError(f"attention_dropout is not served, got {config.attention_dropout}")
+            raise ConfigError(f"attention_dropout is not supported, got {config.attention_dropout}")
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         if not isinstance(rope or {}, dict):
             raise ConfigError(f"rope_parameters must be a mapping, got {rope!r}")

@@ -137,7 +137,7 @@ OPTIONS = {
     },
 }
 
-# What changes nothing in theirs, though the option it belongs to is not served here.
+# What changes nothing in theirs, though the option it belongs to is not supported here.
 HARMLESS = {
     "sync_codebook": False,
     "sync_kmeans": False,

@@ -256,3 +256,17 @@ def test_a_build_that_cannot_be_says_why(
     message = result.stderr
     assert f"tokenflow_ext cannot be built: {reason}" in message
     assert "Traceback" not in message
+
+
+def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r}]; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert f"tokenflow_ext cannot be built: {sys.executable} has no torch. Fix:" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -37,7 +37,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 
     Raises:
         WeightsError: saying which file is wanted, which package, or which weights are missing.
-        ConfigError: a model of another family, or with something that is not served.
+        ConfigError: a model of another family, or with something that is not supported.
     """
     given = Path(path)
     options: dict[str, Any] = dict(_FILES_ALONE)
@@ -131,7 +131,7 @@ def _own_config(config: PretrainedConfig, given: Path, folder: Path) -> Pretrain
 
     Raises:
         WeightsError: sizes that the files cannot have weights for.
-        ConfigError: something that is not served.
+        ConfigError: something that is not supported.
     """
     backbone, rows = BackboneConfig.from_transformers(config), config.vocab_size
     if type(rows) is not int or rows < 1:

@@ -191,9 +191,13 @@ def test_refusals(parameters, message):
 def test_other_things_that_would_change_the_computation():
     for name, value, message in (
         ("model_type", "mistral", "model_type must be one of llama, qwen2, qwen3, got 'mistral'"),
-        ("sliding_window", 4, r"sliding windows are not served, got sliding_window 4"),
-        ("layer_types", ["full_attention", "sliding_attention"], "sliding windows are not served"),
-        ("attention_dropout", 0.1, "attention_dropout is not served, got 0.1"),
+        ("sliding_window", 4, r"sliding windows are not supported, got sliding_window 4"),
+        (
+            "layer_types",
+            ["full_attention", "sliding_attention"],
+            "sliding windows are not supported",
+        ),
+        ("attention_dropout", 0.1, "attention_dropout is not supported, got 0.1"),
         ("hidden_act", "quick", r"hidden_act must be one of silu.*got 'quick'"),
         ("hidden_size", "64", r"backbone\.hidden_size must be int, got '64'"),
         ("hidden_size", 64.0, r"backbone\.hidden_size must be int"),
