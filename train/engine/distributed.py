@@ -62,7 +62,8 @@ class Processes:
             most = torch.cuda.max_memory_allocated(self.device)
         else:
             status = Path("/proc/self/status").read_text()
-            most = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+            found = re.search(r"VmHWM:\s*(\d+) kB", status)
+            most = 1024 * int(found[1]) if found else 0
         return max(self.gather(most)) / 2**30
 
     def wait(self) -> None:

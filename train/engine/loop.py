@@ -388,7 +388,8 @@ def train(
     """
     run, text = Path(config.run), to_yaml(config)
     with ExitStack() as held:
-        newest, lines = None, []
+        newest: Path | None = None
+        lines: list[str] = []
         with group.together():
             if group.first:
                 held.enter_context(runs.lock(run))

@@ -101,7 +101,7 @@ def distribute(model: nn.Module, group: Processes, **options: Any) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 
-def exchange(parallel: nn.Module, last: bool) -> AbstractContextManager:
+def exchange(parallel: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """For the forward and backward pass of a micro-batch: gradients are exchanged in the last."""
     if isinstance(parallel, FSDPModule):
         parallel.set_requires_gradient_sync(last)
@@ -123,7 +123,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     # Operations on many tensors at once take split ones or whole ones, not both.
     kinds = [[p for p in given if isinstance(p, DTensor) == split] for split in (False, True)]
     kinds = [kind for kind in kinds if kind]
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    gradients = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    norms = [whole(nn.utils.get_total_norm(some)) for some in gradients]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, limit, norm)
@@ -197,7 +198,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         group.update(options)
 
 
-def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict) -> None:
+def load_scheduler_state(
+    scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]
+) -> None:
     """Goes on where the schedule was that gave ``state``, with the learning rates of this one.
 
     Raises:

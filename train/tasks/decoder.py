@@ -136,8 +136,10 @@ class DecoderTask(Task):
             losses = tokenizer_loss(out, images, vq_weight=0.0, **terms)
         with record_function("backward"):
             self.generator.backward(losses.total)
-        made = out.images.detach()
-        return losses._asdict() | self.pixel_loss.train_discriminator(images, made, step)
+        assert out.images is not None
+        return losses._asdict() | self.pixel_loss.train_discriminator(
+            images, out.images.detach(), step
+        )
 
     # -- what people see --------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         config = AutoConfig.from_pretrained(folder, **options)
     own = _own_config(config, given, folder)
     with _reading(given, WeightsError):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=own,
             dtype="float32",
@@ -73,6 +73,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
             ignore_mismatched_sizes=True,  # they are in the report
             **options,
         )
+    model, report = loaded  # with output_loading_info
     _check_report(given, model, report)
     if bad := not_finite(model.state_dict()):
         raise WeightsError(f"{given} holds numbers that are not finite, first in {bad[0]}")

@@ -92,8 +92,8 @@ class PixelLoss:
             return {}
         with record_function("discriminator"):
             with autocast(self._precision, self._device):
-                logits = model.parallel(torch.cat([real, made])).chunk(2)
-                loss = discriminator_loss(*logits, self.config.discriminator_loss)
+                of_real, of_made = model.parallel(torch.cat([real, made])).chunk(2)
+                loss = discriminator_loss(of_real, of_made, self.config.discriminator_loss)
             model.backward(loss)
         return {"discriminator": loss}
 

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from tokenflow_ext._deprecated import renamed
-from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.models import CheckpointError, TokenFlowTokenizer
+from tokenflow_ext.models.text_to_image.backbone import Layer
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig, encode_prompts
 from tokenflow_ext.train import data
@@ -62,7 +63,7 @@ class TextToImageTask(Task):
         model, self.text_tokenizer = self._build(image_tokenizer, start, resuming)
         if config.model.checkpointing:
             for layer in model.model.layers:
-                layer.checkpointing = True
+                cast(Layer, layer).checkpointing = True
         self.model: TextToImage = model.float().to(group.device).train()
         self.sharded = config.parallel == "fsdp" and group.world > 1
         if self.sharded:
@@ -105,14 +106,15 @@ class TextToImageTask(Task):
     ) -> tuple[TextToImage, Any]:
         """The model and its text tokenizer."""
         wanted = self.config.model
+        attention = cast(Literal["sdpa", "flex"], wanted.attention)
         if start is not None:
             text = load_text_tokenizer(start)
-            return TextToImage.from_pretrained(start, tokenizer, attention=wanted.attention), text
+            return TextToImage.from_pretrained(start, tokenizer, attention=attention), text
         if self.config.backbone is not None:
             language, text = load_language_model(self.config.backbone)
             with undrawn(resuming):
                 model = TextToImage.from_language_model(
-                    language, tokenizer, wanted.prompt_length, attention=wanted.attention
+                    language, tokenizer, wanted.prompt_length, attention=attention
                 )
             return model, text
         texts = self.dataset.source.captions_up_to(_CAPTIONS)
@@ -121,7 +123,7 @@ class TextToImageTask(Task):
             wanted.backbone, tokenizer, len(text), wanted.prompt_length
         )
         with undrawn(resuming):
-            return TextToImage(shape, tokenizer, attention=wanted.attention), text
+            return TextToImage(shape, tokenizer, attention=attention), text
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # Split weights come in half precision already.
@@ -169,7 +171,7 @@ class TextToImageTask(Task):
 
         Of pairs that are trained on, and of held-out ones where there are any.
         """
-        values = {}
+        values: dict[str, float] = {}
         for name, (target, texts) in self.evaluated.items():
             loss, accuracy = self._score(target, texts)
             values |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
@@ -213,8 +215,9 @@ class TextToImageTask(Task):
                 sampling=self.config.sample,
                 seed=self.config.seed,
             )
-        decode = self.model.tokenizer.decode
-        return decode(target)[0], decode(drawn)[0]
+        images = [self.model.tokenizer.decode(tokens)[0] for tokens in (target, drawn)]
+        above, below = (image for image in images if image is not None)  # there is a pixel branch
+        return above, below
 
     def headline(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -243,7 +246,7 @@ class TextToImageTask(Task):
         own = self.model.tokenizer.state_dict()
         same = own.keys() == saved.keys()
         if not (same and all(torch.equal(v.cpu(), saved[k]) for k, v in own.items())):
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{path} was trained on the tokens of another image tokenizer than "
                 f"{self.config.init or self.config.tokenizer}"
             )

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.profiler import record_function
 
 from tokenflow_ext._deprecated import renamed
-from tokenflow_ext.models import ConfigError, TokenFlowTokenizer, TokenizerConfig
+from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, TokenizerConfig
 from tokenflow_ext.models.losses.tokenizer import tokenizer_loss
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.towers.teachers import build_teacher
@@ -120,7 +120,8 @@ class TokenizerTask(Task):
             return None
         teacher = build_teacher(wanted, weights=self.config.teacher_weights)
         # Channels last: depthwise convolutions take half the time on a CPU.
-        return teacher.to(self.group.device, memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return teacher.to(self.group.device)
 
     def _place(self) -> None:
         """The model as this run computes it: recomputed, compiled, split over processes."""
@@ -290,7 +291,7 @@ def check_same_model(path: Path, config: TokenizerConfig) -> None:
     theirs, ours = leaves(saved.to_dict()), leaves(config.to_dict())
     other = [key for key in ours if theirs[key] != ours[key]]
     if other:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{path} does not fit this run's configuration: model.{other[0]} is "
             f"{shown(theirs[other[0]])} there, {shown(ours[other[0]])} here"
         )
