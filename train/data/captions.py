@@ -27,7 +27,7 @@ from tokenflow_ext.train.config import CaptionConfig
 
 from . import crops, tokens, webdataset
 from .crops import Kept, counted_rng
-from .image_files import find_images, read_square, to_square, to_tensor
+from .image_files import find_images, list_images, read_square, to_square, to_tensor
 from .text_files import (
     METADATA,
     DataError,
@@ -138,7 +138,7 @@ def _described(root: Path, keys: Sequence[str], seen: Counter[str]) -> dict[Path
     """
     file = root / METADATA
     if not os.path.lexists(file):
-        return {path: _beside(path, keys, seen) for path in crops.list_images(root)}
+        return {path: _beside(path, keys, seen) for path in list_images(root)}
     found: dict[Path, tuple[str, str]] = {}
     left, expected = Tally(file), '{"file_name": ..., "text": ...}'
     for number, entry in json_lines(file, expected):
@@ -174,7 +174,8 @@ def list_captions(
     Raises:
         DataError: no folder, no picture, or a description that cannot be read.
     """
-    seen, without = Counter(), Tally(folder)
+    seen: Counter[str] = Counter()
+    without = Tally(folder)
     described = _described(Path(folder), keys, seen)
     for path, (caption, why) in described.items():
         if not caption:
@@ -237,7 +238,8 @@ class Pictures:
         cache: int = CaptionConfig.cache,
     ) -> None:
         self.folder, self.size = folder, size
-        pairs, left, seen = [], Tally(folder), Counter()
+        pairs, left = [], Tally(folder)
+        seen: Counter[str] = Counter()
         for path, (caption, why) in sorted(_described(folder, keys, seen).items()):
             if not caption:
                 left.add(f"pictures {why}", path)
@@ -294,8 +296,8 @@ class Tokens:
         choice: Choice = _ALL,
         tokenizer: Callable[[], str] | None = None,
     ) -> None:
-        read, captions = tokens.read(folder, scales, codebook_size, tokenizer)
-        captions = [_text(caption or "") for caption in captions]
+        read, stored = tokens.read(folder, scales, codebook_size, tokenizer)
+        captions = [_text(caption or "") for caption in stored]
         described = [i for i, caption in enumerate(captions) if caption]
         if not described:
             raise DataError(f"no row of the tokens in {folder} has a caption")
@@ -361,11 +363,11 @@ class Shards(webdataset.Shards):
         return found
 
     def _caption(self, path: Path, member: webdataset.Member) -> tuple[str, str]:
-        txt = None if member.txt is None else crops.read_span(path, member.txt)
+        written = None if member.txt is None else crops.read_span(path, member.txt)
         listing = None if member.json is None else crops.read_span(path, member.json)
         entry = None
         try:
-            txt = None if txt is None else decode(txt, "its text")
+            txt = None if written is None else decode(written, "its text")
             if listing is not None and not (txt and _text(txt)):
                 entry = parse_json(decode(listing, "its JSON"))
         except DataError:
@@ -422,7 +424,7 @@ class Form:
     tokenizer: Callable[[], str] | None = None
 
 
-class Captioned(Dataset):
+class Captioned(Dataset[Any]):
     """Sample ``g`` of a run: a picture (or its tokens) and its caption, dropped or cut by chance.
 
     In a folder of pictures or tokens, every run of ``len(source)`` samples visits each once, in an

@@ -12,10 +12,10 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -103,9 +103,9 @@ class Picture:
             if image.height > image.width:  # bands of a portrait lie across its long side too
                 left, top, right, bottom = top, left, bottom, right
             shares, sides = (left, top, right, bottom), image.size * 2
-            box = tuple(round(a * b) for a, b in zip(shares, sides, strict=True))
-            if box[0] < box[2] and box[1] < box[3]:
-                regions.append(image.crop(box))
+            x0, y0, x1, y1 = (round(a * b) for a, b in zip(shares, sides, strict=True))
+            if x0 < x1 and y0 < y1:
+                regions.append(image.crop((x0, y0, x1, y1)))
         return regions
 
 
@@ -214,7 +214,7 @@ def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:
     Raises:
         DataError: naming file and line.
     """
-    found = {}
+    found: dict[Path, float] = {}
     expected = '{"file_name": ..., "weight": number >= 0}'
     for number, entry in json_lines(file, expected):
         try:
@@ -328,7 +328,7 @@ def listing(pictures: list[Picture]) -> Iterator[str]:
         yield f"{os.path.relpath(picture.path, root)} {picture.member} {picture.boxes}"
 
 
-class RandomCrops(Dataset):
+class RandomCrops(Dataset[Any]):
     """Sample ``g`` of a run: a random crop of a picture, resized to ``size`` and maybe mirrored."""
 
     def __init__(self, source: Source, size: int, config: DataConfig, seed: int) -> None:
@@ -404,12 +404,24 @@ class _Positions:
             position += self.partition.batch
 
 
+class Samples(Protocol):
+    """Samples by their number; a dataset, with a length or without."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class SeededSamples(Samples, Protocol):
+    """Such that depend on a seed."""
+
+    seed: int
+
+
 def loader(
-    dataset: Dataset,
+    dataset: SeededSamples,
     partition: BatchPartition,
     position: int,
     workers: int = 0,
-    collate: Callable[[list], Any] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Iterator[Any]:
     """Micro-batches of a process, from the data position on.
 
@@ -429,14 +441,14 @@ def loader(
     )
 
 
-class _OrError(Dataset):
+class _OrError(Dataset[Any]):
     """The samples of ``dataset``, or the DataError that came in the place of one."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(cast(Sized, self.dataset))
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -445,11 +457,13 @@ class _OrError(Dataset):
             return error
 
 
-def _collate(collate: Callable[[list], Any], samples: list) -> Any:
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     return next((s for s in samples if isinstance(s, DataError)), None) or collate(samples)
 
 
-def read_batches(dataset: Dataset, collate: Callable[[list], Any], **options: Any) -> Iterator[Any]:
+def read_batches(
+    dataset: Samples, collate: Callable[[list[Any]], Any], **options: Any
+) -> Iterator[Any]:
     """What a DataLoader of ``dataset`` gives, with a DataError as it was raised: a worker's would
     come with its traceback as the message.
 

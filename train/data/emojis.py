@@ -69,7 +69,9 @@ def unpack(tarball: Path, folder: Path, skin_tones: bool = False) -> int:
                 if name is not None:
                     # The path in the archive is not used: only its code points, written anew.
                     file = "-".join(f"{point:04x}" for point in points) + ".webp"
-                    found[file] = (name, archive.extractfile(member).read())
+                    picture = archive.extractfile(member)
+                    if picture is not None:  # a file, as every picture is
+                        found[file] = (name, picture.read())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"cannot read {tarball}: {error}") from error
     if not found:

@@ -18,7 +18,7 @@ from tokenflow_ext.models.metrics import to_uint8
 from .text_files import METADATA, DataError, Tally, check_file, reason
 
 # What turns a picture upright, by its orientation tag.
-_TURNS = {
+_TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -93,7 +93,8 @@ def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[l
     if not root.is_dir():
         raise DataError(f"no folder at {root}")
     around, seen, found, left = set(root.resolve().parents), set(), [], Tally(root)
-    folders, links = [root], []
+    folders = [root]
+    links: list[Path] = []
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         try:
@@ -172,7 +173,7 @@ def _decode(source: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
     """What :func:`open_image` gives, or any error."""
     with Image.open(source, "r", formats()) as file:
         file.load()
-        image = file
+        image: Image.Image = file
         if file.mode.startswith(("I", "F")):
             image = _eight_bits(file)
         if (turn := _TURNS.get(_orientation(file))) is not None:

@@ -8,6 +8,7 @@ from tokenflow_ext.train.config import DataConfig
 
 from . import crops
 from .crops import Picture, PictureSet, Source
+from .image_files import list_images
 from .text_files import DataError
 from .webdataset import Shards, beside, first_pictures, list_shards
 
@@ -40,9 +41,10 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
                 )
             held_out, paths = first_pictures(paths[:1], config.held_out_crops), paths[1:]
         across, along = config.streams
-        source = Shards(paths, (across, along), joint, seed, weight_key=config.weight_key)
-        source.beside = beside(Path(config.path))
-        return source, held_out
+        shards = Shards(paths, (across, along), joint, seed, weight_key=config.weight_key)
+        if config.path is not None:
+            shards.beside = beside(Path(config.path))
+        return shards, held_out
     if config.weight_key:
         raise DataError(
             f"data.weight_key is for shards, and data.path={config.path} holds none: name a file "
@@ -79,4 +81,4 @@ def _held_out(config: DataConfig) -> list[Picture]:
     if paths:
         beside(Path(config.held_out))
         return first_pictures(paths, config.held_out_crops)
-    return [Picture(path) for path in crops.list_images(config.held_out)]
+    return [Picture(path) for path in list_images(config.held_out)]

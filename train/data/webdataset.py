@@ -164,9 +164,12 @@ def read_members(path: Path, left: Tally | None = None) -> list[Member]:
         if posixpath.basename(name).startswith("."):  # macOS writes ._NAME beside each NAME
             told.add("hidden files", f"{path}/{name}")
             continue
-        span, seen = files[name], {name}
+        span: tuple[int, int] | str | None = files[name]
+        seen = {name}
         while isinstance(span, str):
-            span = None if span in seen or seen.add(span) else files.get(span)
+            following = None if span in seen else files.get(span)
+            seen.add(span)
+            span = following
         if span is None:
             told.add("links to what the shard does not hold", f"{path}/{name}")
         elif suffix in (".txt", ".json"):

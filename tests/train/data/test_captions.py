@@ -17,7 +17,8 @@ from archives import write_tar
 from PIL import Image
 
 from tokenflow_ext.train import data
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli.commands.tokenize import tokenize
+from tokenflow_ext.train.cli.entry import main
 from tokenflow_ext.train.config import CaptionConfig, ConfigError, load_text_config
 from tokenflow_ext.train.data import captions, emojis, webdataset
 from tokenflow_ext.train.data.captions import Captioned, Form, Pictures, Shards, Tokens
@@ -430,7 +431,7 @@ def test_tokenize_takes_the_keys_of_captions(image_tokenizer, tmp_path, capsys):
     described = {"0.json": entry(TEXT="a cat"), "1.txt": b""}
     folder, out = folder_of(tmp_path / "folder", described), tmp_path / "out"
     words = ["tokenize", str(folder), "--checkpoint", str(image_tokenizer), "--out", str(out)]
-    commands.main([*words, "--caption-keys", "prompt", "TEXT"])
+    main([*words, "--caption-keys", "prompt", "TEXT"])
     rows = json.loads((out / "tokens-00000.json").read_text())
     assert [row["caption"] for row in rows] == ["a cat", None]
     said = capsys.readouterr().err
@@ -453,7 +454,7 @@ def tokens(micro, image_tokenizer, tmp_path) -> Path:
     (images / "picture0.txt").write_text("Waves.")
     (images / "picture2.txt").write_text("More waves.")
     out = tmp_path / "tokens"
-    commands.tokenize(str(images), str(image_tokenizer), str(out), batch=2, shard=2)
+    tokenize(str(images), str(image_tokenizer), str(out), batch_size=2, shard_size=2)
     return out
 
 
@@ -509,14 +510,14 @@ def test_emojis_are_named_by_their_code_points(package, tmp_path):
 def test_fetching_says_what_is_missing(package, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "emoji"
     with pytest.raises(SystemExit, match="is not @lobehub"):
-        commands.main(["fetch-emoji", str(folder), "--tarball", str(package)])
+        main(["fetch-emoji", str(folder), "--tarball", str(package)])
     monkeypatch.setattr(emojis.shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match="npm is not installed"):
-        commands.main(["fetch-emoji", str(folder)])
+        main(["fetch-emoji", str(folder)])
     monkeypatch.setattr(emojis, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
-    commands.main(["fetch-emoji", str(folder), "--tarball", str(package)])
+    main(["fetch-emoji", str(folder), "--tarball", str(package)])
     assert "3 pictures" in capsys.readouterr().out
-    commands.main(["fetch-emoji", str(folder)])  # already there: nothing is fetched
+    main(["fetch-emoji", str(folder)])  # already there: nothing is fetched
     assert "already" in capsys.readouterr().out
 
 
@@ -528,13 +529,13 @@ def test_fetched_pictures_take_no_other_files_place(package, tmp_path, monkeypat
     (mine / "1f600.webp").write_bytes(b"mine")
     for more in (given, []):
         with pytest.raises(SystemExit, match=r"holds other things, such as 1f600\.webp"):
-            commands.main(["fetch-emoji", str(mine), *more])
+            main(["fetch-emoji", str(mine), *more])
     assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
     with pytest.raises(SystemExit, match=r"cannot write into .* is no folder"):
-        commands.main(["fetch-emoji", str(package), *given])
+        main(["fetch-emoji", str(package), *given])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit, match=r"cannot read .*pipe"):
-        commands.main(["fetch-emoji", str(tmp_path / "new"), "--tarball", str(tmp_path / "pipe")])
+        main(["fetch-emoji", str(tmp_path / "new"), "--tarball", str(tmp_path / "pipe")])
 
     def full(self, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -542,13 +543,13 @@ def test_fetched_pictures_take_no_other_files_place(package, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(SystemExit, match=r"cannot write .*/new: No space left"):
-            commands.main(["fetch-emoji", str(tmp_path / "new"), *given])
+            main(["fetch-emoji", str(tmp_path / "new"), *given])
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob("*.part"))
     (tmp_path / "new").mkdir()
-    commands.main(["fetch-emoji", str(tmp_path / "new"), *given, "--skin-tones"])
+    main(["fetch-emoji", str(tmp_path / "new"), *given, "--skin-tones"])
     with pytest.raises(SystemExit, match="already holds pictures, with variants by skin tone"):
-        commands.main(["fetch-emoji", str(tmp_path / "new")])
+        main(["fetch-emoji", str(tmp_path / "new")])
 
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from tokenflow_ext.train.cli import commands
 from tokenflow_ext.train.data import captions, image_files
 from tokenflow_ext.train.data.image_files import BrokenImageError, open_image
 from tokenflow_ext.train.data.text_files import DataError
@@ -30,7 +29,7 @@ def test_every_command_takes_the_same_square(tmp_path, sides):
     (tmp_path / "a.txt").write_text("noise")
     _, evaluated, _, _ = evaluate.Squares([tmp_path / "a.png"], 32)[0]
     expected = evaluate.to_float(evaluated)
-    assert torch.equal(commands.read_square(tmp_path / "a.png", 32), expected)
+    assert torch.equal(image_files.read_square(tmp_path / "a.png", 32), expected)
     assert torch.equal(captions.Pictures(tmp_path, 32)[0].picture, expected)
 
 

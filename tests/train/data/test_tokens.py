@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train.cli import commands
+from tokenflow_ext.train.cli.commands import tokenize as command
 from tokenflow_ext.train.data import captions, tokens
 from tokenflow_ext.train.data.outputs import OutputError
 from tokenflow_ext.train.data.text_files import DataError
@@ -43,8 +43,8 @@ def tokenize(folder, image_tokenizer, out):
     """tokenize(): two images a shard, one at a time; other arguments of ``cli.tokenize``."""
 
     def run(source: Path = image_tokenizer, **options) -> Path:
-        return commands.tokenize(
-            str(folder), str(source), str(out), **{"shard": 2, "batch": 1} | options
+        return command.tokenize(
+            str(folder), str(source), str(out), **{"shard_size": 2, "batch_size": 1} | options
         )
 
     return run
@@ -99,7 +99,7 @@ def test_a_run_that_was_broken_off_is_gone_on_with(tokenize, out, tmp_path, monk
 def test_the_same_run_again_has_nothing_to_do(tokenize, out, capsys):
     tokenize()
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    tokenize(batch=4)
+    tokenize(batch_size=4)
     assert "are there already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -134,7 +134,7 @@ def test_other_tokens_are_not_mixed_in(
     with pytest.raises(OutputError, match="of another tokenizer"):
         tokenize(other)
     with pytest.raises(OutputError, match="shards of another size"):
-        tokenize(shard=3)
+        tokenize(shard_size=3)
     (folder / "picture3.txt").write_text("a caption")
     with pytest.raises(OutputError, match="other pictures or captions"):
         tokenize()
@@ -187,16 +187,16 @@ def test_a_folder_of_other_things_is_left_alone(tokenize, out, folder, image_tok
         other.mkdir()
         (other / name).write_text(content)
         with pytest.raises(OutputError, match="name another"):
-            commands.tokenize(str(folder), str(image_tokenizer), str(other))
+            command.tokenize(str(folder), str(image_tokenizer), str(other))
         assert contents(other) == {name: content.encode()}
         shutil.rmtree(other)
     with pytest.raises(OutputError, match="holds other things, such as "):
-        commands.tokenize(str(folder), str(image_tokenizer), str(folder))
+        command.tokenize(str(folder), str(image_tokenizer), str(folder))
     (tmp_path / "mine").write_text("mine")
     other.mkdir()
     (other / "unfinished.json").symlink_to(tmp_path / "mine")
     with pytest.raises(OutputError, match=r"cannot write .*unfinished\.json"):
-        commands.tokenize(str(folder), str(image_tokenizer), str(other))
+        command.tokenize(str(folder), str(image_tokenizer), str(other))
     assert (tmp_path / "mine").read_text() == "mine"
 
 
