@@ -14,6 +14,8 @@ CMAKE_DIR ?= build/cmake
 NPROC ?= 1
 # Compilers at once in the CMake builds.
 JOBS ?= $(shell nproc)
+# Processes that run tests; a file's tests stay in one.
+TESTERS ?= $(shell nproc | awk '{print $$1 < 4 ? $$1 : 4}')
 ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -64,7 +66,7 @@ train-text: $(VENV)/.installed
 		--config train/configs/emoji.yaml $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)
 
 test-oldest test-newest: test-%:
 	$(MAKE) test SET=$*

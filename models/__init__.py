@@ -1,9 +1,14 @@
-"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses, teachers and metrics, and text
-to image.
+"""Models on top of :mod:`tokenflow_ext`: the tokenizer, its losses, teachers and metrics, text to
+image and understanding.
 
 Importing this package imports torch alone; timm, transformers, lpips and safetensors are imported
-where they are used.
+where they are used. Once transformers is imported too, its Auto classes know this package's models.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .serialization.config import CheckpointError, ConfigError
 from .text_to_image.model import TextToImage, TextToImageOutput
@@ -19,8 +24,17 @@ from .tokenizer.model import TokenFlowTokenizer, TokenizerOutput
 from .torchvision_shim import register
 from .towers.config import TowerConfig
 from .towers.teachers import WeightsError
+from .understanding.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from .understanding.build import build_processor, build_understanding
+    from .understanding.original_checkpoint import (
+        load_released_understanding,
+        save_released_understanding,
+    )
 
 register()  # before any import of torchvision, on whichever way
+register_when_imported()
 
 __all__ = [
     "BackboneConfig",
@@ -39,5 +53,23 @@ __all__ = [
     "TokenizerOutput",
     "TowerConfig",
     "WeightsError",
+    "build_processor",
+    "build_understanding",
     "encode_prompts",
+    "load_released_understanding",
+    "save_released_understanding",
 ]
+
+# They need transformers, which takes seconds to import.
+_LATER = {
+    "build_processor": "build",
+    "build_understanding": "build",
+    "load_released_understanding": "original_checkpoint",
+    "save_released_understanding": "original_checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".understanding.{_LATER[name]}", __name__), name)

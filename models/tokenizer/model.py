@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -399,28 +400,48 @@ class TokenFlowTokenizer(nn.Module):
                 a ``config`` for a directory.
         """
         path = Path(path)
-        unused: dict[str, Tensor] = {}
         if path.is_file():
             if config is not None and resolution is not None:
                 raise ValueError("config says the resolution: give one of the two")
             state = read_state_dict(path)
             config = config or original_checkpoint.infer_config(state, resolution, path)
-            model = cls._to_load(config)
-            state, unused = original_checkpoint.from_original(
-                state, config, model.state_dict(), path
+            return cls.from_original(state, config, path)
+        if config is not None:
+            raise ValueError(
+                f"config is for original checkpoints: {path} has its own {CONFIG_FILE}"
             )
-        else:
-            if config is not None:
-                raise ValueError(
-                    f"config is for original checkpoints: {path} has its own {CONFIG_FILE}"
-                )
-            config, state = cls._read_folder(path)
-            if resolution not in (None, config.image_size):
-                raise ValueError(
-                    f"resolution must be {config.image_size} for {path}, got {resolution!r}"
-                )
-            model = cls._to_load(config)
+        config, state = cls._read_folder(path)
+        if resolution not in (None, config.image_size):
+            raise ValueError(
+                f"resolution must be {config.image_size} for {path}, got {resolution!r}"
+            )
+        model = cls._to_load(config)
         model.load_state_dict(state)
+        return model.eval()
+
+    @classmethod
+    def from_original(
+        cls,
+        state: Mapping[str, Tensor],
+        config: TokenizerConfig | None = None,
+        source: str | Path = "the state dict",
+    ) -> TokenFlowTokenizer:
+        """The tokenizer of an original state dict (see :mod:`.original_checkpoint`), in evaluation
+        mode: a copy on the CPU, or on the meta device where the tensors are there.
+
+        Args:
+            config: None infers that of one of the original tokenizers.
+            source: what messages call the state dict.
+
+        Raises:
+            CheckpointError, ConfigError: see :func:`.original_checkpoint.from_original`.
+        """
+        config = config or original_checkpoint.infer_config(state, None, source)
+        shapes_alone = any(value.is_meta for value in state.values())
+        with torch.device("meta") if shapes_alone else nullcontext():
+            model = cls._to_load(config)
+        own, unused = original_checkpoint.from_original(state, config, model.state_dict(), source)
+        model.load_state_dict(own)
         model.unused_tensors = {key: value.clone() for key, value in unused.items()}
         return model.eval()
 

@@ -219,7 +219,7 @@ def from_original(
             f"{config.image_size} px: {difference}"
         )
     for key, value in pixels.items():
-        if not torch.allclose(state[key], value, rtol=0.0, atol=1e-6):
+        if not state[key].is_meta and not _same_pixels(state[key], value):
             raise CheckpointError(
                 f"{source}: {key} is {state[key].flatten().tolist()}, the {kind} tower's pixels "
                 f"are normalised with {value.flatten().tolist()}"
@@ -228,6 +228,12 @@ def from_original(
         ours: own[ours] if theirs is None else state[theirs] for ours, theirs in names.items()
     }
     return weights, {key: state[key] for key in unused if key in state}
+
+
+def _same_pixels(found: Tensor, value: Tensor) -> bool:
+    """Whether a normalisation is the wanted one, or was stored in half precision once."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return any(torch.allclose(found, value.to(k).float(), rtol=0.0, atol=1e-6) for k in kinds)
 
 
 def to_original(

@@ -18,7 +18,7 @@ STARTED_BY_PATH = frozenset(
 )
 # A folder may import those before it.
 ORDER = {
-    "models": ("serialization", "towers", "tokenizer", "losses", "text_to_image"),
+    "models": ("serialization", "towers", "tokenizer", "losses", "text_to_image", "understanding"),
     "train": ("data", "engine", "tasks", "evaluation", "cli"),
 }
 

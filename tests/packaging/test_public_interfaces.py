@@ -35,6 +35,7 @@ PUBLIC = {
     "torchvision.ops",
     "tqdm",
     "transformers",
+    "transformers.modeling_outputs",
     "transformers.utils",  # its logging, as documented
     "yaml",
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.models.serialization.files import check_regular, inside, read_json
 from tokenflow_ext.models.serialization.pretrained import not_finite
-from tokenflow_ext.models.text_to_image.original_checkpoint import first_line
+from tokenflow_ext.models.serialization.transformers_folder import first_line
 from tokenflow_ext.models.text_to_image.sequence import FAMILIES, check_header
 from tokenflow_ext.train.data.text_files import say
 

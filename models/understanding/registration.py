@@ -1,0 +1,68 @@
+"""Makes this package's models known to transformers.
+
+``AutoConfig``, ``AutoModel`` and ``AutoImageProcessor`` find them once both packages are imported,
+in whichever order. Importing transformers takes seconds, so this package does not do it by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+_PACKAGE = "transformers"
+
+
+def register() -> None:
+    """Registers now what transformers' Auto classes have to know. Imports transformers."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    from .pixels import TokenFlowImageProcessor
+    from .vision import TokenFlowVisionConfig, TokenFlowVisionModel
+
+    AutoConfig.register(TokenFlowVisionConfig.model_type, TokenFlowVisionConfig, exist_ok=True)
+    AutoModel.register(TokenFlowVisionConfig, TokenFlowVisionModel, exist_ok=True)
+    AutoImageProcessor.register(
+        TokenFlowVisionConfig, slow_image_processor_class=TokenFlowImageProcessor, exist_ok=True
+    )
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers as soon as somebody imports transformers."""
+
+    def __init__(self) -> None:
+        self._looking = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _PACKAGE or self._looking:
+            return None
+        self._looking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._looking = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            execute(module)
+            register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Registers now where transformers is imported already, else right after its import."""
+    if _PACKAGE in sys.modules:
+        register()
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
