@@ -55,7 +55,7 @@ def build_understanding(
             with one.
         tokenizer: the image tokenizer, taken over and frozen.
         features: what the language model reads, one of
-            :data:`~tokenflow_ext.models.understanding.vision.FEATURES`.
+            :data:`~tokenflow_ext.models.understanding.names.FEATURES`.
         text_tokenizer: of the language model; None takes the one in the folder. A model given
             without one gets ``<image>`` as a new last id.
         window, tokenizer_dtype: see :class:`.vision.TokenFlowVisionConfig`.

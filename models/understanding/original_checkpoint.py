@@ -33,7 +33,8 @@ from tokenflow_ext.models.tokenizer import original_checkpoint as tokenizer_chec
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
 from .build import FILES_ALONE, assemble, image_token_id
-from .vision import DTYPES, TokenFlowVisionConfig, TokenFlowVisionModel
+from .names import DTYPES
+from .vision import TokenFlowVisionConfig, TokenFlowVisionModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,7 +91,7 @@ def load_released_understanding(
             raise ConfigError("language_config must be given for a state dict, got None")
         header = read_header(source, "language_config")
         language_config = _language_config(header, named)
-    if dtype is not None and dtype not in DTYPES.values():
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     tower = without_prefix(state, TOWER)
     if not tower:
@@ -106,7 +107,7 @@ def load_released_understanding(
     )
     rounded = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     vision = TokenFlowVisionConfig(
-        tokenizer.config, tokenizer_dtype=next(n for n, v in DTYPES.items() if v == rounded)
+        tokenizer.config, tokenizer_dtype=str(rounded).removeprefix("torch.")
     )
     rows = _rows(rest, language_config, named)
     if text_tokenizer is None and not isinstance(source, Mapping):
@@ -265,7 +266,7 @@ def to_released_understanding(
         tokenizer.config,
         tokenizer.unused_tensors if unused is None else unused,
     )
-    kind = DTYPES[getattr(config, "original_tokenizer_dtype", "float32")]
+    kind = getattr(torch, getattr(config, "original_tokenizer_dtype", DTYPES[0]))
     for key, value in own.items():
         released[TOWER + key] = value.to(kind) if value.is_floating_point() else value
     return released

@@ -12,8 +12,7 @@ from transformers import BaseImageProcessor, BatchFeature
 from tokenflow_ext.models.serialization.config import need
 from tokenflow_ext.models.serialization.files import shown
 
-GREY = 127
-"""Each channel of what a picture is padded with: int(0.5 * 255), the mean colour."""
+from .squares import to_pixels
 
 
 class TokenFlowImageProcessor(BaseImageProcessor):
@@ -120,16 +119,3 @@ def _from_array(array: Any) -> Image.Image:
             )
         values = (values * 255).round().astype(np.uint8)
     return Image.fromarray(values)
-
-
-def to_pixels(image: Image.Image, side: int, pad: bool) -> np.ndarray:
-    """An RGB image as float32 [3, side, side] in [-1, 1]; see :class:`TokenFlowImageProcessor`."""
-    if pad and image.width != image.height:
-        longer = max(image.size)
-        square = Image.new("RGB", (longer, longer), (GREY,) * 3)
-        square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-        image = square
-    if image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    values = np.asarray(image, np.float32).transpose(2, 0, 1)
-    return (values / 255 - 0.5) / 0.5

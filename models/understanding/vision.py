@@ -20,18 +20,9 @@ from tokenflow_ext.models.tokenizer.config import TokenizerConfig
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.models.towers.towers import PixelNorm
 
-FEATURES = ("last", "full", "residual", "semantic", "continuous")
-"""What a language model reads, rows by position (table 8).
+from .names import DTYPES, FEATURES, WINDOWS
 
-- ``last``: f^ of all scales, every channel.
-- ``full``: f^ of the first scale, of the first two, and so on, each at the size of its last scale.
-- ``residual``: the codes of each scale alone.
-- ``semantic``: ``last``, its semantic channels alone.
-- ``continuous``: the features before quantization, an upper bound for ``last``.
-"""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WINDOWS = (1, 3, 5, 7)
+_TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 class TokenFlowVisionConfig(PreTrainedConfig):
@@ -76,7 +67,7 @@ class TokenFlowVisionConfig(PreTrainedConfig):
             tokenizer_dtype in DTYPES,
             f"tokenizer_dtype must be one of {', '.join(DTYPES)}, got {shown(tokenizer_dtype)}",
         )
-        need(window in _WINDOWS, f"window must be one of {_WINDOWS}, got {shown(window)}")
+        need(window in WINDOWS, f"window must be one of {WINDOWS}, got {shown(window)}")
         need(
             window == 1 or features not in ("full", "residual"),
             f"window must be 1 for features {features!r}, which are on several grids, got {window}",
@@ -219,7 +210,7 @@ class TokenFlowVisionModel(PreTrainedModel):
                 f"pixel_values must be images [B, 3, {side}, {side}] or tokens [B, L], got "
                 f"{tuple(images.shape)}"
             )
-        wanted = DTYPES[self.config.tokenizer_dtype]
+        wanted = _TYPES[self.config.tokenizer_dtype]
         if any(weight.dtype != wanted for weight in self.tokenizer.parameters()):
             self.tokenizer.to(wanted)  # once, and after a cast of the whole model
         return self.tokenizer.features(images.to(wanted))

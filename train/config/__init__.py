@@ -16,18 +16,21 @@ from .reading import (
     load_config,
     load_decoder_config,
     load_text_config,
+    load_understanding_config,
     parse_overrides,
     to_yaml,
 )
 from .sections import DataConfig, OptimConfig, OutputConfig, PixelLossConfig
 from .text_to_image import CaptionConfig, TextConfig, TextModelConfig, TextOptimConfig
 from .tokenizer import CodebookConfig, LossConfig, PartRates, TokenizerOptimConfig, TrainConfig
+from .understanding import ConversationConfig, UnderstandingConfig, UnderstandingModelConfig
 
 __all__ = [
     "CaptionConfig",
     "CodebookConfig",
     "Config",
     "ConfigError",
+    "ConversationConfig",
     "DataConfig",
     "DecoderConfig",
     "LossConfig",
@@ -40,11 +43,14 @@ __all__ = [
     "TextOptimConfig",
     "TokenizerOptimConfig",
     "TrainConfig",
+    "UnderstandingConfig",
+    "UnderstandingModelConfig",
     "from_yaml",
     "leaves",
     "load_config",
     "load_decoder_config",
     "load_text_config",
+    "load_understanding_config",
     "parse_overrides",
     "to_yaml",
 ]

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .decoder import DecoderConfig
     from .text_to_image import TextConfig
     from .tokenizer import TrainConfig
+    from .understanding import UnderstandingConfig
 
 
-def check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
+def check_run(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig) -> None:
     """What runs of every kind have in common."""
     one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
@@ -31,7 +32,7 @@ def check_run(config: TrainConfig | DecoderConfig | TextConfig) -> None:
     _check_ranges(config)
 
 
-def check_parallel(config: TrainConfig | TextConfig) -> None:
+def check_parallel(config: TrainConfig | TextConfig | UnderstandingConfig) -> None:
     """That the way to split the work is one, and fits the precision."""
     one_of("parallel", config.parallel, "ddp", "fsdp")
     if config.parallel == "fsdp" and config.optim.precision == "fp16":
@@ -58,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.aspect": (1, 100),
     "data.limit": (0, _MANY),
     "data.evaluated": (1, 1 << 20),
+    "data.length": (1, 1 << 24),
     "data.drop": (0, 1),
     "data.truncate": (0, 1),
     "data.streams": (1, 1 << 16),
@@ -88,6 +90,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "codebook.restart_until": (0, 1),
     "codebook.restart_threshold": (0, math.inf),
     "model.prompt_length": (1, 1 << 16),
+    "model.lora.rank": (0, 1 << 16),
+    "model.lora.alpha": (0, math.inf),
+    "model.lora.dropout": (0, 1),
     "model.vocabulary": (257, 1 << 24),  # every byte, and bos
     "sample.guidance": (0, math.inf),
     "sample.top_k": (0, 2**31 - 1),
@@ -110,7 +115,9 @@ def leaves(values: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_ranges(config: TrainConfig | DecoderConfig | TextConfig) -> None:
+def _check_ranges(
+    config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig,
+) -> None:
     for key, given in leaves(to_plain(config)).items():
         low, high = RANGES.get(key, (-math.inf, math.inf))
         for value in given if isinstance(given, list) else [given]:

@@ -17,6 +17,7 @@ from .checks import leaves
 from .decoder import DecoderConfig
 from .text_to_image import TextConfig
 from .tokenizer import TrainConfig
+from .understanding import UnderstandingConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +112,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-Config = TypeVar("Config", "TrainConfig", "DecoderConfig", "TextConfig")
+Config = TypeVar("Config", TrainConfig, DecoderConfig, TextConfig, UnderstandingConfig)
 
 
 def _load(kind: type[Config], path: str | Path | None, overrides: list[str] | None) -> Config:
@@ -160,6 +161,13 @@ def load_text_config(
     return _load(TextConfig, path, overrides)
 
 
+def load_understanding_config(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> UnderstandingConfig:
+    """The configuration of an understanding model's run; as :func:`load_config`."""
+    return _load(UnderstandingConfig, path, overrides)
+
+
 def from_yaml(text: str, what: str) -> dict[str, Any]:
     """What :func:`to_yaml` wrote, as dotted keys and plain values.
 
@@ -175,6 +183,6 @@ def from_yaml(text: str, what: str) -> dict[str, Any]:
     return leaves(values)
 
 
-def to_yaml(config: TrainConfig | DecoderConfig | TextConfig) -> str:
+def to_yaml(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig) -> str:
     """The configuration as YAML that the functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

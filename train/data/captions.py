@@ -212,7 +212,7 @@ class Choice:
                 f"data.match={self.match!r} and data.unseen={self.unseen!r} leave none of "
                 f"{len(captions)} captions to {'hold out' if self.held_out else 'train with'}"
             )
-        return [found[i] for i in _evenly(len(found), self.limit)]
+        return [found[i] for i in evenly(len(found), self.limit)]
 
 
 _ALL = Choice()
@@ -404,10 +404,10 @@ class Shards(webdataset.Shards):
             chosen += [(path, i) for i in range(len(self.members(path)))]
             if len(chosen) >= count:
                 break
-        return [self.read_or_another(*chosen[i], i) for i in _evenly(len(chosen), count)]
+        return [self.read_or_another(*chosen[i], i) for i in evenly(len(chosen), count)]
 
 
-def _evenly(total: int, count: int) -> list[int]:
+def evenly(total: int, count: int) -> list[int]:
     """``count`` of ``range(total)`` (0: all), evenly."""
     count = min(total, count or total)
     return [i * total // count for i in range(count)]
@@ -509,7 +509,7 @@ def some(source: Pictures | Tokens | Shards, count: int) -> list[Sample]:
     """Up to ``count`` samples spread evenly over a source, captions as they are."""
     if isinstance(source, Shards):
         return source.some(count)
-    return [source[i] for i in _evenly(len(source), count)]
+    return [source[i] for i in evenly(len(source), count)]
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[str]]:

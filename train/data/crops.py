@@ -114,16 +114,16 @@ class Kept:
 
     def __init__(self, mib: int) -> None:
         self._left = mib << 20
-        self._pictures: dict[int, Any] = {}
+        self._pictures: dict[int | str, Any] = {}
 
-    def add(self, number: int, picture: Any, size: int) -> bool:
+    def add(self, number: int | str, picture: Any, size: int) -> bool:
         """Whether the picture of ``size`` bytes is kept: once one is not, no other is."""
         self._left -= size
         if self._left >= 0:
             self._pictures[number] = picture
         return self._left >= 0
 
-    def get(self, number: int) -> Any:
+    def get(self, number: int | str) -> Any:
         """The picture, None where it is not kept."""
         return self._pictures.get(number)
 

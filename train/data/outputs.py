@@ -130,6 +130,7 @@ def write_folder(folder: Path, content: dict[str, bytes]) -> None:
         part.mkdir(parents=True)
         try:
             for name, content_of in content.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(content_of)
             part.rename(folder)  # of an empty folder it takes the place
         finally:

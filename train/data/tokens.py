@@ -260,6 +260,32 @@ def read(
     Raises:
         DataError: unfinished, unreadable, or tokens of another tokenizer; naming the file.
     """
+    tokens, rows = _read(folder, scales, codebook_size, tokenizer)
+    return tokens, [row["caption"] for row in rows]
+
+
+def read_by_name(
+    folder: Path,
+    scales: Sequence[tuple[int, int]],
+    codebook_size: int,
+    tokenizer: Callable[[], str] | None = None,
+) -> dict[str, Tensor]:
+    """The tokens [L] int32 of each picture, by its name; arguments and errors as :func:`read`."""
+    tokens, rows = _read(folder, scales, codebook_size, tokenizer)
+    named = {}
+    for row, found in zip(rows, torch.cat(tokens), strict=True):
+        if not isinstance(row.get("image"), str):
+            raise DataError(f"a row of the tokens in {folder} does not name its image")
+        named[row["image"]] = found
+    return named
+
+
+def _read(
+    folder: Path,
+    scales: Sequence[tuple[int, int]],
+    codebook_size: int,
+    tokenizer: Callable[[], str] | None,
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
     path = folder / INDEX
     if not is_tokens(folder):
         raise DataError(f"no tokens in {folder}: {path} is missing")
@@ -281,10 +307,9 @@ def read(
             f"(SHA-256 {known[:16]}, this one's is {mine[:16]})"
         )
     _check_shards(folder, index)
-    tokens, captions = [], []
+    tokens, found = [], []
     for shard in index["shards"]:
-        rows = read_json(folder / shard["rows"])
-        captions += _captions(folder / shard["rows"], rows, shard["count"])
+        found += _rows(folder / shard["rows"], shard["count"])
         with utf8_name(folder / shard["tokens"]) as name, safe_open(name, framework="pt") as file:
             tokens.append(file.get_tensor("tokens"))
         least, most = int(tokens[-1].min()), int(tokens[-1].max())
@@ -293,7 +318,7 @@ def read(
                 f"{folder / shard['tokens']} holds tokens from {least} to {most}, the tokenizer "
                 f"has {codebook_size}"
             )
-    return tokens, captions
+    return tokens, found
 
 
 def _check_shards(folder: Path, index: dict[str, Any]) -> None:
@@ -309,7 +334,8 @@ def _check_shards(folder: Path, index: dict[str, Any]) -> None:
         require_file(folder / shard["rows"])
 
 
-def _captions(path: Path, rows: Any, count: int) -> list[str | None]:
+def _rows(path: Path, count: int) -> list[dict[str, Any]]:
+    rows = read_json(path)
     if not isinstance(rows, list) or len(rows) != count:
         raise DataError(f"{path} must be a list of {count} rows, as {INDEX} says")
     for number, row in enumerate(rows):
@@ -318,7 +344,7 @@ def _captions(path: Path, rows: Any, count: int) -> list[str | None]:
                 f'{path}, row {number}: expected {{"image": ..., "caption": text or null}}, got '
                 f"{str(row)[:80]}"
             )
-    return [row["caption"] for row in rows]
+    return rows
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torch.profiler import record_function
 from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.errors import CheckpointError, NotFiniteError
 from tokenflow_ext.models.serialization.files import brief, shown
-from tokenflow_ext.models.serialization.pretrained import read_weights
 from tokenflow_ext.train.config import to_yaml
 
 from . import checkpoint, parallel, runs
@@ -196,7 +195,7 @@ class Trainer:
         task = self.task
         state = checkpoint.load(path)
         task.check(path)
-        weights, _ = read_weights(path)
+        weights = task.weights(path)
         if bad := bad_numbers(state, {}):
             raise CheckpointError(
                 f"{path} holds numbers that are not finite, first in {bad[0]}: take it away to "

@@ -20,7 +20,14 @@ from tokenflow_ext.models.serialization.files import (
     remove_parts,
     shown,
 )
-from tokenflow_ext.train.config import DecoderConfig, TextConfig, TrainConfig, from_yaml, leaves
+from tokenflow_ext.train.config import (
+    DecoderConfig,
+    TextConfig,
+    TrainConfig,
+    UnderstandingConfig,
+    from_yaml,
+    leaves,
+)
 
 from . import checkpoint
 
@@ -29,7 +36,7 @@ LOCK_FILE = ".lock"
 #: What a run writes besides, anew or line by line.
 OUTPUTS = ("log.jsonl", "summary.json", "pictures", "tensorboard")
 
-Config = TrainConfig | DecoderConfig | TextConfig
+Config = TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig
 
 # -- one writer -----------------------------------------------------------------------------------
 
@@ -107,12 +114,18 @@ FIXED = {
     "model.backbone": "the model is what it is",
     "model.vocabulary": "the model is what it is",
     "model.prompt_length": "the model is what it is",
+    "model.features": "the model is what it is",
+    "model.window": "the model is what it is",
+    "model.tokenizer_dtype": "the model is what it is",
+    "model.trained": "the optimizer has no state for a part that was frozen",
+    "model.lora": "the model is what it is",
+    "data.group_by_length": "it decides which sample comes when",
     "data.streams": "it decides which sample comes when",
     "codebook.kmeans_batches": "k-means has run",
     "codebook.kmeans_iterations": "k-means has run",
 }
 #: Where something is that the run started from: it may have moved, but not come or gone.
-PLACES = ("init", "tokenizer", "backbone")
+PLACES = ("init", "tokenizer", "backbone", "language_model")
 
 
 def _refusal(key: str, old: Any, new: Any, before: dict[str, Any]) -> str | None:

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tokenflow_ext.models.serialization.pretrained import read_weights
+
 from .ema import EMA
 from .optimization import OptimizedModel
 
@@ -121,6 +123,14 @@ class Task(Protocol):
         Raises:
             CheckpointError: it is not.
         """
+
+    def weights(self, path: Path) -> dict[str, Tensor]:
+        """The model's weights in the checkpoint at ``path``, by the names that it has here.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged or not finite.
+        """
+        return read_weights(path)[0]
 
     def restore(self, path: Path) -> None:
         """Take up what the checkpoint at ``path`` holds besides weights and optimizers."""

@@ -62,10 +62,15 @@ def as_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(wrapper.fill(text) for text in _sentences(report))])
 
 
-def _data_uri(pixels: Tensor) -> str:
+def data_uri(image: Image.Image) -> str:
+    """A picture as an address that holds it."""
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+    image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _shown(pixels: Tensor) -> str:
+    return data_uri(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
 
 
 _STYLE = """
@@ -89,8 +94,8 @@ def as_page(report: dict[str, Any], result: EvaluationResult) -> str:
         value = "identical" if facts["psnr"] is None else f"{facts['psnr']:.2f} dB"
         name = html.escape(printable(facts["image"]))
         pictures.append(
-            f'<figure><img alt="original" src="{_data_uri(original)}"> '
-            f'<img alt="reconstruction" src="{_data_uri(made)}">'
+            f'<figure><img alt="original" src="{_shown(original)}"> '
+            f'<img alt="reconstruction" src="{_shown(made)}">'
             f"<figcaption>{name}: {value}</figcaption></figure>"
         )
     definitions = "".join(

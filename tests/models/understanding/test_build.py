@@ -28,7 +28,7 @@ from understanding_models import (
 )
 
 from tokenflow_ext.models import ConfigError, build_processor, build_understanding
-from tokenflow_ext.models.understanding.vision import FEATURES
+from tokenflow_ext.models.understanding.names import FEATURES
 
 
 def gelu(x):

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from understanding_models import expected_features, pixels, rows
 
 from tokenflow_ext.models import ConfigError, QuantizerConfig, TokenizerConfig
+from tokenflow_ext.models.understanding.names import FEATURES
 from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor
 from tokenflow_ext.models.understanding.vision import (
-    FEATURES,
     TokenFlowVisionConfig,
     TokenFlowVisionModel,
 )

@@ -11,16 +11,30 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tokenflow_ext.train import decoder, text_to_image, tokenizer
+from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding
 
-from . import analyse, evaluate, fetch_emoji, fid, generate, reconstruct, tokenize
+from . import (
+    analyse,
+    ask,
+    evaluate,
+    evaluate_understanding,
+    fetch_easy_vqa,
+    fetch_emoji,
+    fid,
+    generate,
+    reconstruct,
+    tokenize,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "reconstruct": reconstruct,
     "tokenize": tokenize,
     "fetch-emoji": fetch_emoji,
+    "fetch-easy-vqa": fetch_easy_vqa,
     "generate": generate,
+    "ask": ask,
     "evaluate": evaluate,
+    "evaluate-understanding": evaluate_understanding,
     "analyse": analyse,
     "fid": fid,
 }
@@ -32,6 +46,10 @@ TRAINING: dict[str, tuple[ModuleType, str]] = {
     "train-text": (
         text_to_image,
         "train text to image; the same as torchrun train/text_to_image.py",
+    ),
+    "train-understanding": (
+        understanding,
+        "train understanding; the same as torchrun train/understanding.py",
     ),
 }
 
