@@ -44,6 +44,12 @@ def pairs(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def questions(micro: ModuleType, pairs: Path, tmp_path_factory) -> Path:
+    """A file of thirteen conversations about those pictures, which lie beside it."""
+    return micro.ask_about(pairs, tmp_path_factory.mktemp("questions") / "questions.json")
+
+
+@pytest.fixture(scope="session")
 def image_tokenizer(micro: ModuleType, images: Path, tmp_path_factory) -> Path:
     """A saved image tokenizer."""
     return micro.save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "saved", images)

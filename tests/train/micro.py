@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tokenizer.py"
 TEXT_SCRIPT = ROOT / "train" / "text_to_image.py"
 DECODER_SCRIPT = ROOT / "train" / "decoder.py"
+UNDERSTANDING_SCRIPT = ROOT / "train" / "understanding.py"
 
 
 # A run of a few steps that writes little.
@@ -85,6 +86,25 @@ def text_overrides(run: Path, tokenizer: Path, pairs: Path, *more: str) -> list[
     ]
 
 
+def understanding_overrides(run: Path, tokenizer: Path, questions: Path, *more: str) -> list[str]:
+    """Settings of an understanding run of a few steps over the tokenizer of :func:`overrides`."""
+    return [
+        f"run={run}",
+        f"tokenizer={tokenizer}",
+        f"data.path={questions}",
+        "data.evaluated=6",
+        "data.system=''",
+        *SHORT,
+        "output.pictures=2",
+        "model.backbone.hidden_size=32",
+        "model.backbone.intermediate_size=64",
+        "model.backbone.num_hidden_layers=2",
+        "model.backbone.num_attention_heads=2",
+        "model.vocabulary=300",
+        *more,
+    ]
+
+
 def decoder_overrides(run: Path, tokenizer: Path, images: Path, *more: str) -> list[str]:
     """Settings of a few steps of a pixel decoder over the tokenizer of :func:`overrides`."""
     given = (f"run={run}", f"init={tokenizer}", f"data.path={images}", "data.held_out_crops=8")
@@ -117,6 +137,30 @@ def draw_pairs(folder: Path) -> Path:
             lines.append(json.dumps({"file_name": name, "text": f"A {colour} {shape}. On grey."}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def ask_about(pairs: Path, file: Path) -> Path:
+    """Questions about the pictures of :func:`draw_pairs`, of one turn and of two, and one without a
+    picture."""
+    entries = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            said = [("<image>\nWhat colour is it?", colour)]
+            if shape == "disc":
+                said.append(("And its shape?", shape))
+            turns = [
+                {"from": role, "value": value}
+                for question, answer in said
+                for role, value in (("human", question), ("gpt", answer))
+            ]
+            name = f"{colour}_{shape}.png"
+            entries.append({"image": name, "kind": shape, "conversations": turns})
+    greeting = [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello to you."}]
+    entries.append({"conversations": greeting})
+    for name in {entry["image"] for entry in entries if "image" in entry}:
+        (file.parent / name).write_bytes((pairs / name).read_bytes())
+    file.write_text(json.dumps(entries))
+    return file
 
 
 def draw_images(folder: Path, count: int = 3, side: int = 80) -> Path:

@@ -163,7 +163,7 @@ def entries(path: Path) -> Iterator[tuple[int, Any]]:
     content = read_json(path)
     if not isinstance(content, list):
         raise DataError(f"{path} must hold a list of conversations, got {type(content).__name__}")
-    yield from enumerate(content)
+    yield from enumerate(content, 1)
 
 
 # -- ids and labels -------------------------------------------------------------------------------
@@ -321,6 +321,11 @@ class Listed:
                     known[name] = False
         return known[name]
 
+    @property
+    def some_without_picture(self) -> bool:
+        """Whether a batch may be without a picture."""
+        return not all(found.pictures for found in self.conversations)
+
     def __len__(self) -> int:
         return len(self.conversations)
 
@@ -371,6 +376,7 @@ class ListedShards(webdataset.Shards):
     used are counted and named."""
 
     wanted = "with a conversation"
+    some_without_picture = False
 
     def __init__(
         self,

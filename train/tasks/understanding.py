@@ -114,7 +114,7 @@ class UnderstandingTask(Task):
             register_fsdp_forward_method(self.model, "generate")
             trained = self._trained()
         self.optimized_model = OptimizedModel(
-            self.model, trained, optim.lr, optim, group, find_unused=True
+            self.model, trained, optim.lr, optim, group, find_unused=known.some_without_picture
         )
         self.optimized = {"model": self.optimized_model}
         self.ema = None
