@@ -61,10 +61,10 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         _check_folder(given)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _reading(given, WeightsError):
+    with reading(given, WeightsError):
         config = AutoConfig.from_pretrained(folder, **options)
     own = _own_config(config, given, folder)
-    with _reading(given, WeightsError):
+    with reading(given, WeightsError):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=own,
@@ -77,7 +77,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
     _check_report(given, model, report)
     if bad := not_finite(model.state_dict()):
         raise WeightsError(f"{given} holds numbers that are not finite, first in {bad[0]}")
-    with _reading(f"the text tokenizer of {given}", WeightsError):
+    with reading(f"the text tokenizer of {given}", WeightsError):
         text = AutoTokenizer.from_pretrained(folder, **options)
     return model, text
 
@@ -169,21 +169,24 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _reading(place: str | Path, error: Callable[[str], Exception]) -> Iterator[None]:
+def reading(place: str | Path, error: Callable[[str], Exception]) -> Iterator[None]:
     """Around a call of transformers: its errors, of many types, as one of ours.
 
-    Its warnings are left out: what they are about is checked here.
+    Its warnings and progress bars are left out: what they are about is checked here.
     """
     from transformers import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     except Exception as caught:
         raise error(f"cannot load {place}: {first_line(caught)}") from caught
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def make_text_tokenizer(captions: Iterable[str], size: int) -> PreTrainedTokenizerBase:
@@ -217,5 +220,5 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _check_files(place, CheckpointError)
     from transformers import AutoTokenizer
 
-    with _reading(place, CheckpointError):
+    with reading(place, CheckpointError):
         return AutoTokenizer.from_pretrained(place, **_FILES_ALONE)

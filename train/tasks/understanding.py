@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from tokenflow_ext.models import CheckpointError
-from tokenflow_ext.models.serialization.files import brief
+from tokenflow_ext.models.serialization.files import brief, read_json
 from tokenflow_ext.models.serialization.pretrained import WEIGHTS_FILE
+from tokenflow_ext.models.serialization.transformers_folder import HEADER
 from tokenflow_ext.models.understanding import chat
 from tokenflow_ext.models.understanding.build import (
     FILES_ALONE,
@@ -32,7 +33,10 @@ from tokenflow_ext.models.understanding.build import (
     build_understanding,
     with_image_token,
 )
-from tokenflow_ext.models.understanding.vision import TokenFlowVisionModel
+from tokenflow_ext.models.understanding.vision import (
+    TokenFlowVisionConfig,
+    TokenFlowVisionModel,
+)
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import UnderstandingConfig
 from tokenflow_ext.train.data import captions, conversations, tokens
@@ -45,7 +49,7 @@ from tokenflow_ext.train.engine.random_state import seed_generators, undrawn
 from tokenflow_ext.train.engine.task import Task
 
 from .answer_cards import answer_cards
-from .language import load_language_model, make_text_tokenizer
+from .language import load_language_model, make_text_tokenizer, reading
 
 _TEXTS = 100_000  # conversations of which a text tokenizer is made, at most
 _ANSWER = 64  # ids of an answer that is shown, at most
@@ -403,12 +407,17 @@ def load_understanding(place: str | Path) -> tuple[LlavaForConditionalGeneration
         CheckpointError: none there, or one that cannot be read.
     """
     folder = checkpoint.find(str(place))
-    try:
+    header = read_json(folder / HEADER, CheckpointError)
+    known = header if isinstance(header, dict) else {}
+    vision = known.get("vision_config")
+    kinds = known.get("model_type"), vision.get("model_type") if isinstance(vision, dict) else None
+    if kinds != ("llava", TokenFlowVisionConfig.model_type):
+        # Before a model is made: transformers would make one of its default sizes.
+        raise CheckpointError(
+            f"{folder} holds no understanding model: {HEADER} is not of a LLaVA over a tokenizer"
+        )
+    with reading(f"the understanding model in {folder}", CheckpointError):
         model = LlavaForConditionalGeneration.from_pretrained(folder, **FILES_ALONE)
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"{folder} holds no understanding model: {brief(error)}") from error
-    if not isinstance(model.model.vision_tower, TokenFlowVisionModel):
-        raise CheckpointError(f"{folder} holds a model whose pictures are not a tokenizer's")
     return model, load_understanding_processor(folder)
 
 
@@ -418,7 +427,5 @@ def load_understanding_processor(folder: Path) -> Any:
     Raises:
         CheckpointError: none there, or one that cannot be read.
     """
-    try:
+    with reading(f"the processor in {folder}", CheckpointError):
         return AutoProcessor.from_pretrained(folder, **FILES_ALONE)
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"{folder} holds no processor: {brief(error)}") from error
