@@ -23,6 +23,7 @@ PUBLIC = {
     "matplotlib",
     "matplotlib.figure",
     "numpy",
+    "peft",
     "PIL",
     "PIL.Image",
     "PIL.PngImagePlugin",

@@ -23,7 +23,12 @@ from .reading import (
 from .sections import DataConfig, OptimConfig, OutputConfig, PixelLossConfig
 from .text_to_image import CaptionConfig, TextConfig, TextModelConfig, TextOptimConfig
 from .tokenizer import CodebookConfig, LossConfig, PartRates, TokenizerOptimConfig, TrainConfig
-from .understanding import ConversationConfig, UnderstandingConfig, UnderstandingModelConfig
+from .understanding import (
+    ConversationConfig,
+    LoraConfig,
+    UnderstandingConfig,
+    UnderstandingModelConfig,
+)
 
 __all__ = [
     "CaptionConfig",
@@ -33,6 +38,7 @@ __all__ = [
     "ConversationConfig",
     "DataConfig",
     "DecoderConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimConfig",
     "OutputConfig",

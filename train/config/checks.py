@@ -91,7 +91,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "codebook.restart_threshold": (0, math.inf),
     "model.prompt_length": (1, 1 << 16),
     "model.lora.rank": (0, 1 << 16),
-    "model.lora.alpha": (0, math.inf),
+    "model.lora.alpha": (1, 1 << 20),
     "model.lora.dropout": (0, 1),
     "model.vocabulary": (257, 1 << 24),  # every byte, and bos
     "sample.guidance": (0, math.inf),

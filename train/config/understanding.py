@@ -51,7 +51,7 @@ class LoraConfig:
     of it; ``rank = 0`` has none."""
 
     rank: int = 0
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
 
 

@@ -48,6 +48,7 @@ from tokenflow_ext.train.engine.optimization import PRECISIONS, OptimizedModel, 
 from tokenflow_ext.train.engine.random_state import seed_generators, undrawn
 from tokenflow_ext.train.engine.task import Task
 
+from . import lora
 from .answer_cards import answer_cards
 from .language import load_language_model, make_text_tokenizer, reading
 
@@ -77,6 +78,8 @@ class UnderstandingTask(Task):
         self.joint = optim.batch // optim.accumulate
         seed_generators(config.seed, 0)
         model, self.text = self._build(resuming)
+        if config.model.lora.rank:
+            lora.add(model, config.model.lora)
         if config.model.checkpointing:
             _compute_again(model)
         nn.Module.to(model, group.device)
@@ -135,6 +138,8 @@ class UnderstandingTask(Task):
             model, processor = load_understanding(config.init)
             return model.float().train(), processor.tokenizer
         tokenizer = checkpoint.load_tokenizer(config.tokenizer, config.resolution)[0]
+        # Beside adapters the language model is no part of a checkpoint.
+        resuming = resuming and not wanted.lora.rank
         if config.language_model is not None:
             language, text = load_language_model(config.language_model)
         else:
@@ -187,6 +192,10 @@ class UnderstandingTask(Task):
         self.model.requires_grad_(False)
         for name in wanted:
             parts[name].requires_grad_(True)
+        if self.config.model.lora.rank:
+            for name, parameter in self.model.named_parameters():
+                if not name.startswith("model.multi_modal_projector."):
+                    parameter.requires_grad_(lora.is_adapter(name))
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -340,6 +349,9 @@ class UnderstandingTask(Task):
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> None:
+        if self.config.model.lora.rank:
+            lora.save(weights, folder, self.model)
+            weights = lora.merged(weights, self.config.model.lora)
         config: Any = copy.deepcopy(self.model.config)
         model = assemble(config.vision_config, config.text_config, config.image_token_id)
         model.config = config
@@ -371,7 +383,12 @@ class UnderstandingTask(Task):
             )
 
     def weights(self, path: Path) -> dict[str, Tensor]:
-        return load_understanding(path)[0].state_dict()
+        saved = load_understanding(path)[0].state_dict()
+        if not self.config.model.lora.rank:
+            return saved
+        # The language model itself was not trained, and is there; saved it is merged.
+        projector = {k: v for k, v in saved.items() if ".multi_modal_projector." in k}
+        return self.model.state_dict() | projector | lora.load(path)
 
     def restore(self, path: Path) -> None:
         saved = load_understanding_processor(path).tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -141,6 +142,47 @@ def test_half_precision_stays_near_full_precision(make, precision):
     assert b["loss"].item() == pytest.approx(a["loss"].item(), rel=0.02)
 
 
+def test_adapters_alone_train(make):
+    lora = ("model.lora.rank=4", "model.lora.alpha=8")
+    trainer = make(*lora)
+    moved, every = changed(trainer, 3)
+    assert moved == {n for n in every if "lora_" in n or "multi_modal_projector" in n}
+    assert len(moved) == 2 * 7 * 2 + 4  # two layers of seven linear ones
+
+
+def test_adapters_are_saved_merged_and_apart(make, tmp_path):
+    import peft
+
+    trainer = make("model.lora.rank=4", "model.lora.alpha=8", "optim.lr=1e-2")
+    for _ in range(3):
+        trainer.train_step()
+    batch = next(trainer.batches)
+    given = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.valid,
+        "pixel_values": batch.pictures,
+    }
+    own = trainer.model.eval()
+    with torch.no_grad():
+        want = own(**given).logits
+    weights = {k: v.clone() for k, v in own.state_dict().items()}
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    trainer.task.save(weights, folder)
+    merged = load_understanding(folder)[0].eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**given).logits, want, rtol=1e-4, atol=1e-5)
+    found = trainer.task.weights(folder)
+    assert all(torch.equal(found[k], v) for k, v in weights.items())
+    # peft reads the adapter over the model that it was trained on.
+    plain = make().model.eval()
+    base = {k.replace(".base_layer.", "."): v for k, v in weights.items() if "lora_" not in k}
+    plain.load_state_dict(base)
+    adapted = peft.PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**given).logits, want, rtol=1e-4, atol=1e-5)
+
+
 # -- resuming -----------------------------------------------------------------------------------
 
 
@@ -150,8 +192,9 @@ def test_half_precision_stays_near_full_precision(make, precision):
         (),
         ("optim.accumulate=2", "optim.ema_decay=0.9", "optim.precision=bf16", "data.workers=1"),
         ("model.trained=[projector]", "model.checkpointing=yes", "optim.schedule=constant"),
+        ("model.lora.rank=2",),
     ],
-    ids=["plain", "averaged", "projector"],
+    ids=["plain", "averaged", "projector", "adapters"],
 )
 def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -362,6 +405,8 @@ def test_starting_from_a_language_model(make, backbone):
         ("model.features=semantic", "semantic branch"),
         ("model.window=4", r"model\.window must be one of"),
         ("model.trained=[]", r"model\.trained must name a part"),
+        ("model.lora={rank: 2} parallel=fsdp", "model.lora is not for parallel=fsdp"),
+        ("model.lora.rank=2 model.trained=[projector]", "model.lora is for a language model"),
         ("model.trained=[tower]", r"model\.trained must be one of"),
         ("model.tokenizer_dtype=int8", r"model\.tokenizer_dtype must be one of"),
         ("model.backbone.max_position_embeddings=16", "a picture is 16 tokens"),
@@ -369,5 +414,5 @@ def test_starting_from_a_language_model(make, backbone):
 )
 def test_errors_end_with_one_line(arguments, given, message):
     with pytest.raises(SystemExit, match=message) as caught:
-        understanding.main(arguments("run", given))
+        understanding.main(arguments("run", *re.split(r" (?=\w+[.=])", given)))
     assert str(caught.value).startswith("error: ")
