@@ -21,7 +21,7 @@ from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
 
 from .metrics import EIGHT_BITS, METRICS, PAPER, Reconstruction, evaluate
-from .networks import choose_features, choose_perceptual, choose_teacher
+from .networks import choose_features, choose_head, choose_perceptual, choose_teacher
 from .preprocess import evenly_spread
 from .report import FILES, as_table, environment, notes, write
 
@@ -68,6 +68,10 @@ def run(
     size, codes = model.config.image_size, model.quantizer.codebook_size
     features = perceptual = None
     network, missing = choose_teacher(model.config, teacher, group.device)
+    head = None
+    if network is not None:
+        head, no_head = choose_head(model.config, teacher, group.device)
+        missing |= no_head
     if model.config.pixel.enabled:
         features, more = choose_features(inception, group.device)
         perceptual, yet_more = choose_perceptual(vgg16, group.device)
@@ -83,7 +87,11 @@ def run(
         made, semantic = model.decode(indices)
         if network is None or semantic is None:
             return Reconstruction(indices, made)
-        return Reconstruction(indices, made, cosine(semantic, network(images)))
+        wanted = network(images)
+        same = None
+        if head is not None:
+            same = (head(semantic).argmax(1) == head(wanted).argmax(1)).float().mean()
+        return Reconstruction(indices, made, cosine(semantic, wanted), same)
 
     result = evaluate(
         reconstruct,

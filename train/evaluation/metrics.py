@@ -72,6 +72,13 @@ METRICS = {
         "{:.4f}",
         "cosine of each decoded semantic token and the teacher's, mean over tokens and images",
     ),
+    "semantic_top1": (
+        "same class by the teacher's head",
+        "{:.2%}",
+        "share of images whose likeliest ImageNet class, by EfficientNet-Lite0's own last stages "
+        "and classifier, is the same from the decoded semantic tokens as from the teacher's on the "
+        "original",
+    ),
     "usage": (
         "codes used",
         "{:.2%}",
@@ -99,11 +106,13 @@ class Reconstruction(NamedTuple):
         indices: of codes, [B, L].
         images: like the originals; None without a pixel branch.
         cosine: mean cosine of decoded semantic tokens and the teacher's (0-dim); None without them.
+        same_class: share of images of the same class by the teacher's head (0-dim); None without.
     """
 
     indices: Tensor
     images: Tensor | None
     cosine: Tensor | None = None
+    same_class: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def evaluate(
     hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
     # Sums over the images of what a batch has as a mean.
     lpips = torch.zeros((), dtype=torch.float64, device=group.device)
-    cosines = torch.zeros_like(lpips)
+    cosines, same_class = torch.zeros_like(lpips), torch.zeros_like(lpips)
     sums: list[FeatureSums] = []  # of the originals' features and the reconstructions'
     if features is not None:
         sums = [FeatureSums(features.width, group.device) for _ in range(2)]
@@ -198,6 +207,8 @@ def evaluate(
             hits += torch.bincount(found.indices.flatten(), minlength=codes)
             if found.cosine is not None:
                 cosines += found.cosine.double() * len(originals)
+            if found.same_class is not None:
+                same_class += found.same_class.double() * len(originals)
             bar.update(len(indices))
             if found.images is None:
                 nothing = [None] * len(indices)
@@ -229,7 +240,7 @@ def evaluate(
 
     rows = sorted(row for part in group.gather(rows) for row in part)
     kept = sorted((k for part in group.gather(kept) for k in part), key=lambda k: k[0])
-    for tensor in (hits, lpips, cosines, *(tensor for part in sums for tensor in part)):
+    for tensor in (hits, lpips, cosines, same_class, *(tensor for part in sums for tensor in part)):
         group.sum_(tensor)
     if not group.first:
         return None
@@ -254,6 +265,8 @@ def evaluate(
             metrics["lpips"] = lpips.item() / total
     if found.cosine is not None:
         metrics["cosine"] = cosines.item() / total
+    if found.same_class is not None:
+        metrics["semantic_top1"] = same_class.item() / total
     metrics["usage"], metrics["perplexity"] = code_usage(hits)
     for name, value in metrics.items():
         if value is not None and not math.isfinite(value):  # JSON has no such numbers

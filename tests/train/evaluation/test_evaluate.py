@@ -22,6 +22,7 @@ from tokenflow_ext.models import TokenFlowTokenizer, WeightsError
 from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr, ssim, to_uint8
 from tokenflow_ext.models.torchvision_shim import ensure_torchvision
 from tokenflow_ext.train.cli import entry
+from tokenflow_ext.train.data import image_files
 from tokenflow_ext.train.data.text_files import DataError
 from tokenflow_ext.train.engine.distributed import Processes
 from tokenflow_ext.train.evaluation import evaluate, fid, metrics, networks, preprocess, report
@@ -422,6 +423,56 @@ def test_the_stand_in_grows_with_the_damage(paths):
     twice = [distance(lambda x: x), distance(blurred), distance(lambda x: blurred(blurred(x)))]
     assert twice[0] < 1e-6 * twice[1]
     assert 1.2 * twice[1] < twice[2]
+
+
+@needs_lite0
+def test_the_teachers_head_knows_what_it_sees():
+    """EfficientNet-Lite0's own answers on photographs that come in packages."""
+    from tokenflow_ext.models.towers.config import TowerConfig
+    from tokenflow_ext.models.towers.teachers import build_teacher
+    from tokenflow_ext.train.data import photographs
+
+    head = networks.TeacherHead()
+    teacher = build_teacher(TowerConfig("efficientnet_lite0", 224, 16, width=112))
+    named = {path.stem: path for path in photographs()}
+    classes = {"chelsea": (281, 282, 285), "coffee": (504, 967, 968), "rocket": (657, 744, 812)}
+    for name, known in classes.items():  # cats; espresso and cups; missile, projectile, shuttle
+        square = image_files.read_square(named[name], 224)[None]
+        logits = head(teacher(square))
+        assert logits.shape == (1, 1000)
+        assert int(logits.argmax()) in known, name
+
+
+@needs_lite0
+def test_agreement_of_the_teachers_head_is_counted(paths):
+    """Images whose decoded tokens are the teacher's agree, those of another image do not."""
+    from tokenflow_ext.models import TokenizerConfig
+    from tokenflow_ext.models.towers.teachers import build_teacher
+
+    config = TokenizerConfig.preset("tiny")
+    head, missing = networks.choose_head(config, None, torch.device("cpu"))
+    assert missing == {}
+    teacher = build_teacher(config.teacher)
+
+    def reconstruct(images):
+        wanted = teacher(images)
+        found = wanted.clone()
+        found[:1] = torch.randn_like(found[:1]) * 40
+        same = (head(found).argmax(1) == head(wanted).argmax(1)).float().mean()
+        return metrics.Reconstruction(torch.zeros(len(images), 1, dtype=torch.int64), images,
+                                      None, same)  # fmt: skip
+
+    torch.manual_seed(0)
+    got = metrics.evaluate(reconstruct, paths, SIZE, 64, ALONE, batch=len(paths))
+    assert got.metrics["semantic_top1"] == pytest.approx((len(paths) - 1) / len(paths))
+
+
+def test_other_teachers_have_no_head_of_their_own():
+    from tokenflow_ext.models import TokenizerConfig
+
+    head, missing = networks.choose_head(TokenizerConfig.preset("B"), None, torch.device("cpu"))
+    assert head is None
+    assert "clip has no classifier" in missing["semantic_top1"]
 
 
 def test_vgg16_in_the_cache_is_found(cache, monkeypatch):
