@@ -69,7 +69,9 @@ def keys(*kinds: type) -> set[str]:
 
 def test_commands_name_what_exists(capsys: pytest.CaptureFixture) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    known = keys(config.TrainConfig, config.DecoderConfig, config.TextConfig)
+    known = keys(
+        config.TrainConfig, config.DecoderConfig, config.TextConfig, config.UnderstandingConfig
+    )
     options: dict[str, set[str]] = {}
     seen: dict[str, int] = {}
     for page in PAGES:
@@ -99,9 +101,11 @@ def test_commands_name_what_exists(capsys: pytest.CaptureFixture) -> None:
 
 def test_settings_in_the_guides_are_known() -> None:
     """`key=value` in the guides' tables is a key of a configuration."""
-    known = keys(config.TrainConfig, config.DecoderConfig, config.TextConfig)
+    known = keys(
+        config.TrainConfig, config.DecoderConfig, config.TextConfig, config.UnderstandingConfig
+    )
     fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
-    for name in ("training", "text_to_image"):
+    for name in ("training", "text_to_image", "understanding"):
         text = (ROOT / f"docs/guides/{name}.md").read_text()
         rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
         named = set(re.findall(r"(?<![\w.-])([a-z]\w*(?:\.\w+)+)(?==)", rows))
