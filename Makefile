@@ -14,6 +14,8 @@ CMAKE_DIR ?= build/cmake
 NPROC ?= 1
 # Compilers at once in the CMake builds.
 JOBS ?= $(shell nproc)
+# Processes of the larger demonstrations: one a core, two at most.
+TWO := $(shell nproc | awk '{print $$1 < 2 ? $$1 : 2}')
 # Processes that run tests; a file's tests stay in one.
 TESTERS ?= $(shell nproc | awk '{print $$1 < 4 ? $$1 : 4}')
 ARGS ?=
@@ -27,7 +29,7 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text test test-oldest test-newest renew-newest benchmark report docs lint \
+.PHONY: help train train-text train-understanding test test-oldest test-newest renew-newest benchmark report docs lint \
 	format cpp cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
@@ -36,6 +38,8 @@ help:
 	@echo '                   (NPROC=2 for two processes, ARGS="..." for its own arguments)'
 	@echo 'make train-text    fetch captioned emojis (needs npm), train an image tokenizer on them, then'
 	@echo '                   text to image; what is there already is kept'
+	@echo 'make train-understanding   fetch questions about pictures (with pip), train an image tokenizer on the'
+	@echo '                   pictures, then a language model to answer; what is there already is kept'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
 	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
 	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
@@ -64,6 +68,18 @@ train-text: $(VENV)/.installed
 		--checkpoint runs/emoji-tokenizer --out runs/emoji-tokens
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/text_to_image.py \
 		--config train/configs/emoji.yaml $(ARGS)
+
+train-understanding: $(VENV)/.installed
+	test -e runs/easy-vqa/train.json || $(BIN)/tokenflow fetch-easy-vqa runs/easy-vqa
+	test -e runs/easy-vqa-tokenizer/summary.json || $(BIN)/torchrun --standalone \
+		--nproc-per-node $(TWO) train/tokenizer.py --config train/configs/easy_vqa_tokenizer.yaml --resume
+	test -e runs/easy-vqa-tokens/index.json || $(BIN)/tokenflow tokenize runs/easy-vqa \
+		--checkpoint runs/easy-vqa-tokenizer --out runs/easy-vqa-tokens
+	$(BIN)/torchrun --standalone --nproc-per-node $(TWO) train/understanding.py \
+		--config train/configs/easy_vqa.yaml $(ARGS)
+	$(BIN)/tokenflow evaluate-understanding --checkpoint runs/understanding \
+		--data runs/easy-vqa/test.json --train runs/easy-vqa/train.json --out runs/easy-vqa-answers \
+		--overwrite
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)

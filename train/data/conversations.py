@@ -550,9 +550,12 @@ def open_source(
     )
 
 
-def texts(path: str | Path, count: int) -> list[str]:
-    """What is said at ``path``, of ``count`` conversations at most, whether it can be used or not:
-    of it a text tokenizer is made, before there is one to write with.
+def texts(path: str | Path, count: int, form: str, system: str | None = None) -> list[str]:
+    """What is written at ``path``, of ``count`` conversations at most, whether it can be used or
+    not: of it a text tokenizer is made, before there is one to write with.
+
+    Args:
+        form, system: as of a :class:`Writer`.
 
     Raises:
         DataError: nothing there that can be read.
@@ -567,11 +570,16 @@ def texts(path: str | Path, count: int) -> list[str]:
     elif place.is_file():
         said = [entry for _, entry in zip(range(count), entries(place), strict=False)]
         said = [entry for _, entry in said]
-    found = [parse(entry, 0, place.is_dir())[0] for entry in said]
-    turns = [turn.text.replace(IMAGE, "") for x in found if x is not None for turn in x.turns]
-    if not turns:
+    parsed = [parse(entry, 0, place.is_dir())[0] for entry in said]
+    written = [
+        part.text.replace(IMAGE, "")
+        for found in parsed
+        if found is not None and (form != "plain" or len(found.turns) == 2)
+        for part in pieces(found.turns, form, "", system)
+    ]
+    if not written:
         raise DataError(f"no conversations at {place}")
-    return turns
+    return written
 
 
 def _entry(shard: Path, member: webdataset.Member) -> Any:

@@ -165,7 +165,7 @@ class UnderstandingTask(Task):
         """A text tokenizer made of the data. What is made of them must not depend on itself: the
         texts are read before there is a writer."""
         section = self.config.data
-        texts = conversations.texts(section.path, _TEXTS)
+        texts = conversations.texts(section.path, _TEXTS, section.template, section.system)
         text = make_text_tokenizer(texts, self.config.model.vocabulary)
         marks = {"eos_token": "</s>", "pad_token": "<pad>"}
         text.add_special_tokens(marks)  # type: ignore[arg-type]

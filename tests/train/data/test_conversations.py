@@ -332,7 +332,8 @@ def test_shards(tmp_path, capsys):
     err = capsys.readouterr().err
     for why in ("number of <image>", "without a conversation", "JSON cannot be read"):
         assert why in err
-    assert conversations.texts(tmp_path, 10) == ["\nwhat?", "first", "\nwhat?", "fifth"]
+    said = "".join(conversations.texts(tmp_path, 10, "vicuna", ""))
+    assert said == "USER: \nwhat? ASSISTANT: firstUSER: \nwhat? ASSISTANT: fifth"
     writer = Writer(text(), "vicuna", 16, "")
     with pytest.raises(DataError, match="have their pictures inside"):
         conversations.open_source(tmp_path, "x", None, writer, FORM, ConversationConfig(), 2, 0)
