@@ -145,7 +145,7 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch
-	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,eval,dev,docs]'
+	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,lora,eval,dev,docs]'
 	$(BIN)/python models/torchvision_shim.py
 	touch $@
 

@@ -5,6 +5,7 @@ What the features are is arXiv 2412.03069, section 4.3 and table 8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,6 +155,18 @@ class TokenFlowVisionModel(PreTrainedModel):
             module.window_hits.zero_()
             module.skipped_rows.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenFlowVisionModel:
+        """Moves as every module does, but the tokenizer keeps its precision under half()."""
+        state = {**dict(self.tokenizer.named_parameters()), **dict(self.tokenizer.named_buffers())}
+        before = {name: value.data for name, value in state.items()}
+        # Every move of a module, and of one that it is a part of, comes by here; torch has no
+        # public place for this.
+        super()._apply(fn, recurse)
+        for name, value in [*self.tokenizer.named_parameters(), *self.tokenizer.named_buffers()]:
+            if value.dtype != before[name].dtype:
+                value.data = before[name].to(value.device)
+        return self
+
     def train(self, mode: bool = True) -> TokenFlowVisionModel:
         """The tokenizer stays in evaluation."""
         super().train(mode)
@@ -212,7 +225,7 @@ class TokenFlowVisionModel(PreTrainedModel):
             )
         wanted = _TYPES[self.config.tokenizer_dtype]
         if any(weight.dtype != wanted for weight in self.tokenizer.parameters()):
-            self.tokenizer.to(wanted)  # once, and after a cast of the whole model
+            self.tokenizer.to(wanted)
         return self.tokenizer.features(images.to(wanted))
 
     def _of_images(self, images: Tensor) -> Tensor:

@@ -137,6 +137,19 @@ def test_half_precision_keeps_the_tokens(tmp_path):
     assert loaded(input_ids=ids, pixel_values=images).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    model, processor = understanding()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=device_map)
+    prompt = processor.apply_chat_template(question(), add_generation_prompt=True)
+    inputs = processor(images=picture(), text=prompt, return_tensors="pt").to(loaded.device)
+    assert torch.allclose(
+        loaded(**inputs).logits.cpu(), model(**inputs.to("cpu")).logits, atol=1e-5
+    )
+
+
 def test_the_pipeline():
     model, processor = understanding()
     answering = pipeline("image-text-to-text", model=model, processor=processor)

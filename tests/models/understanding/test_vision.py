@@ -97,17 +97,20 @@ def test_loading_keeps_the_tokens(tmp_path, dtype):
     assert saved.to_dict() == loaded.config.to_dict()
 
 
-def test_casts_of_the_whole_model_do_not_reach_the_arithmetic():
-    model, images = vision(), pixels(2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_of_the_whole_model_do_not_reach_the_tokens(dtype):
+    model, images = vision(), pixels(4)
+    weights = {k: v.clone() for k, v in model.tokenizer.state_dict().items()}
     before = model(images).last_hidden_state
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         assert model(images).last_hidden_state.equal(before)
-    model.to(torch.bfloat16)
+    torch.nn.ModuleList([model]).to(dtype)  # as a part of something larger
     output = model(images).last_hidden_state
-    assert output.dtype == torch.bfloat16
-    assert {p.dtype for p in model.tokenizer.parameters()} == {torch.float32}
+    assert output.dtype == dtype
+    assert output.equal(before.to(dtype))
+    assert all(v.equal(weights[k]) for k, v in model.tokenizer.state_dict().items())
     model.float()
-    assert model(images).last_hidden_state.dtype == torch.float32
+    assert model(images).last_hidden_state.equal(before)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
