@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor, BatchFeature
 from tokenflow_ext.models.serialization.config import need
 from tokenflow_ext.models.serialization.files import shown
 
+from .registration import register
 from .squares import to_pixels
 
 
@@ -119,3 +120,6 @@ def _from_array(array: Any) -> Image.Image:
             )
         values = (values * 255).round().astype(np.uint8)
     return Image.fromarray(values)
+
+
+register()  # where importing this module is what imports transformers

@@ -6,6 +6,7 @@ in whichever order. Importing transformers takes seconds, so this package does n
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -14,19 +15,30 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _PACKAGE = "transformers"
+_MODULES = tuple(f"{__package__}.{name}" for name in ("vision", "pixels"))
 
 
 def register() -> None:
-    """Registers now what transformers' Auto classes have to know. Imports transformers."""
+    """Registers now what transformers' Auto classes have to know. Imports transformers.
+
+    Where this is called while one of our two modules is being imported, as happens when that import
+    is the first of transformers, nothing is done: the module calls again at its end.
+    """
+    for name in _MODULES:
+        if name not in sys.modules:
+            importlib.import_module(name)
+    vision, pixels = (sys.modules[name] for name in _MODULES)
+    if not hasattr(vision, "TokenFlowVisionModel") or not hasattr(
+        pixels, "TokenFlowImageProcessor"
+    ):
+        return
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    from .pixels import TokenFlowImageProcessor
-    from .vision import TokenFlowVisionConfig, TokenFlowVisionModel
-
-    AutoConfig.register(TokenFlowVisionConfig.model_type, TokenFlowVisionConfig, exist_ok=True)
-    AutoModel.register(TokenFlowVisionConfig, TokenFlowVisionModel, exist_ok=True)
+    config, model = vision.TokenFlowVisionConfig, vision.TokenFlowVisionModel
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
     AutoImageProcessor.register(
-        TokenFlowVisionConfig, slow_image_processor_class=TokenFlowImageProcessor, exist_ok=True
+        config, slow_image_processor_class=pixels.TokenFlowImageProcessor, exist_ok=True
     )
 
 

@@ -22,6 +22,7 @@ from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.models.towers.towers import PixelNorm
 
 from .names import DTYPES, FEATURES, WINDOWS
+from .registration import register
 
 _TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
@@ -264,3 +265,6 @@ def _neighbourhoods(rows: Tensor, grid: int, window: int) -> Tensor:
     outside."""
     maps = rows.mT.unflatten(2, (grid, grid))
     return F.unfold(maps, window, padding=window // 2).mT
+
+
+register()  # where importing this module is what imports transformers

@@ -199,8 +199,11 @@ def test_continuous_features_are_not_in_tokens():
 # -- registration ---------------------------------------------------------------------------------
 
 FOUND = (
-    "from transformers import AutoConfig, AutoModel\n"
+    "from transformers import AutoConfig, AutoImageProcessor, AutoModel\n"
     "config = AutoConfig.for_model('tokenflow_vision')\n"
+    "from transformers.models.auto.modeling_auto import MODEL_MAPPING\n"
+    "from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING\n"
+    "assert type(config) in MODEL_MAPPING and type(config) in IMAGE_PROCESSOR_MAPPING\n"
     "print(type(config).__module__)\n"
 )
 
@@ -212,6 +215,11 @@ FOUND = (
         "import transformers\nimport tokenflow_ext.models\n",
         "import tokenflow_ext.models\nimport importlib.util\n"
         "assert importlib.util.find_spec('transformers')\n",
+        "from tokenflow_ext.models.understanding.vision import TokenFlowVisionModel\n",
+        "from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor\n",
+        "from tokenflow_ext.models import build_understanding\n",
+        "from tokenflow_ext.models.understanding import original_checkpoint\n",
+        "from tokenflow_ext.train.tasks import understanding\n",
     ],
 )
 def test_it_is_known_once_both_packages_are_imported(start):
