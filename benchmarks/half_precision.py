@@ -1,4 +1,4 @@
-"""How many tokens change when a tokenizer is rounded to half precision, as the released programs do.
+"""How many tokens change when a tokenizer is rounded to half precision, as the release does.
 
 python -m benchmarks.half_precision --checkpoint RUN --data FOLDER
 """
