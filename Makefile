@@ -16,8 +16,9 @@ NPROC ?= 1
 JOBS ?= $(shell nproc)
 # Processes of the larger demonstrations: one a core, two at most.
 TWO := $(shell nproc | awk '{print $$1 < 2 ? $$1 : 2}')
-# Processes that run tests; a file's tests stay in one.
+# Processes that run tests; a file's tests stay in one. Each computes with its share of the cores.
 TESTERS ?= $(shell nproc | awk '{print $$1 < 4 ? $$1 : 4}')
+THREADS = $(shell expr $(shell nproc) / $(TESTERS))
 ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -82,7 +83,7 @@ train-understanding: $(VENV)/.installed
 		--overwrite
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)
 
 test-oldest test-newest: test-%:
 	$(MAKE) test SET=$*

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tokenflow_ext.errors import WeightsError
 from tokenflow_ext.models.serialization.config import ConfigError
+from tokenflow_ext.models.serialization.transformers_folder import first_line
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
 from . import chat
@@ -63,15 +65,24 @@ def build_understanding(
     Raises:
         ConfigError: features that the tokenizer does not have, a language model that is none or
             whose context is shorter than a picture, or a head with a bias.
+        WeightsError: no language model in the folder.
     """
     vision = TokenFlowVisionConfig(
         tokenizer.config, features, window=window, tokenizer_dtype=tokenizer_dtype
     )
     if not isinstance(language_model, PreTrainedModel):
         folder = language_model
-        if text_tokenizer is None:
-            text_tokenizer = AutoTokenizer.from_pretrained(folder, **FILES_ALONE)
-        language_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **FILES_ALONE)
+        try:
+            if text_tokenizer is None:
+                text_tokenizer = AutoTokenizer.from_pretrained(folder, **FILES_ALONE)
+            language_model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", **FILES_ALONE
+            )
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"no language model at {folder}: wanted is a folder of transformers (config.json, "
+                f"model.safetensors, tokenizer.json); nothing is fetched ({first_line(error)})"
+            ) from error
     assert isinstance(language_model, PreTrainedModel)
     head = language_model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -106,7 +117,8 @@ def build_understanding(
         layer.reset_parameters()
     model.generation_config = copy.deepcopy(language_model.generation_config)
     # A picture's place is never an answer.
-    model.generation_config.suppress_tokens = [image_id]
+    others = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = [*others, image_id]
     return model.eval()
 
 

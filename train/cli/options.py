@@ -72,6 +72,13 @@ def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def add_max_tokens(parser: argparse.ArgumentParser) -> None:
+    """``--max-tokens``."""
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, metavar="N", help="of an answer [%(default)s]"
+    )
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """``--limit``, ``--batch-size``, ``--workers``, ``--device`` of a command over many images."""
     parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")

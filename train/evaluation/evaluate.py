@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.metrics import cosine
-from tokenflow_ext.train.data import list_images
+from tokenflow_ext.train.data import DataError, list_images
 from tokenflow_ext.train.data.image_files import PREPROCESSING
 from tokenflow_ext.train.data.outputs import Outputs
 from tokenflow_ext.train.engine import checkpoint
@@ -23,7 +24,9 @@ from tokenflow_ext.train.engine.distributed import Processes
 from .metrics import EIGHT_BITS, METRICS, PAPER, Reconstruction, evaluate
 from .networks import choose_features, choose_head, choose_perceptual, choose_teacher
 from .preprocess import evenly_spread
+from .probe import class_of, why_not
 from .report import FILES, as_table, environment, notes, write
+from .zero_shot import name_embeddings
 
 FORMAT = "tokenflow-evaluation"
 VERSION = 1
@@ -43,12 +46,14 @@ def run(
     inception: str | None = None,
     vgg16: str | None = None,
     teacher: str | None = None,
+    clip: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Evaluate the tokenizer at ``source`` on the images below ``folder``, print and write.
 
     Args:
         resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
+        clip: :data:`.zero_shot.WANTED`; None leaves zero-shot classification out.
 
     Returns:
         What metrics.json and images.jsonl hold (on the first process).
@@ -91,7 +96,21 @@ def run(
         same = None
         if head is not None:
             same = (head(semantic).argmax(1) == head(wanted).argmax(1)).float().mean()
-        return Reconstruction(indices, made, cosine(semantic, wanted), same)
+        pooled = torch.stack([semantic.mean(1), wanted.mean(1)], dim=1)
+        return Reconstruction(indices, made, cosine(semantic, wanted), same, pooled)
+
+    labels: list[str] | None = None
+    if network is not None:
+        labels = [class_of(path, Path(folder)) for path in paths]
+        if "" in labels:  # no classes are meant
+            labels = None
+        elif reason := why_not(labels):
+            labels, missing = None, missing | {"probe": reason}
+    names = None
+    if clip is not None:
+        if labels is None:
+            raise DataError("--clip is for images in a folder for each class, and a teacher")
+        names = name_embeddings(clip, sorted(set(labels)))
 
     result = evaluate(
         reconstruct,
@@ -104,6 +123,8 @@ def run(
         pictures=pictures,
         features=features,
         perceptual=perceptual,
+        labels=labels,
+        names=names,
     )
     if result is None:
         return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tokenflow_ext.models.metrics import FeatureSums, code_usage, frechet, psnr,
 from tokenflow_ext.train.data import DataError, read_batches
 from tokenflow_ext.train.engine.distributed import Processes
 
+from . import probe, zero_shot
 from .preprocess import CenterCropDataset, collate, digest_of, to_float
 
 LITE0_SIZE = 224
@@ -79,6 +81,35 @@ METRICS = {
         "and classifier, is the same from the decoded semantic tokens as from the teacher's on the "
         "original",
     ),
+    "probe": (
+        "linear probe, decoded semantic tokens",
+        "{:.2%}",
+        "share of images whose class (the first folder below the data) a linear classifier names: "
+        "scikit-learn's logistic regression on the standardised mean of the tokens, five-fold "
+        "cross-validation",
+    ),
+    "probe_teacher": (
+        "linear probe, the teacher's tokens",
+        "{:.2%}",
+        "the same of the teacher's tokens on the originals",
+    ),
+    "probe_floor": (
+        "commonest class",
+        "{:.2%}",
+        "share of the commonest class: the probe's without a look",
+    ),
+    "zero_shot": (
+        "zero-shot, decoded semantic tokens",
+        "{:.2%}",
+        "share of images whose class's name (the first folder below the data, in the prompt "
+        "'a photo of a NAME.') is the nearest of all by the cosine of CLIP's text embedding and "
+        "the mean of the decoded semantic tokens",
+    ),
+    "zero_shot_teacher": (
+        "zero-shot, the teacher's tokens",
+        "{:.2%}",
+        "the same of the teacher's tokens on the originals",
+    ),
     "usage": (
         "codes used",
         "{:.2%}",
@@ -107,12 +138,14 @@ class Reconstruction(NamedTuple):
         images: like the originals; None without a pixel branch.
         cosine: mean cosine of decoded semantic tokens and the teacher's (0-dim); None without them.
         same_class: share of images of the same class by the teacher's head (0-dim); None without.
+        pooled: means of the decoded semantic tokens and of the teacher's, [B, 2, C]; None without.
     """
 
     indices: Tensor
     images: Tensor | None
     cosine: Tensor | None = None
     same_class: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +196,8 @@ def evaluate(
     pictures: int = 16,
     features: Features | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    labels: Sequence[str] | None = None,
+    names: np.ndarray | None = None,
 ) -> EvaluationResult | None:
     """Measure ``reconstruct`` on every image once, dealt out to the processes of ``group``.
 
@@ -173,6 +208,8 @@ def evaluate(
         pictures: originals and reconstructions to keep, evenly spread.
         features: of the Frechet distance; None leaves it out.
         perceptual: (images, images) in [-1, 1] -> their mean distance; None leaves LPIPS out.
+        labels: the images' classes, for the linear probe; None leaves it out.
+        names: embeddings of the classes' names, for zero-shot; None leaves that out.
 
     Returns:
         The result on the first process, None on the others.
@@ -194,6 +231,7 @@ def evaluate(
         sums = [FeatureSums(features.width, group.device) for _ in range(2)]
     rows: list[tuple[Any, ...]] = []
     kept: list[tuple[int, Tensor, Tensor]] = []
+    pooled: list[tuple[int, Tensor]] = []
     mine = range(group.rank, len(paths), group.world)
     # A sampler, not a distributed one: that repeats images until every process has as many.
     loader = read_batches(
@@ -209,14 +247,16 @@ def evaluate(
                 cosines += found.cosine.double() * len(originals)
             if found.same_class is not None:
                 same_class += found.same_class.double() * len(originals)
+            if found.pooled is not None:
+                pooled += zip(indices, found.pooled.float().cpu(), strict=True)
             bar.update(len(indices))
             if found.images is None:
                 nothing = [None] * len(indices)
                 rows += zip(indices, nothing, nothing, nothing, enlarged, digests, strict=True)
                 continue
             if not found.images.isfinite().all():  # 8 bits would hide it
-                names = ", ".join(str(paths[index]) for index in indices)
-                raise DataError(f"the reconstruction is not finite, among {names}")
+                among = ", ".join(str(paths[index]) for index in indices)
+                raise DataError(f"the reconstruction is not finite, among {among}")
             made = to_uint8(found.images)
             if features is not None:
                 sums[0].add(features.extract(originals))
@@ -239,6 +279,7 @@ def evaluate(
             ]
 
     rows = sorted(row for part in group.gather(rows) for row in part)
+    pooled = sorted((x for part in group.gather(pooled) for x in part), key=lambda x: x[0])
     kept = sorted((k for part in group.gather(kept) for k in part), key=lambda k: k[0])
     for tensor in (hits, lpips, cosines, same_class, *(tensor for part in sums for tensor in part)):
         group.sum_(tensor)
@@ -267,6 +308,19 @@ def evaluate(
         metrics["cosine"] = cosines.item() / total
     if found.same_class is not None:
         metrics["semantic_top1"] = same_class.item() / total
+    if pooled and labels is not None:
+        decoded, wanted = torch.stack([x for _, x in pooled]).numpy().swapaxes(0, 1)
+        metrics["probe"] = probe.linear_probe(decoded, labels)
+        metrics["probe_teacher"] = probe.linear_probe(wanted, labels)
+        metrics["probe_floor"] = probe.floor(labels)
+        if names is not None and names.shape[1] == decoded.shape[1]:
+            metrics["zero_shot"] = zero_shot.zero_shot(decoded, labels, names)
+            metrics["zero_shot_teacher"] = zero_shot.zero_shot(wanted, labels, names)
+        elif names is not None:
+            missing["zero_shot"] = (
+                f"the text tower gives {names.shape[1]} channels, the semantic tokens have "
+                f"{decoded.shape[1]}: the teacher is another model"
+            )
     metrics["usage"], metrics["perplexity"] = code_usage(hits)
     for name, value in metrics.items():
         if value is not None and not math.isfinite(value):  # JSON has no such numbers

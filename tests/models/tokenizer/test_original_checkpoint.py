@@ -304,6 +304,7 @@ def available_memory():
     return 1024 * int(found[1]) if found else 0
 
 
+@pytest.mark.once
 def test_full_size_b_enhanced(tmp_path):
     """The largest released pixel branch: file, 256 px, file again, all by value."""
     if available_memory() < 8 * 2**30 or shutil.disk_usage(tmp_path).free < 4 * 2**30:

@@ -27,7 +27,12 @@ from understanding_models import (
     understanding,
 )
 
-from tokenflow_ext.models import ConfigError, build_processor, build_understanding
+from tokenflow_ext.models import (
+    ConfigError,
+    WeightsError,
+    build_processor,
+    build_understanding,
+)
 from tokenflow_ext.models.understanding.names import FEATURES
 
 
@@ -262,6 +267,13 @@ def test_a_prompt_without_a_place_for_the_picture():
     short["attention_mask"] = short["attention_mask"][:, 1:]
     with pytest.raises((ValueError, RuntimeError), match="do not match"):
         model(**short)
+
+
+def test_no_language_model(tmp_path):
+    with pytest.raises(WeightsError, match=r"no language model at .*config\.json"):
+        build_understanding(tmp_path / "none", image_tokenizer())
+    with pytest.raises(WeightsError, match="no language model at"):
+        build_understanding(tmp_path, image_tokenizer())
 
 
 def test_another_text_tokenizer():

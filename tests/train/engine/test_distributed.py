@@ -12,6 +12,8 @@ from weights import LITE0_MISSING
 
 from tokenflow_ext.train.engine import checkpoint
 
+pytestmark = pytest.mark.once
+
 TOGETHER = Path(__file__).parents[1] / "together.py"
 STEPS = {
     "adversarial": ("loss.gan=0.5", "loss.gan_start=0"),

@@ -84,6 +84,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.once
 def test_killed_while_writing(micro, images, tmp_path):
     """SIGKILL at different places of a write; each resumed run starts from a whole checkpoint, no
     more than one interval back, and the end is that of a run that was never killed."""
@@ -119,6 +120,7 @@ def test_killed_while_writing(micro, images, tmp_path):
     micro.assert_same_end(whole, killed)
 
 
+@pytest.mark.once
 def test_killed_at_any_moment(micro, images, tmp_path):
     """SIGKILL after times that no one chose with care; in the end every step has been made."""
     settings = (

@@ -248,6 +248,7 @@ def test_checkpoints_and_pictures_of_any_name(image_tokenizer, images, tmp_path)
     assert svg.tag.endswith("svg")
 
 
+@pytest.mark.once
 def test_two_processes_are_one(micro, joint_tokenizer, images, tmp_path):
     script = Path(entry.__file__).with_name("__main__.py")
     outs = {world: tmp_path / f"out{world}" for world in (1, 2)}

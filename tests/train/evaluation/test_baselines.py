@@ -106,7 +106,7 @@ def test_evaluation_without_images_has_cosine_and_usage(semantic_run, images, tm
     entry.main(["evaluate", "--checkpoint", str(semantic_run), *arguments])
     report = json.loads((out / "metrics.json").read_text())
     had = {name for name, value in report["figures"].items() if value is not None}
-    assert had == {"cosine", "usage", "perplexity"}
+    assert had == {"cosine", "semantic_top1", "usage", "perplexity"}
     assert report["missing"] == {}
     assert any("no pixel branch" in note for note in report["notes"])
     said = capsys.readouterr().out

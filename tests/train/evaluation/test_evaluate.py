@@ -25,7 +25,16 @@ from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.data import image_files
 from tokenflow_ext.train.data.text_files import DataError
 from tokenflow_ext.train.engine.distributed import Processes
-from tokenflow_ext.train.evaluation import evaluate, fid, metrics, networks, preprocess, report
+from tokenflow_ext.train.evaluation import (
+    evaluate,
+    fid,
+    metrics,
+    networks,
+    preprocess,
+    probe,
+    report,
+    zero_shot,
+)
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = 32
@@ -467,6 +476,123 @@ def test_agreement_of_the_teachers_head_is_counted(paths):
     assert got.metrics["semantic_top1"] == pytest.approx((len(paths) - 1) / len(paths))
 
 
+def test_the_linear_probe_reads_what_is_linear():
+    rng = np.random.default_rng(0)
+    labels = ["a"] * 30 + ["b"] * 20 + ["c"] * 10
+    noise = rng.normal(size=(60, 12))
+    told = noise.copy()
+    told[:, 3] += 12 * np.array([ord(label) - ord("a") for label in labels])
+    told[:, 5] += 12 * np.array([label == "b" for label in labels])
+    assert probe.linear_probe(told, labels) == 1.0
+    assert probe.linear_probe(noise, labels) < 0.65
+    assert probe.linear_probe(told * 1e3 + 7, labels) == 1.0  # its scale does not matter
+    assert probe.floor(labels) == 0.5
+
+
+def test_classes_are_the_first_folders():
+    root = Path("data")
+    names = [probe.class_of(root / name, root) for name in ("cat/x/1.png", "dog/2.png", "3.png")]
+    assert names == ["cat", "dog", ""]
+    assert probe.why_not(["a"] * 5 + ["b"] * 5) is None
+    assert "one class" in probe.why_not(["a"] * 9)
+    assert "class b has 4 pictures" in probe.why_not(["a"] * 9 + ["b"] * 4)
+
+
+def test_the_probe_is_part_of_an_evaluation(paths):
+    labels = ["a", "b"] * 5
+    many = [paths[i % len(paths)] for i in range(10)]
+
+    def reconstruct(images):
+        told = torch.arange(len(images)) % 2
+        pooled = torch.stack([told.float() * 9, torch.zeros(len(images))], 1)[:, :, None]
+        return metrics.Reconstruction(
+            torch.zeros(len(images), 1, dtype=torch.int64), images, None, None, pooled
+        )
+
+    found = metrics.evaluate(reconstruct, many, SIZE, 64, ALONE, batch=4, labels=labels).metrics
+    assert found["probe"] == 1.0
+    assert found["probe_teacher"] <= 0.5
+    assert found["probe_floor"] == 0.5
+    without = metrics.evaluate(reconstruct, many, SIZE, 64, ALONE, batch=4).metrics
+    assert without["probe"] is None
+
+
+def test_zero_shot_picks_the_nearest_name():
+    names = np.eye(3)
+    labels = ["b", "a", "c", "a"]
+    features = np.array([[0.1, 5, 0], [7, 1, 1], [0, 0, 1], [0, 2, 1]])
+    assert zero_shot.zero_shot(features, labels, names) == 0.75
+
+
+def clip_folder(folder, width=12):
+    """A text tower of CLIP's kind with random weights, and a text tokenizer."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from tokenflow_ext.train.tasks.language import make_text_tokenizer
+
+    text = make_text_tokenizer(["a photo of a cat.", "a photo of a great dog."], 300)
+    text.add_special_tokens({"eos_token": "</s>", "pad_token": "<pad>"})
+    ends = [("</s>", text.eos_token_id)]
+    text.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=ends
+    )
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(text), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=width, eos_token_id=text.eos_token_id,
+        bos_token_id=text.bos_token_id, pad_token_id=text.pad_token_id,
+    )  # fmt: skip
+    CLIPTextModelWithProjection(config).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
+
+
+def test_names_are_embedded_by_a_text_tower(tmp_path):
+    folder = str(clip_folder(tmp_path / "clip"))
+    found = zero_shot.name_embeddings(folder, ["cat", "great_dog", "great dog"])
+    assert found.shape == (3, 12)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    assert np.array_equal(found[1], found[2])
+    assert not np.allclose(found[0], found[1])
+    with pytest.raises(WeightsError, match=r"no CLIP at .*: wanted is a folder of transformers"):
+        zero_shot.name_embeddings(str(tmp_path), ["cat"])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="cannot load CLIP at"):
+        zero_shot.name_embeddings(str(tmp_path), ["cat"])
+
+
+def test_zero_shot_is_part_of_an_evaluation(paths):
+    labels = ["a", "b"] * 5
+    many = [paths[i % len(paths)] for i in range(10)]
+
+    def reconstruct(images):
+        told = torch.nn.functional.one_hot(torch.arange(len(images)) % 2, 2).float()
+        pooled = torch.stack([told, told.flip(1)], 1)
+        return metrics.Reconstruction(
+            torch.zeros(len(images), 1, dtype=torch.int64), images, None, None, pooled
+        )
+
+    def run(names):
+        return metrics.evaluate(
+            reconstruct, many, SIZE, 64, ALONE, batch=4, labels=labels, names=names
+        )
+
+    found = run(np.eye(2))
+    assert (found.metrics["zero_shot"], found.metrics["zero_shot_teacher"]) == (1.0, 0.0)
+    other = run(np.eye(3)[:2])
+    assert other.metrics["zero_shot"] is None
+    assert "gives 3 channels, the semantic tokens have 2" in other.missing["zero_shot"]
+
+
+def test_clip_without_classes_is_refused(image_tokenizer, folder, tmp_path):
+    with pytest.raises(SystemExit, match="--clip is for images in a folder for each class"):
+        entry.main(
+            ["evaluate", "--checkpoint", str(image_tokenizer), "--data", str(folder),
+             "--out", str(tmp_path / "o"), "--clip", str(tmp_path)]
+        )  # fmt: skip
+
+
 def test_other_teachers_have_no_head_of_their_own():
     from tokenflow_ext.models import TokenizerConfig
 
@@ -503,6 +629,7 @@ def test_processes_with_other_weights_are_told(image_tokenizer, folder, cache, t
         evaluate.run(str(image_tokenizer), str(folder), str(tmp_path / "out"), group)
 
 
+@pytest.mark.once
 def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
     """Seven images for two processes, and one for two: dealt out, none twice."""
     script = Path(entry.__file__).with_name("__main__.py")

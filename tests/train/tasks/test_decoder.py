@@ -220,6 +220,7 @@ def test_six_steps_are_three_and_three(micro, image_tokenizer, images, tmp_path,
     micro.assert_same_end(whole, halves)
 
 
+@pytest.mark.once
 def test_two_processes(micro, image_tokenizer, images, tmp_path):
     """A step is that of the joined batch; a run resumes bit for bit."""
 

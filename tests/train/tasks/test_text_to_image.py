@@ -173,6 +173,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.once
 def test_killed_while_writing(micro, arguments, tmp_path):
     """The second checkpoint is cut off; the run goes on from the first to the same end."""
     settings = ("optim.steps=6", "output.checkpoint_every=2")
@@ -295,6 +296,7 @@ def ends(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_are_one_with_the_joined_batch(ends, name):
     alone, shared = (torch.load(ends / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
@@ -314,6 +316,7 @@ def test_two_processes_are_one_with_the_joined_batch(ends, name):
         assert max(shared["sizes"]) < 0.6 * total
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["fsdp_ddp", "ddp_fsdp"])
 def test_a_checkpoint_serves_every_way_of_splitting(ends, name):
     newest = [checkpoint.available(ends / run / "checkpoints")[-1] for run in ("alone", name)]
@@ -328,6 +331,7 @@ def test_a_checkpoint_serves_every_way_of_splitting(ends, name):
             torch.testing.assert_close(value, changed[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.once
 def test_split_weights_in_half_precision(ends):
     logs = [(ends / run / "log.jsonl").read_text().splitlines() for run in ("full", "half")]
     full, half = ([json.loads(line).get("loss") for line in lines] for lines in logs)

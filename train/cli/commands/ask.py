@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the language model [%(default)s]"
     )
-    parser.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="of an answer [%(default)s]"
-    )
+    options.add_max_tokens(parser)
     parser.add_argument(
         "--temperature",
         type=float,

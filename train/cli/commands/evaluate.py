@@ -6,7 +6,7 @@ import argparse
 
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.engine.distributed import processes
-from tokenflow_ext.train.evaluation import evaluate, fid, networks
+from tokenflow_ext.train.evaluation import evaluate, fid, networks, zero_shot
 
 HELP = "a tokenizer's metrics of reconstruction on a folder"
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help=f"for FID: {fid.WEIGHTS}")
     parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS: {networks.VGG16}")
     parser.add_argument("--teacher", metavar="FILE", help="the teacher's weights, for the cosine")
+    parser.add_argument("--clip", metavar="DIR", help=f"for zero-shot: {zero_shot.WANTED}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             inception=arguments.weights,
             vgg16=arguments.vgg16,
             teacher=arguments.teacher,
+            clip=arguments.clip,
             overwrite=arguments.overwrite,
             **many,
         )

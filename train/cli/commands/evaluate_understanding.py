@@ -30,11 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_overwrite(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
     options.add_batch_size(parser, 64)
+    options.add_max_tokens(parser)
     parser.add_argument(
-        "--max-tokens", type=int, default=32, metavar="N", help="of an answer [%(default)s]"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=24, metavar="N", help="on the page [%(default)s]"
+        "--pictures", type=int, default=16, metavar="N", help="on the page [%(default)s]"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the language model [%(default)s]"
