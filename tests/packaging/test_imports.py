@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "tokenflow_ext"
 # What torchrun and Python start by their path are in no package while they run.
 STARTED_BY_PATH = frozenset(
-    f"{PACKAGE}.train.{name}" for name in ("tokenizer", "decoder", "text_to_image", "cli.__main__")
+    f"{PACKAGE}.train.{name}"
+    for name in ("tokenizer", "decoder", "text_to_image", "understanding", "cli.__main__")
 )
 # A folder may import those before it.
 ORDER = {
