@@ -192,8 +192,13 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """Embeddings, layers and last norm, with random weights.
 
-    :class:`TextToImage` runs its parts and adds those that only it has.
+    :class:`TextToImage` runs its parts and adds those that only it has: projector, embeddings of
+    scales and positions.
     """
+
+    mm_projector: nn.Sequential
+    lvl_embed: nn.Embedding
+    pos_1LC: nn.Parameter
 
     def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
         super().__init__()

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
+
+from .backbone import Layer
 
 if TYPE_CHECKING:
     from .model import TextToImage
@@ -31,7 +33,7 @@ class KeyValueCache:
 
     def __init__(self, model: TextToImage, rows: int, sequence: NextScaleSequence) -> None:
         like = model.lm_head.weight
-        attention = model.model.layers[0].self_attn
+        attention = cast(Layer, model.model.layers[0]).self_attn
         heads = attention.k_proj.out_features // attention.head_dim
         shape = (len(model.model.layers), 2, rows, heads)
 
@@ -207,17 +209,16 @@ def _session(
     if model.device.type != "cuda":
         raise ValueError(f"cuda_graphs needs the model on CUDA, it is on {model.device}")
     kept = model._session
-    same = kept is not None and (kept.sequence, kept.rows, kept.padded) == (sequence, rows, padded)
-    if not same:
-        model._session = Session(model, sequence, rows, padded)
-    return model._session
+    if kept is None or (kept.sequence, kept.rows, kept.padded) != (sequence, rows, padded):
+        kept = model._session = Session(model, sequence, rows, padded)
+    return kept
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:
     """One seed for each image, [count] int64."""
     if seed is None:
         return torch.randint(2**62, (count,))
-    if isinstance(seed, Integral):
+    if isinstance(seed, (int, Integral)):
         return torch.arange(int(seed), int(seed) + count)
     if len(seed) != count:
         raise ValueError(f"seed must be one number or {count}, one for each image, got {len(seed)}")

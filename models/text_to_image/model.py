@@ -193,7 +193,8 @@ class TextToImage(nn.Module):
                 text position.
             scale_ids: rows of the scale embeddings, [n].
         """
-        projected = self.model.mm_projector(features.to(self.model.mm_projector[0].weight.dtype))
+        dtype = next(self.model.mm_projector.parameters()).dtype
+        projected = self.model.mm_projector(features.to(dtype))
         positions = self.model.pos_1LC[first : first + features.shape[1]]
         return projected + positions + self.model.lvl_embed(scale_ids)
 
@@ -322,6 +323,7 @@ class TextToImage(nn.Module):
             **settings,
         )
         images, _ = self.tokenizer.decode(indices)
+        assert images is not None  # the constructor takes no tokenizer without a pixel branch
         return to_uint8(images)
 
     @torch.no_grad()
@@ -421,8 +423,10 @@ class TextToImage(nn.Module):
                 missing or cannot be read.
             ConfigError: a configuration that is not supported or does not fit the tokenizer.
         """
-        state, name, header = source, "the state dict", None
-        if not isinstance(source, Mapping):
+        name, header = "the state dict", None
+        if isinstance(source, Mapping):
+            state = source
+        else:
             state, name = read_state_dict(source), str(source)
             if bad := not_finite(state):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")

@@ -93,11 +93,18 @@ class RopeConfig:
             raise ConfigError(
                 f"rope.partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}"
             )
-        if kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
+        if kind == "llama3" and not 0 < low < high:
             raise ConfigError(
                 "rope.high_freq_factor must be greater than low_freq_factor and both positive, "
                 f"got {self.high_freq_factor} and {self.low_freq_factor}"
             )
+
+    def _needed(self, name: str) -> Any:
+        """A parameter that the kind needs, and so has."""
+        value = getattr(self, name)
+        assert value is not None, name
+        return value
 
     def check(self, head_dim: int) -> None:
         """That heads of this width can be turned so.
@@ -130,7 +137,7 @@ class RopeConfig:
         """The longest sequence: ``max_position_embeddings`` is the unscaled model's in the kinds
         that have no length of the unscaled model besides."""
         scaled = self.rope_type in ("linear", "dynamic")
-        return int(max_positions * max(self.factor, 1.0)) if scaled else max_positions
+        return int(max_positions * max(self._needed("factor"), 1.0)) if scaled else max_positions
 
     def frequencies(
         self,
@@ -156,7 +163,8 @@ class RopeConfig:
 
         turned = self.turned(head_dim)
         if self.rope_type == "dynamic":
-            times = self.factor * max(length, max_positions) / max_positions - (self.factor - 1)
+            factor = self._needed("factor")
+            times = factor * max(length, max_positions) / max_positions - (factor - 1)
             theta = theta * times ** (turned / (turned - 2))
         if self.rope_type == "proportional":
             some = int(self.partial_rotary_factor * head_dim // 2)
@@ -164,11 +172,11 @@ class RopeConfig:
             return torch.nn.functional.pad(own, (0, head_dim // 2 - some)), 1.0
         own = theta ** -(even(turned) / turned)
         if self.rope_type == "linear":
-            return own / self.factor, 1.0
+            return own / self._needed("factor"), 1.0
         if self.rope_type == "yarn":
             return self._yarn(own, theta, max_positions)
         if self.rope_type == "longrope":
-            original = self.original_max_position_embeddings
+            original = self._needed("original_max_position_embeddings")
             by = self.long_factor if length > original else self.short_factor
             scale = self.factor or max_positions / original
             factor = 1.0
@@ -182,7 +190,7 @@ class RopeConfig:
         return own, 1.0
 
     def _yarn(self, own: Tensor, theta: float, max_positions: int) -> tuple[Tensor, float]:
-        original, turned = self.original_max_position_embeddings, 2 * len(own)
+        original, turned = self._needed("original_max_position_embeddings"), 2 * len(own)
         scale = self.factor or max_positions / original
 
         def channel(rotations: float) -> float:
@@ -211,10 +219,10 @@ class RopeConfig:
 
     def _llama3(self, own: Tensor) -> Tensor:
         """Long waves are scaled, short ones left alone, those between in between."""
-        rotations = own * self.original_max_position_embeddings / (2 * math.pi)
-        low, high = self.low_freq_factor, self.high_freq_factor
+        rotations = own * self._needed("original_max_position_embeddings") / (2 * math.pi)
+        low, high = self._needed("low_freq_factor"), self._needed("high_freq_factor")
         kept = ((rotations - low) / (high - low)).clamp(0, 1)
-        return own * (kept + (1 - kept) / self.factor)
+        return own * (kept + (1 - kept) / self._needed("factor"))
 
     @classmethod
     def from_transformers(cls, parameters: Mapping[str, Any]) -> RopeConfig:

@@ -42,9 +42,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Fields of BackboneConfig that a transformers configuration has under the same name; the biases are
 # options of some families alone.
 _BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
-_SAME = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SAME += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
-_SAME += ("hidden_act", "initializer_range", *_BIASES)
+_SAME: tuple[str, ...] = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    *("hidden_act", "initializer_range", *_BIASES),
+)
 _LIMIT = 2**31  # of sizes: the product of two is an int64
 IMAGE_MARK = "<img>"
 """The string between a prompt and its image; plain text to the text tokenizer."""
@@ -329,9 +331,9 @@ def encode_prompts(
         raise ConfigError(f"the text tokenizer has no ids for {IMAGE_MARK}, where an image begins")
     rows = []
     for prompt in prompts:
-        ids = first + text_tokenizer.encode(prompt, add_special_tokens=False)
-        ids = ids[: config.prompt_length]
-        rows.append([config.pad_id] * (config.prompt_length - len(ids)) + ids + mark)
+        own = first + text_tokenizer.encode(prompt, add_special_tokens=False)
+        own = own[: config.prompt_length]
+        rows.append([config.pad_id] * (config.prompt_length - len(own)) + own + mark)
     ids = torch.tensor(rows, dtype=torch.int64)
     valid = ids != config.pad_id
     strange = ids[valid & ((ids < 0) | (ids >= config.text_vocab_size))]

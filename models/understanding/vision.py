@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import TransformersKwargs  # type: ignore[attr-defined]
 
 from tokenflow_ext import MultiScaleQuantizer
 from tokenflow_ext.models.serialization.config import ConfigError, need
@@ -24,6 +25,8 @@ from tokenflow_ext.models.towers.towers import PixelNorm
 from .names import DTYPES, FEATURES, WINDOWS
 from .registration import register
 
+# Arguments of a language model that transformers' LLaVA passes to its vision model too.
+_OF_OTHER_PARTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "use_cache"}
 _TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
@@ -180,6 +183,7 @@ class TokenFlowVisionModel(PreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: Any = None,
         return_dict: bool | None = None,
+        **options: Any,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Features of images, or of their tokens.
 
@@ -189,13 +193,18 @@ class TokenFlowVisionModel(PreTrainedModel):
             output_hidden_states: taken for other vision models' sake: there is one hidden state,
                 and it is always given.
             return_dict: False gives a tuple.
+            options: what LLaVA hands on to all of its parts (``use_cache`` and others, by the
+                version of transformers); they mean nothing here.
 
         Returns:
             ``last_hidden_state`` and ``hidden_states``, a tuple of the same [B, rows, channels].
 
         Raises:
-            TypeError, ValueError: pixels or tokens of another shape or type.
+            TypeError, ValueError: pixels or tokens of another shape or type, or an option that is
+                not one of those.
         """
+        if unknown := sorted(options.keys() - _OF_OTHER_PARTS):
+            raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
         device = pixel_values.device.type
         with torch.autocast(device, enabled=False):
             if pixel_values.is_floating_point():

@@ -26,8 +26,11 @@ _LANGUAGE = "model.language_model."
 _A, _B = "lora_A.default.", "lora_B.default."
 
 
-def add(model: LlavaForConditionalGeneration, config: LoraConfig) -> None:
+def add(model: LlavaForConditionalGeneration, config: LoraConfig) -> Any:
     """Puts adapters beside every linear layer of the language model; they start as nothing.
+
+    Returns:
+        peft's configuration of them.
 
     Raises:
         MissingPackageError: peft is not installed.
@@ -41,14 +44,15 @@ def add(model: LlavaForConditionalGeneration, config: LoraConfig) -> None:
         for name, module in model.named_modules()
         if name.startswith(_LANGUAGE) and isinstance(module, nn.Linear)
     ]
-    model.add_adapter(
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=names,
-        )
+    made = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=names,
     )
+    # By peft itself: the model's own method asks for the peft of its version of transformers.
+    peft.inject_adapter_in_model(made, model)
+    return made
 
 
 def is_adapter(name: str) -> bool:
@@ -70,8 +74,8 @@ def merged(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     return found
 
 
-def save(weights: dict[str, Tensor], folder: Path, model: LlavaForConditionalGeneration) -> None:
-    """Writes the adapters among ``weights`` in peft's form."""
+def save(weights: dict[str, Tensor], folder: Path, config: Any) -> None:
+    """Writes the adapters among ``weights`` in peft's form, ``config`` being peft's."""
     place = folder / FOLDER
     place.mkdir()
     content = {
@@ -80,7 +84,6 @@ def save(weights: dict[str, Tensor], folder: Path, model: LlavaForConditionalGen
         if is_adapter(name)
     }
     write_safetensors(place / _WEIGHTS, content)
-    config: Any = model.peft_config["default"]
     written: dict[str, Any] = config.to_dict()
     plain = {key: _plain(value) for key, value in written.items()}
     (place / _CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")

@@ -79,7 +79,7 @@ class UnderstandingTask(Task):
         seed_generators(config.seed, 0)
         model, self.text = self._build(resuming)
         if config.model.lora.rank:
-            lora.add(model, config.model.lora)
+            self.adapters = lora.add(model, config.model.lora)
         if config.model.checkpointing:
             _compute_again(model)
         nn.Module.to(model, group.device)
@@ -350,7 +350,7 @@ class UnderstandingTask(Task):
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> None:
         if self.config.model.lora.rank:
-            lora.save(weights, folder, self.model)
+            lora.save(weights, folder, self.adapters)
             weights = lora.merged(weights, self.config.model.lora)
         config: Any = copy.deepcopy(self.model.config)
         model = assemble(config.vision_config, config.text_config, config.image_token_id)

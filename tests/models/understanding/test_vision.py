@@ -191,6 +191,14 @@ def test_bad_pixels(given, message):
         vision()(given)
 
 
+def test_options_of_other_parts_are_taken_and_others_refused():
+    model, images = vision(), pixels(1)
+    want = model(images).last_hidden_state
+    assert model(images, use_cache=False, position_ids=None).last_hidden_state.equal(want)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'image_sizes'"):
+        model(images, image_sizes=None)
+
+
 def test_continuous_features_are_not_in_tokens():
     with pytest.raises(ValueError, match="tokens do not hold them"):
         vision("continuous")(torch.zeros(1, 30, dtype=torch.int64))
