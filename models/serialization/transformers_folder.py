@@ -15,6 +15,11 @@ from .config import CheckpointError
 from .files import OutputError, brief, cannot_write, read_json
 
 HEADER = "config.json"
+TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these is in a folder that has a text tokenizer."""
+
+FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""To every call of transformers that reads a folder: nothing is fetched, no code of it is run."""
 
 
 def read_header(path: str | Path, instead: str = "llama_config") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import (
 
 from tokenflow_ext.errors import WeightsError
 from tokenflow_ext.models.serialization.config import ConfigError
-from tokenflow_ext.models.serialization.transformers_folder import first_line
+from tokenflow_ext.models.serialization.transformers_folder import FILES_ALONE, first_line
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
 from . import chat
@@ -30,9 +30,6 @@ from .vision import TokenFlowVisionConfig, TokenFlowVisionModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-# To every call of transformers that reads a folder.
-FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def build_understanding(

@@ -28,11 +28,17 @@ from transformers import (
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict, without_prefix
-from tokenflow_ext.models.serialization.transformers_folder import first_line, read_header, write
+from tokenflow_ext.models.serialization.transformers_folder import (
+    FILES_ALONE,
+    TEXT_FILES,
+    first_line,
+    read_header,
+    write,
+)
 from tokenflow_ext.models.tokenizer import original_checkpoint as tokenizer_checkpoint
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
-from .build import FILES_ALONE, assemble, image_token_id
+from .build import assemble, image_token_id
 from .names import DTYPES
 from .vision import TokenFlowVisionConfig, TokenFlowVisionModel
 
@@ -47,8 +53,6 @@ PROJECTOR = {
 _LANGUAGE = "model.language_model."
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "model.embed_tokens.weight"
-#: One of these is in a folder that has a text tokenizer.
-TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FAMILIES = ("qwen2", "qwen3", "llama")
 # What the original programs say of the parts that are the same in every release.
 _FIXED = {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}

@@ -296,12 +296,9 @@ class Listed:
             if missing is not None:
                 left.add("conversations whose picture is not there", missing)
                 continue
-            if writer.form == "plain" and len(found.turns) > 2:
-                left.add("conversations of several turns, in the plain form", found.name)
-                continue
-            least = _least(found, writer)
-            if least > length and (least := len(writer(found.turns)[0])) > length:
-                left.add(f"conversations of more than {length} ids", f"{found.name}: {least}")
+            least, why = _room(found, writer, length)
+            if why:
+                left.add(f"conversations {why}", f"{found.name}: {least}" if least else found.name)
                 continue
             self.conversations.append(found)
             self.lengths.append(least)
@@ -364,11 +361,18 @@ def _pixels(image: Image.Image, size: int, pad: bool) -> Tensor:
     return torch.from_numpy(to_pixels(image, size, pad))
 
 
-def _least(found: Conversation, writer: Writer) -> int:
-    """A bound for its ids, from its bytes: no id is of less than one."""
+def _room(found: Conversation, writer: Writer, length: int) -> tuple[int, str]:
+    """Its ids, or a bound for them where that fits, and why it cannot be used ("": it can)."""
+    if writer.form == "plain" and len(found.turns) > 2:
+        return 0, "of several turns, in the plain form"
     parts = pieces(found.turns, writer.form, writer.text.eos_token or "", writer.system)
+    # No id is of less than a byte.
     said = sum(len(part.text.encode("utf-8", "surrogatepass")) for part in parts)
-    return said + 2 + len(found.pictures) * writer.visual_tokens
+    bound = said + 2 + len(found.pictures) * writer.visual_tokens
+    if bound <= length:
+        return bound, ""
+    count = len(writer(found.turns)[0])
+    return count, f"of more than {length} ids" * (count > length)
 
 
 class ListedShards(webdataset.Shards):
@@ -414,12 +418,8 @@ class ListedShards(webdataset.Shards):
             return "", "whose JSON cannot be read"
         if found is None:
             return "", why
-        if self.writer.form == "plain" and len(found.turns) > 2:
-            return "", "with several turns, in the plain form"
-        least = _least(found, self.writer)
-        if least > self.length and len(self.writer(found.turns)[0]) > self.length:
-            return "", f"with conversations of more than {self.length} ids"
-        return text, ""
+        _, why = _room(found, self.writer, self.length)
+        return ("", f"with conversations {why}") if why else (text, "")
 
     def conversation(self, path: Path, number: int) -> Conversation:
         """What is said of the picture of that number in a shard."""

@@ -13,10 +13,9 @@ from transformers import GenerationConfig, TextStreamer
 
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.models.understanding.chat import IMAGE
+from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.tasks.understanding import load_understanding
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Message = dict[str, str]
 """{"role": "user" or "assistant", "content": a text with ``<image>`` where a picture stands}."""
@@ -39,7 +38,7 @@ class Answerer:
         if dtype not in DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         model, self.processor = load_understanding(place)
-        self.model = cast(Any, model.eval()).to(device=device, dtype=DTYPES[dtype])
+        self.model = cast(Any, model.eval()).to(device=device, dtype=getattr(torch, dtype))
         self.device = device
         self.processor.tokenizer.padding_side = "left"  # answers begin side by side
 

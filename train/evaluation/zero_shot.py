@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from tokenflow_ext.models import WeightsError
-from tokenflow_ext.models.serialization.transformers_folder import first_line
+from tokenflow_ext.models.serialization.transformers_folder import FILES_ALONE
+from tokenflow_ext.train.tasks.language import reading
 
 PROMPT = "a photo of a {}."
 WANTED = (
@@ -28,19 +29,13 @@ def name_embeddings(folder: str, names: Sequence[str]) -> np.ndarray:
     Raises:
         WeightsError: no such folder, or one of another model.
     """
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection, logging
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     if not (Path(folder) / "config.json").is_file():
         raise WeightsError(f"no CLIP at {folder}: wanted is {WANTED}")
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        text = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tower = CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
-    except Exception as error:  # transformers raises many kinds
-        raise WeightsError(f"cannot load CLIP at {folder}: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(before)
+    with reading(f"CLIP at {folder}", WeightsError):
+        text = AutoTokenizer.from_pretrained(folder, **FILES_ALONE)
+        tower = CLIPTextModelWithProjection.from_pretrained(folder, **FILES_ALONE).eval()
     prompts = [PROMPT.format(name.replace("_", " ")) for name in names]
     given = text(prompts, padding=True, return_tensors="pt")
     ids = {key: given[key] for key in ("input_ids", "attention_mask")}

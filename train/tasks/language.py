@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tokenflow_ext.models import BackboneConfig, CheckpointError, ConfigError, WeightsError
 from tokenflow_ext.models.serialization.files import check_regular, inside, read_json
 from tokenflow_ext.models.serialization.pretrained import not_finite
-from tokenflow_ext.models.serialization.transformers_folder import first_line
+from tokenflow_ext.models.serialization.transformers_folder import (
+    FILES_ALONE,
+    TEXT_FILES,
+    first_line,
+)
 from tokenflow_ext.models.text_to_image.sequence import FAMILIES, check_header
 from tokenflow_ext.train.data.text_files import say
 
@@ -22,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT_FOLDER = "text_tokenizer"
-# To every call of transformers that reads a folder.
-_FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
-_TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _SHOWN = 5  # names that a message spells out
 
@@ -40,7 +41,7 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         ConfigError: a model of another family, or with something that is not supported.
     """
     given = Path(path)
-    options: dict[str, Any] = dict(_FILES_ALONE)
+    options: dict[str, Any] = dict(FILES_ALONE)
     if given.suffix == ".gguf":
         missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
         if missing:
@@ -100,8 +101,8 @@ def _check_folder(folder: Path) -> None:
         raise WeightsError(
             f"{folder} holds an adapter of another model: merge the two and save the result"
         )
-    if not any((folder / name).is_file() for name in _TEXT_FILES):
-        raise WeightsError(f"{folder} holds no text tokenizer: none of {', '.join(_TEXT_FILES)}")
+    if not any((folder / name).is_file() for name in TEXT_FILES):
+        raise WeightsError(f"{folder} holds no text tokenizer: none of {', '.join(TEXT_FILES)}")
 
 
 def _check_files(folder: Path, error: Callable[[str], Exception]) -> None:
@@ -221,4 +222,4 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with reading(place, CheckpointError):
-        return AutoTokenizer.from_pretrained(place, **_FILES_ALONE)
+        return AutoTokenizer.from_pretrained(place, **FILES_ALONE)

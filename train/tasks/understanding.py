@@ -24,10 +24,9 @@ from transformers import (
 from tokenflow_ext.models import CheckpointError
 from tokenflow_ext.models.serialization.files import brief, read_json
 from tokenflow_ext.models.serialization.pretrained import WEIGHTS_FILE
-from tokenflow_ext.models.serialization.transformers_folder import HEADER
+from tokenflow_ext.models.serialization.transformers_folder import FILES_ALONE, HEADER
 from tokenflow_ext.models.understanding import chat
 from tokenflow_ext.models.understanding.build import (
-    FILES_ALONE,
     assemble,
     build_processor,
     build_understanding,
