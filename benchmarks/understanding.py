@@ -23,6 +23,7 @@ from benchmarks import machine
 from benchmarks.tables import Table
 from tokenflow_ext.errors import TokenFlowError
 from tokenflow_ext.train import tokenizer, understanding
+from tokenflow_ext.train.cli.commands.tokenize import tokenize
 from tokenflow_ext.train.config import (
     UnderstandingConfig,
     load_config,
@@ -71,7 +72,7 @@ QUIET = ("output.tensorboard=no", "output.progress=no", "output.keep=1")
 
 
 def train_tokenizer(name: str, out: Path, steps: int, group: Processes) -> None:
-    """Train one of the tokenizers, where that has not been done."""
+    """Train one of the tokenizers and write the pictures' tokens, where that has not been done."""
     run, data = out / f"tokenizer_{name}", out / "easy-vqa"
     often = [f"output.{what}_every={steps}" for what in ("eval", "picture", "checkpoint")]
     config = load_config(
@@ -81,6 +82,13 @@ def train_tokenizer(name: str, out: Path, steps: int, group: Processes) -> None:
     )  # fmt: skip
     if not (run / "summary.json").is_file():
         tokenizer.train(config, group, resume=True)
+    with group.together():
+        if group.first:
+            tokenize(str(data), str(run), str(_tokens(name, out)))
+
+
+def _tokens(tokenizer_name: str, out: Path) -> Path:
+    return out / f"tokens_{tokenizer_name}"
 
 
 def configuration(
@@ -90,6 +98,8 @@ def configuration(
     often = [f"output.{what}_every={steps}" for what in ("eval", "picture", "checkpoint")]
     data = out / "easy-vqa"
     window = ["model.window=1"] if row.features in ("full", "residual") else []
+    # Before quantization there are no tokens: pictures are read.
+    tokens = "null" if row.features == "continuous" else str(_tokens(row.tokenizer, out))
     return load_understanding_config(
         CONFIGS / "easy_vqa.yaml",
         [
@@ -101,8 +111,8 @@ def configuration(
             *QUIET,
             f"data.path={data / 'train.json'}",
             f"data.held_out={data / 'test.json'}",
-            "data.tokens=null",
-            "data.held_out_tokens=null",
+            f"data.tokens={tokens}",
+            f"data.held_out_tokens={tokens}",
             "data.cache=4096",
             f"model.features={row.features}",
             *window,
@@ -111,18 +121,23 @@ def configuration(
     )
 
 
-def run_row(row: Row, config: UnderstandingConfig, group: Processes) -> dict[str, Any]:
+def run_row(
+    row: Row, config: UnderstandingConfig, questions: int, group: Processes
+) -> dict[str, Any]:
     """Train and evaluate a row, or read what an earlier call found."""
     from tokenflow_ext.train.evaluation import understanding as evaluation
 
     result = Path(config.run) / RESULT
     if not result.is_file():
         summary = understanding.train(config, group, resume=True)
-        questions, known = str(config.data.held_out), config.data.path
-        found = evaluation.evaluate(config.run, questions, group, train=known, batch=128)
+        asked, known = str(config.data.held_out), config.data.path
+        found = evaluation.evaluate(
+            config.run, asked, group, train=known, limit=questions, batch=128
+        )
         facts = {
             "right": {kind: value["right"] for kind, value in found.report["right"].items()},
             "floor": {kind: value["right"] for kind, value in found.report["floor"].items()},
+            "questions": found.report["data"]["questions"],
             "steps": summary["steps"],
             "seconds": summary["seconds"],
         }
@@ -162,7 +177,8 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         lines += [f"## {table.title}", "", *table.lines(), ""]
     seeds = sorted({found["seed"] for found in results})
     lines += [
-        f"- exact matches in percent on easy-VQA's test questions, {len(seeds)} seed(s); "
+        f"- exact matches in percent on {results[0]['questions']} of easy-VQA's test questions, "
+        f"evenly chosen, {len(seeds)} seed(s); "
         f"{results[0]['steps']} steps each, the tokenizers {facts['tokenizer_steps']}"
         + "".join(f"; {override}" for override in facts["overrides"]),
         "- rows on several grids have no neighbourhoods (model.window=1), the others 3 x 3",
@@ -177,7 +193,7 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
 
 
 def run(
-    rows: Sequence[Row], seeds: int, out: Path, steps: int, tokenizer_steps: int,
+    rows: Sequence[Row], seeds: int, out: Path, steps: int, tokenizer_steps: int, questions: int,
     overrides: Sequence[str], command: str, group: Processes,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every row with every seed; writes table.md and results.json after each."""
@@ -198,7 +214,7 @@ def run(
     results: list[dict[str, Any]] = []
     for part in configs:
         for row, config in zip(rows, part, strict=True):
-            results.append(run_row(row, config, group))
+            results.append(run_row(row, config, questions, group))
             facts = shared | {
                 "processes": group.world,
                 "command": command,
@@ -237,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--tokenizer-steps", type=int, default=700, help="of a tokenizer [%(default)s]"
     )
     parser.add_argument(
+        "--questions", type=int, default=3000, help="of the test that are asked [%(default)s]"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/understanding-compared"),
@@ -245,13 +264,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     known, overrides = parser.parse_known_args(given)
     rows = [ROWS[name] for name in known.rows]
-    if not rows or known.seeds < 1:
-        parser.error("no row: name some with --rows, and one seed or more with --seeds")
+    if not rows or known.seeds < 1 or known.questions < 1:
+        parser.error("nothing to do: it takes a row, a seed and a question or more of each")
     command = shlex.join(["python", "-m", "benchmarks.understanding", *given])
     try:
         with processes("cpu") as group:
-            run(rows, known.seeds, known.out, known.steps, known.tokenizer_steps, overrides,
-                command, group)  # fmt: skip
+            run(rows, known.seeds, known.out, known.steps, known.tokenizer_steps, known.questions,
+                overrides, command, group)  # fmt: skip
             if group.first:
                 print((known.out / "table.md").read_text())
                 print(f"{known.out / 'table.md'}, results.json")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks import understanding
 from tokenflow_ext.models import TokenizerConfig
-from tokenflow_ext.train.config import load_config
+from tokenflow_ext.train.config import load_config, load_understanding_config
 from tokenflow_ext.train.data import easy_vqa
 
 COLOURS = ("red", "teal", "blue")
@@ -80,6 +80,8 @@ def test_a_table_of_every_seed(out, capsys, monkeypatch):
     cell = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     assert f"| pixel codebook alone | {cell}" in table
     assert "| without looking      | 50.0 " in table
+    run = load_understanding_config(out / "pixel_last_0" / "config.yaml")
+    assert run.data.tokens == run.data.held_out_tokens == str(out / "tokens_pixel")
     # What is there is kept.
     result = out / "pixel_last_0" / "result.json"
     before = result.stat().st_mtime_ns
@@ -107,7 +109,8 @@ def test_every_row_has_its_own_run_but_the_repeated_one():
 
 
 def test_bad_settings(tmp_path):
-    with pytest.raises(SystemExit):
-        understanding.main(["--seeds", "0"])
+    for nothing in (["--seeds", "0"], ["--questions", "0"], ["--rows"]):
+        with pytest.raises(SystemExit):
+            understanding.main(nothing)
     with pytest.raises(SystemExit, match=r"error: .*optim"):
         understanding.main(["--out", str(tmp_path / "o"), "optim.none=1"])
