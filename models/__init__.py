@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_when_imported
 from .serialization.config import CheckpointError, ConfigError
 from .text_to_image.model import TextToImage, TextToImageOutput
 from .text_to_image.rope import RopeConfig
@@ -24,7 +25,6 @@ from .tokenizer.model import TokenFlowTokenizer, TokenizerOutput
 from .torchvision_shim import register
 from .towers.config import TowerConfig
 from .towers.teachers import WeightsError
-from .understanding.registration import register_when_imported
 
 if TYPE_CHECKING:
     from .understanding.build import build_processor, build_understanding
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         load_released_understanding,
         save_released_understanding,
     )
+    from .unified.build import as_text_to_image, build_unified
 
 register()  # before any import of torchvision, on whichever way
 register_when_imported()
@@ -53,8 +54,10 @@ __all__ = [
     "TokenizerOutput",
     "TowerConfig",
     "WeightsError",
+    "as_text_to_image",
     "build_processor",
     "build_understanding",
+    "build_unified",
     "encode_prompts",
     "load_released_understanding",
     "save_released_understanding",
@@ -62,14 +65,16 @@ __all__ = [
 
 # They need transformers, which takes seconds to import.
 _LATER = {
-    "build_processor": "build",
-    "build_understanding": "build",
-    "load_released_understanding": "original_checkpoint",
-    "save_released_understanding": "original_checkpoint",
+    "as_text_to_image": "unified.build",
+    "build_processor": "understanding.build",
+    "build_understanding": "understanding.build",
+    "build_unified": "unified.build",
+    "load_released_understanding": "understanding.original_checkpoint",
+    "save_released_understanding": "understanding.original_checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".understanding.{_LATER[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from .sequence import ACTIVATIONS, BackboneConfig
+from .sequence import ACTIVATIONS, BackboneConfig, TextToImageConfig
 
 QK_NORM_EPS = 1e-6
 
@@ -190,27 +190,28 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embeddings, layers and last norm, with random weights.
-
-    :class:`TextToImage` runs its parts and adds those that only it has: projector, embeddings of
-    scales and positions.
+    """Everything below the head, with random weights: embeddings, layers and last norm, and for
+    images the projector and the embeddings of scales and positions. :class:`TextToImage` runs them.
     """
 
-    mm_projector: nn.Sequential
-    lvl_embed: nn.Embedding
-    pos_1LC: nn.Parameter
-
-    def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
+    def __init__(self, config: TextToImageConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-        layers = (Layer(config, number) for number in range(config.num_hidden_layers))
+        self.config = shape = config.backbone
+        hidden = shape.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        layers = (Layer(shape, number) for number in range(shape.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.config = config
+        self.norm = RMSNorm(hidden, shape.rms_norm_eps)
         self.reset_parameters()
+        self.mm_projector = nn.Sequential(
+            nn.Linear(config.feature_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+        self.lvl_embed = nn.Embedding(len(config.scales) + 1, hidden)
+        self.pos_1LC = nn.Parameter(torch.empty(config.image_tokens, hidden))
 
     def reset_parameters(self) -> None:
-        """Weights normal with the configuration's deviation, biases 0; norms reset themselves."""
+        """Weights of what text runs through: normal with the configuration's deviation, biases 0;
+        norms reset themselves."""
         for module in (self.embed_tokens, *self.layers.modules()):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)

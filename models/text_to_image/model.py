@@ -128,15 +128,8 @@ class TextToImage(nn.Module):
         self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
         self._session: Session | None = None
 
-        backbone = config.backbone
-        self.model = Backbone(backbone, config.vocab_size)
-        hidden = backbone.hidden_size
-        self.model.mm_projector = nn.Sequential(
-            nn.Linear(config.feature_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-        )
-        self.model.lvl_embed = nn.Embedding(len(config.scales) + 1, hidden)
-        self.model.pos_1LC = nn.Parameter(torch.empty(config.image_tokens, hidden))
-        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.backbone.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

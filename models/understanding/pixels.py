@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
+from tokenflow_ext.models.registration import register
 from tokenflow_ext.models.serialization.config import need
 from tokenflow_ext.models.serialization.files import shown
 
-from .registration import register
 from .squares import to_pixels
 
 

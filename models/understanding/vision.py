@@ -5,7 +5,7 @@ What the features are is arXiv 2412.03069, section 4.3 and table 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import TransformersKwargs  # type: ignore[attr-defined]
 
 from tokenflow_ext import MultiScaleQuantizer
+from tokenflow_ext.models.registration import register
 from tokenflow_ext.models.serialization.config import ConfigError, need
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.tokenizer.config import TokenizerConfig
@@ -23,7 +24,6 @@ from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.models.towers.towers import PixelNorm
 
 from .names import DTYPES, FEATURES, WINDOWS
-from .registration import register
 
 # Arguments of a language model that transformers' LLaVA passes to its vision model too.
 _OF_OTHER_PARTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "use_cache"}
@@ -92,7 +92,7 @@ class TokenFlowVisionConfig(PreTrainedConfig):
             f"hidden_size must be {self.hidden_size} for these features, got {shown(hidden_size)}",
         )
         self.image_size = tokenizer.image_size
-        super().__init__(**_without(options, "image_size", tokenizer.image_size))
+        super().__init__(**without(options, "the tokenizer's", image_size=tokenizer.image_size))
 
     @property
     def tokenizer_config(self) -> TokenizerConfig:
@@ -108,12 +108,27 @@ class TokenFlowVisionConfig(PreTrainedConfig):
         return config.grid**2
 
 
-def _without(options: dict[str, Any], name: str, expected: Any) -> dict[str, Any]:
-    """Options without a value that a saved configuration repeats."""
+def without(options: dict[str, Any], whose: str, **expected: Any) -> dict[str, Any]:
+    """Options without the values that a saved configuration repeats.
+
+    Raises:
+        ConfigError: another value than is expected; saying whose that is.
+    """
     left = dict(options)
-    found = left.pop(name, expected)
-    need(found == expected, f"{name} must be {expected}, the tokenizer's, got {shown(found)}")
+    for name, value in expected.items():
+        found = left.pop(name, value)
+        need(found == value, f"{name} must be {value}, {whose}, got {shown(found)}")
     return left
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """That arguments of a part are those that LLaVA hands on to all of its parts.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    if unknown := sorted(options.keys() - _OF_OTHER_PARTS):
+        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
 
 
 class TokenFlowVisionModel(PreTrainedModel):
@@ -203,8 +218,7 @@ class TokenFlowVisionModel(PreTrainedModel):
             TypeError, ValueError: pixels or tokens of another shape or type, or an option that is
                 not one of those.
         """
-        if unknown := sorted(options.keys() - _OF_OTHER_PARTS):
-            raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
+        check_options(options)
         device = pixel_values.device.type
         with torch.autocast(device, enabled=False):
             if pixel_values.is_floating_point():

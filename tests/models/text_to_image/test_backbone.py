@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenflow_ext.models import BackboneConfig
+from tokenflow_ext.models import BackboneConfig, TextToImageConfig
 from tokenflow_ext.models.text_to_image.backbone import Backbone, rotary
 from tokenflow_ext.models.text_to_image.rope import RopeConfig
 
@@ -16,6 +16,11 @@ VARIANTS = {
     "scaled": {"rope": RopeConfig("dynamic", factor=2.0), "hidden_act": "gelu_pytorch_tanh"},
     "far": {"rope_theta": 33.0, "num_key_value_heads": 0, "hidden_act": "swish"},
 }
+
+
+def backbone(config, vocabulary):
+    """With a vocabulary of that size in all."""
+    return Backbone(TextToImageConfig(config, vocabulary - 2, 1, 6, (1, 2), 4))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -38,13 +43,16 @@ def test_a_whole_model_of_transformers(variant):
         for name, weight in theirs.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 weight.uniform_(0.5, 1.5)
-    ours = Backbone(config, 50)
+    ours = backbone(config, 50)
     for layer in ours.layers:  # theirs has no such norms, but for Qwen3's
         if layer.self_attn.qknorm is not None:
             layer.self_attn.qknorm = nn.ModuleDict(
                 {"query_norm": nn.Identity(), "key_norm": nn.Identity()}
             )
-    ours.load_state_dict(theirs.state_dict())  # every name is the same
+    found = ours.load_state_dict(theirs.state_dict(), strict=False)  # every name is the same
+    assert not found.unexpected_keys
+    parts = {key.split(".")[0] for key in found.missing_keys}
+    assert parts == {"mm_projector", "lvl_embed", "pos_1LC"}  # of images
     ids = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids).last_hidden_state
@@ -66,7 +74,7 @@ def test_groups_with_and_without_a_mask():
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    attention = Backbone(config, 4).layers[0].self_attn.double()
+    attention = backbone(config, 4).layers[0].self_attn.double()
     x = torch.randn(2, 6, 32, dtype=torch.float64)
     turns = rotary(config, 6, x)
     everything = torch.ones(6, 6, dtype=torch.bool)

@@ -15,30 +15,41 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _PACKAGE = "transformers"
-_MODULES = tuple(f"{__package__}.{name}" for name in ("vision", "pixels"))
+_CLASSES = {  # what has to be there, by module
+    f"{__package__}.understanding.vision": "TokenFlowVisionModel",
+    f"{__package__}.understanding.pixels": "TokenFlowImageProcessor",
+    f"{__package__}.unified.language_model": "TokenFlowForCausalLM",
+}
 
 
 def register() -> None:
     """Registers now what transformers' Auto classes have to know. Imports transformers.
 
-    Where this is called while one of our two modules is being imported, as happens when that import
-    is the first of transformers, nothing is done: the module calls again at its end.
+    Where this is called while one of our modules is being imported, as happens when that import is
+    the first of transformers, nothing is done: the module calls again at its end.
     """
-    for name in _MODULES:
+    for name in _CLASSES:
         if name not in sys.modules:
             importlib.import_module(name)
-    vision, pixels = (sys.modules[name] for name in _MODULES)
-    if not hasattr(vision, "TokenFlowVisionModel") or not hasattr(
-        pixels, "TokenFlowImageProcessor"
-    ):
+    modules = [sys.modules[name] for name in _CLASSES]
+    if not all(map(hasattr, modules, _CLASSES.values())):
         return
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
 
-    config, model = vision.TokenFlowVisionConfig, vision.TokenFlowVisionModel
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
+    vision, pixels, text = modules
+    for config, model in (
+        (vision.TokenFlowVisionConfig, vision.TokenFlowVisionModel),
+        (text.TokenFlowTextConfig, text.TokenFlowTextModel),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(
+        text.TokenFlowTextConfig, text.TokenFlowForCausalLM, exist_ok=True
+    )
     AutoImageProcessor.register(
-        config, slow_image_processor_class=pixels.TokenFlowImageProcessor, exist_ok=True
+        vision.TokenFlowVisionConfig,
+        slow_image_processor_class=pixels.TokenFlowImageProcessor,
+        exist_ok=True,
     )
 
 

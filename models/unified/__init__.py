@@ -1,0 +1,1 @@
+"""One transformer both ways: text to image and understanding with the same weights."""
