@@ -5,7 +5,7 @@ What the features are is arXiv 2412.03069, section 4.3 and table 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import TransformersKwargs  # type: ignore[attr-defined]
 
 from tokenflow_ext import MultiScaleQuantizer
 from tokenflow_ext.models.registration import register
@@ -23,10 +22,9 @@ from tokenflow_ext.models.tokenizer.config import TokenizerConfig
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.models.towers.towers import PixelNorm
 
+from .arguments import check_options, without
 from .names import DTYPES, FEATURES, WINDOWS
 
-# Arguments of a language model that transformers' LLaVA passes to its vision model too.
-_OF_OTHER_PARTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "use_cache"}
 _TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
@@ -106,29 +104,6 @@ class TokenFlowVisionConfig(PreTrainedConfig):
         if self.features in ("full", "residual"):
             return sum(side * side for side in config.quantizer.scales)
         return config.grid**2
-
-
-def without(options: dict[str, Any], whose: str, **expected: Any) -> dict[str, Any]:
-    """Options without the values that a saved configuration repeats.
-
-    Raises:
-        ConfigError: another value than is expected; saying whose that is.
-    """
-    left = dict(options)
-    for name, value in expected.items():
-        found = left.pop(name, value)
-        need(found == value, f"{name} must be {value}, {whose}, got {shown(found)}")
-    return left
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """That arguments of a part are those that LLaVA hands on to all of its parts.
-
-    Raises:
-        TypeError: naming the first that is not.
-    """
-    if unknown := sorted(options.keys() - _OF_OTHER_PARTS):
-        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
 
 
 class TokenFlowVisionModel(PreTrainedModel):

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from tokenflow_ext.models.registration import register
 from tokenflow_ext.models.text_to_image.backbone import Backbone, rotary
 from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig
-from tokenflow_ext.models.understanding.vision import check_options, without
+from tokenflow_ext.models.understanding.arguments import check_options, without
 
 
 class TokenFlowTextConfig(PreTrainedConfig):

@@ -9,7 +9,8 @@ LLaVA's form is read: a list, or a line each, of
                                                     {"from": "gpt", "value": "A cat."}, ...]}
 
 ``image`` may be missing, or a list. ``weight`` says how much oftener than once a round a
-conversation comes, and ``kind`` of what sort the question is. A folder of WebDataset shards has the
+conversation comes, ``kind`` of what sort the question is, and ``caption`` what the picture shows.
+A folder of WebDataset shards has the
 same in the ``.json`` beside each picture.
 """
 
@@ -58,6 +59,7 @@ class Conversation(NamedTuple):
         turns: the user's and the assistant's, with ``<image>`` where a picture stands.
         weight: how much oftener than once a round it comes.
         kind: of what sort the question is; "" where that is not said.
+        caption: what the picture shows; "" where that is not said.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Conversation(NamedTuple):
     turns: tuple[Turn, ...]
     weight: float = 1.0
     kind: str = ""
+    caption: str = ""
 
 
 class Example(NamedTuple):
@@ -136,11 +139,12 @@ def parse(entry: Any, number: int, one_picture: bool = False) -> tuple[Conversat
     weight = entry.get("weight", 1.0)
     if type(weight) not in (int, float) or not 0 <= weight < 1e6:
         return None, "whose weight is no number of 0 or more"
-    kind = entry.get("kind", "")
-    if not isinstance(kind, str):
-        return None, "whose kind is no text"
+    known = {key: entry.get(key, "") for key in ("kind", "caption")}
+    for key, value in known.items():
+        if not isinstance(value, str):
+            return None, f"whose {key} is no text"
     tidy = tuple(Turn(turn.role, _in_front(turn.text)) for turn in turns)
-    return Conversation(name, tuple(names), tidy, float(weight), kind), ""
+    return Conversation(name, tuple(names), tidy, float(weight), **known), ""
 
 
 def _in_front(text: str) -> str:
@@ -265,6 +269,7 @@ class Listed:
         pad: whether pictures are padded to squares.
         known: tokens of pictures by name, in the place of the files.
         cache: MiB of pixels that are kept.
+        choice: which of them are meant; None is all.
 
     Raises:
         DataError: no file, or no conversation in it that can be used.
@@ -280,6 +285,7 @@ class Listed:
         pad: bool,
         known: Mapping[str, Tensor] | None = None,
         cache: int = ConversationConfig.cache,
+        choice: Choice | None = None,
     ) -> None:
         self.path, self.images = path, path.parent if images is None else images
         self.writer, self.size, self.pad, self.known = writer, size, pad, known
@@ -295,6 +301,9 @@ class Listed:
             missing = next((x for x in found.pictures if not self._there(x, there)), None)
             if missing is not None:
                 left.add("conversations whose picture is not there", missing)
+                continue
+            if choice is not None and (why := choice(found)):
+                left.add(f"conversations {why}", found.name)
                 continue
             least, why = _room(found, writer, length)
             if why:
@@ -446,6 +455,8 @@ class ListedShards(webdataset.Shards):
 
 
 Source = Listed | ListedShards
+Choice = Callable[[Conversation], str]
+"""Why a conversation is not meant; "" where it is."""
 
 
 class Conversations(Dataset[Any]):
@@ -512,6 +523,7 @@ def open_source(
     config: ConversationConfig,
     joint: int,
     seed: int,
+    choice: Choice | None = None,
 ) -> Source:
     """The conversations at ``path``: a file, or a folder of shards.
 
@@ -519,12 +531,15 @@ def open_source(
         images: the folder of a file's pictures; None is its own.
         known: a folder with the pictures' tokens, in their place.
         form: what the tokenizer wants of them.
+        choice: which of a file's are meant.
 
     Raises:
         DataError: see the classes.
     """
     place = Path(path)
     if place.is_dir():
+        if choice is not None:
+            raise DataError(f"{place} holds shards, of which all are read: none can be held out")
         if images is not None or known is not None:
             raise DataError(f"{place} holds shards, which have their pictures inside")
         if not webdataset.list_shards(place):
@@ -547,6 +562,7 @@ def open_source(
         config.pad,
         named,
         config.cache,
+        choice,
     )
 
 

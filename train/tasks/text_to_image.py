@@ -16,7 +16,7 @@ from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import CheckpointError, TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image.backbone import Layer
 from tokenflow_ext.models.text_to_image.model import TextToImage
-from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig, encode_prompts
+from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import TextConfig
 from tokenflow_ext.train.data import captions, tokens
@@ -28,6 +28,7 @@ from tokenflow_ext.train.engine.optimization import PRECISIONS, OptimizedModel, 
 from tokenflow_ext.train.engine.random_state import seed_generators, undrawn
 from tokenflow_ext.train.engine.task import Task
 
+from .drawing import Drawing, held_out_source
 from .language import TEXT_FOLDER, load_language_model, load_text_tokenizer, make_text_tokenizer
 
 _CAPTIONS = 100_000  # of which a text tokenizer is made, at most
@@ -60,7 +61,7 @@ class TextToImageTask(Task):
         )
         self.dataset = captions.Captioned(config.data.path, form, config.data, joint, config.seed)
         seed_generators(config.seed, 0)
-        model, self.text_tokenizer = self._build(image_tokenizer, start, resuming)
+        model, text = self._build(image_tokenizer, start, resuming)
         if config.model.checkpointing:
             for layer in model.model.layers:
                 cast(Layer, layer).checkpointing = True
@@ -77,19 +78,13 @@ class TextToImageTask(Task):
         self.ema = None
         if optim.ema_decay > 0:
             self.ema = EMA(dict(self.model.named_parameters()), optim.ema_decay)
+        self.drawing = Drawing(self.model, text, group, self.partition.local, self._autocast)
         sets = {"known": self.dataset.source}
-        held_out = None
-        if config.data.unseen:
-            choice = captions.Choice(config.data.match, config.data.unseen, held_out=True)
-            held_out = config.data.path, choice
-        elif config.data.held_out is not None:
-            held_out = config.data.held_out, captions.Choice()
-        if held_out is not None:
-            folder, choice = held_out
-            sets["held_out"] = captions.open_source(
-                folder, form, config.data, joint, config.seed, choice
-            )
-        self.evaluated = {name: self._fixed(source) for name, source in sets.items()}
+        if (held_out := held_out_source(config.data, form, joint, config.seed)) is not None:
+            sets["held_out"] = held_out
+        self.evaluated = {
+            name: self.drawing.some(source, config.data.evaluated) for name, source in sets.items()
+        }
 
     # -- the model --------------------------------------------------------------------------------
 
@@ -132,39 +127,20 @@ class TextToImageTask(Task):
 
     # -- a step -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _tokens(self, pictures: Tensor) -> Tensor:
-        """Images to tokens, tokens as they are; [B, L]."""
-        pictures = pictures.to(self.group.device, non_blocking=True)
-        if not pictures.is_floating_point():
-            return pictures
-        return self.model.tokenizer.encode(pictures)
-
-    def _prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, valid = encode_prompts(texts, self.text_tokenizer, self.model.config)
-        return ids.to(self.group.device), valid.to(self.group.device)
-
     def batches(self, position: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Prompts [B, T], which of their positions are no padding [B, T], and tokens [B, L]."""
+        """What the model takes: prompts, tokens, which positions of the prompts are no padding."""
         workers = self.config.data.workers
         loader = data.loader(self.dataset, self.partition, position, workers, captions.collate)
-        for pictures, texts in loader:
-            yield *self._prompts(texts), self._tokens(pictures)
+        for collated in loader:
+            yield self.drawing.batch(collated)
 
     def micro_step(self, batch: tuple[Tensor, Tensor, Tensor], step: int) -> dict[str, Tensor]:
-        ids, valid, target = batch
         with self._autocast():
-            loss = self.transformer.parallel(ids, target, valid).loss
+            loss = self.transformer.parallel(*batch).loss
         self.transformer.backward(loss)
         return {"loss": loss}
 
     # -- what people see --------------------------------------------------------------------------
-
-    def _fixed(self, source: Any) -> tuple[Tensor, list[str]]:
-        """Tokens and captions of pairs spread evenly over a source."""
-        pictures, texts = captions.collate(captions.some(source, self.config.data.evaluated))
-        parts = [self._tokens(part).cpu() for part in pictures.split(self.partition.local)]
-        return torch.cat(parts), texts
 
     def evaluate(self) -> dict[str, float]:
         """Cross-entropy and share of right tokens, each token predicted from the true ones before.
@@ -173,51 +149,20 @@ class TextToImageTask(Task):
         """
         values: dict[str, float] = {}
         for name, (target, texts) in self.evaluated.items():
-            loss, accuracy = self._score(target, texts)
+            loss, accuracy = self.drawing.score(target, texts)
             values |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         return values
 
-    def _score(self, known: Tensor, texts: list[str]) -> tuple[float, float]:
-        group, local = self.group, self.partition.local
-        sums = torch.zeros(3, dtype=torch.float64, device=group.device)
-        for start in range(0, len(texts), local * group.world):
-            # A process without a share still takes part: its weights may be needed elsewhere.
-            own = range(start + group.rank * local, start + (group.rank + 1) * local)
-            counted = [i for i in own if i < len(texts)]
-            rows = counted or [0]
-            target = known[rows].to(group.device)
-            ids, valid = self._prompts([texts[i] for i in rows])
-            with self._autocast():
-                out = self.model(ids, target, valid)
-            if counted:
-                right = (out.logits.argmax(-1) == target).double().mean()
-                share = torch.stack([out.loss.double(), right, right.new_ones(())])
-                sums += share * len(counted)
-        group.sum_(sums)
-        return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
-
     def pictures(self) -> tuple[Tensor, Tensor]:
         """What the tokenizer makes of training pictures, and what the model draws from captions."""
-        known, texts = self.evaluated["known"]
-        count = min(self.config.output.pictures, len(texts))
-        which = [i * len(texts) // count for i in range(count)]
-        target = known[which].to(self.group.device)
-        ids, valid = self._prompts([texts[i] for i in which])
-        empty, empty_valid = self._prompts([""])
-        drawn = target
-        # Where processes hold all weights, one of them draws; split ones need each other.
-        if self.group.first or self.sharded:
-            drawn = self.model.generate_tokens(
-                ids,
-                empty,
-                attention_mask=valid,
-                negative_attention_mask=empty_valid,
-                sampling=self.config.sample,
-                seed=self.config.seed,
-            )
-        images = [self.model.tokenizer.decode(tokens)[0] for tokens in (target, drawn)]
-        above, below = (image for image in images if image is not None)  # there is a pixel branch
-        return above, below
+        config = self.config
+        return self.drawing.pictures(
+            *self.evaluated["known"],
+            config.output.pictures,
+            config.sample,
+            config.seed,
+            everywhere=self.sharded,  # split weights need each other
+        )
 
     def headline(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -238,7 +183,7 @@ class TextToImageTask(Task):
             model = TextToImage(self.model.config, self.model.tokenizer)
         model.load_state_dict(weights, assign=True)
         model.save_pretrained(folder)
-        self.text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
+        self.drawing.text.save_pretrained(folder / TEXT_FOLDER)
 
     def check(self, path: Path) -> None:
         TextToImage.read_config(path)  # of this version, or refused
@@ -252,7 +197,7 @@ class TextToImageTask(Task):
             )
 
     def restore(self, path: Path) -> None:
-        self.text_tokenizer = load_text_tokenizer(path)
+        self.drawing.text = load_text_tokenizer(path)
 
 
 def text_trainer(config: TextConfig, group: Processes) -> Trainer:

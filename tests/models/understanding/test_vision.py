@@ -212,6 +212,9 @@ FOUND = (
     "from transformers.models.auto.modeling_auto import MODEL_MAPPING\n"
     "from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING\n"
     "assert type(config) in MODEL_MAPPING and type(config) in IMAGE_PROCESSOR_MAPPING\n"
+    "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING\n"
+    "text = type(AutoConfig.for_model('tokenflow_text'))\n"
+    "assert text in MODEL_MAPPING and text in MODEL_FOR_CAUSAL_LM_MAPPING\n"
     "print(type(config).__module__)\n"
 )
 
@@ -227,6 +230,8 @@ FOUND = (
         "from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor\n",
         "from tokenflow_ext.models import build_understanding\n",
         "from tokenflow_ext.models.understanding import original_checkpoint\n",
+        "from tokenflow_ext.models.unified.language_model import TokenFlowForCausalLM\n",
+        "from tokenflow_ext.models import build_unified\n",
         "from tokenflow_ext.train.tasks import understanding\n",
     ],
 )

@@ -1,4 +1,4 @@
-"""One transformer both ways: text as transformers runs it, answers re-derived, drawings as before."""
+"""One transformer both ways: text as transformers runs it, answers re-derived, drawings kept."""
 
 from __future__ import annotations
 

@@ -84,13 +84,13 @@ def test_pictures_are_tokenized_as_shards_are(make, tokens):
 
 def test_a_dropped_caption_is_the_unconditional_prompt(make):
     trainer = make("data.drop=1.0")
-    ids, valid, _ = next(trainer.batches)
-    empty, mask = encode_prompts([""], trainer.task.text_tokenizer, trainer.model.config)
+    ids, _, valid = next(trainer.batches)
+    empty, mask = encode_prompts([""], trainer.task.drawing.text, trainer.model.config)
     assert torch.equal(ids, empty.expand(4, -1))
     assert torch.equal(valid, mask.expand(4, -1))
     cut = make("data.drop=0.0", "data.truncate=1.0")
-    ids, valid, _ = next(cut.batches)
-    text = cut.task.text_tokenizer.decode(ids[0][valid[0]])
+    ids, _, valid = next(cut.batches)
+    text = cut.task.drawing.text.decode(ids[0][valid[0]])
     assert text.endswith("<img>")
     assert "grey" not in text
 

@@ -1,0 +1,135 @@
+"""What a training that predicts pictures' tokens from captions does, whatever else it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenflow_ext.models.text_to_image.model import TextToImage
+from tokenflow_ext.models.text_to_image.sequence import encode_prompts
+from tokenflow_ext.sampler import SamplingConfig
+from tokenflow_ext.train.data import captions
+from tokenflow_ext.train.engine.distributed import Processes
+
+
+class Drawing:
+    """Captions and pictures to what a model learns of them, its evaluation, and what it draws.
+
+    Args:
+        model: it may be trained meanwhile.
+        text: the text tokenizer.
+        local: pairs that a process computes at once.
+        autocast: around forward passes.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        text: Any,
+        group: Processes,
+        local: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.text, self.group = model, text, group
+        self.local, self.autocast = local, autocast
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """Images to tokens, tokens as they are; [B, L]."""
+        pictures = pictures.to(self.group.device, non_blocking=True)
+        if not pictures.is_floating_point():
+            return pictures
+        return self.model.tokenizer.encode(pictures)
+
+    def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts [B, T], and which of their positions are no padding [B, T]."""
+        ids, valid = encode_prompts(texts, self.text, self.model.config)
+        return ids.to(self.group.device), valid.to(self.group.device)
+
+    def batch(self, collated: tuple[Tensor, list[str]]) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`TextToImage.forward` takes: prompts, tokens [B, L], valid positions."""
+        pictures, texts = collated
+        ids, valid = self.prompts(texts)
+        return ids, self.tokens(pictures), valid
+
+    def some(self, source: Any, count: int) -> tuple[Tensor, list[str]]:
+        """Tokens and captions of pairs spread evenly over a source."""
+        pictures, texts = captions.collate(captions.some(source, count))
+        parts = [self.tokens(part).cpu() for part in pictures.split(self.local)]
+        return torch.cat(parts), texts
+
+    def score(self, known: Tensor, texts: list[str]) -> tuple[float, float]:
+        """Cross-entropy and share of right tokens, each predicted from the true ones before (every
+        process calls this).
+
+        Args:
+            known: tokens [N, L] of the captions' pictures.
+        """
+        group, local = self.group, self.local
+        sums = torch.zeros(3, dtype=torch.float64, device=group.device)
+        for start in range(0, len(texts), local * group.world):
+            # A process without a share still takes part: its weights may be needed elsewhere.
+            own = range(start + group.rank * local, start + (group.rank + 1) * local)
+            counted = [i for i in own if i < len(texts)]
+            rows = counted or [0]
+            target = known[rows].to(group.device)
+            ids, valid = self.prompts([texts[i] for i in rows])
+            with self.autocast():
+                out = self.model(ids, target, valid)
+            if counted:
+                right = (out.logits.argmax(-1) == target).double().mean()
+                share = torch.stack([out.loss.double(), right, right.new_ones(())])
+                sums += share * len(counted)
+        group.sum_(sums)
+        return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+
+    def pictures(
+        self,
+        known: Tensor,
+        texts: list[str],
+        count: int,
+        sampling: SamplingConfig,
+        seed: int,
+        everywhere: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """What the image tokenizer makes of ``count`` pictures, and what the model draws from their
+        captions; two of [count, 3, S, S].
+
+        Args:
+            known: tokens [N, L] of the captions' pictures.
+            everywhere: whether every process draws. Where all hold all weights, one of them does.
+        """
+        count = min(count, len(texts))
+        which = [i * len(texts) // count for i in range(count)]
+        target = known[which].to(self.group.device)
+        drawn = target
+        if self.group.first or everywhere:
+            ids, valid = self.prompts([texts[i] for i in which])
+            empty, empty_valid = self.prompts([""])
+            drawn = self.model.generate_tokens(
+                ids,
+                empty,
+                attention_mask=valid,
+                negative_attention_mask=empty_valid,
+                sampling=sampling,
+                seed=seed,
+            )
+        images = [self.model.tokenizer.decode(tokens)[0] for tokens in (target, drawn)]
+        above, below = (image for image in images if image is not None)  # there is a pixel branch
+        return above, below
+
+
+def held_out_source(
+    config: Any, form: captions.Form, joint: int, seed: int
+) -> captions.Pictures | captions.Tokens | captions.Shards | None:
+    """The pairs that a section of captions holds out of training; None where it holds out none."""
+    if config.unseen:
+        choice = captions.Choice(config.match, config.unseen, held_out=True)
+        return captions.open_source(config.path, form, config, joint, seed, choice)
+    if config.held_out is not None:
+        return captions.open_source(config.held_out, form, config, joint, seed, captions.Choice())
+    return None
