@@ -17,6 +17,7 @@ from .reading import (
     load_decoder_config,
     load_text_config,
     load_understanding_config,
+    load_unified_config,
     parse_overrides,
     to_yaml,
 )
@@ -29,6 +30,7 @@ from .understanding import (
     UnderstandingConfig,
     UnderstandingModelConfig,
 )
+from .unified import UnifiedConfig, UnifiedModelConfig
 
 __all__ = [
     "CaptionConfig",
@@ -51,12 +53,15 @@ __all__ = [
     "TrainConfig",
     "UnderstandingConfig",
     "UnderstandingModelConfig",
+    "UnifiedConfig",
+    "UnifiedModelConfig",
     "from_yaml",
     "leaves",
     "load_config",
     "load_decoder_config",
     "load_text_config",
     "load_understanding_config",
+    "load_unified_config",
     "parse_overrides",
     "to_yaml",
 ]

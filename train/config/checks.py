@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from tokenflow_ext.models.losses.discriminators import KINDS as DISCRIMINATORS
@@ -13,7 +14,7 @@ from tokenflow_ext.models.tokenizer.model import PARTS
 
 if TYPE_CHECKING:
     from .decoder import DecoderConfig
-    from .text_to_image import TextConfig
+    from .text_to_image import CaptionConfig, TextConfig
     from .tokenizer import TrainConfig
     from .understanding import UnderstandingConfig
 
@@ -37,6 +38,21 @@ def check_parallel(config: TrainConfig | TextConfig | UnderstandingConfig) -> No
     one_of("parallel", config.parallel, "ddp", "fsdp")
     if config.parallel == "fsdp" and config.optim.precision == "fp16":
         raise ConfigError("optim.precision=fp16 is not for parallel=fsdp: use bf16")
+
+
+def check_captions(section: CaptionConfig, name: str) -> None:
+    """That a section of captions, under this name, says which are meant."""
+    for key in ("match", "unseen"):
+        try:
+            re.compile(getattr(section, key))
+        except re.error as error:
+            raise ConfigError(f"{name}.{key} is no regular expression: {error}") from error
+    if section.unseen and section.held_out is not None:
+        raise ConfigError(f"{name}.unseen and {name}.held_out are two held-out sets: give one")
+    if not section.caption_keys or not all(section.caption_keys):
+        raise ConfigError(f"{name}.caption_keys must name keys, got {list(section.caption_keys)}")
+    if len(section.streams) != 2:
+        raise ConfigError(f"{name}.streams must be two numbers, got {shown(section.streams)}")
 
 
 def check_pixel_losses(config: TrainConfig | DecoderConfig) -> None:
@@ -102,6 +118,14 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"output.{every}_every": (1, _MANY) for every in ("log", "eval", "picture", "checkpoint")},
     "output.keep": (1, 1 << 20),
     "output.pictures": (1, 1 << 12),
+}
+
+
+# A second section of captions has the ranges of the first.
+RANGES |= {
+    key.replace("data.", "drawing.", 1): bounds
+    for key, bounds in RANGES.items()
+    if key.startswith("data.")
 }
 
 

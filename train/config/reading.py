@@ -18,6 +18,7 @@ from .decoder import DecoderConfig
 from .text_to_image import TextConfig
 from .tokenizer import TrainConfig
 from .understanding import UnderstandingConfig
+from .unified import UnifiedConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -112,7 +113,9 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-Config = TypeVar("Config", TrainConfig, DecoderConfig, TextConfig, UnderstandingConfig)
+Config = TypeVar(
+    "Config", TrainConfig, DecoderConfig, TextConfig, UnderstandingConfig, UnifiedConfig
+)
 
 
 def _load(kind: type[Config], path: str | Path | None, overrides: list[str] | None) -> Config:
@@ -166,6 +169,13 @@ def load_understanding_config(
 ) -> UnderstandingConfig:
     """The configuration of an understanding model's run; as :func:`load_config`."""
     return _load(UnderstandingConfig, path, overrides)
+
+
+def load_unified_config(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> UnifiedConfig:
+    """The configuration of a run both ways; as :func:`load_config`."""
+    return _load(UnifiedConfig, path, overrides)
 
 
 def from_yaml(text: str, what: str) -> dict[str, Any]:

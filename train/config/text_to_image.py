@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.models.text_to_image.sequence import BackboneConfig
 from tokenflow_ext.sampler import SamplingConfig
 
-from .checks import check_parallel, check_run, one_of
+from .checks import check_captions, check_parallel, check_run, one_of
 from .sections import OutputConfig
 
 
@@ -104,14 +103,4 @@ class TextConfig:
         one_of("model.attention", self.model.attention, "sdpa", "flex")
         if self.backbone is not None and self.init is not None:
             raise ConfigError("backbone and init are two starts: give one")
-        for name in ("match", "unseen"):
-            try:
-                re.compile(getattr(self.data, name))
-            except re.error as error:
-                raise ConfigError(f"data.{name} is no regular expression: {error}") from error
-        if self.data.unseen and self.data.held_out is not None:
-            raise ConfigError("data.unseen and data.held_out are two held-out sets: give one")
-        if not self.data.caption_keys or not all(self.data.caption_keys):
-            raise ConfigError(
-                f"data.caption_keys must name keys, got {list(self.data.caption_keys)}"
-            )
+        check_captions(self.data, "data")

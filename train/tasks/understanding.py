@@ -80,7 +80,7 @@ class UnderstandingTask(Task):
         if config.model.lora.rank:
             self.adapters = lora.add(model, config.model.lora)
         if config.model.checkpointing:
-            _compute_again(model)
+            self._compute_again(model)
         nn.Module.to(model, group.device)
         self.model: LlavaForConditionalGeneration = model
         self.tower = _tower(self.model)
@@ -99,7 +99,7 @@ class UnderstandingTask(Task):
         self.pad_id = self.text.pad_token_id
         if self.pad_id is None:
             self.pad_id = self.text.eos_token_id or 0
-        known = self._source(section.path, section.images, section.tokens)
+        known = self._source(section.path, section.images, section.tokens, self._choice())
         self.dataset = conversations.Conversations(
             known, section.group_by_length, self.joint, config.seed
         )
@@ -120,7 +120,13 @@ class UnderstandingTask(Task):
             register_fsdp_forward_method(self.model, "generate")
             trained = self._trained()
         self.optimized_model = OptimizedModel(
-            self.model, trained, optim.lr, optim, group, find_unused=known.some_without_picture
+            self.model,
+            trained,
+            optim.lr,
+            optim,
+            group,
+            called=self._called(),
+            find_unused=known.some_without_picture,
         )
         self.optimized = {"model": self.optimized_model}
         self.ema = None
@@ -160,6 +166,23 @@ class UnderstandingTask(Task):
             )
         return model.train(), text
 
+    @staticmethod
+    def _compute_again(model: LlavaForConditionalGeneration) -> None:
+        """Activations are computed again in the backward pass."""
+        # By whichever name transformers has for it.
+        turn_on: Any = getattr(model, "activation_checkpointing_enable", None)
+        if turn_on is None:
+            turn_on = model.gradient_checkpointing_enable
+        turn_on({"use_reentrant": False})
+
+    def _called(self) -> nn.Module | None:
+        """What a training step calls in the place of the model."""
+        return None
+
+    def _choice(self) -> conversations.Choice | None:
+        """Which conversations are trained with."""
+        return None
+
     def _text_tokenizer(self) -> PreTrainedTokenizerBase:
         """A text tokenizer made of the data. What is made of them must not depend on itself: the
         texts are read before there is a writer."""
@@ -172,10 +195,16 @@ class UnderstandingTask(Task):
             text.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
         return text
 
-    def _source(self, path: str, images: str | None, known: str | None) -> conversations.Source:
+    def _source(
+        self,
+        path: str,
+        images: str | None,
+        known: str | None,
+        choice: conversations.Choice | None = None,
+    ) -> conversations.Source:
         section, seed = self.config.data, self.config.seed
         return conversations.open_source(
-            path, images, known, self.writer, self.form, section, self.joint, seed
+            path, images, known, self.writer, self.form, section, self.joint, seed, choice
         )
 
     def _trained(self) -> list[nn.Parameter]:
@@ -216,7 +245,7 @@ class UnderstandingTask(Task):
         ids, labels, valid = (part.to(device, non_blocking=True) for part in batch[:3])
         return Batch(ids, labels, valid, pictures)
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Iterator[Any]:
         workers = self.config.data.workers
         collate = conversations.collating(self.pad_id)
         for batch in data.loader(self.dataset, self.partition, position, workers, collate):
@@ -225,29 +254,19 @@ class UnderstandingTask(Task):
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch: the sum of the losses of what is learned, which of it is right, and which
         row each is of."""
-        # Position i predicts i + 1, and of the others no logits are needed.
-        wanted = batch.labels[:, 1:]
-        columns = (wanted != IGNORED).any(0).nonzero().squeeze(1)
-        wanted = wanted[:, columns]
         with self._autocast():
-            logits = model(
-                input_ids=batch.ids,
-                attention_mask=batch.valid,
-                pixel_values=batch.pictures,
-                use_cache=False,
-                logits_to_keep=columns,
-            ).logits
-        chosen = wanted != IGNORED
-        found, wanted = logits[chosen].float(), wanted[chosen]
-        loss = F.cross_entropy(found, wanted, reduction="sum")
-        return loss, found.detach().argmax(-1) == wanted, chosen.nonzero()[:, 0]
+            logits = model(**model_inputs(batch)).logits
+        return compared(logits, batch)
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        total, _, _ = self._losses(self.optimized_model.parallel, batch)
-        # The mean over what all processes learn of this micro-batch: theirs together are one's.
+    def _mean(self, total: Tensor, batch: Batch) -> Tensor:
+        """The sum of a batch's losses over what all processes learn of this micro-batch: theirs
+        together are one's."""
         learned = (batch.labels[:, 1:] != IGNORED).sum().float()
-        share = self.group.mean_(learned).clamp(min=1)
-        loss = total / share
+        return total / self.group.mean_(learned).clamp(min=1)
+
+    def micro_step(self, batch: Any, step: int) -> dict[str, Tensor]:
+        total, _, _ = self._losses(self.optimized_model.parallel, batch)
+        loss = self._mean(total, batch)
         self.optimized_model.backward(loss)
         return {"loss": loss}
 
@@ -397,6 +416,36 @@ class UnderstandingTask(Task):
             )
 
 
+def _learned(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The columns of a batch that predict what is learned, and the labels of what comes after
+    them."""
+    # Position i predicts i + 1, and of the others no logits are needed.
+    wanted = batch.labels[:, 1:]
+    columns = (wanted != IGNORED).any(0).nonzero().squeeze(1)
+    return columns, wanted[:, columns]
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is called with, for the logits that :func:`compared` takes."""
+    return {
+        "input_ids": batch.ids,
+        "attention_mask": batch.valid,
+        "pixel_values": batch.pictures,
+        "use_cache": False,
+        "logits_to_keep": _learned(batch)[0],
+    }
+
+
+def compared(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch's logits: the sum of the losses of what is learned, which of it is right, and
+    which row each is of."""
+    wanted = _learned(batch)[1]
+    chosen = wanted != IGNORED
+    found, wanted = logits[chosen].float(), wanted[chosen]
+    loss = F.cross_entropy(found, wanted, reduction="sum")
+    return loss, found.detach().argmax(-1) == wanted, chosen.nonzero()[:, 0]
+
+
 def _language(model: LlavaForConditionalGeneration) -> Any:
     return model.model.language_model
 
@@ -405,14 +454,6 @@ def _tower(model: LlavaForConditionalGeneration) -> TokenFlowVisionModel:
     tower = model.model.vision_tower
     assert isinstance(tower, TokenFlowVisionModel)
     return tower
-
-
-def _compute_again(model: LlavaForConditionalGeneration) -> None:
-    """Activations are computed again in the backward pass, by whichever name transformers has."""
-    turn_on: Any = getattr(model, "activation_checkpointing_enable", None)
-    if turn_on is None:
-        turn_on = model.gradient_checkpointing_enable
-    turn_on({"use_reentrant": False})
 
 
 def load_understanding(place: str | Path) -> tuple[LlavaForConditionalGeneration, Any]:
