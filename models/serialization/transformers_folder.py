@@ -41,6 +41,32 @@ def read_header(path: str | Path, instead: str = "llama_config") -> dict[str, An
     return header
 
 
+def answers(folder: Path) -> bool:
+    """Whether a folder holds an understanding model: transformers' LLaVA over a tokenizer.
+
+    Raises:
+        CheckpointError: a ``config.json`` that cannot be read.
+    """
+    return _kinds(folder)[:2] == ("llava", "tokenflow_vision")
+
+
+def answers_and_draws(folder: Path) -> bool:
+    """Whether it holds one whose language model is that of text to image; as :func:`answers`."""
+    return _kinds(folder) == ("llava", "tokenflow_vision", "tokenflow_text")
+
+
+def _kinds(folder: Path) -> tuple[Any, Any, Any]:
+    """The ``model_type`` of the whole, of its vision model and of its language model."""
+    file = folder / HEADER
+    header = read_json(file, CheckpointError) if file.exists() else None
+
+    def kind(part: Any) -> Any:
+        return part.get("model_type") if isinstance(part, dict) else None
+
+    known = header if isinstance(header, dict) else {}
+    return kind(known), kind(known.get("vision_config")), kind(known.get("text_config"))
+
+
 def first_line(error: Exception) -> str:
     """What an error of transformers says at first.
 

@@ -105,6 +105,14 @@ def understanding_overrides(run: Path, tokenizer: Path, questions: Path, *more: 
     ]
 
 
+def unified_overrides(
+    run: Path, tokenizer: Path, questions: Path, pairs: Path, *more: str
+) -> list[str]:
+    """Settings of a run both ways of a few steps over the tokenizer of :func:`overrides`."""
+    drawing = (f"drawing.path={pairs}", "drawing.evaluated=6", "model.prompt_length=6")
+    return [*understanding_overrides(run, tokenizer, questions), *drawing, *more]
+
+
 def decoder_overrides(run: Path, tokenizer: Path, images: Path, *more: str) -> list[str]:
     """Settings of a few steps of a pixel decoder over the tokenizer of :func:`overrides`."""
     given = (f"run={run}", f"init={tokenizer}", f"data.path={images}", "data.held_out_crops=8")
@@ -154,7 +162,10 @@ def ask_about(pairs: Path, file: Path) -> Path:
                 for role, value in (("human", question), ("gpt", answer))
             ]
             name = f"{colour}_{shape}.png"
-            entries.append({"image": name, "kind": shape, "conversations": turns})
+            caption = f"A {colour} {shape}. On grey."
+            entries.append(
+                {"image": name, "caption": caption, "kind": shape, "conversations": turns}
+            )
     greeting = [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello to you."}]
     entries.append({"conversations": greeting})
     for name in {entry["image"] for entry in entries if "image" in entry}:

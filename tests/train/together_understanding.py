@@ -1,8 +1,9 @@
-"""What the processes of a group do in test_understanding.py, in one launch of torchrun.
+"""What the processes of a group do in test_understanding.py and test_unified.py, in one launch.
 
     torchrun together_understanding.py PLAN.json
 
-PLAN.json: {"steps": {OUTPUT: [key=value, ...]}, "runs": [[key=value, ...], ...]}.
+PLAN.json: {"task": "understanding" or "unified", "steps": {OUTPUT: [key=value, ...]},
+            "runs": [[key=value, ...], ...]}.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ from pathlib import Path
 
 import torch
 
-from tokenflow_ext.train import understanding
-from tokenflow_ext.train.config import load_understanding_config
+from tokenflow_ext.train import understanding, unified
+from tokenflow_ext.train.config import load_understanding_config, load_unified_config
 from tokenflow_ext.train.engine.distributed import Processes, processes
 from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.engine.parallel import whole
 from tokenflow_ext.train.tasks.understanding import UnderstandingTask
+from tokenflow_ext.train.tasks.unified import UnifiedTask
+
+TASKS = {
+    "understanding": (load_understanding_config, UnderstandingTask, understanding.train),
+    "unified": (load_unified_config, UnifiedTask, unified.train),
+}
 
 
-def two_steps(output: str, overrides: list[str], group: Processes) -> None:
+def two_steps(task: str, output: str, overrides: list[str], group: Processes) -> None:
     """Two training steps; what they leave, in one piece."""
-    trainer = Trainer(load_understanding_config(None, overrides), group, UnderstandingTask)
+    load, make, _ = TASKS[task]
+    trainer = Trainer(load(None, overrides), group, make)
     trainer.prepare()
     losses = []
     for _ in range(2):
@@ -47,10 +55,11 @@ def two_steps(output: str, overrides: list[str], group: Processes) -> None:
 
 def main(plan: dict, group: Processes) -> None:
     """Do what the plan says."""
+    load, _, train = TASKS[plan["task"]]
     for output, overrides in plan["steps"].items():
-        two_steps(output, overrides, group)
+        two_steps(plan["task"], output, overrides, group)
     for overrides in plan["runs"]:
-        understanding.train(load_understanding_config(None, overrides), group, resume=True)
+        train(load(None, overrides), group, resume=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenflow_ext._deprecated import renamed
+from tokenflow_ext.models.serialization.transformers_folder import answers_and_draws
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from tokenflow_ext.train.data.image_files import tile
@@ -33,7 +34,7 @@ from tokenflow_ext.train.data.text_files import (
 )
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
-from tokenflow_ext.train.tasks.language import load_text_tokenizer
+from tokenflow_ext.train.tasks.language import load_drawing_side, load_text_tokenizer
 
 LAYOUTS = ("plain", "geneval", "dpg")
 
@@ -67,7 +68,8 @@ class ImageGenerator:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> ImageGenerator:
-        """From a run, one of its checkpoints, or a folder with a saved model and text tokenizer.
+        """From a run, one of its checkpoints, or a folder with a saved model and text tokenizer; a
+        model that answers too is one.
 
         Raises:
             CheckpointError: nothing there, or not whole.
@@ -75,11 +77,15 @@ class ImageGenerator:
         """
         place = find_device(device)
         folder = checkpoint.find(path)
-        text = load_text_tokenizer(folder)
-        model = TextToImage.from_pretrained(folder).to(place)
-        parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
+        if answers_and_draws(folder):
+            model, text = load_drawing_side(folder)
+            parts = [checkpoint.weights_digest(folder)]
+        else:
+            text = load_text_tokenizer(folder)
+            model = TextToImage.from_pretrained(folder)
+            parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
         weights = hashlib.sha256("".join(parts).encode()).hexdigest()
-        return cls(model, text, weights=weights, **options)
+        return cls(model.to(place), text, weights=weights, **options)
 
     @property
     def facts(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,9 @@ def over_under(
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def table(rows: list[tuple[str, str, str]]) -> str:
-    """Rows of three cells as aligned text; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text, all as many; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 

@@ -25,6 +25,8 @@ from tokenflow_ext.train.data.text_files import say
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from tokenflow_ext.models import TextToImage
+
 TEXT_FOLDER = "text_tokenizer"
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _SHOWN = 5  # names that a message spells out
@@ -207,6 +209,20 @@ def make_text_tokenizer(captions: Iterable[str], size: int) -> PreTrainedTokeniz
     )
     made.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+
+
+def load_drawing_side(folder: Path) -> tuple[TextToImage, PreTrainedTokenizerBase]:
+    """The text-to-image model of one that answers too, with its text tokenizer, for evaluation.
+
+    Raises:
+        CheckpointError: one that cannot be read.
+    """
+    from tokenflow_ext.models.unified.build import as_text_to_image
+
+    from .understanding import load_understanding
+
+    model, processor = load_understanding(folder)
+    return as_text_to_image(model.eval()), processor.tokenizer
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

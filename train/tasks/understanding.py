@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from tokenflow_ext.models import CheckpointError
-from tokenflow_ext.models.serialization.files import brief, read_json
+from tokenflow_ext.models.serialization.files import brief
 from tokenflow_ext.models.serialization.pretrained import WEIGHTS_FILE
-from tokenflow_ext.models.serialization.transformers_folder import FILES_ALONE, HEADER
+from tokenflow_ext.models.serialization.transformers_folder import FILES_ALONE, HEADER, answers
 from tokenflow_ext.models.understanding import chat
 from tokenflow_ext.models.understanding.build import (
     assemble,
@@ -32,10 +32,7 @@ from tokenflow_ext.models.understanding.build import (
     build_understanding,
     with_image_token,
 )
-from tokenflow_ext.models.understanding.vision import (
-    TokenFlowVisionConfig,
-    TokenFlowVisionModel,
-)
+from tokenflow_ext.models.understanding.vision import TokenFlowVisionModel
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import UnderstandingConfig
 from tokenflow_ext.train.data import captions, conversations, tokens
@@ -464,11 +461,7 @@ def load_understanding(place: str | Path) -> tuple[LlavaForConditionalGeneration
         CheckpointError: none there, or one that cannot be read.
     """
     folder = checkpoint.find(str(place))
-    header = read_json(folder / HEADER, CheckpointError)
-    known = header if isinstance(header, dict) else {}
-    vision = known.get("vision_config")
-    kinds = known.get("model_type"), vision.get("model_type") if isinstance(vision, dict) else None
-    if kinds != ("llava", TokenFlowVisionConfig.model_type):
+    if not answers(folder):
         # Before a model is made: transformers would make one of its default sizes.
         raise CheckpointError(
             f"{folder} holds no understanding model: {HEADER} is not of a LLaVA over a tokenizer"

@@ -337,7 +337,7 @@ def ends(micro, image_tokenizer, questions, tmp_path_factory) -> Path:
                 for way, count in (("fsdp", 3), ("ddp", 6))
             ]
         plan = folder / f"plan{world}.json"
-        plan.write_text(json.dumps({"steps": steps, "runs": runs}))
+        plan.write_text(json.dumps({"task": "understanding", "steps": steps, "runs": runs}))
         processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
     for process in processes:
         micro.finish(process)

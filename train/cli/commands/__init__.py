@@ -11,12 +11,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding
+from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding, unified
 
 from . import (
     analyse,
     ask,
     evaluate,
+    evaluate_drawings,
     evaluate_understanding,
     fetch_easy_vqa,
     fetch_emoji,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "ask": ask,
     "evaluate": evaluate,
+    "evaluate-drawings": evaluate_drawings,
     "evaluate-understanding": evaluate_understanding,
     "analyse": analyse,
     "fid": fid,
@@ -51,6 +53,7 @@ TRAINING: dict[str, tuple[ModuleType, str]] = {
         understanding,
         "train understanding; the same as torchrun train/understanding.py",
     ),
+    "train-unified": (unified, "train both ways; the same as torchrun train/unified.py"),
 }
 
 
