@@ -30,7 +30,7 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text train-understanding test test-oldest test-newest renew-newest benchmark report docs lint \
+.PHONY: help train train-text easy-vqa train-understanding train-unified test test-oldest test-newest renew-newest benchmark report docs lint \
 	format cpp cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
@@ -41,6 +41,7 @@ help:
 	@echo '                   text to image; what is there already is kept'
 	@echo 'make train-understanding   fetch questions about pictures (with pip), train an image tokenizer on the'
 	@echo '                   pictures, then a language model to answer; what is there already is kept'
+	@echo 'make train-unified train one transformer both ways on the same pictures: it answers, and it draws'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
 	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
 	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
@@ -70,17 +71,33 @@ train-text: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/text_to_image.py \
 		--config train/configs/emoji.yaml $(ARGS)
 
-train-understanding: $(VENV)/.installed
+easy-vqa: $(VENV)/.installed
 	test -e runs/easy-vqa/train.json || $(BIN)/tokenflow fetch-easy-vqa runs/easy-vqa
 	test -e runs/easy-vqa-tokenizer/summary.json || $(BIN)/torchrun --standalone \
 		--nproc-per-node $(TWO) train/tokenizer.py --config train/configs/easy_vqa_tokenizer.yaml --resume
 	test -e runs/easy-vqa-tokens/index.json || $(BIN)/tokenflow tokenize runs/easy-vqa \
 		--checkpoint runs/easy-vqa-tokenizer --out runs/easy-vqa-tokens
+
+train-understanding: easy-vqa
 	$(BIN)/torchrun --standalone --nproc-per-node $(TWO) train/understanding.py \
 		--config train/configs/easy_vqa.yaml $(ARGS)
 	$(BIN)/tokenflow evaluate-understanding --checkpoint runs/understanding \
 		--data runs/easy-vqa/test.json --train runs/easy-vqa/train.json --out runs/easy-vqa-answers \
 		--overwrite
+
+train-unified: easy-vqa
+	test -e runs/easy-vqa-decoder/summary.json || $(BIN)/torchrun --standalone \
+		--nproc-per-node $(TWO) train/decoder.py --config train/configs/easy_vqa_decoder.yaml --resume
+	test -e runs/easy-vqa-captions/index.json || $(BIN)/tokenflow tokenize runs/easy-vqa/train \
+		--checkpoint runs/easy-vqa-tokenizer --out runs/easy-vqa-captions
+	$(BIN)/torchrun --standalone --nproc-per-node $(TWO) train/unified.py \
+		--config train/configs/easy_vqa_unified.yaml $(ARGS)
+	$(BIN)/tokenflow evaluate-understanding --checkpoint runs/unified \
+		--data runs/easy-vqa/test.json --train runs/easy-vqa/train.json --out runs/unified-answers \
+		--overwrite
+	$(BIN)/tokenflow evaluate-drawings --checkpoint runs/unified --real runs/easy-vqa/train \
+		--test runs/easy-vqa/test --unseen "a (teal triangle|red circle|blue rectangle)" --guidance 3 \
+		--out runs/unified-drawings --overwrite
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)

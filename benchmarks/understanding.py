@@ -147,7 +147,8 @@ def run_row(
     return {"row": row.name, "seed": config.seed, **json.loads(result.read_text())}
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and deviation of shares, in percent."""
     mean = f"{100 * statistics.mean(values):.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
@@ -161,7 +162,7 @@ def as_tables(results: Sequence[dict[str, Any]]) -> list[Table]:
         for row in (row for row in ROWS.values() if row.group == group):
             own = [found for found in results if found["row"] == row.name]
             if own:
-                cells = {kind: _spread([x["right"][kind] for x in own]) for kind in kinds}
+                cells = {kind: spread([x["right"][kind] for x in own]) for kind in kinds}
                 rows.append({"": row.label, **cells})
         if rows:
             floor = results[0]["floor"]

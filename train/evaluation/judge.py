@@ -13,6 +13,7 @@ from tokenflow_ext.train.data import DataError
 
 _WIDTHS = (24, 48, 96)
 _BATCH = 64
+_LEAST = 300  # steps
 
 
 def attributes(pattern: str, captions: Sequence[str]) -> list[dict[str, str]]:
@@ -92,8 +93,12 @@ def train_judge(
 ) -> Judge:
     """A judge of pictures [N, 3, S, S] in [-1, 1] with what their captions say.
 
-    Pictures are mirrored and roughened by chance, so that it looks at shapes and colours and not at
-    how clean an edge is. The global generator of random numbers is left as it was.
+    Pictures are mirrored, blurred and roughened by chance (:func:`_varied`), so that it looks at
+    shapes and colours and not at how clean an edge is. The global generator of random numbers is
+    left as it was.
+
+    Args:
+        rounds: over the pictures; more where they are few.
     """
     names = list(said[0])
     words = {name: sorted({one[name] for one in said}) for name in names}
@@ -102,15 +107,13 @@ def train_judge(
         torch.manual_seed(seed)
         judge = Judge(words).train()
         optimizer = torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=1e-2)
-        steps = rounds * -(-len(images) // _BATCH)
+        in_a_round = -(-len(images) // _BATCH)
+        rounds = max(rounds, -(-_LEAST // in_a_round))
+        steps = rounds * in_a_round
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in range(rounds):
             for chosen in torch.randperm(len(images)).split(_BATCH):
-                batch = images[chosen]
-                if torch.rand(()) < 0.5:
-                    batch = batch.flip(3)
-                batch = batch + 0.1 * torch.rand(()) * torch.randn_like(batch)
-                logits = judge(batch)
+                logits = judge(_varied(images[chosen]))
                 loss = torch.stack(
                     [F.cross_entropy(logits[name], targets[name][chosen]) for name in names]
                 ).sum()
@@ -119,6 +122,19 @@ def train_judge(
                 optimizer.step()
                 schedule.step()
     return judge.eval()
+
+
+def _varied(images: Tensor) -> Tensor:
+    """Mirrored half of the time, mostly smaller by a factor of up to 4 and large again, and with
+    noise of a deviation of up to 0.15."""
+    if torch.rand(()) < 0.5:
+        images = images.flip(3)
+    side = images.shape[-1]
+    if torch.rand(()) < 0.8:
+        small = int(torch.randint(max(1, side // 4), side + 1, ()))
+        smaller = F.interpolate(images, (small, small), mode="bilinear", antialias=True)
+        images = F.interpolate(smaller, (side, side), mode="bicubic")
+    return images + 0.15 * torch.rand(()) * torch.randn_like(images)
 
 
 def shares(
