@@ -22,11 +22,11 @@ from benchmarks.tables import Table
 from benchmarks.understanding import QUIET, RESULT, spread
 from tokenflow_ext.errors import TokenFlowError
 from tokenflow_ext.train import unified
-from tokenflow_ext.train.cli.image_generator import ImageGenerator
 from tokenflow_ext.train.config import UnifiedConfig, load_unified_config
 from tokenflow_ext.train.data import easy_vqa
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes, processes
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 
 CONFIG = machine.ROOT / "train" / "configs" / "easy_vqa_unified.yaml"
 ROWS = {

@@ -45,7 +45,7 @@ _NOW: dict[str, dict[str, tuple[str, ...]]] = {
         "entry": ("cli.entry",),
         "evaluate": ("evaluation.evaluate",),
         "fid": ("evaluation.fid",),
-        "generate": ("cli.image_generator",),
+        "generate": ("cli.image_generator", "tasks.image_generator"),
         "images": ("data.images",),
         "language": ("tasks.language",),
         "logs": ("engine.logs",),

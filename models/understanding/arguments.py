@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.utils import TransformersKwargs  # type: ignore[attr-defined]
-
 from tokenflow_ext.models.serialization.config import need
 from tokenflow_ext.models.serialization.files import shown
-
-# Arguments of a language model that transformers' LLaVA passes to its vision model too.
-_OF_OTHER_PARTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "use_cache"}
 
 
 def without(options: dict[str, Any], whose: str, **expected: Any) -> dict[str, Any]:
@@ -33,5 +29,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         TypeError: naming the first that is not.
     """
-    if unknown := sorted(options.keys() - _OF_OTHER_PARTS):
+    if unknown := sorted(options.keys() - _of_other_parts()):
         raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
+
+
+@functools.cache
+def _of_other_parts() -> frozenset[str]:
+    """Arguments of a language model that transformers' LLaVA passes to its vision model too."""
+    from transformers.utils import TransformersKwargs  # type: ignore[attr-defined]
+
+    return frozenset(TransformersKwargs.__annotations__) | {"cache_position", "use_cache"}

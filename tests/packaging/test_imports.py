@@ -15,11 +15,21 @@ PACKAGE = "tokenflow_ext"
 # What torchrun and Python start by their path are in no package while they run.
 STARTED_BY_PATH = frozenset(
     f"{PACKAGE}.train.{name}"
-    for name in ("tokenizer", "decoder", "text_to_image", "understanding", "cli.__main__")
+    for name in (
+        "tokenizer",
+        "decoder",
+        "text_to_image",
+        "understanding",
+        "unified",
+        "cli.__main__",
+    )
 )
 # A folder may import those before it.
 ORDER = {
-    "models": ("serialization", "towers", "tokenizer", "losses", "text_to_image", "understanding"),
+    "models": (
+        *("serialization", "towers", "tokenizer", "losses", "text_to_image"),
+        *("understanding", "unified"),
+    ),
     "train": ("data", "engine", "tasks", "evaluation", "cli"),
 }
 

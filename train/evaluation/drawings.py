@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from tokenflow_ext.train.data.outputs import Outputs, png
 from tokenflow_ext.train.data.text_files import say
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.logs import table
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 
 from .judge import Judge, attributes, shares, train_judge
-
-if TYPE_CHECKING:
-    from tokenflow_ext.train.cli.image_generator import ImageGenerator
 
 FILES = ("drawings.png", "drawings.json")
 #: What easy-VQA's captions say, and questions of its own about it.

@@ -219,20 +219,25 @@ FOUND = (
 )
 
 
+# Each takes a process and seconds: beside other versions of transformers, two say enough.
+_MORE_STARTS = [
+    "import transformers\nimport tokenflow_ext.models\n",
+    "import tokenflow_ext.models\nimport importlib.util\n"
+    "assert importlib.util.find_spec('transformers')\n",
+    "from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor\n",
+    "from tokenflow_ext.models.understanding import original_checkpoint\n",
+    "from tokenflow_ext.models.unified.language_model import TokenFlowForCausalLM\n",
+    "from tokenflow_ext.models import build_unified\n",
+    "from tokenflow_ext.train.tasks import understanding\n",
+]
+
+
 @pytest.mark.parametrize(
     "start",
     [
         "import tokenflow_ext.models\n",
-        "import transformers\nimport tokenflow_ext.models\n",
-        "import tokenflow_ext.models\nimport importlib.util\n"
-        "assert importlib.util.find_spec('transformers')\n",
         "from tokenflow_ext.models.understanding.vision import TokenFlowVisionModel\n",
-        "from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor\n",
-        "from tokenflow_ext.models import build_understanding\n",
-        "from tokenflow_ext.models.understanding import original_checkpoint\n",
-        "from tokenflow_ext.models.unified.language_model import TokenFlowForCausalLM\n",
-        "from tokenflow_ext.models import build_unified\n",
-        "from tokenflow_ext.train.tasks import understanding\n",
+        *(pytest.param(start, marks=pytest.mark.once) for start in _MORE_STARTS),
     ],
 )
 def test_it_is_known_once_both_packages_are_imported(start):

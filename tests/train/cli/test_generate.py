@@ -18,12 +18,12 @@ from PIL import Image
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.train import text_to_image, tokenizer
 from tokenflow_ext.train.cli import entry, image_generator
-from tokenflow_ext.train.cli.image_generator import ImageGenerator
 from tokenflow_ext.train.data import captions
 from tokenflow_ext.train.data.image_files import to_pixels
 from tokenflow_ext.train.data.outputs import OutputError
 from tokenflow_ext.train.data.text_files import DataError
 from tokenflow_ext.train.evaluation import fid
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 
 
 @pytest.fixture(scope="module")

@@ -208,8 +208,8 @@ def test_the_command(run, pairs, tmp_path, capsys):
 
 def test_drawings_are_the_generator_s(run, pairs):
     """Prompts, seeds and answers, computed apart."""
-    from tokenflow_ext.train.cli.image_generator import ImageGenerator
     from tokenflow_ext.train.evaluation.answering import Answerer
+    from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 
     questions = {"colour": "What colour is it?"}
     generator = ImageGenerator.load(run, batch=5)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from tokenflow_ext.models import TextToImage, as_text_to_image
 from tokenflow_ext.train import understanding, unified
 from tokenflow_ext.train.cli.commands.tokenize import tokenize
-from tokenflow_ext.train.cli.image_generator import ImageGenerator
 from tokenflow_ext.train.config import load_unified_config
 from tokenflow_ext.train.data.conversations import IGNORED
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
 from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.evaluation.answering import Answerer
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 from tokenflow_ext.train.tasks.understanding import load_understanding
 from tokenflow_ext.train.tasks.unified import UnifiedTask
 
@@ -248,6 +248,7 @@ def test_pictures_are_answers_and_drawings(make):
     assert len(above) == 6
 
 
+@pytest.mark.once
 def test_it_learns_both(make):
     trainer = make(
         "optim.steps=300", "optim.lr=3e-3", "optim.batch=12", "data.evaluated=12",

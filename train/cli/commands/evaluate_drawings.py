@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 from tokenflow_ext.sampler import PRESETS
-from tokenflow_ext.train.cli import image_generator, options
+from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.data import DataError, outputs
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.evaluation import drawings
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator
 
 HELP = "how often a model draws what it is asked for"
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint.check_there(arguments.checkpoint)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     target.claim(drawings.FILES)
-    generator = image_generator.ImageGenerator.load(
+    generator = ImageGenerator.load(
         arguments.checkpoint,
         arguments.device,
         steps=arguments.steps,

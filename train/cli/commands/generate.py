@@ -10,6 +10,7 @@ from tokenflow_ext.train.cli import image_generator, options
 from tokenflow_ext.train.data import DataError, outputs
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
+from tokenflow_ext.train.tasks.image_generator import ImageGenerator, facts
 
 HELP = "pictures from prompts"
 
@@ -67,11 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         raise DataError(f"--layout {arguments.layout} needs the benchmark's file: --prompts FILE")
     # Before the model is read: everything but whether what is there is another model's.
-    drawn = image_generator.facts(arguments.steps, arguments.guidance, arguments.negative)
+    drawn = facts(arguments.steps, arguments.guidance, arguments.negative)
     wanted = image_generator.pictures(prompts, arguments.layout, each, arguments.seed, drawn)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     image_generator.claim(target, prompts, wanted, arguments.layout, grid=False)
-    generator = image_generator.ImageGenerator.load(
+    generator = ImageGenerator.load(
         arguments.checkpoint,
         arguments.device,
         steps=arguments.steps,
