@@ -125,6 +125,8 @@ class TokenFlowVisionModel(PreTrainedModel):
     _no_split_modules = ["TokenFlowTokenizer"]  # noqa: RUF012
     # Tokens turn on the last bits: transformers loads these in float32 whatever the rest is in.
     _keep_in_fp32_modules_strict = ["tokenizer"]  # noqa: RUF012
+    # And these are left whole where the rest is quantized.
+    _keep_in_fp32_modules = [r"(.*\.)?tokenizer"]  # noqa: RUF012
 
     def __init__(
         self, config: TokenFlowVisionConfig, tokenizer: TokenFlowTokenizer | None = None

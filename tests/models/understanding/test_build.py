@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlavaForConditionalGeneration,
+    TorchAoConfig,
     pipeline,
 )
 from understanding_models import (
@@ -140,6 +142,43 @@ def test_half_precision_keeps_the_tokens(tmp_path):
     assert tower(images).last_hidden_state.equal(own.bfloat16())
     ids = torch.tensor([[0, *[loaded.config.image_token_id] * 16, 5]] * 3)
     assert loaded(input_ids=ids, pixel_values=images).logits.dtype == torch.bfloat16
+
+
+def test_what_quantizes_a_language_model_leaves_the_tokenizer(tmp_path):
+    """transformers skips modules whose name one of these patterns matches from its start."""
+    model, _ = understanding()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    layers = [name for name, part in loaded.named_modules() if isinstance(part, nn.Linear)]
+    inside = [name for name in layers if ".tokenizer." in name]
+    kept = [
+        name
+        for name in layers
+        if any(
+            re.match(rf"(?:{pattern})(?:\.|$)", name) for pattern in loaded._keep_in_fp32_modules
+        )
+    ]
+    assert inside
+    assert kept == inside
+
+
+@torch.no_grad()
+def test_a_quantized_language_model(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model, processor = understanding()
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
+    own = loaded.model.vision_tower.tokenizer.state_dict()
+    for key, value in model.model.vision_tower.tokenizer.state_dict().items():
+        assert torch.equal(own[key], value), key
+    weight = loaded.model.language_model.layers[0].mlp.up_proj.weight
+    assert type(weight) is not nn.Parameter
+    prompt = processor.apply_chat_template(question(), add_generation_prompt=True)
+    given = processor(text=[prompt], images=[picture()], return_tensors="pt")
+    found, expected = loaded(**given).logits, model(**given).logits
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
