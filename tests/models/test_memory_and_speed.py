@@ -73,6 +73,7 @@ def kept_bytes(model: TokenFlowTokenizer, images: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", TOWERS)
 def test_recomputed_activations_change_no_gradient(kind):
     plain, again = build(kind), build(kind)
@@ -116,6 +117,7 @@ def test_parts_hold_every_parameter_once():
     assert list(TokenFlowTokenizer(pixels).parts()) == present
 
 
+@pytest.mark.once
 def test_compiled_networks_give_the_same_losses():
     plain, compiled = build("clip"), build("clip")
     names = list(compiled.state_dict())

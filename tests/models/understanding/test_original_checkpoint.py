@@ -151,6 +151,7 @@ def test_files_and_the_original_header(tmp_path, qwen, form):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == header
 
 
+@pytest.mark.once
 def test_stored_in_half_precision():
     state, config = release("llava_qwen", dtype=torch.bfloat16)
     model = load_released_understanding(state, config)
@@ -160,6 +161,7 @@ def test_stored_in_half_precision():
     same(to_released_understanding(model), state)
 
 
+@pytest.mark.once
 def test_half_precision_as_the_release_runs_it(qwen):
     state, config = qwen
     model = load_released_understanding(state, config, dtype=torch.bfloat16)

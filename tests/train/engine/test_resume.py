@@ -13,6 +13,7 @@ from tokenflow_ext.train import tokenizer
 from tokenflow_ext.train.engine import checkpoint
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "settings",
     [

@@ -114,6 +114,7 @@ def test_the_enhanced_decoder_starts_anew_once(make, image_tokenizer, tmp_path):
         assert torch.equal(again.model.state_dict()[key], value), key
 
 
+@pytest.mark.once
 def test_it_learns_from_what_decode_reads(make):
     """The quantized features of a step are those of the tokens, every scale of them."""
     trainer = make("optim.batch=16")
@@ -138,6 +139,7 @@ def test_the_losses_are_those_of_the_images(make):
     assert values["semantic"] == values["vq"] == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["kept", "enhanced"])
 def test_training_improves_the_images(make, kind):
     trainer = make(f"decoder={kind}", "optim.lr=1e-2", "optim.steps=30", "optim.ema_decay=0.8")
@@ -190,6 +192,7 @@ def test_an_original_file_is_a_start(micro, original_file, images, tmp_path, mon
     assert "quantize.codebook_used" in task.model.unused_tensors
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "settings",
     [

@@ -239,6 +239,7 @@ def test_the_decoder_alone_trains(make):
     assert not any(name.startswith("encoder") for name in trainer.task.ema.weights)
 
 
+@pytest.mark.once
 def test_recomputed_activations_change_no_step(make):
     plain, again = make(), make("checkpointing=yes")
     for _ in range(2):
@@ -256,6 +257,7 @@ slow = pytest.mark.skipif(
 )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_a_compiled_model_trains_alike(make, monkeypatch, backend):
     compile_module = torch.nn.Module.compile
@@ -303,6 +305,7 @@ def test_codebooks_by_moving_average(make):
     assert "quantizer.codebooks.0" in changed(before, trainer.model)
 
 
+@pytest.mark.once
 def test_training_learns(make):
     trainer = make("optim.lr=5e-3", "optim.steps=60", "optim.batch=8", "optim.ema_decay=0.8")
     first = trainer.evaluate()["psnr"]
