@@ -25,6 +25,8 @@ from .tokenizer.model import TokenFlowTokenizer, TokenizerOutput
 from .torchvision_shim import register
 from .towers.config import TowerConfig
 from .towers.teachers import WeightsError
+from .var.config import VarConfig
+from .var.model import Var, VarOutput
 
 if TYPE_CHECKING:
     from .understanding.build import build_processor, build_understanding
@@ -53,6 +55,9 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerOutput",
     "TowerConfig",
+    "Var",
+    "VarConfig",
+    "VarOutput",
     "WeightsError",
     "as_text_to_image",
     "build_processor",

@@ -20,6 +20,8 @@ from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from .backbone import Layer
 
 if TYPE_CHECKING:
+    from tokenflow_ext import MultiScaleQuantizer
+
     from .model import TextToImage
     from .sequence import NextScaleSequence
 
@@ -31,14 +33,17 @@ class KeyValueCache:
     positions wrote, and its attention reads all entries up to its end.
     """
 
-    def __init__(self, model: TextToImage, rows: int, sequence: NextScaleSequence) -> None:
-        like = model.lm_head.weight
-        attention = cast(Layer, model.model.layers[0]).self_attn
-        heads = attention.k_proj.out_features // attention.head_dim
-        shape = (len(model.model.layers), 2, rows, heads)
-
+    def __init__(
+        self,
+        like: Tensor,
+        layers: int,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        sequence: NextScaleSequence,
+    ) -> None:
         def entries(length: int) -> Tensor:
-            return like.new_empty((*shape, length, attention.head_dim))
+            return like.new_empty((layers, 2, rows, heads, length, head_dim))
 
         self.entries = entries(sequence.length)
         self.kept = entries(max(side * side for side in sequence.scales))
@@ -62,49 +67,24 @@ class KeyValueCache:
         self.entries[..., first:end, :] = self.kept[..., : end - first, :]
 
 
-class Session:
-    """The buffers of one generation: cache, masks, RoPE, and CUDA graphs where they are asked for.
+class ScaleSession:
+    """The buffers of one generation, scale by scale, and CUDA graphs where they are asked for.
 
     Args:
         sequence: the definition of positions.
-        rows: prompts in a batch, conditional and negative ones together.
-        padded: whether any prompt is padded; without padding no run of a scale needs a mask.
+        cache: of keys and values.
+        device: where the model is.
     """
 
     def __init__(
-        self, model: TextToImage, sequence: NextScaleSequence, rows: int, padded: bool
+        self, sequence: NextScaleSequence, cache: KeyValueCache, device: torch.device
     ) -> None:
-        self.model = model
-        self.sequence = sequence
-        self.rows = rows
-        self.padded = padded
-        self.cache = KeyValueCache(model, rows, sequence)
-        device = model.device
-        self.scale_ids = sequence.scale_ids().to(device)
-        like = torch.empty(0, device=device, dtype=model.lm_head.weight.dtype)
-        self.cos, self.sin = model.rotary(like, sequence.length)
-        self.masks = [
-            torch.empty(rows, 1, 1, sequence.positions(scale)[1], dtype=torch.bool, device=device)
-            for scale in range(len(sequence.scales))
-        ]
+        self.sequence, self.cache, self.device = sequence, cache, device
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
-    def _layers(self, inputs: Tensor, positions: tuple[int, int], mask: Tensor | None) -> Tensor:
-        first, end = self.cache.positions = positions
-        rotary = self.cos[:, first:end], self.sin[:, first:end]
-        return self.model.run_layers(inputs, rotary, mask, self.cache)
-
-    def run_text(self, ids: Tensor, valid: Tensor) -> Tensor:
-        """Prompts [rows, T] -> logits of the first scale [rows, 1, K]."""
-        text = self.sequence.text
-        if self.padded:
-            for scale, mask in enumerate(self.masks):
-                # All positions of a scale see the same keys: one row of the mask stands for them.
-                first, end = self.sequence.positions(scale)
-                mask.copy_(self.sequence.mask(valid, first, end)[:, :, :1])
-        inputs = self.model.embed_text(ids)
-        hidden = self._layers(inputs, (0, text), self.sequence.mask(valid, 0, text))
-        return self.model.image_logits(hidden[:, -1:])
+    def run_first(self) -> Tensor:
+        """Logits [rows, 1, K] of the first scale, from what comes before an image."""
+        raise NotImplementedError
 
     def run_scale(self, scale: int, f_hat: Tensor) -> Tensor:
         """f-hat at a scale's size [B, C, h, w] -> logits [rows, h * w, K].
@@ -112,17 +92,12 @@ class Session:
         Nothing here waits for the device, and every buffer keeps its place, so that it can be
         captured in a CUDA graph.
         """
-        first, end = self.sequence.positions(scale)
-        position = first - (self.sequence.text - 1)
-        inputs = self.model.embed_image(f_hat.flatten(2).mT, position, self.scale_ids[first:end])
-        inputs = inputs.repeat(self.rows // inputs.shape[0], 1, 1)
-        mask = self.masks[scale] if self.padded else None
-        return self.model.image_logits(self._layers(inputs, (first, end), mask))
+        raise NotImplementedError
 
     def replay_scale(self, scale: int, f_hat: Tensor) -> Tensor:
         """:meth:`run_scale` as a CUDA graph, captured at first; the next replay of the scale
         overwrites the logits."""
-        with torch.cuda.device(self.model.device):
+        with torch.cuda.device(self.device):
             if scale not in self.graphs:
                 self.graphs[scale] = self._capture(scale, f_hat.clone())
             graph, features, logits = self.graphs[scale]
@@ -146,31 +121,85 @@ class Session:
         return graph, features, logits
 
 
+class Session(ScaleSession):
+    """A generation of text to image: masks and RoPE too.
+
+    Args:
+        sequence: the definition of positions.
+        rows: prompts in a batch, conditional and negative ones together.
+        padded: whether any prompt is padded; without padding no run of a scale needs a mask.
+    """
+
+    def __init__(
+        self, model: TextToImage, sequence: NextScaleSequence, rows: int, padded: bool
+    ) -> None:
+        attention = cast(Layer, model.model.layers[0]).self_attn
+        heads, like = attention.k_proj.out_features // attention.head_dim, model.lm_head.weight
+        layers = len(model.model.layers)
+        cache = KeyValueCache(like, layers, rows, heads, attention.head_dim, sequence)
+        device = model.device
+        super().__init__(sequence, cache, device)
+        self.model = model
+        self.rows = rows
+        self.padded = padded
+        self.scale_ids = sequence.scale_ids().to(device)
+        like = torch.empty(0, device=device, dtype=model.lm_head.weight.dtype)
+        self.cos, self.sin = model.rotary(like, sequence.length)
+        self.masks = [
+            torch.empty(rows, 1, 1, sequence.positions(scale)[1], dtype=torch.bool, device=device)
+            for scale in range(len(sequence.scales))
+        ]
+        self.prompts: tuple[Tensor, Tensor] | None = None
+
+    def _layers(self, inputs: Tensor, positions: tuple[int, int], mask: Tensor | None) -> Tensor:
+        first, end = self.cache.positions = positions
+        rotary = self.cos[:, first:end], self.sin[:, first:end]
+        return self.model.run_layers(inputs, rotary, mask, self.cache)
+
+    def run_first(self) -> Tensor:
+        """From ``prompts``: ids and which of them are no padding, [rows, T] each."""
+        assert self.prompts is not None
+        ids, valid = self.prompts
+        text = self.sequence.text
+        if self.padded:
+            for scale, mask in enumerate(self.masks):
+                # All positions of a scale see the same keys: one row of the mask stands for them.
+                first, end = self.sequence.positions(scale)
+                mask.copy_(self.sequence.mask(valid, first, end)[:, :, :1])
+        inputs = self.model.embed_text(ids)
+        hidden = self._layers(inputs, (0, text), self.sequence.mask(valid, 0, text))
+        return self.model.image_logits(hidden[:, -1:])
+
+    def run_scale(self, scale: int, f_hat: Tensor) -> Tensor:
+        """See the base class."""
+        first, end = self.sequence.positions(scale)
+        position = first - (self.sequence.text - 1)
+        inputs = self.model.embed_image(f_hat.flatten(2).mT, position, self.scale_ids[first:end])
+        inputs = inputs.repeat(self.rows // inputs.shape[0], 1, 1)
+        mask = self.masks[scale] if self.padded else None
+        return self.model.image_logits(self._layers(inputs, (first, end), mask))
+
+
 def generate_tokens(
-    model: TextToImage,
-    sequence: NextScaleSequence,
-    ids: Tensor,
-    valid: Tensor,
+    session: ScaleSession,
+    quantizer: MultiScaleQuantizer,
     count: int,
     *,
     sampling: SamplingConfig,
     seed: int | Sequence[int] | None,
     cuda_graphs: bool,
 ) -> Tensor:
-    """Tokens [count, L]; ids and valid are [count or 2 * count, T], the negative half last.
-
-    Arguments and errors: :meth:`TextToImage.generate_tokens`, which checks ids and masks.
+    """Tokens [count, L], scale after scale. A session of 2 * count rows has the negative half last.
 
     Random numbers are counted within an image: token j of the image (over all scales) takes, in
     step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
     batch.
     """
+    sequence = session.sequence
     sampler = MultiStepSampler.of(sampling, sequence.scales)
-    seeds = _seeds(seed, count).to(model.device)
-    numbers = torch.arange(model.config.image_tokens, device=model.device)
-    session = _session(model, sequence, ids.shape[0], not bool(valid.all()), cuda_graphs)
+    seeds = _seeds(seed, count).to(session.device)
+    numbers = torch.arange(sum(side * side for side in sequence.scales), device=session.device)
     run_scale = session.replay_scale if cuda_graphs else session.run_scale
-    quantizer = model.tokenizer.quantizer
     f_hat: Tensor | None = None
 
     def halves(logits: Tensor) -> tuple[Tensor, Tensor] | Tensor:
@@ -180,7 +209,7 @@ def generate_tokens(
 
     def answer(scale: int, tokens: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
         if f_hat is None:
-            return halves(session.run_text(ids, valid))
+            return halves(session.run_first())
         logits = halves(run_scale(scale, quantizer.scale_input(f_hat, scale, tokens)))
         if tokens is None and sampler.steps(scale) > 1:
             session.cache.keep(*sequence.positions(scale))
@@ -200,18 +229,30 @@ def generate_tokens(
     return torch.cat(drawn, dim=1)
 
 
-def _session(
-    model: TextToImage, sequence: NextScaleSequence, rows: int, padded: bool, cuda_graphs: bool
+def session_for(
+    model: TextToImage, sequence: NextScaleSequence, ids: Tensor, valid: Tensor, cuda_graphs: bool
 ) -> Session:
-    """New buffers, or with graphs those of the last generation of the same shape."""
+    """The session of prompts: with new buffers, or with graphs those of the last generation of the
+    same shape.
+
+    Args:
+        ids, valid: prompts and which of their positions are no padding, [rows, T] each.
+
+    Raises:
+        ValueError: graphs are asked for, and the model is not on CUDA.
+    """
+    rows, padded = len(ids), not bool(valid.all())
     if not cuda_graphs:
-        return Session(model, sequence, rows, padded)
-    if model.device.type != "cuda":
-        raise ValueError(f"cuda_graphs needs the model on CUDA, it is on {model.device}")
-    kept = model._session
-    if kept is None or (kept.sequence, kept.rows, kept.padded) != (sequence, rows, padded):
-        kept = model._session = Session(model, sequence, rows, padded)
-    return kept
+        session = Session(model, sequence, rows, padded)
+    else:
+        if model.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs the model on CUDA, it is on {model.device}")
+        kept = model._session
+        if kept is None or (kept.sequence, kept.rows, kept.padded) != (sequence, rows, padded):
+            kept = model._session = Session(model, sequence, rows, padded)
+        session = kept
+    session.prompts = ids, valid
+    return session
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:

@@ -355,7 +355,7 @@ class TextToImage(nn.Module):
         Raises:
             ValueError, TypeError: an argument that does not fit, named in the message.
         """
-        from .generation import generate_tokens
+        from .generation import generate_tokens, session_for
 
         sampling = (sampling or SamplingConfig()).replace(**settings)
         text = self._check_ids("input_ids", input_ids, True)
@@ -378,10 +378,8 @@ class TextToImage(nn.Module):
             ids = torch.cat([ids, negative_ids.expand(count, -1)])
             valid = torch.cat([valid, negative_valid.expand(count, -1)])
         return generate_tokens(
-            self,
-            sequence,
-            ids,
-            valid,
+            session_for(self, sequence, ids, valid, cuda_graphs),
+            self.tokenizer.quantizer,
             input_ids.shape[0],
             sampling=sampling,
             seed=seed,

@@ -28,7 +28,7 @@ STARTED_BY_PATH = frozenset(
 ORDER = {
     "models": (
         *("serialization", "towers", "tokenizer", "losses", "text_to_image"),
-        *("understanding", "unified"),
+        *("understanding", "unified", "var"),
     ),
     "train": ("data", "engine", "tasks", "evaluation", "cli"),
 }

@@ -546,7 +546,8 @@ def test_a_scale_does_not_wait_for_the_host(padded):
     valid = ids != model.config.pad_id
     with torch.no_grad():
         session = generation.Session(model, sequence, 1, padded)
-        session.run_text(ids, valid)
+        session.prompts = ids, valid
+        session.run_first()
         with NoWaiting():
             logits = session.run_scale(1, torch.randn(1, sum(DIMS), 2, 2))
     assert logits.shape == (1, 4, CODES)

@@ -1,0 +1,1 @@
+"""VAR: the class-conditional next-scale transformer (arXiv 2404.02905)."""

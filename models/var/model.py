@@ -1,0 +1,502 @@
+"""VAR: class-conditional images by next-scale prediction (arXiv 2404.02905).
+
+The keys of :meth:`Var.state_dict` are those of the released weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenflow_ext.models.metrics import to_uint8
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.pretrained import (
+    WEIGHTS_FILE,
+    SavedForm,
+    not_finite,
+    read_weights,
+    write_torch,
+)
+from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict
+from tokenflow_ext.models.text_to_image.generation import (
+    KeyValueCache,
+    ScaleSession,
+    generate_tokens,
+)
+from tokenflow_ext.models.text_to_image.sequence import NextScaleSequence
+from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
+from tokenflow_ext.sampler import SamplingConfig
+
+from . import original_checkpoint
+from .config import VarConfig
+from .transformer import AdaptiveHeadNorm, Block, modulation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FORM = SavedForm("tokenflow-var", 1, "no saved VAR's")
+_TOKENIZER_FOLDER = "tokenizer"
+#: How the released models draw.
+SAMPLING = SamplingConfig(top_k=(900,), top_p=(0.96,), guidance=1.5)
+
+
+class VarOutput(NamedTuple):
+    """What :meth:`Var.forward` gives."""
+
+    loss: Tensor
+    """Mean cross-entropy of the image tokens, scalar float32 (float64 in float64)."""
+    logits: Tensor
+    """[B, L, K], float32 (float64 in float64)."""
+
+
+class Var(nn.Module):
+    """Class-conditional next-scale transformer (arXiv 2404.02905, section 3.2 and 4.1).
+
+    Weights start random, as the released ones did; :meth:`from_released` takes released weights.
+
+    Args:
+        config: shape of everything.
+        tokenizer: the image tokenizer, VAR's own or any other with a pixel branch. It is frozen and
+            no part of the module's parameters and state dict; it follows the model's device, not
+            its dtype.
+
+    Raises:
+        ConfigError: a tokenizer that does not fit the configuration.
+    """
+
+    tokenizer: TokenFlowTokenizer
+    lvl_1L: Tensor
+
+    def __init__(self, config: VarConfig, tokenizer: TokenFlowTokenizer) -> None:
+        super().__init__()
+        if not isinstance(config, VarConfig):
+            raise TypeError(f"config must be a VarConfig, got {type(config).__name__}")
+        if not isinstance(tokenizer, TokenFlowTokenizer):
+            raise TypeError(
+                f"tokenizer must be a TokenFlowTokenizer, got {type(tokenizer).__name__}"
+            )
+        _check_tokenizer(config, tokenizer)
+        self.config = config
+        # Past Module.__setattr__: not a submodule.
+        self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
+        self._session: _Session | None = None
+        #: Positions and scales, the class in the place of a prompt of one position.
+        self.sequence = NextScaleSequence(config.scales, 1)
+        self._ends = [self.sequence.positions(i)[1] for i in range(len(config.scales))]
+
+        width, length = config.channels, config.image_tokens
+        self.word_embed = nn.Linear(config.feature_dim, width)
+        self.class_emb = nn.Embedding(config.classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
+        self.lvl_embed = nn.Embedding(len(config.scales), width)
+        self.shared_ada_lin = modulation(width, 6) if config.shared_adaln else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.head_nm = AdaptiveHeadNorm(config)
+        self.head = nn.Linear(width, config.codebook_size)
+        numbers = [i for i, side in enumerate(config.scales) for _ in range(side * side)]
+        self.register_buffer("lvl_1L", torch.tensor([numbers]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values as the released weights had them."""
+        width, depth = self.config.channels, self.config.depth
+        deviation = math.sqrt(1 / width / 3)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=deviation)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=deviation)
+        with torch.no_grad():
+            self.head.weight.mul_(0.02)
+            linear = self.head_nm.ada_lin[1]
+            assert isinstance(linear, nn.Linear)
+            linear.weight.mul_(0.5)
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.attn.proj.weight.div_(math.sqrt(2 * depth))
+                block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
+                if block.shared:
+                    nn.init.trunc_normal_(block.ada_gss, std=deviation)
+                    block.ada_gss[:, :, 2:].mul_(0.5)
+                    block.ada_gss[:, :, :2].mul_(1e-5)
+                else:
+                    linear = block.ada_lin[1]
+                    assert isinstance(linear, nn.Linear)
+                    linear.weight[2 * width :].mul_(0.5)
+                    linear.weight[: 2 * width].mul_(1e-5)
+
+    # ------------------------------------------------------------------ device and dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Var:
+        """Moves as every module does; the tokenizer goes along to the device."""
+        self._session = None  # its buffers and graphs hold the old weights
+        super()._apply(fn, recurse)
+        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
+            self.tokenizer.to(self.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    # ------------------------------------------------------------------ parts
+
+    def _labels(self, labels: Tensor | None, count: int) -> Tensor:
+        """Checked labels [count]; None is no class."""
+        none = self.config.classes
+        if labels is None:
+            return torch.full((count,), none, device=self.device)
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+            got = (
+                f"{tuple(labels.shape)} {labels.dtype}"
+                if isinstance(labels, Tensor)
+                else type(labels).__name__
+            )
+            raise TypeError(f"labels must be [B] int64, got {got}")
+        if not labels.is_cuda and labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high > none:
+                raise ValueError(
+                    f"labels must be in [0, {none}] ({none} is no class), got {low} to {high}"
+                )
+        return labels.to(self.device)
+
+    def condition(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of labels [B]: the class embedding [B, width], and the blocks' condition made of it."""
+        embedded = self.class_emb(labels)
+        shared = self.shared_ada_lin(embedded)
+        if self.config.shared_adaln:
+            shared = shared.view(-1, 1, 6, self.config.channels)
+        return embedded, shared
+
+    def positions(self, first: int, end: int) -> Tensor:
+        """Embeddings of scale and place, [1, end - first, width]."""
+        return self.lvl_embed(self.lvl_1L[:, first:end]) + self.pos_1LC[:, first:end]
+
+    def first_input(self, embedded: Tensor) -> Tensor:
+        """The class [B, width] as input of the first scale, [B, 1, width]."""
+        return embedded[:, None] + self.pos_start + self.positions(0, 1)
+
+    def image_inputs(self, features: Tensor, first: int) -> Tensor:
+        """Inputs of later scales from f^ at their sizes.
+
+        Args:
+            features: [B, n, C].
+            first: the first of these places.
+        """
+        embedded = self.word_embed(features.to(self.word_embed.weight.dtype))
+        return embedded + self.positions(first, first + features.shape[1])
+
+    def scores(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """[B, n, width] and the class [B, width] -> logits [B, n, K]. Norm and head are computed in
+        float32, or in float64."""
+        if hidden.dtype == torch.float64:
+            return self.head(self.head_nm(hidden, embedded))
+        with torch.autocast(hidden.device.type, enabled=False):
+            linear = self.head_nm.ada_lin[1]
+            assert isinstance(linear, nn.Linear)
+            rows = F.linear(
+                F.silu(embedded.float()), linear.weight.float(), linear.bias.float()
+            ).view(-1, 1, 2, self.config.channels)
+            scale, shift = rows.unbind(2)
+            normed = F.layer_norm(hidden.float(), (self.config.channels,), eps=self.config.norm_eps)
+            return F.linear(
+                normed * (scale + 1) + shift, self.head.weight.float(), self.head.bias.float()
+            )
+
+    # ------------------------------------------------------------------ training and scoring
+
+    def forward(self, labels: Tensor | None, indices: Tensor) -> VarOutput:
+        """Teacher forcing: every scale's tokens from the class and the tokens of earlier scales.
+
+        In training some classes are replaced by no class (``config.class_drop``).
+
+        Args:
+            labels: classes [B] int64; ``config.classes`` is no class, and None is that for all.
+            indices: the images' tokens [B, L], scale by scale.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit; on the CPU also numbers out of
+                range (elsewhere that would wait for the device).
+        """
+        config = self.config
+        if indices.dim() != 2 or indices.shape[1] != config.image_tokens:
+            raise ValueError(
+                f"indices must be [B, {config.image_tokens}], got {tuple(indices.shape)}"
+            )
+        if indices.dtype != torch.int64:
+            raise TypeError(f"indices must be int64, got {indices.dtype}")
+        if not indices.is_cuda and bool(((indices < 0) | (indices >= config.codebook_size)).any()):
+            raise ValueError(
+                f"indices must be in [0, {config.codebook_size}), got {int(indices.min())} to "
+                f"{int(indices.max())}"
+            )
+        classes = self._labels(labels, len(indices))
+        if len(classes) != len(indices):
+            raise ValueError(f"labels are {len(classes)}, and there are {len(indices)} images")
+        if self.training and config.class_drop > 0:
+            dropped = torch.rand(len(classes), device=classes.device) < config.class_drop
+            classes = torch.where(dropped, config.classes, classes)
+        embedded, condition = self.condition(classes)
+        inputs = self.first_input(embedded)
+        if len(config.scales) > 1:
+            features = self.tokenizer.quantizer.next_scale_inputs(indices)
+            inputs = torch.cat([inputs, self.image_inputs(features, 1)], dim=1)
+        for block in self.blocks:
+            inputs = block(inputs, condition, self._ends)
+        logits = self.scores(inputs, embedded)
+        return VarOutput(F.cross_entropy(logits.flatten(0, 1), indices.flatten()), logits)
+
+    def logits(self, labels: Tensor | None, indices: Tensor) -> Tensor:
+        """Logits [B, L, K] of every token, the true ones before it given; as :meth:`forward`."""
+        return self(labels, indices).logits
+
+    # ------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor | None, **options: Any) -> Tensor:
+        """Images [B, 3, H, W] uint8 of classes; arguments as of :meth:`generate_tokens`."""
+        images, _ = self.tokenizer.decode(self.generate_tokens(labels, **options))
+        assert images is not None  # the constructor takes no tokenizer without a pixel branch
+        return to_uint8(images)
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        labels: Tensor | None,
+        *,
+        count: int | None = None,
+        sampling: SamplingConfig | None = None,
+        seed: int | Sequence[int] | None = None,
+        cuda_graphs: bool = False,
+        **settings: Any,
+    ) -> Tensor:
+        """Image tokens [B, L] of classes, scale after scale.
+
+        At scale k, t = guidance * k / (S - 1), and logits are (1 + t) * those of the class - t *
+        those of no class. A guidance of 0 leaves the second half out.
+
+        Args:
+            labels: classes [B] int64; ``config.classes`` is no class, and None is that for all.
+            count: images, where there are no labels [1].
+            sampling: how tokens are drawn, by default :data:`SAMPLING`.
+            seed: one for each image, or one number: image b then has seed + b. An image depends on
+                its seed and class, not on the batch it is in (but for the rounding of logits). None
+                takes torch's generator.
+            cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
+                them; they are kept until another shape or a move of the model.
+            settings: fields of ``sampling`` to change, such as ``guidance=3.0``, ``top_k=900``.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, named in the message.
+        """
+        for name in ("top_k", "top_p"):  # one step: a single number is meant
+            if name in settings and not isinstance(settings[name], tuple):
+                settings[name] = (settings[name],)
+        sampling = (sampling or SAMPLING).replace(**settings)
+        if sampling.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {sampling.guidance}")
+        if len(sampling.top_k) != 1:
+            raise ValueError(f"top_k must be one number, got {sampling.top_k}")
+        if labels is not None and count is not None:
+            raise ValueError("count is for images without labels")
+        classes = self._labels(labels, 1 if count is None else count)
+        number = len(classes)
+        if number == 0:
+            raise ValueError("labels must be [B] with B > 0, got none")
+        if sampling.guidance > 0:
+            classes = torch.cat([classes, classes.new_full((number,), self.config.classes)])
+        session = self._session_for(len(classes), cuda_graphs)
+        session.set_classes(classes)
+        return generate_tokens(
+            session,
+            self.tokenizer.quantizer,
+            number,
+            sampling=sampling,
+            seed=seed,
+            cuda_graphs=cuda_graphs,
+        )
+
+    def _session_for(self, rows: int, cuda_graphs: bool) -> _Session:
+        """New buffers, or with graphs those of the last generation of the same shape."""
+        if not cuda_graphs:
+            return _Session(self, rows)
+        if self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs the model on CUDA, it is on {self.device}")
+        if self._session is None or self._session.rows != rows:
+            self._session = _Session(self, rows)
+        return self._session
+
+    # ------------------------------------------------------------------ weights
+
+    @classmethod
+    def from_released(
+        cls, source: Mapping[str, Tensor] | str | Path, tokenizer: TokenFlowTokenizer
+    ) -> Var:
+        """The model of released weights; its shape is read off them.
+
+        Args:
+            source: a state dict, or a torch or safetensors file with one.
+            tokenizer: the image tokenizer.
+
+        Raises:
+            CheckpointError: a key that is missing, unknown or of another shape, a mask that is not
+                that of the scales, or a file that cannot be read.
+            ConfigError: a tokenizer that does not fit.
+        """
+        name = "the state dict"
+        state: Mapping[str, Tensor]
+        if isinstance(source, Mapping):
+            state = source
+        else:
+            state, name = read_state_dict(source), str(source)
+            if bad := not_finite(original_checkpoint.without_mask(state)):
+                raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
+        config = original_checkpoint.infer_config(state, tokenizer.config.quantizer.scales, name)
+        weights = original_checkpoint.read(state, config, name)
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        return cls._skeleton(config, tokenizer, shapes, name)._filled(weights, name)
+
+    def to_released(self) -> dict[str, Tensor]:
+        """The released form of the weights: the inverse of :meth:`from_released`."""
+        return original_checkpoint.write(self.state_dict(), self.config)
+
+    def save_released(self, file: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the weights with exactly the released names, as a torch file.
+
+        Raises:
+            OutputError: the file is there, or cannot be written.
+        """
+        path = Path(file)
+        write_torch(path, {k: v.detach().cpu() for k, v in self.to_released().items()}, overwrite)
+        return path
+
+    @classmethod
+    def _skeleton(
+        cls,
+        config: VarConfig,
+        tokenizer: TokenFlowTokenizer,
+        shapes: Mapping[str, tuple[int, ...]],
+        source: str,
+    ) -> Var:
+        """Without weights (on the meta device), where those of these names and shapes fit."""
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        if difference := compare(shapes, model.state_dict()):
+            raise CheckpointError(f"{source} does not fit the configuration: {difference}")
+        return model
+
+    def _filled(self, weights: dict[str, Tensor], source: str) -> Var:
+        """A skeleton with these weights, which are not copied, for evaluation."""
+        kinds = {value.dtype for value in weights.values() if value.is_floating_point()}
+        if len(kinds) != 1:
+            raise CheckpointError(
+                f"{source}: weights must be of one floating-point type, got "
+                f"{', '.join(sorted(map(str, kinds)))}"
+            )
+        self.load_state_dict(weights, assign=True)
+        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
+            self.tokenizer.to(self.device)
+        return self.eval()
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
+        ``tokenizer``) into the directory ``path``. Each file is complete before it takes its name.
+
+        Raises:
+            OutputError: another kind of model is there, or the files cannot be written.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder / _TOKENIZER_FOLDER)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        _FORM.write(folder, self.config.to_dict(), state)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, tokenizer: TokenFlowTokenizer | None = None) -> Var:
+        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
+
+        Args:
+            tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
+
+        Raises:
+            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
+                configuration; the message names file and entry.
+        """
+        folder = Path(path)
+        config = _FORM.read_config(folder, VarConfig.from_dict)
+        if tokenizer is None:
+            tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
+        source, made = str(folder / WEIGHTS_FILE), []
+        weights, _ = read_weights(
+            folder, lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source))
+        )
+        return made[0]._filled(weights, source)
+
+
+class _Session(ScaleSession):
+    """The buffers of a generation: the keys and values, and what depends on the classes alone."""
+
+    def __init__(self, model: Var, rows: int) -> None:
+        like, config = model.head.weight, model.config
+        heads = config.attention_heads
+        cache = KeyValueCache(
+            like, config.depth, rows, heads, config.channels // heads, model.sequence
+        )
+        super().__init__(model.sequence, cache, model.device)
+        self.model, self.rows = model, rows
+        width = config.channels
+        self.embedded = like.new_empty(rows, width)
+        self.condition = like.new_empty(0)
+        self.norms = like.new_empty(config.depth, rows, 1, 6, width)
+
+    def set_classes(self, classes: Tensor) -> None:
+        """The classes [rows] of the coming generation. The norms' rows are made once for all
+        scales."""
+        embedded, condition = self.model.condition(classes)
+        self.embedded.copy_(embedded)
+        for rows, block in zip(self.norms, self.model.blocks, strict=True):
+            assert isinstance(block, Block)
+            rows.copy_(block.rows(condition))
+
+    def _run(self, inputs: Tensor, scale: int) -> Tensor:
+        self.cache.positions = self.sequence.positions(scale)
+        for rows, block in zip(self.norms, self.model.blocks, strict=True):
+            inputs = block(inputs, self.condition, (), self.cache, rows)
+        return self.model.scores(inputs, self.embedded)
+
+    def run_first(self) -> Tensor:
+        """From the classes."""
+        return self._run(self.model.first_input(self.embedded), 0)
+
+    def run_scale(self, scale: int, f_hat: Tensor) -> Tensor:
+        """See the base class."""
+        inputs = self.model.image_inputs(f_hat.flatten(2).mT, self.sequence.positions(scale)[0])
+        return self._run(inputs.repeat(self.rows // len(inputs), 1, 1), scale)
+
+
+def _check_tokenizer(config: VarConfig, tokenizer: TokenFlowTokenizer) -> None:
+    quantizer = tokenizer.config.quantizer
+    if not tokenizer.config.pixel.enabled:
+        raise ConfigError(
+            "the image tokenizer decodes no images (pixel.enabled is false): VAR needs one with a "
+            "pixel branch"
+        )
+    for name, asked, got in (
+        ("codebook_size", config.codebook_size, quantizer.codebook_size),
+        ("feature_dim", config.feature_dim, sum(tokenizer.config.dims)),
+        ("scales", config.scales, quantizer.scales),
+    ):
+        if asked != got:
+            raise ConfigError(f"{name} is {asked} in the configuration, the tokenizer has {got}")
