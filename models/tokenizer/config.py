@@ -39,7 +39,8 @@ class PixelConfig:
         res_blocks: residual blocks a level in the encoder; the decoder has one more.
         decoder_channels, decoder_res_blocks: the decoder's own values where it differs (the
             enhanced decoder has 256 and 4); 0 takes the encoder's.
-        z_channels: width between the networks and the 1x1 convolutions to and from ``code_dim``.
+        z_channels: width between the networks and the convolutions to and from ``code_dim``.
+        quant_kernel: side of these two convolutions: 1, or 3 in VAR's tokenizer.
         code_dim: channels of the pixel codebook.
         groups: GroupNorm groups; a width it does not divide takes their greatest common divisor.
         input_size: side to which an image of the configured size is resized before the encoder
@@ -61,6 +62,7 @@ class PixelConfig:
     input_size: int = 0
     patch: int = 1
     enabled: bool = True
+    quant_kernel: int = 1
 
     def __post_init__(self) -> None:
         need(len(self.multipliers) > 0, "pixel.multipliers must name one level or more, got ()")
@@ -74,6 +76,10 @@ class PixelConfig:
         within("pixel", 1, WIDTH_LIMIT, **{name: getattr(self, name) for name in widths})
         within("pixel", 1, DEPTH_LIMIT, res_blocks=self.res_blocks)
         within("pixel", 1, 256, patch=self.patch)
+        need(
+            self.quant_kernel in (1, 3, 5, 7),
+            f"pixel.quant_kernel must be 1, 3, 5 or 7, got {shown(self.quant_kernel)}",
+        )
         within("pixel", 0, WIDTH_LIMIT, decoder_channels=self.decoder_channels)
         within("pixel", 0, DEPTH_LIMIT, decoder_res_blocks=self.decoder_res_blocks)
         within("pixel", 0, SIDE_LIMIT, input_size=self.input_size)

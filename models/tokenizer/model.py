@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -31,7 +32,7 @@ from tokenflow_ext.models.towers.teachers import load_tower
 from tokenflow_ext.models.towers.towers import build_tower
 from tokenflow_ext.var import VarQuantizer, resize
 
-from . import original_checkpoint
+from . import original_checkpoint, var_checkpoint
 from .config import TokenizerConfig
 from .semantic_decoder import SemanticDecoder, task_layer
 from .vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
@@ -99,8 +100,11 @@ class TokenFlowTokenizer(nn.Module):
                 res_blocks=pixel.decoder_res_blocks or pixel.res_blocks,
                 **shape,
             )
-            self.quant_conv = nn.Conv2d(pixel.z_channels, pixel.code_dim, 1)
-            self.post_quant_conv = nn.Conv2d(pixel.code_dim, pixel.z_channels, 1)
+            kernel, padding = pixel.quant_kernel, pixel.quant_kernel // 2
+            self.quant_conv = nn.Conv2d(pixel.z_channels, pixel.code_dim, kernel, padding=padding)
+            self.post_quant_conv = nn.Conv2d(
+                pixel.code_dim, pixel.z_channels, kernel, padding=padding
+            )
         if semantic.enabled:
             self.semantic_encoder = build_tower(semantic.tower)
             self.encode_task_layer = task_layer(semantic.tower.out_dim, semantic.code_dim)
@@ -366,12 +370,13 @@ class TokenFlowTokenizer(nn.Module):
             ConfigError: a tokenizer that has no original form.
             CheckpointError: weights of the original form that neither source has.
         """
-        original_checkpoint.check(self.config)
+        form = _original_form(self.config)
+        form.check(self.config)
         unused = self.unused_tensors
         if unused_from is not None:
-            unused = original_checkpoint.read_unused(unused_from, self.config)
-        state = original_checkpoint.to_original(self.state_dict(), self.config, unused)
-        return original_checkpoint.write(path, state, overwrite)
+            unused = original_checkpoint.read_unused(unused_from, form.unused_shapes(self.config))
+        state = form.to_original(self.state_dict(), self.config, unused)
+        return form.write(path, state, overwrite)
 
     save_released = RenamedAttribute("save_original", left_aside_from="unused_from")
     left_aside = RenamedAttribute("unused_tensors")
@@ -387,9 +392,10 @@ class TokenFlowTokenizer(nn.Module):
 
         Args:
             path: a directory written by :meth:`save_pretrained`, or a file: one of the original
-                checkpoints (see :mod:`.original_checkpoint`).
+                checkpoints (see :mod:`.original_checkpoint`), or VAR's (:mod:`.var_checkpoint`).
             resolution: side of the images in pixels, None for the tokenizer's own. An original B
-                (224) can be read for 256; anywhere else it must be the tokenizer's own.
+                (224) can be read for 256 and VAR's (256) for 512; anywhere else it must be the
+                tokenizer's own.
             config: for a file with the original names but other sizes, its configuration; None
                 infers those of the original tokenizers.
 
@@ -404,7 +410,7 @@ class TokenFlowTokenizer(nn.Module):
             if config is not None and resolution is not None:
                 raise ValueError("config says the resolution: give one of the two")
             state = read_state_dict(path)
-            config = config or original_checkpoint.infer_config(state, resolution, path)
+            config = config or _infer_config(state, resolution, path)
             return cls.from_original(state, config, path)
         if config is not None:
             raise ValueError(
@@ -436,11 +442,12 @@ class TokenFlowTokenizer(nn.Module):
         Raises:
             CheckpointError, ConfigError: see :func:`.original_checkpoint.from_original`.
         """
-        config = config or original_checkpoint.infer_config(state, None, source)
+        config = config or _infer_config(state, None, source)
         shapes_alone = any(value.is_meta for value in state.values())
         with torch.device("meta") if shapes_alone else nullcontext():
             model = cls._to_load(config)
-        own, unused = original_checkpoint.from_original(state, config, model.state_dict(), source)
+        form = _original_form(config)
+        own, unused = form.from_original(state, config, model.state_dict(), source)
         model.load_state_dict(own)
         model.unused_tensors = {key: value.clone() for key, value in unused.items()}
         return model.eval()
@@ -474,6 +481,19 @@ class TokenFlowTokenizer(nn.Module):
             raise CheckpointError(f"{file} was not written by save_pretrained")
         check(state)  # the types
         return config, state
+
+
+def _original_form(config: TokenizerConfig) -> ModuleType:
+    """The adapter of the original checkpoints that a configuration has: TokenFlow's, or VAR's."""
+    return var_checkpoint if config.quantizer.kind == "var" else original_checkpoint
+
+
+def _infer_config(
+    state: Mapping[str, Tensor], resolution: int | None, source: str | Path
+) -> TokenizerConfig:
+    """The configuration of an original state dict, of whichever form it is."""
+    form = var_checkpoint if var_checkpoint.MARK in state else original_checkpoint
+    return form.infer_config(state, resolution, source)
 
 
 def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:

@@ -262,15 +262,21 @@ def to_original(
     return state | {key: kept[key] for key in unused_shapes(config)}
 
 
-def read_unused(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
+def read_unused(
+    path: str | Path, config: TokenizerConfig | Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """What tokenizers of ``config`` have no use for, from an original checkpoint.
+
+    Args:
+        config: or names and shapes of what they have no use for.
 
     Raises:
         CheckpointError: see :func:`.read_state_dict`; or weights of another shape or type.
     """
     state = read_state_dict(path)
     found = {}
-    for key, shape in unused_shapes(config).items():
+    shapes = unused_shapes(config) if isinstance(config, TokenizerConfig) else config
+    for key, shape in shapes.items():
         if key not in state:
             continue
         value = state[key]
