@@ -96,7 +96,8 @@ train-unified: easy-vqa
 		--data runs/easy-vqa/test.json --train runs/easy-vqa/train.json --out runs/unified-answers \
 		--overwrite
 	$(BIN)/tokenflow evaluate-drawings --checkpoint runs/unified --real runs/easy-vqa/train \
-		--test runs/easy-vqa/test --unseen "a (teal triangle|red circle|blue rectangle)" --guidance 3 \
+		--test runs/easy-vqa/test --unseen "a (teal triangle|red circle|blue rectangle)" --steps one \
+		--guidance 3 \
 		--out runs/unified-drawings --overwrite
 
 test: $(VENV)/.installed

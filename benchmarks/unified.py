@@ -34,6 +34,7 @@ ROWS = {
     "answering": "a model that answers",
     "drawing": "a model that draws",
 }
+STEPS = "one"  # of each scale's sampling
 GROUPS = {"captions of training": "drawn as asked", "captions held out": "held out: drawn as asked"}
 
 
@@ -69,8 +70,9 @@ def run_row(
             for name in ("right", "floor"):
                 found[name] = {kind: value["right"] for kind, value in answers[name].items()}
         if "drawing" in config.ways and group.first:
-            sampling = config.sample
-            generator = ImageGenerator.load(config.run, guidance=sampling.guidance, batch=32)
+            generator = ImageGenerator.load(
+                config.run, steps=STEPS, guidance=config.sample.guidance, batch=32
+            )
             report, _ = drawings.evaluate(
                 config.run,
                 generator,
@@ -120,8 +122,8 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         lines.append(f"- answers: easy-VQA's test questions; without looking: {without}")
     if judge:
         lines.append(
-            f"- drawings: {facts['each']} of each caption; the judge finds colour and shape of "
-            f"{judge['pictures']} real test pictures in {100 * judge['real']['all']:.1f} %, of the "
+            f"- drawings: {facts['each']} of each caption, sampled in {STEPS} step a scale; the "
+            f"judge finds colour and shape of {judge['pictures']} real test pictures in {100 * judge['real']['all']:.1f} %, of the "
             f"same pictures from their tokens in {100 * judge['reconstructed']['all']:.1f} %"
         )
     seconds = ", ".join(
