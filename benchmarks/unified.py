@@ -122,9 +122,10 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         lines.append(f"- answers: easy-VQA's test questions; without looking: {without}")
     if judge:
         lines.append(
-            f"- drawings: {facts['each']} of each caption, sampled in {STEPS} step a scale; the "
-            f"judge finds colour and shape of {judge['pictures']} real test pictures in {100 * judge['real']['all']:.1f} %, of the "
-            f"same pictures from their tokens in {100 * judge['reconstructed']['all']:.1f} %"
+            f"- drawings: {facts['each']} of each caption, sampled in {STEPS} step a scale. The "
+            f"judge is right about colour and shape of {100 * judge['real']['all']:.1f} % of "
+            f"{judge['pictures']} real test pictures, and of "
+            f"{100 * judge['reconstructed']['all']:.1f} % of the same pictures from their tokens"
         )
     seconds = ", ".join(
         f"{ROWS[row]} {sum(values) / len(values):.0f} s"
