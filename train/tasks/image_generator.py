@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow_ext.models.serialization.transformers_folder import answers_and_draws
+from tokenflow_ext.models import CheckpointError
+from tokenflow_ext.models.serialization.transformers_folder import answers, answers_and_draws
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from tokenflow_ext.train.engine import checkpoint
@@ -53,6 +54,10 @@ class ImageGenerator:
         if answers_and_draws(folder):
             model, text = load_drawing_side(folder)
             parts = [checkpoint.weights_digest(folder)]
+        elif answers(folder):
+            raise CheckpointError(
+                f"{folder} holds a model that answers questions and does not draw"
+            )
         else:
             text = load_text_tokenizer(folder)
             model = TextToImage.from_pretrained(folder)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tokenflow_ext.models import TextToImage, as_text_to_image
+from tokenflow_ext.models import CheckpointError, TextToImage, as_text_to_image
 from tokenflow_ext.train import understanding, unified
 from tokenflow_ext.train.cli.commands.tokenize import tokenize
 from tokenflow_ext.train.config import load_unified_config
@@ -291,6 +291,8 @@ def test_an_understanding_run_does_not_draw(micro, arguments, image_tokenizer, q
     )
     with pytest.raises(SystemExit, match=r"init=.* does not draw: it answers alone"):
         unified.main(arguments("run", f"init={run}"))
+    with pytest.raises(CheckpointError, match="answers questions and does not draw"):
+        ImageGenerator.load(run)
 
 
 @pytest.mark.parametrize(

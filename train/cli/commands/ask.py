@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a run of train/understanding.py, one of its checkpoints, or a saved model",
+        help="a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the language model [%(default)s]"

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a run of train/understanding.py, one of its checkpoints, or a saved model",
+        help="a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
     )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="questions and answers in LLaVA's form"

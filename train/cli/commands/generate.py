@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a run of train/text_to_image.py, one of its checkpoints, or a saved model",
+        help="a run of train/text_to_image.py or train/unified.py, a checkpoint, or a saved model",
     )
     options.add_out(parser, "outputs")
     options.add_overwrite(parser)
