@@ -55,9 +55,7 @@ class ImageGenerator:
             model, text = load_drawing_side(folder)
             parts = [checkpoint.weights_digest(folder)]
         elif answers(folder):
-            raise CheckpointError(
-                f"{folder} holds a model that answers questions and does not draw"
-            )
+            raise CheckpointError(f"the model in {folder} answers questions and does not draw")
         else:
             text = load_text_tokenizer(folder)
             model = TextToImage.from_pretrained(folder)
