@@ -9,6 +9,7 @@ part of it, though text alone does not reach them.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from tokenflow_ext.models.registration import register
 from tokenflow_ext.models.text_to_image.backbone import Backbone, rotary
 from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig
 from tokenflow_ext.models.understanding.arguments import check_options, without
+
+# What an output has the cache under; it is the argument's name too. 5.24 renamed it.
+_CACHE = next(
+    field.name
+    for field in dataclasses.fields(BaseModelOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
 
 
 class TokenFlowTextConfig(PreTrainedConfig):
@@ -111,6 +119,7 @@ class TokenFlowTextModel(_Pretrained):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **options: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states of text.
@@ -119,7 +128,8 @@ class TokenFlowTextModel(_Pretrained):
             input_ids: [B, n] int64; or ``inputs_embeds`` [B, n, hidden].
             attention_mask: [B, all] with those in the cache, 0 where padded; None has no padding.
             position_ids: [B, n]; None counts from 0, with the padding.
-            past_key_values: a cache of transformers that grows with what it is given.
+            past_key_values, cache: a cache of transformers that grows with what it is given, by
+                the one or the other name of transformers' versions.
             use_cache: makes one where there is none.
             return_dict: False gives a tuple.
             options: what transformers hands on to all parts of a model; they mean nothing here.
@@ -132,10 +142,11 @@ class TokenFlowTextModel(_Pretrained):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
         count, device = hidden.shape[1], hidden.device
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past = 0 if cache is None else int(cache.get_seq_length())
         total = past + count
         if position_ids is None:
             position_ids = torch.arange(past, total, device=device)[None]
@@ -143,10 +154,9 @@ class TokenFlowTextModel(_Pretrained):
         angles = cos[0][position_ids], sin[0][position_ids]
         mask = _causal(hidden, past, attention_mask)
         for layer in self.layers:
-            hidden = layer(hidden, angles, mask, past_key_values)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
-        )
+            hidden = layer(hidden, angles, mask, cache)
+        kept: dict[str, Any] = {_CACHE: cache}
+        output = BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -209,6 +219,7 @@ class TokenFlowForCausalLM(_Pretrained, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Any = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, n, vocabulary] of text; arguments as of the base model.
@@ -224,6 +235,7 @@ class TokenFlowForCausalLM(_Pretrained, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache,
+            cache=cache,
             **options,
         )
         kept: Any = logits_to_keep
@@ -233,9 +245,8 @@ class TokenFlowForCausalLM(_Pretrained, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        found = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values
-        )
+        passed: dict[str, Any] = {_CACHE: getattr(output, _CACHE)}
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, **passed)
         return found.to_tuple() if return_dict is False else found
 
 
