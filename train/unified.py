@@ -2,7 +2,7 @@
 
 One transformer learns to draw pictures from captions and to answer questions about pictures. With
 ``--config train/configs/easy_vqa_unified.yaml`` it does so on coloured shapes; the commands before
-it are in docs/guides/understanding.md.
+it are in that file.
 """
 
 from __future__ import annotations

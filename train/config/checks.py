@@ -23,8 +23,7 @@ def check_run(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingCo
     """What runs of every kind have in common."""
     one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
     one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
-    if len(config.data.streams) != 2:
-        raise ConfigError(f"data.streams must be two numbers, got {shown(config.data.streams)}")
+    check_streams(config.data.streams, "data")
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(f"optim.betas must be two numbers from 0 to below 1, got {shown(betas)}")
@@ -51,8 +50,12 @@ def check_captions(section: CaptionConfig, name: str) -> None:
         raise ConfigError(f"{name}.unseen and {name}.held_out are two held-out sets: give one")
     if not section.caption_keys or not all(section.caption_keys):
         raise ConfigError(f"{name}.caption_keys must name keys, got {list(section.caption_keys)}")
-    if len(section.streams) != 2:
-        raise ConfigError(f"{name}.streams must be two numbers, got {shown(section.streams)}")
+
+
+def check_streams(streams: tuple[int, ...], name: str) -> None:
+    """That a section, under this name, says how shards are dealt out."""
+    if len(streams) != 2:
+        raise ConfigError(f"{name}.streams must be two numbers, got {shown(streams)}")
 
 
 def check_pixel_losses(config: TrainConfig | DecoderConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.sampler import SamplingConfig
 
-from .checks import check_captions, one_of
+from .checks import check_captions, check_streams, one_of
 from .text_to_image import CaptionConfig
 from .understanding import PARTS, UnderstandingConfig, UnderstandingModelConfig
 
@@ -40,6 +40,7 @@ class UnifiedConfig(UnderstandingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_captions(self.drawing, "drawing")
+        check_streams(self.drawing.streams, "drawing")
         for way in self.ways:
             one_of("ways", way, *WAYS)
         if not self.ways:

@@ -251,9 +251,10 @@ class UnderstandingTask(Task):
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch: the sum of the losses of what is learned, which of it is right, and which
         row each is of."""
+        columns = learned_columns(batch)
         with self._autocast():
-            logits = model(**model_inputs(batch)).logits
-        return compared(logits, batch)
+            logits = model(**model_inputs(batch, columns)).logits
+        return compared(logits, batch, columns)
 
     def _mean(self, total: Tensor, batch: Batch) -> Tensor:
         """The sum of a batch's losses over what all processes learn of this micro-batch: theirs
@@ -413,30 +414,28 @@ class UnderstandingTask(Task):
             )
 
 
-def _learned(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The columns of a batch that predict what is learned, and the labels of what comes after
-    them."""
-    # Position i predicts i + 1, and of the others no logits are needed.
-    wanted = batch.labels[:, 1:]
-    columns = (wanted != IGNORED).any(0).nonzero().squeeze(1)
-    return columns, wanted[:, columns]
+def learned_columns(batch: Batch) -> Tensor:
+    """The columns of a batch that predict what is learned: of the others no logits are needed.
+    Waits for the device."""
+    # Position i predicts i + 1.
+    return (batch.labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model is called with, for the logits that :func:`compared` takes."""
+def model_inputs(batch: Batch, columns: Tensor) -> dict[str, Any]:
+    """What a model is called with, for its logits at these columns."""
     return {
         "input_ids": batch.ids,
         "attention_mask": batch.valid,
         "pixel_values": batch.pictures,
         "use_cache": False,
-        "logits_to_keep": _learned(batch)[0],
+        "logits_to_keep": columns,
     }
 
 
-def compared(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch's logits: the sum of the losses of what is learned, which of it is right, and
-    which row each is of."""
-    wanted = _learned(batch)[1]
+def compared(logits: Tensor, batch: Batch, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch's logits at these columns: the sum of the losses of what is learned, which of it
+    is right, and which row each is of."""
+    wanted = batch.labels[:, 1:][:, columns]
     chosen = wanted != IGNORED
     found, wanted = logits[chosen].float(), wanted[chosen]
     loss = F.cross_entropy(found, wanted, reduction="sum")

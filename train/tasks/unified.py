@@ -26,7 +26,13 @@ from tokenflow_ext.train.engine.random_state import undrawn
 from .answer_cards import SIDE
 from .drawing import Drawing, held_out_source
 from .language import load_language_model
-from .understanding import UnderstandingTask, compared, load_understanding, model_inputs
+from .understanding import (
+    UnderstandingTask,
+    compared,
+    learned_columns,
+    load_understanding,
+    model_inputs,
+)
 
 # Parts that one of the two ways alone runs through.
 _OF_DRAWING = ("mm_projector.", "lvl_embed.", "pos_1LC")
@@ -47,11 +53,11 @@ class BothWays(nn.Module):
         self.__dict__["drawing"] = drawing
 
     def forward(
-        self, asked: Batch | None, drawn: Prompted | None
+        self, asked: dict[str, Any] | None, drawn: Prompted | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of what is learned of the answers, and the loss of the drawings; None where that
         way is not asked for."""
-        logits = None if asked is None else self.model(**model_inputs(asked)).logits
+        logits = None if asked is None else self.model(**asked).logits
         return logits, None if drawn is None else self.drawing(*drawn).loss
 
 
@@ -164,11 +170,15 @@ class UnifiedTask(UnderstandingTask):
         self, batch: tuple[Batch | None, Prompted | None], step: int
     ) -> dict[str, Tensor]:
         asked, drawn = batch
+        inputs = None
+        if asked is not None:
+            columns = learned_columns(asked)
+            inputs = model_inputs(asked, columns)
         with self._autocast():
-            logits, drawing = self.optimized_model.parallel(asked, drawn)
+            logits, drawing = self.optimized_model.parallel(inputs, drawn)
         losses = {}
         if asked is not None:
-            losses["answering"] = self._mean(compared(logits, asked)[0], asked)
+            losses["answering"] = self._mean(compared(logits, asked, columns)[0], asked)
         if drawn is not None:
             losses["drawing"] = drawing
         loss = torch.stack([value.float() for value in losses.values()]).sum()
