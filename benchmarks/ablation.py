@@ -8,11 +8,9 @@ docs/guides/ablation.md says what the rows are and what such a table can show.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import machine
+from benchmarks import comparison, machine
+from benchmarks.comparison import RESULT
 from benchmarks.tables import Table
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.train import data, tokenizer
@@ -35,7 +34,6 @@ from tokenflow_ext.train.engine.runs import CONFIG_FILE
 from tokenflow_ext.train.evaluation import evaluate
 
 CONFIGS = machine.ROOT / "train" / "configs" / "ablation"
-RESULT = "result.json"
 
 #: What every row has in common, besides the steps. k-means is short: with 131,072 codes the
 #: demonstration's 20 assignments would take longer than the training.
@@ -200,9 +198,7 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         + "".join(f" {override}" for override in facts["overrides"]),
         f"- {facts['device']['cpu']}, {facts['threads']} thread(s) of {facts['cores']} cores; "
         f"load average before {facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
-        f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}",
-        f"- `{facts['command']}`",
+        *comparison.ending(facts),
     ]
     return "\n".join(lines) + "\n"
 
@@ -217,48 +213,23 @@ def run(
     group = Processes(0, 1, torch.device("cpu"))
     # Before the first of them trains: an error in the last is seen now.
     configs = [configuration(row, out, steps, overrides) for row in rows]
-    shared = {
-        key: value
-        for key, value in machine.facts([]).items()
-        if key not in ("baselines", "compiler", "command")
-    }
+    shared = comparison.training_facts()
     held_out = out / "held_out"
     if not held_out.exists():
         write_held_out(configs[0], held_out)
     results = []
     for row, config in zip(rows, configs, strict=True):
         results.append(run_row(row, config, held_out, group))
-        facts = shared | {
-            "threads": torch.get_num_threads(),
-            "command": command,
-            "overrides": list(overrides),
-            "load after": list(os.getloadavg()),
-        }
-        checkpoint.write_text(out / "table.md", as_markdown(results, facts))
+        facts = comparison.now(shared, overrides, threads=torch.get_num_threads(), command=command)
         checkpoint.write_text(out / "results.csv", as_csv(results))
-        text = json.dumps({"facts": facts, "fixed": FIXED, "rows": results}, indent=2)
-        checkpoint.write_text(out / "results.json", text + "\n")
+        comparison.write(out, as_markdown(results, facts), facts, results, fixed=FIXED)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="key=value sets a key of the training configuration in every row.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="*",
-        choices=tuple(ROWS),
-        default=tuple(ROWS),
-        metavar="ROW",
-        help=f"{', '.join(ROWS)} [all]",
-    )
+    parser = comparison.row_parser("benchmarks.ablation", __doc__, ROWS)
     parser.add_argument(
         "--codebook-sizes",
         nargs="*",

@@ -8,9 +8,7 @@ off is continued. docs/guides/understanding.md says what such a table can show.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -19,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import comparison, machine
+from benchmarks.comparison import RESULT
 from benchmarks.tables import Table
 from tokenflow_ext.errors import TokenFlowError
 from tokenflow_ext.train import tokenizer, understanding
@@ -34,7 +33,6 @@ from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes, processes
 
 CONFIGS = machine.ROOT / "train" / "configs"
-RESULT = "result.json"
 INPUTS, KINDS = "Inputs (table 8)", "Tokenizers (table 1)"
 
 
@@ -74,7 +72,7 @@ QUIET = ("output.tensorboard=no", "output.progress=no", "output.keep=1")
 def train_tokenizer(name: str, out: Path, steps: int, group: Processes) -> None:
     """Train one of the tokenizers and write the pictures' tokens, where that has not been done."""
     run, data = out / f"tokenizer_{name}", out / "easy-vqa"
-    often = [f"output.{what}_every={steps}" for what in ("eval", "picture", "checkpoint")]
+    often = comparison.once_at_the_end(steps)
     config = load_config(
         CONFIGS / "easy_vqa_tokenizer.yaml",
         [f"run={run}", f"data.path={data / 'train'}", f"optim.steps={steps}", *often, *QUIET,
@@ -95,7 +93,7 @@ def configuration(
     row: Row, seed: int, out: Path, steps: int, overrides: Sequence[str]
 ) -> UnderstandingConfig:
     """The run of a row with a seed. Two rows of one kind are one run."""
-    often = [f"output.{what}_every={steps}" for what in ("eval", "picture", "checkpoint")]
+    often = comparison.once_at_the_end(steps)
     data = out / "easy-vqa"
     window = ["model.window=1"] if row.features in ("full", "residual") else []
     # Before quantization there are no tokens: pictures are read.
@@ -186,9 +184,7 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         f"- {facts['device']['cpu']}, {facts['processes']} process(es) of {facts['cores']} cores, "
         f"{sum(found['seconds'] for found in results) / len(results):.0f} s a row; load average "
         f"before {facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
-        f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}",
-        f"- `{facts['command']}`",
+        *comparison.ending(facts),
     ]
     return "\n".join(lines) + "\n"
 
@@ -202,11 +198,7 @@ def run(
     configs = [
         [configuration(row, seed, out, steps, overrides) for row in rows] for seed in range(seeds)
     ]
-    shared = {
-        key: value
-        for key, value in machine.facts([]).items()
-        if key not in ("baselines", "compiler", "command")
-    }
+    shared = comparison.training_facts()
     with group.together():
         if group.first:
             easy_vqa.fetch(out / "easy-vqa")
@@ -216,38 +208,22 @@ def run(
     for part in configs:
         for row, config in zip(rows, part, strict=True):
             results.append(run_row(row, config, questions, group))
-            facts = shared | {
-                "processes": group.world,
-                "command": command,
-                "overrides": list(overrides),
-                "tokenizer_steps": tokenizer_steps,
-                "load after": list(os.getloadavg()),
-            }
+            facts = comparison.now(
+                shared,
+                overrides,
+                processes=group.world,
+                command=command,
+                tokenizer_steps=tokenizer_steps,
+            )
             if group.first:
-                checkpoint.write_text(out / "table.md", as_markdown(results, facts))
-                text = json.dumps({"facts": facts, "rows": results}, indent=2)
-                checkpoint.write_text(out / "results.json", text + "\n")
+                comparison.write(out, as_markdown(results, facts), facts, results)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.understanding",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="key=value sets a key of the training configuration in every row.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="*",
-        choices=tuple(ROWS),
-        default=tuple(ROWS),
-        metavar="ROW",
-        help=f"{', '.join(ROWS)} [all]",
-    )
+    parser = comparison.row_parser("benchmarks.understanding", __doc__, ROWS)
     parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=1500, help="of a row [%(default)s]")
     parser.add_argument(

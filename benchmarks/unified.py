@@ -8,18 +8,17 @@ in the folder is kept, what was broken off is continued.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import comparison, machine
+from benchmarks.comparison import RESULT
 from benchmarks.tables import Table
-from benchmarks.understanding import QUIET, RESULT, spread
+from benchmarks.understanding import QUIET, spread
 from tokenflow_ext.errors import TokenFlowError
 from tokenflow_ext.train import unified
 from tokenflow_ext.train.config import UnifiedConfig, load_unified_config
@@ -43,7 +42,7 @@ def configuration(row: str, seed: int, out: Path, overrides: Sequence[str]) -> U
     ways = [] if row == "both" else [f"ways=[{row}]"]
     config = load_unified_config(CONFIG, list(overrides))
     steps = config.optim.steps
-    often = [f"output.{what}_every={steps}" for what in ("eval", "picture", "checkpoint")]
+    often = comparison.once_at_the_end(steps)
     return load_unified_config(
         CONFIG, [f"run={out / f'{row}_{seed}'}", f"seed={seed}", *often, *QUIET, *ways, *overrides]
     )
@@ -136,9 +135,7 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         f"- training: {seconds}; {facts['device']['cpu']}, {facts['processes']} process(es) of "
         f"{facts['cores']} cores, load average before {facts['load before'][0]:.1f}, after "
         f"{facts['load after'][0]:.1f}",
-        f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}",
-        f"- `{facts['command']}`",
+        *comparison.ending(facts),
     ]
     return "\n".join(lines) + "\n"
 
@@ -156,47 +153,23 @@ def run(
     """Every row with every seed; writes table.md and results.json after each."""
     # Before anything trains: an error in one of them is seen now.
     configs = [[configuration(row, seed, out, overrides) for row in rows] for seed in range(seeds)]
-    shared = {
-        key: value
-        for key, value in machine.facts([]).items()
-        if key not in ("baselines", "compiler", "command")
-    }
+    shared = comparison.training_facts()
     results: list[dict[str, Any]] = []
     for part in configs:
         for row, config in zip(rows, part, strict=True):
             results.append(run_row(row, config, real, each, group))
-            facts = shared | {
-                "processes": group.world,
-                "command": command,
-                "overrides": list(overrides),
-                "each": each,
-                "load after": list(os.getloadavg()),
-            }
+            facts = comparison.now(
+                shared, overrides, processes=group.world, command=command, each=each
+            )
             if group.first:
-                checkpoint.write_text(out / "table.md", as_markdown(results, facts))
-                text = json.dumps({"facts": facts, "rows": results}, indent=2)
-                checkpoint.write_text(out / "results.json", text + "\n")
+                comparison.write(out, as_markdown(results, facts), facts, results)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unified",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="key=value sets a key of the training configuration in every row.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="*",
-        choices=tuple(ROWS),
-        default=tuple(ROWS),
-        metavar="ROW",
-        help=f"{', '.join(ROWS)} [all]",
-    )
+    parser = comparison.row_parser("benchmarks.unified", __doc__, ROWS)
     parser.add_argument("--seeds", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--each", type=int, default=20, help="drawings of a caption [%(default)s]")
     parser.add_argument(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import encode_prompts
 from tokenflow_ext.sampler import SamplingConfig
+from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import captions
 from tokenflow_ext.train.engine.distributed import Processes
 
@@ -56,8 +57,30 @@ class Drawing:
         ids, valid = self.prompts(texts)
         return ids, self.tokens(pictures), valid
 
-    def some(self, source: Any, count: int) -> tuple[Tensor, list[str]]:
-        """Tokens and captions of pairs spread evenly over a source."""
+    def evaluated(
+        self, section: CaptionConfig, known: Any, form: captions.Form, joint: int, seed: int
+    ) -> dict[str, tuple[Tensor, list[str]]]:
+        """What an evaluation looks at: pairs that are trained on, under ``known``, and under
+        ``held_out`` those that the section holds out, where it does. Tokens [N, L] and captions,
+        spread evenly.
+
+        Args:
+            known: the source that is trained on.
+            form, joint, seed: as of :func:`.captions.open_source`.
+        """
+        sets = {"known": known}
+        held_out = None
+        if section.unseen:
+            choice = captions.Choice(section.match, section.unseen, held_out=True)
+            held_out = section.path, choice
+        elif section.held_out is not None:
+            held_out = section.held_out, captions.Choice()
+        if held_out is not None:
+            path, choice = held_out
+            sets["held_out"] = captions.open_source(path, form, section, joint, seed, choice)
+        return {name: self._some(source, section.evaluated) for name, source in sets.items()}
+
+    def _some(self, source: Any, count: int) -> tuple[Tensor, list[str]]:
         pictures, texts = captions.collate(captions.some(source, count))
         parts = [self.tokens(part).cpu() for part in pictures.split(self.local)]
         return torch.cat(parts), texts
@@ -121,15 +144,3 @@ class Drawing:
         images = [self.model.tokenizer.decode(tokens)[0] for tokens in (target, drawn)]
         above, below = (image for image in images if image is not None)  # there is a pixel branch
         return above, below
-
-
-def held_out_source(
-    config: Any, form: captions.Form, joint: int, seed: int
-) -> captions.Pictures | captions.Tokens | captions.Shards | None:
-    """The pairs that a section of captions holds out of training; None where it holds out none."""
-    if config.unseen:
-        choice = captions.Choice(config.match, config.unseen, held_out=True)
-        return captions.open_source(config.path, form, config, joint, seed, choice)
-    if config.held_out is not None:
-        return captions.open_source(config.held_out, form, config, joint, seed, captions.Choice())
-    return None

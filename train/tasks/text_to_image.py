@@ -28,7 +28,7 @@ from tokenflow_ext.train.engine.optimization import PRECISIONS, OptimizedModel, 
 from tokenflow_ext.train.engine.random_state import seed_generators, undrawn
 from tokenflow_ext.train.engine.task import Task
 
-from .drawing import Drawing, held_out_source
+from .drawing import Drawing
 from .language import TEXT_FOLDER, load_language_model, load_text_tokenizer, make_text_tokenizer
 
 _CAPTIONS = 100_000  # of which a text tokenizer is made, at most
@@ -79,12 +79,9 @@ class TextToImageTask(Task):
         if optim.ema_decay > 0:
             self.ema = EMA(dict(self.model.named_parameters()), optim.ema_decay)
         self.drawing = Drawing(self.model, text, group, self.partition.local, self._autocast)
-        sets = {"known": self.dataset.source}
-        if (held_out := held_out_source(config.data, form, joint, config.seed)) is not None:
-            sets["held_out"] = held_out
-        self.evaluated = {
-            name: self.drawing.some(source, config.data.evaluated) for name, source in sets.items()
-        }
+        self.evaluated = self.drawing.evaluated(
+            config.data, self.dataset.source, form, joint, config.seed
+        )
 
     # -- the model --------------------------------------------------------------------------------
 

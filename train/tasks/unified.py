@@ -24,7 +24,7 @@ from tokenflow_ext.train.engine.distributed import Processes
 from tokenflow_ext.train.engine.random_state import undrawn
 
 from .answer_cards import SIDE
-from .drawing import Drawing, held_out_source
+from .drawing import Drawing
 from .language import load_language_model
 from .understanding import (
     UnderstandingTask,
@@ -77,12 +77,9 @@ class UnifiedTask(UnderstandingTask):
         super().__init__(config, group, resuming)
         section, seed = config.drawing, config.seed
         self.captioned = captions.Captioned(section.path, self.form, section, self.joint, seed)
-        sets = {"known": self.captioned.source}
-        if (held_out := held_out_source(section, self.form, self.joint, seed)) is not None:
-            sets["held_out"] = held_out
-        self.evaluated_drawing = {
-            name: self.drawing.some(source, section.evaluated) for name, source in sets.items()
-        }
+        self.evaluated_drawing = self.drawing.evaluated(
+            section, self.captioned.source, self.form, self.joint, seed
+        )
 
     # -- the model --------------------------------------------------------------------------------
 
