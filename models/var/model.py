@@ -200,19 +200,12 @@ class Var(nn.Module):
     def scores(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """[B, n, width] and the class [B, width] -> logits [B, n, K]. Norm and head are computed in
         float32, or in float64."""
-        if hidden.dtype == torch.float64:
-            return self.head(self.head_nm(hidden, embedded))
+        if hidden.dtype != torch.float64:
+            hidden = hidden.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            linear = self.head_nm.ada_lin[1]
-            assert isinstance(linear, nn.Linear)
-            rows = F.linear(
-                F.silu(embedded.float()), linear.weight.float(), linear.bias.float()
-            ).view(-1, 1, 2, self.config.channels)
-            scale, shift = rows.unbind(2)
-            normed = F.layer_norm(hidden.float(), (self.config.channels,), eps=self.config.norm_eps)
-            return F.linear(
-                normed * (scale + 1) + shift, self.head.weight.float(), self.head.bias.float()
-            )
+            normed = self.head_nm(hidden, embedded)
+            weight, bias = self.head.weight.to(hidden.dtype), self.head.bias.to(hidden.dtype)
+            return F.linear(normed, weight, bias)
 
     # ------------------------------------------------------------------ training and scoring
 

@@ -191,6 +191,10 @@ class AdaptiveHeadNorm(nn.Module):
         self.ada_lin = modulation(self.width, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, n, width] and the class [B, width] -> [B, n, width]."""
-        scale, shift = self.ada_lin(condition).view(-1, 1, 2, self.width).unbind(2)
+        """[B, n, width] and the class [B, width] -> [B, n, width], in the dtype of ``x``."""
+        linear = self.ada_lin[1]
+        assert isinstance(linear, nn.Linear)
+        weight, bias = linear.weight.to(x.dtype), linear.bias.to(x.dtype)
+        rows = F.linear(F.silu(condition.to(x.dtype)), weight, bias)
+        scale, shift = rows.view(-1, 1, 2, self.width).unbind(2)
         return F.layer_norm(x, (self.width,), eps=self.eps) * (scale + 1) + shift
