@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else list(argv)
     parser = comparison.row_parser("benchmarks.understanding", __doc__, ROWS)
     parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
-    parser.add_argument("--steps", type=int, default=1500, help="of a row [%(default)s]")
+    parser.add_argument("--steps", type=int, default=1000, help="of a row [%(default)s]")
     parser.add_argument(
         "--tokenizer-steps", type=int, default=700, help="of a tokenizer [%(default)s]"
     )
