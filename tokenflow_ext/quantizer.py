@@ -366,6 +366,26 @@ class MultiScaleQuantizer(nn.Module):
         size = self.scales[-1] if size is None else size
         return self._sum_codes(indices, self.joint_codebook(check=check), upto, size)
 
+    @torch.no_grad()
+    def decode_rows(self, rows: Tensor, size: Size | None = None) -> Tensor:
+        """`f^ [B, D, *size]` of rows in the place of all scales' codes, such as means over several.
+
+        Args:
+            rows: [B, L, D], in floating point.
+            size: as for `decode`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = (sum(self.tokens_per_scale), self.dim)
+        if rows.dim() != 3 or rows.shape[1:] != expected:
+            raise ValueError(
+                f"rows must have shape [B, {expected[0]}, {expected[1]}], got {tuple(rows.shape)}"
+            )
+        size = self.scales[-1] if size is None else size
+        parts = enumerate(rows.split(self.tokens_per_scale, dim=1))
+        return torch.stack([self._at_size(part, scale, size) for scale, part in parts]).sum(0)
+
     def _scales_in(self, tokens: int) -> tuple[int, int]:
         """How many whole scales a number of tokens holds."""
         total = 0
@@ -405,7 +425,8 @@ class MultiScaleQuantizer(nn.Module):
 
         Args:
             f_hat: what the last call returned, [B, D, h, w] at this scale's size; None for scale 0.
-            indices: this scale's tokens [B, h * w].
+            indices: this scale's tokens [B, h * w], or rows in the place of their codes, such as
+                means over several codes, floating point [B, h * w, D].
             scale: which scale, from 0.
 
         Returns:
@@ -448,25 +469,44 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(f"f_hat must have shape ({expected}), got {tuple(f_hat.shape)}")
 
     def _add_scale(self, f_hat: Tensor | None, indices: Tensor, scale: int) -> Tensor:
-        if indices.dim() != 2 or indices.shape[1] != self.tokens_per_scale[scale]:
+        count, rows = self.tokens_per_scale[scale], indices
+        if indices.is_floating_point():
+            if indices.dim() != 3 or indices.shape[1:] != (count, self.dim):
+                raise ValueError(
+                    f"rows must have shape [B, {count}, {self.dim}] at scale {scale}, got "
+                    f"{tuple(indices.shape)}"
+                )
+        elif indices.dim() != 2 or indices.shape[1] != count:
             raise ValueError(
-                f"indices must have shape [B, {self.tokens_per_scale[scale]}] at scale {scale}, "
-                f"got {tuple(indices.shape)}"
+                f"indices must have shape [B, {count}] at scale {scale}, got {tuple(indices.shape)}"
             )
+        else:
+            rows = self._codes_to_add(indices)
         if f_hat is None:
-            return self._added(indices, scale)
+            return self._added(rows, scale)
         self._check_f_hat(f_hat, scale, len(indices))
-        return f_hat + self._added(indices, scale)
+        return f_hat + self._added(rows, scale)
 
-    # The four that differ from pyramid to pyramid; `tokenflow_ext.var` has others.
+    def _at_size(self, rows: Tensor, scale: int, size: Size) -> Tensor:
+        """What a scale's codes [B, h * w, D] add to the f^ of all, [B, D, *size]."""
+        maps = rows.unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
+        if tuple(size) == self.scales[scale]:
+            return maps
+        return F.interpolate(maps, tuple(size), mode="bicubic", align_corners=False)
+
+    # The five that differ from pyramid to pyramid; `tokenflow_ext.var` has others.
 
     def _carried_size(self, scale: int) -> Size:
         """Size of the f^ that comes to a scale."""
         return self.scales[scale]
 
-    def _added(self, indices: Tensor, scale: int) -> Tensor:
-        """What a scale's tokens [B, h * w] add to the f^ that came to it."""
-        return self.codes(indices).unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
+    def _codes_to_add(self, indices: Tensor) -> Tensor:
+        """Codes [B, h * w, D] of a scale's tokens [B, h * w]."""
+        return self.codes(indices)
+
+    def _added(self, rows: Tensor, scale: int) -> Tensor:
+        """What a scale's codes [B, h * w, D] add to the f^ that came to it."""
+        return rows.unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
 
     def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
         """The f^ that comes to a scale, of that left by the scale before."""

@@ -238,9 +238,7 @@ class VarQuantizer(MultiScaleQuantizer):
 
     def _contribution(self, tokens: Tensor, codebook: Tensor, scale: int, size: Size) -> Tensor:
         """What a scale's tokens [B, h * w] add to f^, [B, D, *size]."""
-        with torch.autocast(codebook.device.type, enabled=False):
-            codes = code_map(tokens, codebook, self.scales[scale])
-            return self._phi(scale)(resize(codes, size))
+        return self._at_size(F.embedding(tokens, codebook), scale, size)
 
     def _sum_codes(self, indices: Tensor, codebook: Tensor, upto: int, size: Size) -> Tensor:
         total = codebook.new_zeros(())
@@ -267,7 +265,8 @@ class VarQuantizer(MultiScaleQuantizer):
 
         Args:
             f_hat: what the last call returned, [B, D, H, W]; None for scale 0.
-            indices: this scale's tokens [B, h * w].
+            indices: this scale's tokens [B, h * w], or rows in the place of their codes, floating
+                point [B, h * w, D].
             scale: which scale, from 0.
 
         Raises:
@@ -278,10 +277,16 @@ class VarQuantizer(MultiScaleQuantizer):
     def _carried_size(self, scale: int) -> Size:
         return self.scales[-1]
 
-    def _added(self, indices: Tensor, scale: int) -> Tensor:
+    def _codes_to_add(self, indices: Tensor) -> Tensor:
         wide = self.codebooks[0].dtype == torch.float64
-        codebook = self.joint_codebook(torch.float64 if wide else torch.float32)
-        return self._contribution(indices, codebook, scale, self.scales[-1])
+        return F.embedding(indices, self.joint_codebook(torch.float64 if wide else torch.float32))
+
+    def _at_size(self, rows: Tensor, scale: int, size: Size) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return self._phi(scale)(super()._at_size(rows, scale, size))
+
+    def _added(self, rows: Tensor, scale: int) -> Tensor:
+        return self._at_size(rows, scale, self.scales[-1])
 
     def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
         return f_hat

@@ -38,6 +38,17 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **options: Any) -> Any:
+    """FlexAttention with a mask, compiled on CUDA.
+
+    Args:
+        query, key, value: [B, heads, n, channels of a head].
+        options: of FlexAttention.
+    """
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    return attend(query, key, value, block_mask=mask, **options)
+
+
 class RMSNorm(nn.RMSNorm):
     """In the dtype of its input: torch's fused kernel refuses a weight of another one, as under
     autocast."""
@@ -124,8 +135,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         if isinstance(mask, BlockMask):
-            attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-            out = attend(query, key, value, block_mask=mask, enable_gqa=self.repeats > 1)
+            out = attend_flex(query, key, value, mask, enable_gqa=self.repeats > 1)
         elif mask is None:
             grouped = self.repeats > 1
             out = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)

@@ -8,7 +8,7 @@ sampler's (:class:`tokenflow_ext.sampler.MultiStepSampler`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from .model import TextToImage
     from .sequence import NextScaleSequence
+
+Mix = Callable[["tuple[Tensor, Tensor] | Tensor", int], Tensor]
+"""(the logits of a scale, both halves where there are two; the scale's index) -> what f^ grows by,
+[B, h * w, D], in the place of the drawn codes."""
 
 
 class KeyValueCache:
@@ -186,21 +190,27 @@ def generate_tokens(
     count: int,
     *,
     sampling: SamplingConfig,
-    seed: int | Sequence[int] | None,
+    seeds: Tensor,
     cuda_graphs: bool,
+    mix: Mix | None = None,
 ) -> Tensor:
     """Tokens [count, L], scale after scale. A session of 2 * count rows has the negative half last.
 
     Random numbers are counted within an image: token j of the image (over all scales) takes, in
     step n, number n * L + j of its image's seed. No two draws share one, and none depends on the
     batch.
+
+    Args:
+        seeds: of the images, [count].
+        mix: gives what f^ grows by in the place of the drawn codes; it is called for each scale.
     """
     sequence = session.sequence
     sampler = MultiStepSampler.of(sampling, sequence.scales)
-    seeds = _seeds(seed, count).to(session.device)
+    seeds = seeds.to(session.device)
     numbers = torch.arange(sum(side * side for side in sequence.scales), device=session.device)
     run_scale = session.replay_scale if cuda_graphs else session.run_scale
     f_hat: Tensor | None = None
+    last: tuple[Tensor, Tensor] | Tensor | None = None
 
     def halves(logits: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         if logits.dtype == torch.float64:  # the sampler's own arithmetic is float32
@@ -208,12 +218,14 @@ def generate_tokens(
         return tuple(logits.split(count)) if len(logits) > count else logits
 
     def answer(scale: int, tokens: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+        nonlocal last
         if f_hat is None:
-            return halves(session.run_first())
-        logits = halves(run_scale(scale, quantizer.scale_input(f_hat, scale, tokens)))
+            last = halves(session.run_first())
+            return last
+        last = halves(run_scale(scale, quantizer.scale_input(f_hat, scale, tokens)))
         if tokens is None and sampler.steps(scale) > 1:
             session.cache.keep(*sequence.positions(scale))
-        return logits
+        return last
 
     def offsets(scale: int, step: int) -> Tensor:
         first, end = (at - (sequence.text - 1) for at in sequence.positions(scale))
@@ -222,10 +234,17 @@ def generate_tokens(
     drawn: list[Tensor] = []
     for scale in range(sampler.num_scales):
         if scale:
-            f_hat = quantizer.accumulate(f_hat, drawn[-1], scale - 1)
+            grown = drawn[-1]
+            if mix is not None:
+                assert last is not None
+                grown = mix(last, scale - 1)
+            f_hat = quantizer.accumulate(f_hat, grown, scale - 1)
         drawn.append(sampler.sample_scale(scale, answer, seed=seeds, offsets=offsets))
         if sampler.steps(scale) > 1:
             session.cache.put_back(*sequence.positions(scale))
+    if mix is not None:
+        assert last is not None
+        mix(last, sampler.num_scales - 1)
     return torch.cat(drawn, dim=1)
 
 
@@ -255,7 +274,7 @@ def session_for(
     return session
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:
+def image_seeds(seed: int | Sequence[int] | None, count: int) -> Tensor:
     """One seed for each image, [count] int64."""
     if seed is None:
         return torch.randint(2**62, (count,))

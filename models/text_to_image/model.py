@@ -355,7 +355,7 @@ class TextToImage(nn.Module):
         Raises:
             ValueError, TypeError: an argument that does not fit, named in the message.
         """
-        from .generation import generate_tokens, session_for
+        from .generation import generate_tokens, image_seeds, session_for
 
         sampling = (sampling or SamplingConfig()).replace(**settings)
         text = self._check_ids("input_ids", input_ids, True)
@@ -382,7 +382,7 @@ class TextToImage(nn.Module):
             self.tokenizer.quantizer,
             input_ids.shape[0],
             sampling=sampling,
-            seed=seed,
+            seeds=image_seeds(seed, len(input_ids)),
             cuda_graphs=cuda_graphs,
         )
 

@@ -407,7 +407,7 @@ class NextScaleSequence:
         return (seen | (key == query)).unsqueeze(1)
 
     def block_mask(self, valid: Tensor) -> BlockMask:
-        """:meth:`mask` for FlexAttention."""
+        """:meth:`mask` for FlexAttention, without padding one row of ``valid`` for any batch."""
         visible, keys = self.visible().to(valid.device), self._keys(valid)
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class VarConfig:
         heads: of the attention; 0 is the depth.
         mlp_ratio: hidden channels of the MLP by ``width``.
         classes: conditions; one more is that of no class.
+        class_names: theirs, in order; empty where they have numbers alone.
         codebook_size: image tokens, the codes of the image tokenizer.
         feature_dim: channels of the image tokenizer's codes.
         scales: sides of the image tokenizer's scales; the first is 1.
@@ -57,6 +59,7 @@ class VarConfig:
     heads: int = 0
     mlp_ratio: float = 4.0
     classes: int = 1000
+    class_names: tuple[str, ...] = ()
     codebook_size: int = 4096
     feature_dim: int = 32
     scales: tuple[int, ...] = _SCALES_256
@@ -73,6 +76,12 @@ class VarConfig:
         within("var", 1, CODES_LIMIT, classes=self.classes, codebook_size=self.codebook_size)
         within("var", 1, WIDTH_LIMIT, feature_dim=self.feature_dim)
         within("var", 0, 1, class_drop=self.class_drop, norm_eps=self.norm_eps)
+        need(
+            len(self.class_names) in (0, self.classes)
+            and len(set(self.class_names)) == len(self.class_names),
+            f"var.class_names must be {self.classes} different names or none, got "
+            f"{len(set(self.class_names))}",
+        )
         need(self.drop_path < 1, f"var.drop_path must be below 1, got {shown(self.drop_path)}")
         need(
             0 < len(self.scales) <= SCALES_LIMIT
@@ -135,6 +144,26 @@ class VarConfig:
             scales=quantizer.scales,
             **changes,
         )
+
+    def class_numbers(self, names: Sequence[str]) -> list[int]:
+        """Classes by their names; where no class has that name, a whole number is itself one.
+
+        Raises:
+            ValueError: no such class.
+        """
+        known = {name: number for number, name in enumerate(self.class_names)}
+        numbers = []
+        for name in names:
+            plain = name not in known and name.isascii() and name.isdigit()
+            number = int(name) if plain else known.get(name, -1)
+            if not 0 <= number < self.classes:
+                some = ", ".join(map(repr, self.class_names[:8]))
+                raise ValueError(
+                    f"there is no class {shown(name)} among the {self.classes}"
+                    + (f" ({some}{', ...' * (self.classes > 8)})" if some else ", which are numbers")
+                )
+            numbers.append(number)
+        return numbers
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON or YAML."""

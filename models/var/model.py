@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
@@ -28,14 +30,15 @@ from tokenflow_ext.models.text_to_image.generation import (
     KeyValueCache,
     ScaleSession,
     generate_tokens,
+    image_seeds,
 )
 from tokenflow_ext.models.text_to_image.sequence import NextScaleSequence
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
-from tokenflow_ext.sampler import SamplingConfig
+from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 
 from . import original_checkpoint
 from .config import VarConfig
-from .transformer import AdaptiveHeadNorm, Block, modulation
+from .transformer import AdaptiveHeadNorm, Block, Visible, modulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +68,9 @@ class Var(nn.Module):
         tokenizer: the image tokenizer, VAR's own or any other with a pixel branch. It is frozen and
             no part of the module's parameters and state dict; it follows the model's device, not
             its dtype.
+        attention: how :meth:`forward` attends: ``scales``, one call of plain attention for each
+            scale, or ``flex`` for FlexAttention (compiled on CUDA; heads of 16 channels or more).
+            Neither has a mask of L x L, and the results agree to rounding.
 
     Raises:
         ConfigError: a tokenizer that does not fit the configuration.
@@ -73,8 +79,16 @@ class Var(nn.Module):
     tokenizer: TokenFlowTokenizer
     lvl_1L: Tensor
 
-    def __init__(self, config: VarConfig, tokenizer: TokenFlowTokenizer) -> None:
+    def __init__(
+        self,
+        config: VarConfig,
+        tokenizer: TokenFlowTokenizer,
+        *,
+        attention: Literal["scales", "flex"] = "scales",
+    ) -> None:
         super().__init__()
+        if attention not in ("scales", "flex"):
+            raise ValueError(f"attention must be 'scales' or 'flex', got {attention!r}")
         if not isinstance(config, VarConfig):
             raise TypeError(f"config must be a VarConfig, got {type(config).__name__}")
         if not isinstance(tokenizer, TokenFlowTokenizer):
@@ -85,6 +99,8 @@ class Var(nn.Module):
         self.config = config
         # Past Module.__setattr__: not a submodule.
         self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
+        self.attention = attention
+        self._mask: BlockMask | None = None  # for FlexAttention, made when it is needed
         self._session: _Session | None = None
         #: Positions and scales, the class in the place of a prompt of one position.
         self.sequence = NextScaleSequence(config.scales, 1)
@@ -138,7 +154,7 @@ class Var(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Var:
         """Moves as every module does; the tokenizer goes along to the device."""
-        self._session = None  # its buffers and graphs hold the old weights
+        self._session = self._mask = None  # buffers and graphs hold the old weights
         super()._apply(fn, recurse)
         if not any(weight.is_meta for weight in self.tokenizer.parameters()):
             self.tokenizer.to(self.device)
@@ -148,6 +164,29 @@ class Var(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
+
+    # ------------------------------------------------------------------ classes
+
+    @torch.no_grad()
+    def replace_classes(self, classes: int | Sequence[str]) -> None:
+        """Take other classes, to fine-tune with: the class table is made anew, but for its row of
+        no class, and all else stays.
+
+        Args:
+            classes: how many, or their names.
+
+        Raises:
+            ConfigError: none, or two of one name.
+        """
+        names = () if isinstance(classes, int) else tuple(classes)
+        count = classes if isinstance(classes, int) else len(names)
+        self.config = replace(self.config, classes=count, class_names=names)
+        old = self.class_emb.weight
+        new = torch.empty(count + 1, old.shape[1], dtype=old.dtype, device=old.device)
+        nn.init.trunc_normal_(new, std=math.sqrt(1 / old.shape[1] / 3))
+        new[-1] = old[-1]
+        self.class_emb = nn.Embedding(count + 1, old.shape[1], _weight=new)
+        self._session = None
 
     # ------------------------------------------------------------------ parts
 
@@ -245,10 +284,20 @@ class Var(nn.Module):
         if len(config.scales) > 1:
             features = self.tokenizer.quantizer.next_scale_inputs(indices)
             inputs = torch.cat([inputs, self.image_inputs(features, 1)], dim=1)
+        visible = self._visible()
         for block in self.blocks:
-            inputs = block(inputs, condition, self._ends)
+            inputs = block(inputs, condition, visible)
         logits = self.scores(inputs, embedded)
         return VarOutput(F.cross_entropy(logits.flatten(0, 1), indices.flatten()), logits)
+
+    def _visible(self) -> Visible:
+        """What a place sees, as the attention takes it."""
+        if self.attention == "scales":
+            return self._ends
+        if self._mask is None:
+            valid = torch.ones(1, 1, dtype=torch.bool, device=self.device)
+            self._mask = self.sequence.block_mask(valid)
+        return self._mask
 
     def logits(self, labels: Tensor | None, indices: Tensor) -> Tensor:
         """Logits [B, L, K] of every token, the true ones before it given; as :meth:`forward`."""
@@ -257,9 +306,24 @@ class Var(nn.Module):
     # ------------------------------------------------------------------ generation
 
     @torch.no_grad()
-    def generate(self, labels: Tensor | None, **options: Any) -> Tensor:
-        """Images [B, 3, H, W] uint8 of classes; arguments as of :meth:`generate_tokens`."""
-        images, _ = self.tokenizer.decode(self.generate_tokens(labels, **options))
+    def generate(
+        self, labels: Tensor | None, *, more_smooth: bool = False, **options: Any
+    ) -> Tensor:
+        """Images [B, 3, H, W] uint8 of classes.
+
+        Args:
+            labels, options: as of :meth:`generate_tokens`.
+            more_smooth: f^ grows by means over all codes in the place of the drawn ones, with the
+                weights of a Gumbel-softmax of (1 + r) * logits at the temperature max(0.27 * (1 -
+                0.95 * r), 0.005), r = k / (S - 1). For pictures; the published FIDs are without it.
+        """
+        tokenizer, grid = self.tokenizer, self.tokenizer.config.grid
+        tokens, rows = self._draw(labels, more_smooth, **options)
+        if rows is None:
+            images, _ = tokenizer.decode(tokens)
+        else:
+            f_hat = tokenizer.quantizer.decode_rows(rows, (grid, grid))
+            images, _ = tokenizer.decode_features(f_hat)
         assert images is not None  # the constructor takes no tokenizer without a pixel branch
         return to_uint8(images)
 
@@ -293,6 +357,28 @@ class Var(nn.Module):
         Raises:
             ValueError, TypeError: an argument that does not fit, named in the message.
         """
+        return self._draw(
+            labels,
+            False,
+            count=count,
+            sampling=sampling,
+            seed=seed,
+            cuda_graphs=cuda_graphs,
+            **settings,
+        )[0]
+
+    def _draw(
+        self,
+        labels: Tensor | None,
+        smooth: bool,
+        *,
+        count: int | None = None,
+        sampling: SamplingConfig | None = None,
+        seed: int | Sequence[int] | None = None,
+        cuda_graphs: bool = False,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, L] and, where ``smooth``, the mixed codes [B, L, C]; see :meth:`generate`."""
         for name in ("top_k", "top_p"):  # one step: a single number is meant
             if name in settings and not isinstance(settings[name], tuple):
                 settings[name] = (settings[name],)
@@ -309,16 +395,20 @@ class Var(nn.Module):
             raise ValueError("labels must be [B] with B > 0, got none")
         if sampling.guidance > 0:
             classes = torch.cat([classes, classes.new_full((number,), self.config.classes)])
+        seeds = image_seeds(seed, number)
+        mix = _Smooth(self, sampling, seeds) if smooth else None
         session = self._session_for(len(classes), cuda_graphs)
         session.set_classes(classes)
-        return generate_tokens(
+        tokens = generate_tokens(
             session,
             self.tokenizer.quantizer,
             number,
             sampling=sampling,
-            seed=seed,
+            seeds=seeds,
             cuda_graphs=cuda_graphs,
+            mix=mix,
         )
+        return tokens, None if mix is None else torch.cat(mix.rows, dim=1)
 
     def _session_for(self, rows: int, cuda_graphs: bool) -> _Session:
         """New buffers, or with graphs those of the last generation of the same shape."""
@@ -438,6 +528,36 @@ class Var(nn.Module):
         return made[0]._filled(weights, source)
 
 
+class _Smooth:
+    """Mixes of codes in the place of drawn ones: see :meth:`Var.generate`. The noise of an image is
+    drawn from its own seed."""
+
+    def __init__(self, model: Var, sampling: SamplingConfig, seeds: Tensor) -> None:
+        quantizer = model.tokenizer.quantizer
+        self.codes = quantizer.codes(torch.arange(quantizer.codebook_size, device=model.device))
+        self.sampler = MultiStepSampler.of(sampling, model.config.scales)
+        self.generators = [
+            torch.Generator(model.device).manual_seed(seed) for seed in seeds.tolist()
+        ]
+        self.rows: list[Tensor] = []
+
+    def __call__(self, logits: tuple[Tensor, Tensor] | Tensor, scale: int) -> Tensor:
+        if isinstance(logits, tuple):
+            t = self.sampler.guidance_at(scale)
+            logits = (1 + t) * logits[0] - t * logits[1]
+        ratio = scale / max(1, self.sampler.num_scales - 1)
+        noise = torch.stack(
+            [
+                torch.empty_like(image).exponential_(generator=generator).log_().neg_()
+                for image, generator in zip(logits, self.generators, strict=True)
+            ]
+        )
+        temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+        weights = (((1 + ratio) * logits + noise) / temperature).softmax(-1)
+        self.rows.append(weights.to(self.codes.dtype) @ self.codes)
+        return self.rows[-1]
+
+
 class _Session(ScaleSession):
     """The buffers of a generation: the keys and values, and what depends on the classes alone."""
 
@@ -451,7 +571,6 @@ class _Session(ScaleSession):
         self.model, self.rows = model, rows
         width = config.channels
         self.embedded = like.new_empty(rows, width)
-        self.condition = like.new_empty(0)
         self.norms = like.new_empty(config.depth, rows, 1, 6, width)
 
     def set_classes(self, classes: Tensor) -> None:
@@ -466,7 +585,8 @@ class _Session(ScaleSession):
     def _run(self, inputs: Tensor, scale: int) -> Tensor:
         self.cache.positions = self.sequence.positions(scale)
         for rows, block in zip(self.norms, self.model.blocks, strict=True):
-            inputs = block(inputs, self.condition, (), self.cache, rows)
+            assert isinstance(block, Block)
+            inputs = block.step(inputs, rows, self.cache)
         return self.model.scores(inputs, self.embedded)
 
     def run_first(self) -> Tensor:

@@ -12,11 +12,17 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
+
+from tokenflow_ext.models.text_to_image.backbone import attend_flex
 
 from .config import VarConfig
 
 _MOST_SCALE = math.log(100)
+#: What says which places an attention sees: the place after the last of each scale, or a mask for
+#: FlexAttention.
+Visible = Sequence[int] | BlockMask
 
 
 class Cache(Protocol):
@@ -67,11 +73,11 @@ class SelfAttention(nn.Module):
 
     zero_k_bias: Tensor
 
-    def forward(self, x: Tensor, ends: Sequence[int], cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, visible: Visible, cache: Cache | None = None) -> Tensor:
         """[B, n, width] -> [B, n, width].
 
         Args:
-            ends: the place after the last of each scale, for all n places; not used with a cache.
+            visible: of all n places; not used with a cache.
             cache: of a run that computes one scale, whose places see all that it holds then.
         """
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -85,7 +91,10 @@ class SelfAttention(nn.Module):
             query = (F.normalize(query, dim=-1) * scale).to(value.dtype)
             key = F.normalize(key, dim=-1).to(value.dtype)
         if cache is None:
-            out = attend_by_scale(query, key, value, ends, self.softmax_scale)
+            if isinstance(visible, BlockMask):
+                out = attend_flex(query, key, value, visible, scale=self.softmax_scale)
+            else:
+                out = attend_by_scale(query, key, value, visible, self.softmax_scale)
         else:
             key, value = cache.update(key, value, self.layer)
             out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
@@ -149,32 +158,33 @@ class Block(nn.Module):
             return self.ada_gss + condition
         return self.ada_lin(condition).view(-1, 1, 6, self.width)
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        ends: Sequence[int],
-        cache: Cache | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """[B, n, width] -> [B, n, width].
+    def forward(self, x: Tensor, condition: Tensor, visible: Visible) -> Tensor:
+        """[B, n, width] -> [B, n, width], all places at once.
 
         Args:
-            condition, rows: see :meth:`rows`, whose result may be given.
-            ends, cache: see :class:`SelfAttention`.
+            condition: see :meth:`rows`.
+            visible: see :class:`SelfAttention`.
         """
-        if rows is None:
-            rows = self.rows(condition)
-        if self.checkpointing and cache is None and torch.is_grad_enabled():
+        if self.checkpointing and torch.is_grad_enabled():
             # Random numbers of dropped branches are drawn alike both times.
-            return checkpoint(self._compute, x, rows, ends, None, use_reentrant=False)
-        return self._compute(x, rows, ends, cache)
+            return checkpoint(self._compute, x, self.rows(condition), visible, use_reentrant=False)
+        return self._compute(x, self.rows(condition), visible)
 
-    def _compute(self, x: Tensor, rows: Tensor, ends: Sequence[int], cache: Cache | None) -> Tensor:
+    def step(self, x: Tensor, rows: Tensor, cache: Cache) -> Tensor:
+        """[B, n, width] -> [B, n, width] of a scale, in a generation.
+
+        Args:
+            rows: of the norms.
+        """
+        return self._compute(x, rows, (), cache)
+
+    def _compute(
+        self, x: Tensor, rows: Tensor, visible: Visible, cache: Cache | None = None
+    ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = rows.unbind(2)
         share = self.drop_path if self.training else 0.0
         seen = self._norm(x) * (scale1 + 1) + shift1
-        x = x + drop_path(self.attn(seen, ends, cache) * gamma1, share)
+        x = x + drop_path(self.attn(seen, visible, cache) * gamma1, share)
         seen = self._norm(x) * (scale2 + 1) + shift2
         return x + drop_path(self.ffn(seen) * gamma2, share)
 
