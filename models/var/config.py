@@ -106,10 +106,10 @@ class VarConfig:
         """The heads that are meant."""
         return self.heads or self.depth
 
-    @property
-    def last_drop_path(self) -> float:
-        """The share of dropped branches that is meant for the last block."""
-        return 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
+    def drop_path_of(self, block: int) -> float:
+        """The share of a block's branches that training drops."""
+        last = 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
+        return last * block / max(1, self.depth - 1)
 
     @property
     def image_tokens(self) -> int:
@@ -160,7 +160,11 @@ class VarConfig:
                 some = ", ".join(map(repr, self.class_names[:8]))
                 raise ValueError(
                     f"there is no class {shown(name)} among the {self.classes}"
-                    + (f" ({some}{', ...' * (self.classes > 8)})" if some else ", which are numbers")
+                    + (
+                        f" ({some}{', ...' * (self.classes > 8)})"
+                        if some
+                        else ", which are numbers"
+                    )
                 )
             numbers.append(number)
         return numbers

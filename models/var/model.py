@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _FORM = SavedForm("tokenflow-var", 1, "no saved VAR's")
 _TOKENIZER_FOLDER = "tokenizer"
+Attention = Literal["scales", "flex"]
 #: How the released models draw.
 SAMPLING = SamplingConfig(top_k=(900,), top_p=(0.96,), guidance=1.5)
 
@@ -69,8 +70,9 @@ class Var(nn.Module):
             no part of the module's parameters and state dict; it follows the model's device, not
             its dtype.
         attention: how :meth:`forward` attends: ``scales``, one call of plain attention for each
-            scale, or ``flex`` for FlexAttention (compiled on CUDA; heads of 16 channels or more).
-            Neither has a mask of L x L, and the results agree to rounding.
+            scale, or ``flex`` for FlexAttention (compiled on CUDA; heads of 16 channels or more),
+            but for what a CPU trains: it has no backward pass there. Neither has a mask of L x L,
+            and the results agree to rounding.
 
     Raises:
         ConfigError: a tokenizer that does not fit the configuration.
@@ -84,7 +86,7 @@ class Var(nn.Module):
         config: VarConfig,
         tokenizer: TokenFlowTokenizer,
         *,
-        attention: Literal["scales", "flex"] = "scales",
+        attention: Attention = "scales",
     ) -> None:
         super().__init__()
         if attention not in ("scales", "flex"):
@@ -187,6 +189,21 @@ class Var(nn.Module):
         new[-1] = old[-1]
         self.class_emb = nn.Embedding(count + 1, old.shape[1], _weight=new)
         self._session = None
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Give the classes their names, or take them (an empty sequence).
+
+        Raises:
+            ConfigError: another number of names, or two alike.
+        """
+        self.config = replace(self.config, class_names=tuple(names))
+
+    def change_drops(self, *, class_drop: float, drop_path: float) -> None:
+        """Train with other shares of dropped classes and branches; see :class:`VarConfig`."""
+        self.config = replace(self.config, class_drop=class_drop, drop_path=drop_path)
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.drop_path = self.config.drop_path_of(number)
 
     # ------------------------------------------------------------------ parts
 
@@ -292,7 +309,8 @@ class Var(nn.Module):
 
     def _visible(self) -> Visible:
         """What a place sees, as the attention takes it."""
-        if self.attention == "scales":
+        backward = torch.is_grad_enabled() and self.device.type == "cpu"
+        if self.attention == "scales" or backward:
             return self._ends
         if self._mask is None:
             valid = torch.ones(1, 1, dtype=torch.bool, device=self.device)
@@ -424,13 +442,18 @@ class Var(nn.Module):
 
     @classmethod
     def from_released(
-        cls, source: Mapping[str, Tensor] | str | Path, tokenizer: TokenFlowTokenizer
+        cls,
+        source: Mapping[str, Tensor] | str | Path,
+        tokenizer: TokenFlowTokenizer,
+        *,
+        attention: Attention = "scales",
     ) -> Var:
         """The model of released weights; its shape is read off them.
 
         Args:
             source: a state dict, or a torch or safetensors file with one.
             tokenizer: the image tokenizer.
+            attention: see the class.
 
         Raises:
             CheckpointError: a key that is missing, unknown or of another shape, a mask that is not
@@ -448,7 +471,7 @@ class Var(nn.Module):
         config = original_checkpoint.infer_config(state, tokenizer.config.quantizer.scales, name)
         weights = original_checkpoint.read(state, config, name)
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        return cls._skeleton(config, tokenizer, shapes, name)._filled(weights, name)
+        return cls._skeleton(config, tokenizer, shapes, name, attention)._filled(weights, name)
 
     def to_released(self) -> dict[str, Tensor]:
         """The released form of the weights: the inverse of :meth:`from_released`."""
@@ -471,10 +494,11 @@ class Var(nn.Module):
         tokenizer: TokenFlowTokenizer,
         shapes: Mapping[str, tuple[int, ...]],
         source: str,
+        attention: Attention,
     ) -> Var:
         """Without weights (on the meta device), where those of these names and shapes fit."""
         with torch.device("meta"):
-            model = cls(config, tokenizer)
+            model = cls(config, tokenizer, attention=attention)
         if difference := compare(shapes, model.state_dict()):
             raise CheckpointError(f"{source} does not fit the configuration: {difference}")
         return model
@@ -507,23 +531,40 @@ class Var(nn.Module):
         return folder
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, tokenizer: TokenFlowTokenizer | None = None) -> Var:
+    def read_config(cls, path: str | Path) -> VarConfig:
+        """The configuration of a directory written by :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: none there, or another kind of model's.
+        """
+        return _FORM.read_config(Path(path), VarConfig.from_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        tokenizer: TokenFlowTokenizer | None = None,
+        *,
+        attention: Attention = "scales",
+    ) -> Var:
         """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
 
         Args:
             tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
+            attention: see the class.
 
         Raises:
             CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
                 configuration; the message names file and entry.
         """
         folder = Path(path)
-        config = _FORM.read_config(folder, VarConfig.from_dict)
+        config = cls.read_config(folder)
         if tokenizer is None:
             tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
         source, made = str(folder / WEIGHTS_FILE), []
         weights, _ = read_weights(
-            folder, lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source))
+            folder,
+            lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source, attention)),
         )
         return made[0]._filled(weights, source)
 

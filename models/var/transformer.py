@@ -142,7 +142,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.channels
         self.width, self.eps = width, config.norm_eps
-        self.drop_path = config.last_drop_path * layer / max(1, config.depth - 1)
+        self.drop_path = config.drop_path_of(layer)
         self.attn = SelfAttention(config, layer)
         self.ffn = FeedForward(config)
         self.shared = config.shared_adaln
@@ -154,6 +154,10 @@ class Block(nn.Module):
     def rows(self, condition: Tensor) -> Tensor:
         """The norms' rows [B, 1, 6, width] of a condition: the class [B, width], or with shared
         norms what they have in common [B, 1, 6, width]."""
+        return self._rows(condition)
+
+    def _rows(self, condition: Tensor) -> Tensor:
+        # Apart: where weights are split over processes, `rows` and `forward` each gather them.
         if self.shared:
             return self.ada_gss + condition
         return self.ada_lin(condition).view(-1, 1, 6, self.width)
@@ -165,10 +169,11 @@ class Block(nn.Module):
             condition: see :meth:`rows`.
             visible: see :class:`SelfAttention`.
         """
+        rows = self._rows(condition)
         if self.checkpointing and torch.is_grad_enabled():
             # Random numbers of dropped branches are drawn alike both times.
-            return checkpoint(self._compute, x, self.rows(condition), visible, use_reentrant=False)
-        return self._compute(x, self.rows(condition), visible)
+            return checkpoint(self._compute, x, rows, visible, use_reentrant=False)
+        return self._compute(x, rows, visible)
 
     def step(self, x: Tensor, rows: Tensor, cache: Cache) -> Tensor:
         """[B, n, width] -> [B, n, width] of a scale, in a generation.

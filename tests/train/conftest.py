@@ -44,6 +44,12 @@ def pairs(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def classes(micro: ModuleType, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in two folders of classes."""
+    return micro.sort_into_classes(pairs, tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="session")
 def questions(micro: ModuleType, pairs: Path, tmp_path_factory) -> Path:
     """A file of thirteen conversations about those pictures, which lie beside it."""
     return micro.ask_about(pairs, tmp_path_factory.mktemp("questions") / "questions.json")

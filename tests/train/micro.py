@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tokenizer.py"
 TEXT_SCRIPT = ROOT / "train" / "text_to_image.py"
 DECODER_SCRIPT = ROOT / "train" / "decoder.py"
+VAR_SCRIPT = ROOT / "train" / "var.py"
 UNDERSTANDING_SCRIPT = ROOT / "train" / "understanding.py"
 
 
@@ -86,6 +87,22 @@ def text_overrides(run: Path, tokenizer: Path, pairs: Path, *more: str) -> list[
     ]
 
 
+def var_overrides(run: Path, tokenizer: Path, pictures: Path, *more: str) -> list[str]:
+    """Settings of a run of VAR of a few steps over the tokenizer of :func:`overrides`."""
+    return [
+        f"run={run}",
+        f"tokenizer={tokenizer}",
+        f"data.path={pictures}",
+        "data.evaluated=6",
+        *SHORT,
+        "output.pictures=2",
+        "model.depth=2",
+        "model.width=32",
+        "model.heads=2",
+        *more,
+    ]
+
+
 def understanding_overrides(run: Path, tokenizer: Path, questions: Path, *more: str) -> list[str]:
     """Settings of an understanding run of a few steps over the tokenizer of :func:`overrides`."""
     return [
@@ -144,6 +161,16 @@ def draw_pairs(folder: Path) -> Path:
             Image.fromarray(pixels).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": f"A {colour} {shape}. On grey."}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def sort_into_classes(pairs: Path, folder: Path) -> Path:
+    """The pictures of :func:`draw_pairs` in a folder for each shape."""
+    for colour in COLOURS:
+        for shape in SHAPES:
+            name = f"{colour}_{shape}.png"
+            (folder / shape).mkdir(parents=True, exist_ok=True)
+            (folder / shape / name).write_bytes((pairs / name).read_bytes())
     return folder
 
 

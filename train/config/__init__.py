@@ -18,6 +18,7 @@ from .reading import (
     load_text_config,
     load_understanding_config,
     load_unified_config,
+    load_var_config,
     parse_overrides,
     to_yaml,
 )
@@ -31,6 +32,7 @@ from .understanding import (
     UnderstandingModelConfig,
 )
 from .unified import UnifiedConfig, UnifiedModelConfig
+from .var import LabelConfig, VarModelConfig, VarOptimConfig, VarTrainConfig
 
 __all__ = [
     "CaptionConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "ConversationConfig",
     "DataConfig",
     "DecoderConfig",
+    "LabelConfig",
     "LoraConfig",
     "LossConfig",
     "OptimConfig",
@@ -55,6 +58,9 @@ __all__ = [
     "UnderstandingModelConfig",
     "UnifiedConfig",
     "UnifiedModelConfig",
+    "VarModelConfig",
+    "VarOptimConfig",
+    "VarTrainConfig",
     "from_yaml",
     "leaves",
     "load_config",
@@ -62,6 +68,7 @@ __all__ = [
     "load_text_config",
     "load_understanding_config",
     "load_unified_config",
+    "load_var_config",
     "parse_overrides",
     "to_yaml",
 ]

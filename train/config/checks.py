@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenflow_ext.models.losses.discriminators import KINDS as DISCRIMINATORS
 from tokenflow_ext.models.losses.tokenizer import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from .text_to_image import CaptionConfig, TextConfig
     from .tokenizer import TrainConfig
     from .understanding import UnderstandingConfig
+    from .var import VarTrainConfig
+
+    AnyConfig: TypeAlias = (
+        TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig | VarTrainConfig
+    )
 
 
-def check_run(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig) -> None:
+def check_run(config: AnyConfig) -> None:
     """What runs of every kind have in common."""
-    one_of("optim.schedule", config.optim.schedule, "cosine", "constant")
+    one_of("optim.schedule", config.optim.schedule, "cosine", "linear", "constant")
     one_of("optim.precision", config.optim.precision, "fp32", "bf16", "fp16")
     check_streams(config.data.streams, "data")
     betas = config.optim.betas
@@ -32,7 +37,9 @@ def check_run(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingCo
     _check_ranges(config)
 
 
-def check_parallel(config: TrainConfig | TextConfig | UnderstandingConfig) -> None:
+def check_parallel(
+    config: TrainConfig | TextConfig | UnderstandingConfig | VarTrainConfig,
+) -> None:
     """That the way to split the work is one, and fits the precision."""
     one_of("parallel", config.parallel, "ddp", "fsdp")
     if config.parallel == "fsdp" and config.optim.precision == "fp16":
@@ -84,6 +91,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.streams": (1, 1 << 16),
     "data.workers": (0, 1024),
     "data.cache": (0, 1 << 24),
+    "data.resize": (1, 16),
     "optim.steps": (1, _MANY),
     "optim.batch": (1, 1 << 20),
     "optim.accumulate": (1, 1 << 20),
@@ -92,6 +100,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.betas": (0, 1),
     "optim.weight_decay": (0, math.inf),
     "optim.warmup": (0, _MANY),
+    "optim.warmup_lr": (0, 1),
+    "optim.flat": (0, 0.999),
     "optim.final_lr": (0, math.inf),
     "optim.max_grad_norm": (0, math.inf),
     "optim.ema_decay": (0, 1),
@@ -108,6 +118,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "codebook.restart_every": (0, _MANY),
     "codebook.restart_until": (0, 1),
     "codebook.restart_threshold": (0, math.inf),
+    "model.classes": (0, 1 << 24),
     "model.prompt_length": (1, 1 << 16),
     "model.lora.rank": (0, 1 << 16),
     "model.lora.alpha": (1, 1 << 20),
@@ -142,9 +153,7 @@ def leaves(values: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_ranges(
-    config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig,
-) -> None:
+def _check_ranges(config: AnyConfig) -> None:
     for key, given in leaves(to_plain(config)).items():
         low, high = RANGES.get(key, (-math.inf, math.inf))
         for value in given if isinstance(given, list) else [given]:

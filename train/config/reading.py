@@ -19,6 +19,7 @@ from .text_to_image import TextConfig
 from .tokenizer import TrainConfig
 from .understanding import UnderstandingConfig
 from .unified import UnifiedConfig
+from .var import VarTrainConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,7 +115,13 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 Config = TypeVar(
-    "Config", TrainConfig, DecoderConfig, TextConfig, UnderstandingConfig, UnifiedConfig
+    "Config",
+    TrainConfig,
+    DecoderConfig,
+    TextConfig,
+    UnderstandingConfig,
+    UnifiedConfig,
+    VarTrainConfig,
 )
 
 
@@ -178,6 +185,13 @@ def load_unified_config(
     return _load(UnifiedConfig, path, overrides)
 
 
+def load_var_config(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> VarTrainConfig:
+    """The configuration of a VAR transformer's run; as :func:`load_config`."""
+    return _load(VarTrainConfig, path, overrides)
+
+
 def from_yaml(text: str, what: str) -> dict[str, Any]:
     """What :func:`to_yaml` wrote, as dotted keys and plain values.
 
@@ -193,6 +207,8 @@ def from_yaml(text: str, what: str) -> dict[str, Any]:
     return leaves(values)
 
 
-def to_yaml(config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig) -> str:
+def to_yaml(
+    config: TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig | VarTrainConfig,
+) -> str:
     """The configuration as YAML that the functions above read back as it was."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)

@@ -33,7 +33,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam and its schedule. ``batch`` is the number of images of one optimizer step over all
+    """AdamW and its schedule. ``batch`` is the number of images of one optimizer step over all
     processes and accumulation steps together, so a run means the same on any machine."""
 
     steps: int = 1300
@@ -43,9 +43,11 @@ class OptimConfig:
     discriminator_lr: float = 2.0e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    schedule: str = "cosine"  # or "constant"
+    schedule: str = "cosine"  # or "linear", "constant"
     warmup: int = 50
-    final_lr: float = 0.02  # of lr, where the cosine ends
+    warmup_lr: float = 0.0  # of lr, where the warm-up starts
+    flat: float = 0.05  # "linear": share of the steps after the warm-up that keep lr
+    final_lr: float = 0.02  # of lr, where the schedule ends
     max_grad_norm: float = 1.0
     ema_decay: float = 0.995
     precision: str = "fp32"  # or "bf16", "fp16"

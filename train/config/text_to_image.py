@@ -48,8 +48,10 @@ class TextOptimConfig:
     lr: float = 1.0e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    schedule: str = "cosine"  # or "constant"
+    schedule: str = "cosine"  # or "linear", "constant"
     warmup: int = 50
+    warmup_lr: float = 0.0  # of lr, where the warm-up starts
+    flat: float = 0.05  # "linear": share of the steps after the warm-up that keep lr
     final_lr: float = 0.02
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,7 +25,7 @@ from torch.utils.data import Dataset
 from tokenflow_ext.train.config import CaptionConfig
 
 from . import crops, tokens, webdataset
-from .crops import Kept, counted_rng
+from .crops import Kept, Rounds, counted_rng
 from .image_files import find_images, list_images, read_square, to_square, to_tensor
 from .text_files import (
     METADATA,
@@ -443,7 +442,8 @@ class Captioned(Dataset[Any]):
     ) -> None:
         self.config, self.seed = config, seed
         self.source = open_source(path, form, config, joint, seed)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        if not isinstance(self.source, Shards):
+            self._rounds = Rounds(len(self.source), seed)
 
     @property
     def tokenized(self) -> bool:
@@ -454,10 +454,7 @@ class Captioned(Dataset[Any]):
         """Sample ``index`` with its caption as it is."""
         if isinstance(self.source, Shards):
             return self.source.at(index)
-        epoch, place = divmod(index, len(self.source))
-        if self._order[0] != epoch:
-            self._order = (epoch, counted_rng(self.seed, 2, epoch).permutation(len(self.source)))
-        return self.source[int(self._order[1][place])]
+        return self.source[self._rounds[index]]
 
     def __getitem__(self, index: int) -> Sample:
         picture, caption = self.original(index)

@@ -75,6 +75,21 @@ def draw_round(
     return rng.permutation(order[which])
 
 
+class Rounds:
+    """Which of ``count`` pictures a sample of a run is: every ``count`` samples visit each once, in
+    an order of their own."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self.count)
+        if self._order[0] != epoch:
+            self._order = (epoch, counted_rng(self.seed, 2, epoch).permutation(self.count))
+        return int(self._order[1][place])
+
+
 @dataclass(frozen=True)
 class Picture:
     """An image file and the boxes of it that may be used, as shares of (width, height).

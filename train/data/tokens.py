@@ -2,7 +2,7 @@
 
     index.json                  written last
     tokens-00000.safetensors    "tokens", int32 [n, L], one row an image
-    tokens-00000.json           the images' names and captions, same order
+    tokens-00000.json           the images' names, captions and labels, same order
     unfinished.json             there until index.json is: what the tokens are made of
 
 Each file appears whole. A folder without index.json is not finished, and is gone on with only by
@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,10 @@ def fingerprint(model: TokenFlowTokenizer) -> str:
     return sha.hexdigest()
 
 
-def data_digest(root: Path, captions: dict[Path, str | None]) -> str:
-    """SHA-256 of the names, sizes, times and captions of pictures below ``root``."""
+def data_digest(
+    root: Path, captions: dict[Path, str | None], labels: Mapping[Path, str] | None = None
+) -> str:
+    """SHA-256 of the names, sizes, times, captions and labels of pictures below ``root``."""
     sha = hashlib.sha256()
     for path, caption in sorted(captions.items()):
         try:
@@ -74,7 +76,8 @@ def data_digest(root: Path, captions: dict[Path, str | None]) -> str:
             facts = [found.st_size, found.st_mtime_ns]
         except OSError:  # said when it is to be read
             facts = []
-        sha.update(json.dumps([os.path.relpath(path, root), facts, caption]).encode())
+        label = [labels[path]] if labels and path in labels else []
+        sha.update(json.dumps([os.path.relpath(path, root), facts, caption, *label]).encode())
     return sha.hexdigest()
 
 
@@ -260,7 +263,7 @@ def read(
     Raises:
         DataError: unfinished, unreadable, or tokens of another tokenizer; naming the file.
     """
-    tokens, rows = _read(folder, scales, codebook_size, tokenizer)
+    tokens, rows = read_rows(folder, scales, codebook_size, tokenizer)
     return tokens, [row["caption"] for row in rows]
 
 
@@ -271,7 +274,7 @@ def read_by_name(
     tokenizer: Callable[[], str] | None = None,
 ) -> dict[str, Tensor]:
     """The tokens [L] int32 of each picture, by its name; arguments and errors as :func:`read`."""
-    tokens, rows = _read(folder, scales, codebook_size, tokenizer)
+    tokens, rows = read_rows(folder, scales, codebook_size, tokenizer)
     named = {}
     for row, found in zip(rows, torch.cat(tokens), strict=True):
         if not isinstance(row.get("image"), str):
@@ -280,12 +283,14 @@ def read_by_name(
     return named
 
 
-def _read(
+def read_rows(
     folder: Path,
     scales: Sequence[tuple[int, int]],
     codebook_size: int,
-    tokenizer: Callable[[], str] | None,
+    tokenizer: Callable[[], str] | None = None,
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The tokens of each shard, and what is written of each image ("image", "caption", "label"
+    where it has one); arguments and errors as :func:`read`."""
     path = folder / INDEX
     if not is_tokens(folder):
         raise DataError(f"no tokens in {folder}: {path} is missing")

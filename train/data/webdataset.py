@@ -26,6 +26,7 @@ from .crops import Picture, counted_rng
 from .image_files import BrokenImageError, find_images, open_image, suffixes
 from .text_files import DataError, Tally, check_file, decode, parse_json, reason
 
+_DESCRIPTIONS = (".txt", ".json", ".cls")
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
 
 
@@ -36,7 +37,8 @@ class Member(NamedTuple):
     picture: tuple[int, int]
     txt: tuple[int, int] | None
     json: tuple[int, int] | None
-    caption: str = ""  # where those who want one have looked for it
+    cls: tuple[int, int] | None = None
+    caption: str = ""  # or a class, where those who want one have looked for it
 
 
 @dataclass
@@ -159,7 +161,7 @@ def read_members(path: Path, left: Tally | None = None) -> list[Member]:
     for name in files:
         key, suffix = posixpath.splitext(name)
         suffix = suffix.lower()
-        if suffix not in suffixes() and suffix not in (".txt", ".json"):
+        if suffix not in suffixes() and suffix not in _DESCRIPTIONS:
             continue
         if posixpath.basename(name).startswith("."):  # macOS writes ._NAME beside each NAME
             told.add("hidden files", f"{path}/{name}")
@@ -172,7 +174,7 @@ def read_members(path: Path, left: Tally | None = None) -> list[Member]:
             span = following
         if span is None:
             told.add("links to what the shard does not hold", f"{path}/{name}")
-        elif suffix in (".txt", ".json"):
+        elif suffix in _DESCRIPTIONS:
             described.setdefault(key, {})[suffix] = span
         else:
             if key in pictures:
@@ -186,7 +188,7 @@ def read_members(path: Path, left: Tally | None = None) -> list[Member]:
             told.add("further pictures of a sample", f"{path}/{name}")
             continue
         parts = described.get(key if key in described else first, {})
-        members.append(Member(name, span, parts.get(".txt"), parts.get(".json")))
+        members.append(Member(name, span, parts.get(".txt"), parts.get(".json"), parts.get(".cls")))
     if left is None:
         told.say(f"{len(members)} pictures; left out")
     return members

@@ -295,10 +295,14 @@ def find_tokenizer(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there, or a checkpoint that is not whole.
     """
+    return Path(path) if is_released(path) else find(path)
+
+
+def is_released(path: str | Path) -> bool:
+    """Whether ``path`` is a file of weights on its own: beside a config.json a file is a part of a
+    folder."""
     given = Path(path)
-    # Beside a config.json a file is a part of a folder.
-    alone = given.is_file() and not (given.parent / CONFIG_FILE).is_file()
-    return given if alone else find(given)
+    return given.is_file() and not (given.parent / CONFIG_FILE).is_file()
 
 
 def load_tokenizer(

@@ -1,4 +1,4 @@
-"""How a model is optimized: precision, learning rate, and a step of Adam over micro-batches."""
+"""How a model is optimized: precision, learning rate, and a step of AdamW over micro-batches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def learning_rate(step: int, config: OptimConfig | TextOptimConfig) -> float:
     """The factor of the learning rate at an optimizer step: linear warm-up, then the schedule."""
     if step < config.warmup:
-        return (step + 1) / config.warmup
+        return config.warmup_lr + (1 - config.warmup_lr) * (step + 1) / config.warmup
     if config.schedule == "constant":
         return 1.0
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    if config.schedule == "linear":
+        down = max(0.0, done - config.flat) / (1 - config.flat)
+        return 1 - (1 - config.final_lr) * down
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -36,7 +39,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 class OptimizedModel:
-    """A model with all that trains it: Adam, its schedule, loss scaling, exchange of gradients.
+    """A model with all that trains it: AdamW, its schedule, loss scaling, exchange of gradients.
 
     Args:
         module: gradients of all its parameters are clipped together.
@@ -71,7 +74,7 @@ class OptimizedModel:
         self.parallel = module if called is None else called
         self.kept, self.find_unused = tuple(kept), find_unused
         first, second = config.betas
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = torch.optim.AdamW(
             parameters, lr=lr, betas=(first, second), weight_decay=config.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -25,6 +25,7 @@ from tokenflow_ext.train.config import (
     TextConfig,
     TrainConfig,
     UnderstandingConfig,
+    VarTrainConfig,
     from_yaml,
     leaves,
 )
@@ -36,7 +37,7 @@ LOCK_FILE = ".lock"
 #: What a run writes besides, anew or line by line.
 OUTPUTS = ("log.jsonl", "summary.json", "pictures", "tensorboard")
 
-Config = TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig
+Config = TrainConfig | DecoderConfig | TextConfig | UnderstandingConfig | VarTrainConfig
 
 # -- one writer -----------------------------------------------------------------------------------
 
@@ -99,6 +100,15 @@ def _claim(handle: int, file: Path) -> None:
 
 # -- what a resumed run may change ----------------------------------------------------------------
 
+_VAR_SHAPE = (
+    "depth",
+    "width",
+    "heads",
+    "mlp_ratio",
+    "classes",
+    "shared_adaln",
+    "l2_attention",
+)
 #: Keys (and all below them) that a run keeps from its first step to its last, and why.
 FIXED = {
     "seed": "it decides which sample comes when",
@@ -112,6 +122,7 @@ FIXED = {
     "model.quantizer": "the model is what it is",
     "model.teacher": "the decoder's width is the teacher's",
     "model.backbone": "the model is what it is",
+    **{f"model.{key}": "the model is what it is" for key in _VAR_SHAPE},
     "model.vocabulary": "the model is what it is",
     "model.prompt_length": "the model is what it is",
     "model.features": "the model is what it is",

@@ -16,6 +16,8 @@ from tokenflow_ext.train.config import CaptionConfig
 from tokenflow_ext.train.data import captions
 from tokenflow_ext.train.engine.distributed import Processes
 
+from . import image_tokens
+
 
 class Drawing:
     """Captions and pictures to what a model learns of them, its evaluation, and what it draws.
@@ -38,13 +40,9 @@ class Drawing:
         self.model, self.text, self.group = model, text, group
         self.local, self.autocast = local, autocast
 
-    @torch.no_grad()
     def tokens(self, pictures: Tensor) -> Tensor:
         """Images to tokens, tokens as they are; [B, L]."""
-        pictures = pictures.to(self.group.device, non_blocking=True)
-        if not pictures.is_floating_point():
-            return pictures
-        return self.model.tokenizer.encode(pictures)
+        return image_tokens.tokens(self.model.tokenizer, pictures, self.group.device)
 
     def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts [B, T], and which of their positions are no padding [B, T]."""
@@ -92,23 +90,13 @@ class Drawing:
         Args:
             known: tokens [N, L] of the captions' pictures.
         """
-        group, local = self.group, self.local
-        sums = torch.zeros(3, dtype=torch.float64, device=group.device)
-        for start in range(0, len(texts), local * group.world):
-            # A process without a share still takes part: its weights may be needed elsewhere.
-            own = range(start + group.rank * local, start + (group.rank + 1) * local)
-            counted = [i for i in own if i < len(texts)]
-            rows = counted or [0]
-            target = known[rows].to(group.device)
+
+        def run(rows: list[int], target: Tensor) -> Any:
             ids, valid = self.prompts([texts[i] for i in rows])
             with self.autocast():
-                out = self.model(ids, target, valid)
-            if counted:
-                right = (out.logits.argmax(-1) == target).double().mean()
-                share = torch.stack([out.loss.double(), right, right.new_ones(())])
-                sums += share * len(counted)
-        group.sum_(sums)
-        return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+                return self.model(ids, target, valid)
+
+        return image_tokens.score(known, run, self.group, self.local)
 
     def pictures(
         self,
@@ -141,6 +129,4 @@ class Drawing:
                 sampling=sampling,
                 seed=seed,
             )
-        images = [self.model.tokenizer.decode(tokens)[0] for tokens in (target, drawn)]
-        above, below = (image for image in images if image is not None)  # there is a pixel branch
-        return above, below
+        return image_tokens.decoded(self.model.tokenizer, target, drawn)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from tokenflow_ext._deprecated import renamed
-from tokenflow_ext.models import CheckpointError, TokenFlowTokenizer
+from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.text_to_image.backbone import Layer
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.text_to_image.sequence import TextToImageConfig
@@ -28,6 +28,7 @@ from tokenflow_ext.train.engine.optimization import PRECISIONS, OptimizedModel, 
 from tokenflow_ext.train.engine.random_state import seed_generators, undrawn
 from tokenflow_ext.train.engine.task import Task
 
+from . import image_tokens
 from .drawing import Drawing
 from .language import TEXT_FOLDER, load_language_model, load_text_tokenizer, make_text_tokenizer
 
@@ -184,14 +185,8 @@ class TextToImageTask(Task):
 
     def check(self, path: Path) -> None:
         TextToImage.read_config(path)  # of this version, or refused
-        saved = TokenFlowTokenizer.from_pretrained(path / "tokenizer").state_dict()
-        own = self.model.tokenizer.state_dict()
-        same = own.keys() == saved.keys()
-        if not (same and all(torch.equal(v.cpu(), saved[k]) for k, v in own.items())):
-            raise CheckpointError(
-                f"{path} was trained on the tokens of another image tokenizer than "
-                f"{self.config.init or self.config.tokenizer}"
-            )
+        name = self.config.init or self.config.tokenizer
+        image_tokens.check_same(path, self.model.tokenizer, name)
 
     def restore(self, path: Path) -> None:
         self.drawing.text = load_text_tokenizer(path)

@@ -383,7 +383,7 @@ def test_bad_configurations(changes, message):
 def test_presets_are_the_released_shapes():
     config = VarConfig.preset("d16")
     assert (config.channels, config.attention_heads, config.image_tokens) == (1024, 16, 680)
-    assert config.last_drop_path == pytest.approx(0.1 * 16 / 24)
+    assert config.drop_path_of(15) == pytest.approx(0.1 * 16 / 24)
     large = VarConfig.preset("d36", classes=10)
     assert (large.channels, large.shared_adaln, large.classes) == (2304, True, 10)
     assert sum(s * s for s in large.scales) == large.image_tokens == 2240

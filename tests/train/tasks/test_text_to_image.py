@@ -27,7 +27,7 @@ from tokenflow_ext.train.tasks import language
 from tokenflow_ext.train.tasks.text_to_image import TextToImageTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_text.py"
+TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def ends(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
         else:
             runs = [given("full"), given("alone", "optim.schedule=constant", "optim.ema_decay=0.9")]
         plan = folder / f"plan{world}.json"
-        plan.write_text(json.dumps({"steps": steps, "runs": runs}))
+        plan.write_text(json.dumps({"task": "text_to_image", "steps": steps, "runs": runs}))
         processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
     for process in processes:
         micro.finish(process)

@@ -24,7 +24,7 @@ from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.tasks.understanding import UnderstandingTask, load_understanding
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_understanding.py"
+TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tokenflow_ext.train.tasks.understanding import load_understanding
 from tokenflow_ext.train.tasks.unified import UnifiedTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_understanding.py"
+TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture

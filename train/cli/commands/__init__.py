@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding, unified
+from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding, unified, var
 
 from . import (
     analyse,
@@ -54,6 +54,7 @@ TRAINING: dict[str, tuple[ModuleType, str]] = {
         "train understanding; the same as torchrun train/understanding.py",
     ),
     "train-unified": (unified, "train both ways; the same as torchrun train/unified.py"),
+    "train-var": (var, "train VAR; the same as torchrun train/var.py"),
 }
 
 

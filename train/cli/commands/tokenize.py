@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.cli import options
-from tokenflow_ext.train.config import CaptionConfig
+from tokenflow_ext.train.config import CaptionConfig, LabelConfig
 from tokenflow_ext.train.data import DataError, tokens
 from tokenflow_ext.train.data.captions import list_captions
 from tokenflow_ext.train.data.image_files import read_square
+from tokenflow_ext.train.data.labels import described
+from tokenflow_ext.train.data.text_files import METADATA
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 
@@ -40,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="of captions in metadata.jsonl and NAME.json [caption text]",
     )
+    parser.add_argument(
+        "--label-keys",
+        nargs="+",
+        default=LabelConfig.label_keys,
+        metavar="KEY",
+        help="of classes in metadata.jsonl [label class]",
+    )
     options.add_device(parser)
 
 
@@ -55,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         caption_keys=arguments.caption_keys,
+        label_keys=arguments.label_keys,
     )
 
 
@@ -69,6 +79,7 @@ def tokenize(
     batch_size: int = 32,
     shard_size: int = 4096,
     caption_keys: Sequence[str] = CaptionConfig.caption_keys,
+    label_keys: Sequence[str] = LabelConfig.label_keys,
 ) -> Path:
     """Write the tokens of every image below ``folder`` as shards; returns the index's path.
 
@@ -85,8 +96,13 @@ def tokenize(
     model, place = checkpoint.load_tokenizer(source, resolution)
     about = tokens.facts(model, place) | {"tokenizer_sha256": tokens.fingerprint(model)}
     captions = list_captions(folder, caption_keys)
+    found = described(Path(folder), label_keys)
+    labels = {path: label for path, (label, _) in found.items() if label}
+    if bad := [why for label, why in found.values() if not label]:
+        print(f"{len(bad)} labels in {METADATA} are left out, of pictures {bad[0]}")
     paths = sorted(captions)
-    about |= {"data_sha256": tokens.data_digest(Path(folder), captions), "shard_size": shard_size}
+    digest = tokens.data_digest(Path(folder), captions, labels)
+    about |= {"data_sha256": digest, "shard_size": shard_size}
     model.to(place_of_work)
     with tokens.writing(target, about) as finished:
         index = target / tokens.INDEX
@@ -96,17 +112,21 @@ def tokenize(
         names = {path: str(path.relative_to(folder)) for path in paths}
         shards: list[dict[str, Any]] = []
         skipped: list[str] = []
-        found = 0
+        earlier = 0
         with tqdm(total=len(paths), unit="image") as bar:
             for number, start in enumerate(range(0, len(paths), shard_size)):
                 part, chosen = tokens.Shard(target, number), paths[start : start + shard_size]
                 rows = part.written()
                 if rows is not None:
-                    found += 1
+                    earlier += 1
                     bar.update(len(chosen))
                 else:
                     codes, kept = _encode(model, chosen, batch_size, place_of_work, bar)
-                    rows = [{"image": names[path], "caption": captions[path]} for path in kept]
+                    rows = [
+                        {"image": names[path], "caption": captions[path]}
+                        | ({"label": labels[path]} if path in labels else {})
+                        for path in kept
+                    ]
                     if rows:
                         part.write(torch.cat(codes), rows, about)
                 read = {row["image"] for row in rows}
@@ -117,8 +137,8 @@ def tokenize(
         if not images:
             raise DataError(f"no image below {folder} can be read")
         tokens.finish(target, about | {"images": images, "skipped": skipped, "shards": shards})
-    if found:
-        print(f"{found} shards were there already, of a run that was broken off")
+    if earlier:
+        print(f"{earlier} shards were there already, of a run that was broken off")
     if skipped:
         print(f"{len(skipped)} images cannot be read and were left out; {index} names them")
     print(f"{images} images, {about['tokens_per_image']} tokens each, {index}")
