@@ -3,7 +3,8 @@ in one launch.
 
     torchrun together_models.py PLAN.json
 
-PLAN.json: {"task": one of TASKS, "steps": {OUTPUT: [key=value, ...]}, "runs": [[key=value, ...], ...]}.
+PLAN.json: {"task": one of TASKS, "steps": {OUTPUT: [key=value, ...]},
+            "runs": [[key=value, ...], ...]}.
 """
 
 from __future__ import annotations

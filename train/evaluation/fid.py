@@ -1,4 +1,4 @@
-"""FID of two folders, computed by torch-fidelity from Inception's own weights, or not at all."""
+"""The network that FID is defined by, from its own weights, or why there is none."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import torch
 
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.serialization.pretrained import read_torch
-from tokenflow_ext.train.data.image_files import check_depth, open_image
-from tokenflow_ext.train.data.text_files import DataError
-from tokenflow_ext.train.engine.distributed import find_device
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _DIGEST = WEIGHTS.removesuffix(".pth").rpartition("-")[2]  # how the SHA-256 begins
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def _cached() -> Path:
@@ -46,8 +42,12 @@ def find_weights(given: str | Path | None = None) -> Path:
     return path
 
 
-def _ready(weights: str | Path | None) -> Path:
-    """The checked weights' path, where torch-fidelity is installed."""
+def ready(weights: str | Path | None) -> Path:
+    """The checked weights' path, where torch-fidelity is installed.
+
+    Raises:
+        WeightsError: it is not, or the weights are missing.
+    """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise WeightsError(
             "FID needs torch-fidelity: pip install 'tokenflow_ext[eval]'; and its Inception "
@@ -62,49 +62,9 @@ def inception(weights: str | Path | None = None) -> torch.nn.Module:
     Raises:
         WeightsError: torch-fidelity or the weights are missing.
     """
-    path = _ready(weights)
+    path = ready(weights)
     from torch_fidelity import FeatureExtractorInceptionV3
 
     return FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
-
-
-def fid(
-    one: str | Path,
-    other: str | Path,
-    weights: str | Path | None = None,
-    device: str = "cpu",
-    batch: int = 64,
-) -> float:
-    """The Frechet inception distance of the pictures right inside two folders.
-
-    Raises:
-        ConfigError: no such device.
-        DataError: a folder with fewer than two pictures, one that cannot be read, or one of more
-            than 8 bits.
-        WeightsError: torch-fidelity or the weights are missing.
-    """
-    place = find_device(device)
-    for folder in (Path(one), Path(other)):
-        if not folder.is_dir():
-            raise DataError(f"no folder at {folder}")
-        pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
-        if len(pictures) < 2:
-            raise DataError(f"FID needs two pictures or more, {folder} holds {len(pictures)}")
-        for path in pictures:  # the library would end with a traceback
-            open_image(path)
-            check_depth(path)
-    path = _ready(weights)
-    from torch_fidelity import calculate_metrics
-
-    found = calculate_metrics(
-        input1=str(one),
-        input2=str(other),
-        fid=True,
-        feature_extractor_weights_path=str(path),
-        cuda=place.type == "cuda",
-        batch_size=batch,
-        verbose=False,
-    )
-    return float(found["frechet_inception_distance"])

@@ -27,7 +27,7 @@ from .preprocess import to_float
 VGG16 = "vgg16-397923af.pth"
 
 
-def inception_features(weights: str | None, device: torch.device) -> Features:
+def inception_features(weights: str | Path | None, device: torch.device) -> Features:
     """Of FID: see ``fid.inception``."""
     network = fid.inception(weights).to(device)
     return Features("rfid", 2048, lambda pixels: network(pixels)[0])

@@ -348,7 +348,7 @@ def test_fid_asks_for_what_it_lacks(folders, tmp_path, monkeypatch):
     find = fid.importlib.util.find_spec
     monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install 'tokenflow_ext"):
-        entry.main(["fid", *folders])
+        entry.main(["fid", *folders, "--more"])
     monkeypatch.setattr(fid.importlib.util, "find_spec", find)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsError, match=rf"no file {tmp_path}/checkpoints/{fid.WEIGHTS}"):
@@ -381,9 +381,14 @@ def test_fid_is_the_librarys(folders, tmp_path, monkeypatch, capsys):
     library.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "torch_fidelity", library)
     entry.main(["fid", *folders, "--weights", str(weights)])
-    assert capsys.readouterr().out == "FID 12.5000\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "FID 12.5000"
+    assert "2048 pool features of FID's Inception" in said[1]
     assert given["feature_extractor_weights_path"] == str(weights)
-    assert (given["input1"], given["input2"], given["fid"]) == (*folders, True)
+    for name, folder in (("input1", folders[0]), ("input2", folders[1])):
+        for i, pixels in enumerate(given[name]):
+            assert torch.equal(pixels, torch.full((3, 8, 8), i, dtype=torch.uint8)), folder
+    assert (given["fid"], given["isc"], given["prc"]) == (True, False, False)
     weights.write_bytes(b"not a pickle")
     monkeypatch.setattr(fid, "_DIGEST", hashlib.sha256(b"not a pickle").hexdigest()[:8])
     with pytest.raises(SystemExit, match="cannot be read as a torch file"):

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tokenflow_ext.train.data import captions, image_files
 from tokenflow_ext.train.data.image_files import BrokenImageError, open_image
 from tokenflow_ext.train.data.text_files import DataError
-from tokenflow_ext.train.evaluation import evaluate, fid
+from tokenflow_ext.train.evaluation import evaluate, picture_sets
 
 RAMP = np.linspace(0, 1, 300).reshape(12, 25)
 
@@ -146,7 +146,7 @@ def test_fid_refuses_what_would_be_read_as_white(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(pgm(65535))
     with pytest.raises(DataError, match=r"a\.png is grey of more than 8 bits"):
-        fid.fid(tmp_path, tmp_path)
+        picture_sets.compare(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])

@@ -30,6 +30,7 @@ from tokenflow_ext.train.evaluation import (
     fid,
     metrics,
     networks,
+    picture_sets,
     preprocess,
     probe,
     report,
@@ -693,5 +694,82 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for i, image in enumerate(pixels):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
-    library = fid.fid(tmp_path / "a", tmp_path / "b", weights)
-    assert features_of.metrics["rfid"] == pytest.approx(library, rel=1e-3)
+    found, _ = picture_sets.compare(tmp_path / "a", tmp_path / "b", weights, more=True)
+    assert features_of.metrics["rfid"] == pytest.approx(found["fid"], rel=1e-3)
+    assert found.keys() == {
+        "fid", "inception_score", "inception_score_deviation", "precision", "recall",
+    }  # fmt: skip
+    # The same pictures as arrays, and their statistics.
+    for name, pixels in (("a", features_of.originals), ("b", features_of.made)):
+        np.savez(tmp_path / f"{name}.npz", pixels.permute(0, 2, 3, 1).numpy())
+    again, _ = picture_sets.compare(tmp_path / "a.npz", tmp_path / "b", weights)
+    assert again["fid"] == pytest.approx(found["fid"], rel=1e-6)
+    with torch.no_grad():
+        rows = features.extract(features_of.made).double().numpy()
+    np.savez(tmp_path / "statistics.npz", mu=rows.mean(0), sigma=np.cov(rows, rowvar=False))
+    by_statistics, _ = picture_sets.compare(
+        tmp_path / "a.npz", tmp_path / "statistics.npz", weights
+    )
+    assert by_statistics["fid"] == pytest.approx(found["fid"], rel=1e-3)
+    with pytest.raises(DataError, match="need pictures, not statistics"):
+        picture_sets.compare(tmp_path / "a.npz", tmp_path / "statistics.npz", weights, more=True)
+
+
+def _npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+@needs_lite0
+def test_the_stand_in_where_inception_is_not_there(tmp_path, monkeypatch):
+    """Its figure, by its own name, against the formula in NumPy; and why there is no FID."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(0, high, (12, 40, 48, 3), dtype=np.uint8) for high in (256, 128))
+    a = _npz(tmp_path / "a.npz", arr_0=one)
+    found, definition = picture_sets.compare(a, _npz(tmp_path / "b.npz", arr_0=other))
+    assert found.keys() == {"fd_efflite0"}
+    assert fid.WEIGHTS in definition
+    extract = networks.lite0_features(torch.device("cpu")).extract
+    rows = [extract(torch.from_numpy(x).permute(0, 3, 1, 2)).double().numpy() for x in (one, other)]
+    (m, c), (n, d) = ((x.mean(0), np.cov(x, rowvar=False)) for x in rows)
+    root = np.trace(scipy.linalg.sqrtm(c @ d).real)
+    expected = ((m - n) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * root
+    assert found["fd_efflite0"] == pytest.approx(expected, rel=1e-3)
+    assert picture_sets.compare(a, a)[0]["fd_efflite0"] == pytest.approx(0, abs=1e-6)
+    for options in ({"more": True}, {"weights": "nowhere.pth"}):
+        with pytest.raises(WeightsError):
+            picture_sets.compare(a, a, **options)
+    statistics = _npz(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(WeightsError, match="Inception"):
+        picture_sets.compare(a, statistics)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros(3)}, "has no arr_0, but x"),
+        ({"arr_0": np.zeros((4, 8, 8, 3))}, r"arr_0 must be uint8 \[N, H, W, 3\], got float64"),
+        ({"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "must be uint8"),
+        ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "holds 1"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, "mu and sigma are"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "not finite"),
+        ({"arr_0": np.array([{}], dtype=object)}, "cannot read"),
+    ],
+)
+def test_npz_files_that_are_none(tmp_path, arrays, message):
+    with pytest.raises(DataError, match=message):
+        picture_sets.read(_npz(tmp_path / "a.npz", **arrays))
+
+
+def test_what_is_no_set_of_pictures(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"no zip")
+    with pytest.raises(DataError, match=r"cannot read .*a\.npz"):
+        picture_sets.read(tmp_path / "a.npz")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"a\.txt is no \.npz"):
+        picture_sets.read(tmp_path / "a.txt")
+    for i, side in enumerate((8, 9)):
+        Image.new("RGB", (side, 8)).save(tmp_path / f"{i}.png")
+    with pytest.raises(DataError, match="different sizes"):
+        picture_sets.read(tmp_path)
