@@ -79,6 +79,18 @@ class SavedForm:
         if not own:
             raise OutputError(f"{folder} holds another model: nothing is written over it")
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether the folder's header says that it is of this form.
+
+        Raises:
+            CheckpointError: a header that cannot be read.
+        """
+        file = folder / CONFIG_FILE
+        if not file.is_file():
+            return False
+        header = read_json(file, CheckpointError, limit=1 << 20)
+        return isinstance(header, dict) and header.get("format") == self.name
+
     def read_config(self, folder: Path, parse: Callable[[Any], Config]) -> Config:
         """What ``parse`` makes of the header's ``config``.
 

@@ -531,6 +531,11 @@ class Var(nn.Module):
         return folder
 
     @classmethod
+    def is_saved(cls, path: str | Path) -> bool:
+        """Whether a directory says that it was written by :meth:`save_pretrained`."""
+        return _FORM.is_in(Path(path))
+
+    @classmethod
     def read_config(cls, path: str | Path) -> VarConfig:
         """The configuration of a directory written by :meth:`save_pretrained`.
 

@@ -270,9 +270,14 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def labelled(images: Sequence[np.ndarray], labels: Sequence[str], least: int = 128) -> np.ndarray:
-    """A nearly square grid of images, each over the first lines of its label. Small images are
-    enlarged (by repeating pixels) to at least ``least``."""
+def labelled(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str],
+    least: int = 128,
+    columns: int | None = None,
+) -> np.ndarray:
+    """A grid of images, nearly square without ``columns``, each over the first lines of its label.
+    Small images are enlarged (by repeating pixels) to at least ``least``."""
     factor = max(1, -(-least // max(images[0].shape[:2])))
     height, width = (side * factor for side in images[0].shape[:2])
     font, lines, line = ImageFont.load_default(), 2, 12
@@ -289,7 +294,7 @@ def labelled(images: Sequence[np.ndarray], labels: Sequence[str], least: int = 1
                 text = rest.pop(0)
             pen.text((2, height + 3 + row * line), text, "black", font)
         cells.append(np.asarray(cell))
-    return tile(cells, math.ceil(len(cells) ** 0.5))
+    return tile(cells, columns or math.ceil(len(cells) ** 0.5))
 
 
 _GENERATOR = "tokenflow_ext.train.tasks.image_generator"

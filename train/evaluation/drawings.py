@@ -24,7 +24,7 @@ from tokenflow_ext.train.data.outputs import Outputs, png
 from tokenflow_ext.train.data.text_files import say
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.logs import table
-from tokenflow_ext.train.tasks.image_generator import ImageGenerator
+from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator, ImageGenerator
 
 from .judge import Judge, attributes, shares, train_judge
 
@@ -33,6 +33,7 @@ FILES = ("drawings.png", "drawings.json")
 CAPTION = r"a (?P<colour>\w+) (?P<shape>\w+)"
 QUESTIONS = {"colour": "what color is the shape?", "shape": "what shape is in the image?"}
 EACH = 20
+AnyGenerator = ImageGenerator | ClassImageGenerator
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _floats(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reconstructed(generator: ImageGenerator, images: Tensor) -> Tensor:
+def _reconstructed(generator: AnyGenerator, images: Tensor) -> Tensor:
     """What the image tokenizer makes of pictures, as its drawings are: 8 bits."""
     tokenizer, parts = generator.model.tokenizer, []
     for part in images.split(generator.batch):
@@ -80,7 +81,7 @@ def _reconstructed(generator: ImageGenerator, images: Tensor) -> Tensor:
 
 
 def _answers(
-    place: str, drawn: Tensor, questions: Mapping[str, str], generator: ImageGenerator
+    place: str, drawn: Tensor, questions: Mapping[str, str], generator: AnyGenerator
 ) -> list[dict[str, str]]:
     """The model's own answers about pictures [N, 3, S, S] uint8."""
     from .answering import Answerer  # needs transformers
@@ -100,7 +101,7 @@ def _answers(
 
 def draw(
     place: str,
-    generator: ImageGenerator,
+    generator: AnyGenerator,
     judge: Judge,
     prompts: Sequence[str],
     seed: int,
@@ -119,7 +120,7 @@ def draw(
 
 def evaluate(
     place: str,
-    generator: ImageGenerator,
+    generator: AnyGenerator,
     real: str,
     test: str | None,
     *,
@@ -163,10 +164,12 @@ def evaluate(
     say(f"the judge learns from {len(texts)} pictures of {real}")
     judge = train_judge(images, said)
     report: dict[str, Any] = {"judge": {}}
+    remade = None
     if test is not None:
         known, labels = read_pairs(test, size)
         wanted = attributes(caption, labels)
-        again = _floats(_reconstructed(generator, known))
+        remade = _reconstructed(generator, known)
+        again = _floats(remade)
         report["judge"] = {
             "pictures": len(labels),
             "real": shares(wanted, judge.judge(known)),
@@ -185,6 +188,8 @@ def evaluate(
         for name, own in groups.items()
         if any(own)
     }
+    trained = _reconstructed(generator, images)
+    report["diversity"] = diversity(drawn.images, prompts, trained, texts, remade)
     report |= {
         "model": str(checkpoint.find(place)),
         "weights": generator.weights,
@@ -196,6 +201,54 @@ def evaluate(
         "drawn with": generator.facts,
     }
     return report, drawn
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Pictures [N, 3, S, S] uint8 as rows, whose distances are root mean squares of levels."""
+    rows = images.flatten(1).float()
+    return rows / math.sqrt(rows.shape[1])
+
+
+def _nearest(images: Tensor, known: Tensor) -> Tensor:
+    """The distance [N] of each picture to the nearest known one."""
+    return torch.cat([torch.cdist(part, known).amin(1) for part in images.split(256)])
+
+
+def _spread(images: Tensor, texts: Sequence[str]) -> float:
+    """Mean distance of two pictures with one caption, over captions with two or more."""
+    means = []
+    for text in sorted(set(texts)):
+        own = images[[i for i, other in enumerate(texts) if other == text]]
+        if len(own) > 1:
+            means.append(torch.pdist(own).mean().item())
+    return sum(means) / len(means) if means else math.nan
+
+
+def diversity(
+    drawn: Tensor, prompts: Sequence[str], known: Tensor, texts: Sequence[str], test: Tensor | None
+) -> dict[str, float]:
+    """How far drawings are from what was trained on, and from each other.
+
+    Distances are root mean squares over pixels of 8-bit levels. A model that repeats its training
+    pictures has a nearest distance far below that of test pictures; one that draws a class always
+    the same has a spread far below that of real ones.
+
+    Args:
+        drawn: [N, 3, S, S] uint8 of these prompts.
+        known: the training pictures, as the image tokenizer has them, of these captions.
+        test: further pictures, as the tokenizer has them.
+
+    Returns:
+        Means: "nearest" of drawings to training pictures, "nearest of test pictures" where there
+        are any, "spread" of drawings of one prompt, "spread of training pictures" of one caption.
+    """
+    rows, found = _levels(known), {}
+    made = _levels(drawn)
+    found["nearest"] = _nearest(made, rows).mean().item()
+    if test is not None:
+        found["nearest of test pictures"] = _nearest(_levels(test), rows).mean().item()
+    values = {"spread": _spread(made, prompts), "spread of training pictures": _spread(rows, texts)}
+    return found | {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _group(drawn: Drawn, wanted: Sequence[dict[str, str]], rows: Sequence[int]) -> dict[str, Any]:
@@ -237,7 +290,11 @@ def as_table(report: Mapping[str, Any]) -> str:
     rows = [("right", *names)]
     for label, values in lines:
         rows.append((label, *(f"{values[n]:.1%}" if n in values else "-" for n in names)))
-    return "\n".join(line.rstrip() for line in table(rows).splitlines())
+    found = report["diversity"]
+    lines_below = [
+        f"{name}: {value:.1f} levels (root mean square)" for name, value in found.items()
+    ]
+    return "\n".join([*(line.rstrip() for line in table(rows).splitlines()), *lines_below])
 
 
 def as_sheet(drawn: Drawn, unseen: str = "", columns: int = 8, least: int = 96) -> np.ndarray:
@@ -265,7 +322,7 @@ def as_sheet(drawn: Drawn, unseen: str = "", columns: int = 8, least: int = 96) 
     return tile(cells, columns)
 
 
-def run(place: str, generator: ImageGenerator, target: Outputs, **options: Any) -> Path:
+def run(place: str, generator: AnyGenerator, target: Outputs, **options: Any) -> Path:
     """Evaluate, print the table, and write drawings.png and drawings.json.
 
     Args:

@@ -1,21 +1,24 @@
-"""A trained text-to-image model, as it draws."""
+"""A trained model of text to image or of classes, as it draws."""
 
 from __future__ import annotations
 
 import hashlib
 import operator
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow_ext.models import CheckpointError
+from tokenflow_ext.models import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.transformers_folder import answers, answers_and_draws
 from tokenflow_ext.models.text_to_image.model import TextToImage
+from tokenflow_ext.models.var.model import SAMPLING, Var
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
+from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 
@@ -51,6 +54,8 @@ class ImageGenerator:
         """
         place = find_device(device)
         folder = checkpoint.find(path)
+        if Var.is_saved(folder):
+            raise CheckpointError(f"the model in {folder} draws classes: use tokenflow sample")
         if answers_and_draws(folder):
             model, text = load_drawing_side(folder)
             parts = [checkpoint.weights_digest(folder)]
@@ -100,6 +105,92 @@ class ImageGenerator:
                     ).cpu()
             finally:
                 hook.remove()
+
+
+@dataclass
+class ClassImageGenerator:
+    """A class-conditional model and how it draws; a prompt is a class's name, or its number.
+
+    Attributes:
+        top_k, top_p, guidance: see :meth:`Var.generate_tokens`.
+        more_smooth: see :meth:`Var.generate`.
+        batch: images drawn at once. An image does not depend on it.
+        weights: SHA-256 of the model's, which pictures are marked with.
+    """
+
+    model: Var
+    guidance: float = SAMPLING.guidance
+    top_k: int = SAMPLING.top_k[0]
+    top_p: float = SAMPLING.top_p[0]
+    more_smooth: bool = False
+    batch: int = 16
+    weights: str = ""
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> ClassImageGenerator:
+        """From a run, one of its checkpoints, or a folder with a saved model.
+
+        Raises:
+            CheckpointError: nothing there, not whole, or another kind of model.
+            ConfigError: no such device.
+        """
+        place = find_device(device)
+        folder = checkpoint.find(path)
+        if not Var.is_saved(folder):
+            raise CheckpointError(f"the model in {folder} draws prompts: use tokenflow generate")
+        model = Var.from_pretrained(folder)
+        parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
+        weights = hashlib.sha256("".join(parts).encode()).hexdigest()
+        return cls(model.to(place), weights=weights, **options)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a picture depends on besides its class and seed."""
+        names = ("guidance", "top_k", "top_p", "more_smooth", "weights")
+        return {name: str(getattr(self, name)) for name in names}
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Generator[Tensor, None, None]:
+        """Images [3, H, W] uint8, one for each class; a bar counts them.
+
+        Raises:
+            DataError: no such class.
+        """
+        try:
+            labels = torch.tensor(self.model.config.class_numbers(prompts))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        with tqdm(total=len(labels), unit="image", dynamic_ncols=True) as bar:
+            for start in range(0, len(labels), self.batch):
+                drawn = self.model.generate(
+                    labels[start : start + self.batch],
+                    guidance=self.guidance,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    more_smooth=self.more_smooth,
+                    seed=seeds[start : start + self.batch],
+                )
+                bar.update(len(drawn))
+                yield from drawn.cpu()
+
+
+def load_generator(
+    path: str | Path, device: str = "cpu", **options: Any
+) -> ImageGenerator | ClassImageGenerator:
+    """What draws with the model at ``path``, of prompts or of classes.
+
+    Args:
+        options: of the generator's class; None is its default.
+
+    Raises:
+        CheckpointError, ConfigError: see :meth:`ImageGenerator.load`; or an option that is not for
+            this kind of model.
+    """
+    kind = ClassImageGenerator if Var.is_saved(checkpoint.find(path)) else ImageGenerator
+    known = {field.name for field in fields(kind)}
+    given = {name: value for name, value in options.items() if value is not None}
+    if strange := sorted(set(given) - known):
+        raise ConfigError(f"--{strange[0].replace('_', '-')} is not for the model at {path}")
+    return kind.load(path, device, **given)
 
 
 def facts(steps: str, guidance: float, negative: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from . import (
     fid,
     generate,
     reconstruct,
+    sample,
     tokenize,
 )
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, ModuleType] = {
     "fetch-emoji": fetch_emoji,
     "fetch-easy-vqa": fetch_easy_vqa,
     "generate": generate,
+    "sample": sample,
     "ask": ask,
     "evaluate": evaluate,
     "evaluate-drawings": evaluate_drawings,

@@ -11,7 +11,7 @@ from tokenflow_ext.train.data import DataError, outputs
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.evaluation import drawings
-from tokenflow_ext.train.tasks.image_generator import ImageGenerator
+from tokenflow_ext.train.tasks.image_generator import load_generator
 
 HELP = "how often a model draws what it is asked for"
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a run of train/unified.py or train/text_to_image.py, or a saved model",
+        help="a run of train/unified.py, train/text_to_image.py or train/var.py, or a saved model",
     )
     parser.add_argument(
         "--real",
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_overwrite(parser)
     parser.add_argument("--each", type=int, help="pictures a caption [20]")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture [%(default)s]")
-    parser.add_argument("--steps", choices=tuple(PRESETS), default="three", help="[three]")
-    parser.add_argument("--guidance", type=float, default=7.5, help="[%(default)s]")
+    parser.add_argument("--steps", choices=tuple(PRESETS), help="not for classes [three]")
+    parser.add_argument("--guidance", type=float, help="[7.5; 1.5 for classes]")
     options.add_batch_size(parser, 32)
     options.add_device(parser)
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint.check_there(arguments.checkpoint)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     target.claim(drawings.FILES)
-    generator = ImageGenerator.load(
+    generator = load_generator(
         arguments.checkpoint,
         arguments.device,
         steps=arguments.steps,
