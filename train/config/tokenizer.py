@@ -49,6 +49,8 @@ class CodebookConfig:
     restart_every: int = 0  # optimizer steps; 0: never
     restart_until: float = 0.8  # share of the run after which codes are left alone
     restart_threshold: float = 0.05  # a code is dead below this share of the mean hits
+    # What dead codes are set to: any of the batch's "rows", or as many of each scale, "by_scale".
+    restart_rows: str = "rows"
 
 
 @dataclass
@@ -79,6 +81,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_run(self)
         check_parallel(self)
+        one_of("codebook.restart_rows", self.codebook.restart_rows, "rows", "by_scale")
         one_of("loss.semantic_kind", self.loss.semantic_kind, "cosine", "l2")
         check_pixel_losses(self)
         if not self.model.pixel.enabled:

@@ -65,14 +65,16 @@ class CropData:
     ) -> dict[str, float]:
         """How well the held-out crops are reconstructed: PSNR in dB (mean over images) with a pixel
         branch, cosine of decoded and teacher's tokens with a teacher, share of the codes in use and
-        their perplexity (every process calls this).
+        their perplexity, and by scale the share of codes in use, of as many as its tokens could use
+        at most (every process calls this).
 
         Args:
             model: in evaluation.
         """
         local = self.partition.local
         codes = model.config.quantizer.codebook_size
-        hits = torch.zeros(codes, dtype=torch.int64, device=group.device)
+        tokens = model.quantizer.tokens_per_scale
+        hits = torch.zeros(len(tokens), codes, dtype=torch.int64, device=group.device)
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
         for start in range(0, len(self.held_out), local * group.world):
             # A process without a share still takes part: its weights may be needed elsewhere.
@@ -80,7 +82,10 @@ class CropData:
             images = (own if len(own) else self.held_out[:1]).to(group.device)
             out = model(images)
             if len(own):
-                hits += torch.bincount(out.quantizer.indices.flatten(), minlength=codes)
+                for own_hits, part in zip(
+                    hits, out.quantizer.indices.split(tokens, dim=1), strict=True
+                ):
+                    own_hits += torch.bincount(part.flatten(), minlength=codes)
                 if out.images is not None:
                     sums[0] += psnr(out.images, images, reduction="none").double().sum()
                 if teacher is not None:
@@ -94,8 +99,10 @@ class CropData:
             values["psnr"] = (sums[0] / sums[2]).item()
         if teacher is not None:
             values["cosine"] = (sums[1] / sums[2]).item()
-        values["usage"], values["perplexity"] = code_usage(hits)
-        return values
+        values["usage"], values["perplexity"] = code_usage(hits.sum(0))
+        most = hits.sum(1).clamp(max=codes)
+        by_scale = ((hits > 0).sum(1) / most).tolist()
+        return values | {f"usage_scale_{i}": share for i, share in enumerate(by_scale, start=1)}
 
 
 #: Of :meth:`CropData.evaluate`, for the summary.

@@ -216,11 +216,24 @@ class TokenizerTask(Task):
             return
         images = next(self.crops.batches(position)).to(self.group.device)
         rows = self.model.quantizer.rows(self._features(images))
+        if codebook.restart_rows == "by_scale":
+            rows = self._evenly_by_scale(rows)
         before = [c.detach().clone() for c in self._codebooks]
         self.model.quantizer.restart_dead_codes(rows, threshold=codebook.restart_threshold)
         for (average, code), old in zip(self.averaged_codebooks(), before, strict=True):
             anew = (code != old).any(dim=1, keepdim=True)
             average.copy_(torch.where(anew, code, average))
+
+    def _evenly_by_scale(self, rows: Tensor) -> Tensor:
+        """Of rows [B * L, D] as many of each scale, as far as there are: a coarse scale has few
+        among all, and codes that are set anew to others' rows leave it as it was."""
+        quantizer = self.model.quantizer
+        parts = rows.unflatten(0, (-1, quantizer.num_tokens)).split(
+            quantizer.tokens_per_scale, dim=1
+        )
+        most = -(-quantizer.codebook_size // len(parts))
+        flat = [part.flatten(0, 1) for part in parts]
+        return torch.cat([part[torch.randperm(len(part))[:most]] for part in flat])
 
     def _features(self, images: Tensor) -> Tensor:
         """Features [B, C, h, w] of the model in evaluation."""

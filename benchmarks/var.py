@@ -1,0 +1,271 @@
+"""VAR against its released algorithm: `python -m benchmarks.var`.
+
+Three comparisons in one run, at the released sizes with random weights: generation, the tokenizer's
+quantizer, and a training step. The other side is re-derived in benchmarks/var_released.py. Every
+comparison checks that both give the same before it is timed. Writes table.md and results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import comparison, var_released
+from benchmarks.memory import cuda_peak, resident_peak
+from benchmarks.tables import Table
+from benchmarks.timing import seconds
+from tokenflow_ext.models import (
+    PixelConfig,
+    QuantizerConfig,
+    SemanticConfig,
+    TokenFlowTokenizer,
+    TokenizerConfig,
+    TowerConfig,
+    Var,
+    VarConfig,
+)
+from tokenflow_ext.sampler import SamplingConfig
+from tokenflow_ext.var import VarQuantizer
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def build(depth: int, device: str) -> Var:
+    """VAR of the paper's shape over its tokenizer's codes; the decoder takes no part."""
+    torch.manual_seed(0)
+    pixel = PixelConfig(
+        channels=8, multipliers=(1,), res_blocks=1, z_channels=32, groups=4, code_dim=32
+    )
+    quantizer = QuantizerConfig(4096, VarConfig().scales, l2_norm=False, kind="var")
+    semantic = SemanticConfig(tower=TowerConfig("none"))
+    config = TokenizerConfig(16, pixel, semantic, quantizer, teacher=TowerConfig("none"))
+    tokenizer = TokenFlowTokenizer(config)
+    with torch.no_grad():
+        tokenizer.quantizer.codebooks[0].normal_()
+    model = Var(VarConfig(depth=depth, class_drop=0.0, drop_path=0.0), tokenizer)
+    with torch.no_grad():
+        for block in model.blocks:  # gates of a trained model's size, so that blocks say something
+            block.ada_lin[1].weight.normal_(std=0.02)
+        model.head.weight.mul_(50)
+    return model.to(device)
+
+
+def measure(calls: Calls, rounds: int) -> dict[str, Any]:
+    """Median seconds of each call, and the median over rounds of the others' time over ours."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    other = next(name for name in calls if name != "ours")
+    pairs = zip(times[other], times["ours"], strict=True)
+    return {
+        "rounds": rounds,
+        "ours": statistics.median(times["ours"]),
+        "theirs": statistics.median(times[other]),
+        "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
+    }
+
+
+def peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes that a call needs at its peak; on the CPU in a process forked for it."""
+    if device == "cuda":
+        call()
+        return cuda_peak(call)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the parent's threads are not in this process
+        os.write(writer, json.dumps(resident_peak(call)).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("the measuring process ended")
+    return int(text)
+
+
+def generation(model: Var, batch: int, rounds: int) -> dict[str, Any]:
+    """Classes to tokens, guidance 1.5, top-k 900, top-p 0.96."""
+    model.eval()
+    device = model.device
+    labels = torch.arange(batch, device=device)
+    graphs = device.type == "cuda"
+    likeliest = SamplingConfig(top_k=(1,), top_p=(0.0,), guidance=1.5)
+    ours = model.generate_tokens(labels, sampling=likeliest, seed=0, cuda_graphs=graphs)
+    theirs = var_released.generate_tokens(model, labels, 1.5, var_released.greedy)
+    differ = int((ours != theirs).sum())
+    draw = var_released.sample(900, 0.96, torch.Generator(device).manual_seed(0))
+    calls: Calls = {
+        "released": lambda: var_released.generate_tokens(model, labels, 1.5, draw),
+        "ours": lambda: model.generate_tokens(labels, seed=0, cuda_graphs=graphs),
+    }
+    return {
+        "what": f"generation, batch {batch}",
+        "agreement": f"{differ} of {ours.numel()} greedy tokens differ",
+        **measure(calls, rounds),
+    }
+
+
+def quantizer(device: str, rounds: int, backward: bool) -> dict[str, Any]:
+    """The quantizer of ch160v4096z32 on features of 8 images."""
+    torch.manual_seed(0)
+    module = VarQuantizer(4096, 32, VarConfig().scales, phi_ratio=0.5, phi_shared=4).to(device)
+    with torch.no_grad():
+        module.codebooks[0].normal_()
+    module.train(backward)
+    features = torch.randn(8, 32, 16, 16, device=device, requires_grad=backward)
+
+    def ours() -> Any:
+        out = module(features)
+        if backward:
+            (out.quantized.sum() + out.vq_loss + out.commitment_loss).backward()
+        return out
+
+    def theirs() -> Any:
+        out = var_released.quantize(module, features)
+        if backward:
+            (out[0].sum() + out[2]).backward()
+        return out
+
+    with torch.set_grad_enabled(backward):
+        differ = int((ours().indices != theirs()[1]).sum())
+        found = measure({"released": theirs, "ours": ours}, rounds)
+        memory = {"ours": peak(ours, device), "theirs": peak(theirs, device)}
+    return {
+        "what": f"quantizer, batch 8, forward{' and backward' * backward}",
+        "agreement": f"{differ} of {8 * module.num_tokens} tokens differ",
+        **found,
+        "memory": memory,
+    }
+
+
+def training(model: Var, batch: int, rounds: int) -> dict[str, Any]:
+    """A step of training, forward and backward."""
+    model.train()
+    device = model.device
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(batch, device=device)
+    tokens = torch.randint(4096, (batch, 680), generator=generator).to(device)
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            value = loss()
+            value.backward()
+            return value
+
+        return run
+
+    ours = step(lambda: model(labels, tokens).loss)
+    theirs = step(lambda: var_released.training_loss(model, labels, tokens))
+    difference = abs(ours().item() - theirs().item())
+    found = measure({"released": theirs, "ours": ours}, rounds)
+    memory = {}
+    for name, call in (("ours", ours), ("theirs", theirs)):
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        memory[name] = peak(call, device.type)
+    return {
+        "what": f"training step, batch {batch}",
+        "agreement": f"losses differ by {difference:.1e}",
+        **found,
+        "memory": memory,
+    }
+
+
+def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The table, and what made it."""
+    cells = [
+        {
+            "": row["what"],
+            "released form": f"{row['theirs']:.3f} s",
+            "ours": f"{row['ours']:.3f} s",
+            "released / ours": f"{row['ratio']:.2f}",
+            "peak memory, ours / released": _memory(row),
+            "agreement": row["agreement"],
+            "rounds": str(row["rounds"]),
+        }
+        for row in rows
+    ]
+    lines = Table("", cells, "").lines()
+    lines += [
+        "",
+        f"- VAR d{facts['depth']}, random weights, float32; the released form is re-derived in "
+        "benchmarks/var_released.py",
+        f"- {facts['machine']}, {facts['threads']} thread(s); load average before "
+        f"{facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
+        *comparison.ending(facts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    if "memory" not in row:
+        return ""
+    ours, theirs = (row["memory"][name] / 2**20 for name in ("ours", "theirs"))
+    return f"{ours:.0f} / {theirs:.0f} MiB ({ours / max(theirs, 1e-9):.2f})"
+
+
+PARTS = ("generation", "quantizer", "training")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.var",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="[all]")
+    parser.add_argument("--depth", type=int, default=16, help="[%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    parser.add_argument("--out", type=Path, default=Path("runs/var-benchmark"), metavar="DIR")
+    known = parser.parse_args(given)
+    if known.rounds < 1 or known.depth < 1:
+        parser.error("--rounds and --depth must be 1 or more")
+    shared, device = comparison.training_facts(), known.device
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        facts = comparison.now(
+            shared,
+            [],
+            depth=known.depth,
+            threads=torch.get_num_threads(),
+            machine=torch.cuda.get_device_name() if device == "cuda" else shared["device"]["cpu"],
+            command=shlex.join(["python", "-m", "benchmarks.var", *given]),
+        )
+        comparison.write(known.out, as_markdown(rows, facts), facts, rows)
+
+    if "quantizer" in known.parts:
+        for backward in (False, True):
+            add(quantizer(device, max(known.rounds, 10), backward))
+    if {"generation", "training"} & set(known.parts):
+        model = build(known.depth, device)
+        if "training" in known.parts:
+            add(training(model, 2, known.rounds))
+        model.zero_grad(set_to_none=True)
+        if "generation" in known.parts:
+            for batch in (1, 8):
+                add(generation(model, batch, known.rounds))
+    print((known.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
