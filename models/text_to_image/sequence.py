@@ -407,7 +407,7 @@ class NextScaleSequence:
         return (seen | (key == query)).unsqueeze(1)
 
     def block_mask(self, valid: Tensor) -> BlockMask:
-        """:meth:`mask` for FlexAttention, without padding one row of ``valid`` for any batch."""
+        """:meth:`mask` for FlexAttention."""
         visible, keys = self.visible().to(valid.device), self._keys(valid)
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -415,3 +415,12 @@ class NextScaleSequence:
 
         count, length = valid.shape[0], self.length
         return create_block_mask(seen, count, None, length, length, device=valid.device)
+
+    def block_mask_without_padding(self, device: torch.device) -> BlockMask:
+        """:meth:`block_mask` of any number of prompts of which no position is padded."""
+        visible = self.visible().to(device)
+
+        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return key < visible[query]
+
+        return create_block_mask(seen, None, None, self.length, self.length, device=device)

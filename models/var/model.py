@@ -313,8 +313,7 @@ class Var(nn.Module):
         if self.attention == "scales" or backward:
             return self._ends
         if self._mask is None:
-            valid = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-            self._mask = self.sequence.block_mask(valid)
+            self._mask = self.sequence.block_mask_without_padding(self.device)
         return self._mask
 
     def logits(self, labels: Tensor | None, indices: Tensor) -> Tensor:

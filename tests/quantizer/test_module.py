@@ -97,6 +97,31 @@ def test_one_scale_is_plain_vector_quantization() -> None:
     torch.testing.assert_close(out.quantized, codes)
 
 
+def test_rows_in_the_place_of_codes() -> None:
+    """Codes given as rows are the tokens' sums; means are halfway between those of their tokens."""
+    quantizer = make().eval()
+    one, other = torch.randint(0, 50, (2, 3, 21))
+    rows = quantizer.codes(one)
+    torch.testing.assert_close(quantizer.decode_rows(rows), quantizer.decode(one))
+    size = (7, 5)
+    torch.testing.assert_close(
+        quantizer.decode_rows(rows, size), quantizer.decode(one, size=size), rtol=1e-4, atol=1e-5
+    )
+    mean = (rows + quantizer.codes(other)) / 2
+    halfway = (quantizer.decode(one) + quantizer.decode(other)) / 2
+    torch.testing.assert_close(quantizer.decode_rows(mean), halfway)
+    f_hat = quantizer.accumulate(None, one[:, :1], 0)
+    torch.testing.assert_close(quantizer.accumulate(None, rows[:, :1], 0), f_hat)
+    torch.testing.assert_close(
+        quantizer.accumulate(f_hat, rows[:, 1:5], 1), quantizer.accumulate(f_hat, one[:, 1:5], 1)
+    )
+    for wrong in (rows[:, :20], rows[..., :5], rows[0]):
+        with pytest.raises(ValueError, match=r"rows must have shape \[B, 21, 6\]"):
+            quantizer.decode_rows(wrong)
+    with pytest.raises(ValueError, match=r"rows must have shape \[B, 4, 6\] at scale 1"):
+        quantizer.accumulate(f_hat, rows[:, 1:4], 1)
+
+
 def test_accumulate_carries_from_scale_to_scale() -> None:
     quantizer = make().eval()
     indices = torch.randint(0, 50, (2, 21))

@@ -206,6 +206,24 @@ def test_accumulate_is_the_next_scale_input_of_var(dtype: torch.dtype, error: fl
     assert not inputs.requires_grad
 
 
+def test_rows_in_the_place_of_codes() -> None:
+    """They pass the scale's convolution, as codes do."""
+    torch.manual_seed(0)
+    quantizer = VarQuantizer(20, 6, (1, 2, 4), phi_shared=2).eval()
+    indices = torch.randint(0, 20, (2, 21))
+    rows = torch.nn.functional.embedding(indices, quantizer.codebooks[0]).detach()
+    torch.testing.assert_close(quantizer.decode_rows(rows), quantizer.decode(indices))
+    torch.testing.assert_close(
+        quantizer.decode_rows(rows, (6, 6)), quantizer.decode(indices, size=(6, 6))
+    )
+    f_hat = quantizer.accumulate(None, indices[:, :1], 0)
+    torch.testing.assert_close(quantizer.accumulate(None, rows[:, :1], 0), f_hat)
+    torch.testing.assert_close(
+        quantizer.accumulate(f_hat, rows[:, 1:5], 1),
+        quantizer.accumulate(f_hat, indices[:, 1:5], 1),
+    )
+
+
 def test_a_scale_that_refines_its_tokens_sees_them() -> None:
     module = build()
     tokens = [torch.randint(CODES, (2, side * side)) for side in SCALES]

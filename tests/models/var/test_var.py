@@ -398,3 +398,132 @@ def test_a_tokenizer_that_does_not_fit():
         config = VarConfig.for_tokenizer(tokenizer, depth=1, width=8, heads=1).to_dict()
         with pytest.raises(ConfigError, match=f"{name} is .* in the configuration"):
             Var(VarConfig.from_dict({**config, name: value}), tokenizer)
+
+
+# -- smoothed sampling ----------------------------------------------------------------------------
+
+
+def smooth_by_hand(model, labels, guidance, seeds):
+    """f^ [B, C, S, S] of the mixes, by the description, with torch's own Gumbel noise."""
+    scales, quantizer = model.config.scales, model.tokenizer.quantizer
+    table, side = quantizer.codebooks[0].double(), scales[-1]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    state, f_hat, inputs = model.state_dict(), 0.0, []
+    for number, own in enumerate(scales):
+        # The whole sequence anew, with inputs of the mixes in the place of tokens' codes.
+        logits = []
+        for classes in (labels, torch.full_like(labels, model.config.classes)):
+            embedded, condition = model.condition(classes)
+            x = model.first_input(embedded)
+            if inputs:
+                x = torch.cat([x, model.image_inputs(torch.cat(inputs, 1), 1)], 1)
+            ends = [sum(s * s for s in scales[: i + 1]) for i in range(number + 1)]
+            for block in model.blocks:
+                x = block(x, condition, ends)
+            logits.append(model.scores(x, embedded)[:, -own * own :])
+        ratio = number / (len(scales) - 1)
+        t = guidance * ratio
+        mixed = (1 + t) * logits[0] - t * logits[1]
+        uniform = [-torch.empty_like(row).exponential_(generator=g).log() for row, g in
+                   zip(mixed, generators, strict=True)]  # fmt: skip
+        scaled = ((1 + ratio) * mixed + torch.stack(uniform)) / max(
+            0.27 * (1 - 0.95 * ratio), 0.005
+        )
+        rows = scaled.softmax(-1) @ table
+        grid = rows.mT.unflatten(2, (own, own)).float()
+        up = F.interpolate(grid, (side, side), mode="bicubic") if own != side else grid
+        phi = quantizer.phis.qresi_ls[0 if number < 2 else 1]
+        f_hat = f_hat + 0.5 * up + 0.5 * F.conv2d(up, phi.weight, phi.bias, padding=1)
+        if number + 1 < len(scales):
+            pooled = F.adaptive_avg_pool2d(f_hat, scales[number + 1])
+            inputs.append(pooled.flatten(2).mT.to(state["head.weight"].dtype))
+    return f_hat
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+@torch.no_grad()
+def test_smoothed_sampling_is_that_written_out(guidance, monkeypatch):
+    model = build()
+    seen = []
+    decode = model.tokenizer.decode_features
+    monkeypatch.setattr(
+        model.tokenizer, "decode_features", lambda f: seen.append(f) or decode(f), raising=True
+    )
+    labels = torch.tensor([0, 3])
+    images = model.generate(labels, guidance=guidance, seed=[11, 7], more_smooth=True)
+    expected = smooth_by_hand(model, labels, guidance, [11, 7])
+    torch.testing.assert_close(seen[0].float(), expected.float(), rtol=1e-4, atol=1e-4)
+    again = model.generate(labels[1:], guidance=guidance, seed=7, more_smooth=True)
+    assert (again[0].int() - images[1].int()).abs().max() <= 1  # whatever the batch
+    plain = model.generate(labels, guidance=guidance, seed=[11, 7])
+    assert not torch.equal(plain, images)
+
+
+@torch.no_grad()
+def test_smoothed_sampling_over_two_codebooks():
+    model = build(tokenizer=image_tokenizer(), dtype=torch.float32)
+    images = model.generate(torch.tensor([1, 2]), seed=0, more_smooth=True)
+    assert images.dtype == torch.uint8
+    assert len(images) == 2
+
+
+# -- attention, classes ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_flex_attention_agrees():
+    model = build(torch.float32, width=64, heads=4)
+    other = Var(model.config, model.tokenizer, attention="flex")
+    other.load_state_dict(model.state_dict())
+    labels, indices = torch.tensor([0, CLASSES, 2]), tokens(3)
+    with pytest.warns(UserWarning, match="without torch.compile"):
+        found = other.eval().logits(labels, indices)
+    torch.testing.assert_close(found, model.logits(labels, indices), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="attention must be"):
+        Var(model.config, model.tokenizer, attention="mask")
+
+
+def test_other_classes():
+    model = build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        none = model.logits(None, tokens(1))
+    model.replace_classes(["ant", "bee"])
+    assert (model.config.classes, model.config.class_names) == (2, ("ant", "bee"))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        if key != "class_emb.weight":
+            assert torch.equal(after[key], value), key
+    assert after["class_emb.weight"].shape == (3, model.config.channels)
+    assert after["class_emb.weight"].dtype == torch.float64
+    with torch.no_grad():
+        assert torch.equal(model.logits(None, tokens(1)), none)  # no class is the same one
+        model.generate_tokens(torch.tensor([1]), seed=0)
+        with pytest.raises(ValueError, match=r"labels must be in \[0, 2\]"):
+            model.logits(torch.tensor([3]), tokens(1))
+    model.replace_classes(7)
+    assert (model.config.classes, model.config.class_names) == (7, ())
+    with pytest.raises(ConfigError, match="different names"):
+        model.replace_classes(["ant", "ant"])
+    with pytest.raises(ConfigError):
+        model.replace_classes([])
+
+
+def test_classes_by_name():
+    config = VarConfig(classes=3, class_names=("ant", "2", "bee"))
+    assert config.class_numbers(["bee", "ant", "2", "0"]) == [2, 0, 1, 0]  # a name comes first
+    for wrong in ("cow", "3", "-1", ""):
+        with pytest.raises(ValueError, match="there is no class"):
+            config.class_numbers([wrong])
+    assert VarConfig(classes=3).class_numbers(["2"]) == [2]
+    assert VarConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="3 different names or none, got 2"):
+        VarConfig(classes=3, class_names=("a", "b"))
+
+
+def test_drops_can_be_changed():
+    model = build(depth=3)
+    model.change_drops(class_drop=0.5, drop_path=0.4)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.2, 0.4])
+    assert (model.config.class_drop, model.config.drop_path) == (0.5, 0.4)

@@ -388,3 +388,46 @@ def test_resuming_another_model_is_refused(micro, images, tmp_path):
     (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:1000])
     with pytest.raises(SystemExit, match=r"training\.pt is truncated"):
         tokenizer.main([*arguments, "--resume"])
+
+
+def test_restart_takes_rows_of_every_scale(make):
+    """Of each as many as there are, up to its share of the codes, none twice."""
+    trainer = make("model.quantizer.codebook_size=24", "codebook.restart_rows=by_scale")
+    task = trainer.task
+    rows = torch.arange(3 * 21, dtype=torch.float32).unsqueeze(1).expand(-1, 40)  # 3 images
+    found = task._evenly_by_scale(rows)[:, 0].long()
+    assert len(set(found.tolist())) == len(found) == 3 + 8 + 8  # 24 codes by 3 scales: 8 of each
+    place = found % 21
+    assert [int(((place >= a) & (place < b)).sum()) for a, b in ((0, 1), (1, 5), (5, 21))] == [
+        3, 8, 8,
+    ]  # fmt: skip
+
+
+def test_dead_codes_are_restarted_by_scale(make):
+    trainer = make(
+        "codebook.restart_every=1", "codebook.restart_until=1", "codebook.restart_rows=by_scale"
+    )
+    quantizer = trainer.model.quantizer
+    with torch.no_grad():
+        quantizer.usage_ema.zero_()
+        quantizer.usage_ema[0] = 1.0
+    before = [code.clone() for code in quantizer.codebooks]
+    trainer.train_step()
+    changed = sum(
+        int((a != b).any(dim=1).sum()) for a, b in zip(before, quantizer.codebooks, strict=True)
+    )
+    assert changed > 32
+
+
+def test_usage_by_scale(make):
+    """Against a count of the held-out crops' own tokens."""
+    trainer = make()
+    values = trainer.evaluate()
+    with trainer.averaged() as model, torch.no_grad():
+        tokens = model.encode(trainer.task.crops.held_out)
+    start = 0
+    for number, side in enumerate((1, 2, 4), start=1):
+        own = tokens[:, start : start + side * side]
+        start += side * side
+        most = min(64, own.numel())
+        assert values[f"usage_scale_{number}"] == pytest.approx(len(own.unique()) / most)
