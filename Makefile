@@ -30,7 +30,7 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text easy-vqa train-understanding train-unified test test-oldest test-newest renew-newest benchmark report docs lint \
+.PHONY: help train train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report docs lint \
 	format cpp cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,7 @@ help:
 	@echo 'make train-understanding   fetch questions about pictures (with pip), train an image tokenizer on the'
 	@echo '                   pictures, then a language model to answer; what is there already is kept'
 	@echo 'make train-unified train one transformer both ways on the same pictures: it answers, and it draws'
+	@echo 'make train-var     train VAR on the same pictures: it draws the classes of coloured shapes'
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
 	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
 	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
@@ -85,11 +86,13 @@ train-understanding: easy-vqa
 		--data runs/easy-vqa/test.json --train runs/easy-vqa/train.json --out runs/easy-vqa-answers \
 		--overwrite
 
-train-unified: easy-vqa
+easy-vqa-drawn: easy-vqa
 	test -e runs/easy-vqa-decoder/summary.json || $(BIN)/torchrun --standalone \
 		--nproc-per-node $(TWO) train/decoder.py --config train/configs/easy_vqa_decoder.yaml --resume
 	test -e runs/easy-vqa-captions/index.json || $(BIN)/tokenflow tokenize runs/easy-vqa/train \
 		--checkpoint runs/easy-vqa-tokenizer --out runs/easy-vqa-captions
+
+train-unified: easy-vqa-drawn
 	$(BIN)/torchrun --standalone --nproc-per-node $(TWO) train/unified.py \
 		--config train/configs/easy_vqa_unified.yaml $(ARGS)
 	$(BIN)/tokenflow evaluate-understanding --checkpoint runs/unified \
@@ -99,6 +102,14 @@ train-unified: easy-vqa
 		--test runs/easy-vqa/test --unseen "a (teal triangle|red circle|blue rectangle)" --steps one \
 		--guidance 3 \
 		--out runs/unified-drawings --overwrite
+
+train-var: easy-vqa-drawn
+	test -e runs/easy-vqa-test-captions/index.json || $(BIN)/tokenflow tokenize runs/easy-vqa/test \
+		--checkpoint runs/easy-vqa-tokenizer --out runs/easy-vqa-test-captions
+	$(BIN)/torchrun --standalone --nproc-per-node $(TWO) train/var.py \
+		--config train/configs/easy_vqa_var.yaml $(ARGS)
+	$(BIN)/tokenflow evaluate-drawings --checkpoint runs/var --real runs/easy-vqa/train \
+		--test runs/easy-vqa/test --out runs/var-drawings --overwrite
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n $(TESTERS) --dist loadfile $(ARGS)

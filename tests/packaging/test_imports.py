@@ -21,6 +21,7 @@ STARTED_BY_PATH = frozenset(
         "text_to_image",
         "understanding",
         "unified",
+        "var",
         "cli.__main__",
     )
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import WeightsError
 from tokenflow_ext.models.serialization.pretrained import read_torch
 
@@ -68,3 +69,6 @@ def inception(weights: str | Path | None = None) -> torch.nn.Module:
     return FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
+
+
+__getattr__ = renamed(__name__, {"fid": "tokenflow_ext.train.evaluation.picture_sets:fid"})

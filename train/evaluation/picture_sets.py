@@ -16,7 +16,8 @@ from tokenflow_ext.train.data.image_files import check_depth, open_image
 from tokenflow_ext.train.data.text_files import DataError, check_file, reason
 from tokenflow_ext.train.engine.distributed import find_device
 
-from . import fid, networks
+from . import fid as network
+from . import networks
 from .metrics import METRICS, Features
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -154,7 +155,7 @@ def compare(
         raise DataError("the Inception score, precision and recall need pictures, not statistics")
     why = ""
     try:
-        fid.ready(weights)
+        network.ready(weights)
     except WeightsError as error:
         if more or not whole or weights is not None:
             raise
@@ -175,6 +176,22 @@ def compare(
     return {"fid": frechet(first, second)}, definition
 
 
+def fid(
+    one: str | Path,
+    other: str | Path,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    batch: int = 64,
+) -> float:
+    """The FID alone; arguments and errors as of :func:`compare`.
+
+    Raises:
+        WeightsError: Inception's weights are missing: no stand-in takes their place.
+    """
+    network.ready(weights)
+    return compare(one, other, weights, device, batch)[0]["fid"]
+
+
 def _by_library(
     one: Any,
     other: Any,
@@ -192,7 +209,7 @@ def _by_library(
         isc=more,
         prc=more,
         feature_extractor="inception-v3-compat",  # of precision and recall too, as OpenAI's have it
-        feature_extractor_weights_path=str(fid.find_weights(weights)),
+        feature_extractor_weights_path=str(network.find_weights(weights)),
         cuda=device.type == "cuda",
         batch_size=batch,
         verbose=False,

@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--each", type=int, help="pictures a prompt [1; 4 for a benchmark]")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture [%(default)s]")
     parser.add_argument("--grid", action="store_true", help="all of them in grid.png, too")
-    parser.add_argument("--steps", choices=tuple(PRESETS), default="three", help="[three]")
-    parser.add_argument("--guidance", type=float, default=7.5, help="[%(default)s]")
+    parser.add_argument("--steps", choices=tuple(PRESETS), help=f"[{ImageGenerator.steps}]")
+    parser.add_argument("--guidance", type=float, help=f"[{ImageGenerator.guidance}]")
     parser.add_argument(
         "--negative", default="", metavar="TEXT", help="what guidance leads away from [nothing]"
     )
@@ -68,15 +68,17 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         raise DataError(f"--layout {arguments.layout} needs the benchmark's file: --prompts FILE")
     # Before the model is read: everything but whether what is there is another model's.
-    drawn = facts(arguments.steps, arguments.guidance, arguments.negative)
+    steps, guidance = arguments.steps or ImageGenerator.steps, arguments.guidance
+    guidance = ImageGenerator.guidance if guidance is None else guidance
+    drawn = facts(steps, guidance, arguments.negative)
     wanted = image_generator.pictures(prompts, arguments.layout, each, arguments.seed, drawn)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     image_generator.claim(target, prompts, wanted, arguments.layout, grid=False)
     generator = ImageGenerator.load(
         arguments.checkpoint,
         arguments.device,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
+        steps=steps,
+        guidance=guidance,
         negative=arguments.negative,
         batch=arguments.batch_size,
     )
