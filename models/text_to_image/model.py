@@ -19,18 +19,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
-from tokenflow_ext.models.serialization.pretrained import (
-    WEIGHTS_FILE,
-    SavedForm,
-    not_finite,
-    read_weights,
-)
-from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict
+from tokenflow_ext.models.serialization.pretrained import SavedForm, not_finite
+from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.sampler import SamplingConfig
 
 from . import original_checkpoint
 from .backbone import Backbone, Cache, Rotary, rotary
+from .over_tokenizer import NextScaleTransformer
 from .rope import RopeConfig
 from .sequence import (
     BackboneConfig,
@@ -50,14 +46,6 @@ NEGATIVE_PROMPT = (
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
     "username, blurry."
 )
-_FORM = SavedForm(
-    "tokenflow-text-to-image",
-    2,
-    "no saved text-to-image model's",
-    "since 2 a layer's norms act on what attention and MLP give, as in the paper, before on what "
-    "they take: a model of version 1 has to be trained anew",
-)
-_TOKENIZER_FOLDER = "tokenizer"
 
 
 class TextToImageOutput(NamedTuple):
@@ -73,7 +61,7 @@ class TextToImageOutput(NamedTuple):
 FLEX_HEAD_WIDTH = 16
 
 
-class TextToImage(nn.Module):
+class TextToImage(NextScaleTransformer):
     """Next-scale text-to-image transformer (arXiv 2412.03069, section 3.3).
 
     Weights start random; :meth:`from_language_model` starts from a pretrained transformer,
@@ -81,9 +69,7 @@ class TextToImage(nn.Module):
 
     Args:
         config: shape of everything.
-        tokenizer: the image tokenizer. It is frozen, used in evaluation mode, and no part of the
-            module's parameters and state dict; it follows the model's device, not its dtype (the
-            inputs of a scale are sums over all earlier ones).
+        tokenizer: the image tokenizer, frozen, beside the module: see the base class.
         attention: ``sdpa``, or ``flex`` for FlexAttention in the training forward (compiled on
             CUDA, where it skips the blocks that the mask empties).
 
@@ -95,7 +81,16 @@ class TextToImage(nn.Module):
         ConfigError: a tokenizer that does not fit the configuration.
     """
 
-    tokenizer: TokenFlowTokenizer
+    form = SavedForm(
+        "tokenflow-text-to-image",
+        2,
+        "no saved text-to-image model's",
+        "since 2 a layer's norms act on what attention and MLP give, as in the paper, before on "
+        "what they take: a model of version 1 has to be trained anew",
+    )
+    kind = "text to image"
+    config_class = TextToImageConfig
+    config: TextToImageConfig
 
     def __init__(
         self,
@@ -104,13 +99,7 @@ class TextToImage(nn.Module):
         *,
         attention: Literal["sdpa", "flex"] = "sdpa",
     ) -> None:
-        super().__init__()
-        if not isinstance(config, TextToImageConfig):
-            raise TypeError(f"config must be a TextToImageConfig, got {type(config).__name__}")
-        if not isinstance(tokenizer, TokenFlowTokenizer):
-            raise TypeError(
-                f"tokenizer must be a TokenFlowTokenizer, got {type(tokenizer).__name__}"
-            )
+        super().__init__(config, tokenizer)
         if attention not in ("sdpa", "flex"):
             raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         width = config.backbone.width_of_head
@@ -119,13 +108,9 @@ class TextToImage(nn.Module):
                 f"attention='flex' needs heads of {FLEX_HEAD_WIDTH} channels or more, as "
                 f"FlexAttention's CUDA kernels do, got {width}: use attention='sdpa'"
             )
-        _check_tokenizer(config, tokenizer)
-        self.config = config
         self.attention = attention
         self.unused_tensors: dict[str, Tensor] = {}
         self.original_header: dict[str, Any] | None = None
-        # Past Module.__setattr__: not a submodule.
-        self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
         self._session: Session | None = None
 
         self.model = Backbone(config)
@@ -139,20 +124,9 @@ class TextToImage(nn.Module):
         for weight in (self.model.lvl_embed.weight, self.model.pos_1LC):
             nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * backbone.hidden_size)))
 
-    # ------------------------------------------------------------------ device and dtype
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TextToImage:
-        """Moves as every module does; the tokenizer goes along to the device."""
-        self._session = None  # its buffers and graphs hold the old weights
-        super()._apply(fn, recurse)
-        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
-            self.tokenizer.to(self.lm_head.weight.device)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.lm_head.weight.device
+    def forget_buffers(self) -> None:
+        """See the base class."""
+        self._session = None
 
     # ------------------------------------------------------------------ parts of the sequence
 
@@ -444,8 +418,7 @@ class TextToImage(nn.Module):
             # other.
             weights.setdefault("lm_head.weight", embeddings.clone())
             header = None if header is None else header | {"tie_word_embeddings": False}
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        model = cls._skeleton(config, tokenizer, shapes, name, options)._filled(weights, name)
+        model = cls.of_weights(config, tokenizer, weights, name, **options)
         model.unused_tensors, model.original_header = unused, header
         return model
 
@@ -532,98 +505,16 @@ class TextToImage(nn.Module):
         return made
 
     @classmethod
-    def _skeleton(
-        cls,
-        config: TextToImageConfig,
-        tokenizer: TokenFlowTokenizer,
-        shapes: Mapping[str, tuple[int, ...]],
-        source: str,
-        options: dict[str, Any],
-    ) -> TextToImage:
-        """Without weights (on the meta device), where those of these names and shapes fit."""
+    def check_shapes(
+        cls, config: TextToImageConfig, shapes: Mapping[str, tuple[int, ...]], source: str
+    ) -> None:
+        """See the base class."""
         layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
         if len(layers) != config.backbone.num_hidden_layers:  # before a million are built
             raise CheckpointError(
                 f"{source} has {len(layers)} layers, the configuration asks for "
                 f"{config.backbone.num_hidden_layers}"
             )
-        with torch.device("meta"):
-            model = cls(config, tokenizer, **options)
-        if difference := compare(shapes, model.state_dict()):
-            raise CheckpointError(f"{source} does not fit the configuration: {difference}")
-        return model
-
-    def _filled(self, weights: dict[str, Tensor], source: str) -> TextToImage:
-        """A skeleton with these weights, which are not copied, for evaluation."""
-        kinds = {value.dtype: key for key, value in weights.items()}
-        if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
-            of = ", ".join(f"{key} is {kind}" for kind, key in kinds.items())
-            raise CheckpointError(f"{source}: weights must be of one floating-point type, {of}")
-        self.load_state_dict(weights, assign=True)
-        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
-            self.tokenizer.to(self.device)
-        return self.eval()
-
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
-        ``tokenizer``) into the directory ``path``. Each file is complete before it takes its name.
-        """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder / _TOKENIZER_FOLDER)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        _FORM.write(folder, self.config.to_dict(), state)
-        return folder
-
-    @staticmethod
-    def read_config(path: str | Path) -> TextToImageConfig:
-        """The configuration in a directory written by :meth:`save_pretrained`.
-
-        Raises:
-            CheckpointError: missing, foreign, or of another version.
-        """
-        return _FORM.read_config(Path(path), TextToImageConfig.from_dict)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, tokenizer: TokenFlowTokenizer | None = None, **options: Any
-    ) -> TextToImage:
-        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
-
-        Args:
-            tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
-            options: for the constructor.
-
-        Raises:
-            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
-                configuration; the message names file and entry.
-        """
-        folder = Path(path)
-        config = cls.read_config(folder)
-        if tokenizer is None:
-            tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
-        source, made = str(folder / WEIGHTS_FILE), []
-        weights, _ = read_weights(
-            folder,
-            lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source, options)),
-        )
-        return made[0]._filled(weights, source)
-
-
-def _check_tokenizer(config: TextToImageConfig, tokenizer: TokenFlowTokenizer) -> None:
-    quantizer = tokenizer.config.quantizer
-    if not tokenizer.config.pixel.enabled:
-        raise ConfigError(
-            "the image tokenizer decodes no images (pixel.enabled is false): text to image needs "
-            "one with a pixel branch"
-        )
-    for name, asked, got in (
-        ("codebook_size", config.codebook_size, quantizer.codebook_size),
-        ("feature_dim", config.feature_dim, sum(tokenizer.config.dims)),
-        ("scales", config.scales, quantizer.scales),
-    ):
-        if asked != got:
-            raise ConfigError(f"{name} is {asked} in the configuration, the tokenizer has {got}")
 
 
 def _check_range(name: str, ids: Tensor, size: int) -> None:

@@ -17,21 +17,16 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from tokenflow_ext.models.metrics import to_uint8
-from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
-from tokenflow_ext.models.serialization.pretrained import (
-    WEIGHTS_FILE,
-    SavedForm,
-    not_finite,
-    read_weights,
-    write_torch,
-)
-from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict
+from tokenflow_ext.models.serialization.config import CheckpointError
+from tokenflow_ext.models.serialization.pretrained import SavedForm, not_finite, write_torch
+from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.text_to_image.generation import (
     KeyValueCache,
     ScaleSession,
     generate_tokens,
     image_seeds,
 )
+from tokenflow_ext.models.text_to_image.over_tokenizer import NextScaleTransformer
 from tokenflow_ext.models.text_to_image.sequence import NextScaleSequence
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
@@ -41,10 +36,8 @@ from .config import VarConfig
 from .transformer import AdaptiveHeadNorm, Block, Visible, modulation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
-_FORM = SavedForm("tokenflow-var", 1, "no saved VAR's")
-_TOKENIZER_FOLDER = "tokenizer"
 Attention = Literal["scales", "flex"]
 #: How the released models draw.
 SAMPLING = SamplingConfig(top_k=(900,), top_p=(0.96,), guidance=1.5)
@@ -59,7 +52,7 @@ class VarOutput(NamedTuple):
     """[B, L, K], float32 (float64 in float64)."""
 
 
-class Var(nn.Module):
+class Var(NextScaleTransformer):
     """Class-conditional next-scale transformer (arXiv 2404.02905, section 3.2 and 4.1).
 
     Weights start random, as the released ones did; :meth:`from_released` takes released weights.
@@ -78,7 +71,10 @@ class Var(nn.Module):
         ConfigError: a tokenizer that does not fit the configuration.
     """
 
-    tokenizer: TokenFlowTokenizer
+    form = SavedForm("tokenflow-var", 1, "no saved VAR's")
+    kind = "VAR"
+    config_class = VarConfig
+    config: VarConfig
     lvl_1L: Tensor
 
     def __init__(
@@ -88,19 +84,9 @@ class Var(nn.Module):
         *,
         attention: Attention = "scales",
     ) -> None:
-        super().__init__()
+        super().__init__(config, tokenizer)
         if attention not in ("scales", "flex"):
             raise ValueError(f"attention must be 'scales' or 'flex', got {attention!r}")
-        if not isinstance(config, VarConfig):
-            raise TypeError(f"config must be a VarConfig, got {type(config).__name__}")
-        if not isinstance(tokenizer, TokenFlowTokenizer):
-            raise TypeError(
-                f"tokenizer must be a TokenFlowTokenizer, got {type(tokenizer).__name__}"
-            )
-        _check_tokenizer(config, tokenizer)
-        self.config = config
-        # Past Module.__setattr__: not a submodule.
-        self.__dict__["tokenizer"] = tokenizer.eval().requires_grad_(False)
         self.attention = attention
         self._mask: BlockMask | None = None  # for FlexAttention, made when it is needed
         self._session: _Session | None = None
@@ -152,20 +138,9 @@ class Var(nn.Module):
                     linear.weight[2 * width :].mul_(0.5)
                     linear.weight[: 2 * width].mul_(1e-5)
 
-    # ------------------------------------------------------------------ device and dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Var:
-        """Moves as every module does; the tokenizer goes along to the device."""
-        self._session = self._mask = None  # buffers and graphs hold the old weights
-        super()._apply(fn, recurse)
-        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
-            self.tokenizer.to(self.device)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
+    def forget_buffers(self) -> None:
+        """See the base class."""
+        self._session = self._mask = None
 
     # ------------------------------------------------------------------ classes
 
@@ -469,8 +444,7 @@ class Var(nn.Module):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
         config = original_checkpoint.infer_config(state, tokenizer.config.quantizer.scales, name)
         weights = original_checkpoint.read(state, config, name)
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        return cls._skeleton(config, tokenizer, shapes, name, attention)._filled(weights, name)
+        return cls.of_weights(config, tokenizer, weights, name, attention=attention)
 
     def to_released(self) -> dict[str, Tensor]:
         """The released form of the weights: the inverse of :meth:`from_released`."""
@@ -485,92 +459,6 @@ class Var(nn.Module):
         path = Path(file)
         write_torch(path, {k: v.detach().cpu() for k, v in self.to_released().items()}, overwrite)
         return path
-
-    @classmethod
-    def _skeleton(
-        cls,
-        config: VarConfig,
-        tokenizer: TokenFlowTokenizer,
-        shapes: Mapping[str, tuple[int, ...]],
-        source: str,
-        attention: Attention,
-    ) -> Var:
-        """Without weights (on the meta device), where those of these names and shapes fit."""
-        with torch.device("meta"):
-            model = cls(config, tokenizer, attention=attention)
-        if difference := compare(shapes, model.state_dict()):
-            raise CheckpointError(f"{source} does not fit the configuration: {difference}")
-        return model
-
-    def _filled(self, weights: dict[str, Tensor], source: str) -> Var:
-        """A skeleton with these weights, which are not copied, for evaluation."""
-        kinds = {value.dtype for value in weights.values() if value.is_floating_point()}
-        if len(kinds) != 1:
-            raise CheckpointError(
-                f"{source}: weights must be of one floating-point type, got "
-                f"{', '.join(sorted(map(str, kinds)))}"
-            )
-        self.load_state_dict(weights, assign=True)
-        if not any(weight.is_meta for weight in self.tokenizer.parameters()):
-            self.tokenizer.to(self.device)
-        return self.eval()
-
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Writes ``config.json``, ``model.safetensors`` and the image tokenizer (a directory
-        ``tokenizer``) into the directory ``path``. Each file is complete before it takes its name.
-
-        Raises:
-            OutputError: another kind of model is there, or the files cannot be written.
-        """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder / _TOKENIZER_FOLDER)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        _FORM.write(folder, self.config.to_dict(), state)
-        return folder
-
-    @classmethod
-    def is_saved(cls, path: str | Path) -> bool:
-        """Whether a directory says that it was written by :meth:`save_pretrained`."""
-        return _FORM.is_in(Path(path))
-
-    @classmethod
-    def read_config(cls, path: str | Path) -> VarConfig:
-        """The configuration of a directory written by :meth:`save_pretrained`.
-
-        Raises:
-            CheckpointError: none there, or another kind of model's.
-        """
-        return _FORM.read_config(Path(path), VarConfig.from_dict)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        tokenizer: TokenFlowTokenizer | None = None,
-        *,
-        attention: Attention = "scales",
-    ) -> Var:
-        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
-
-        Args:
-            tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
-            attention: see the class.
-
-        Raises:
-            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
-                configuration; the message names file and entry.
-        """
-        folder = Path(path)
-        config = cls.read_config(folder)
-        if tokenizer is None:
-            tokenizer = TokenFlowTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
-        source, made = str(folder / WEIGHTS_FILE), []
-        weights, _ = read_weights(
-            folder,
-            lambda shapes: made.append(cls._skeleton(config, tokenizer, shapes, source, attention)),
-        )
-        return made[0]._filled(weights, source)
 
 
 class _Smooth:
@@ -642,19 +530,3 @@ class _Session(ScaleSession):
         """See the base class."""
         inputs = self.model.image_inputs(f_hat.flatten(2).mT, self.sequence.positions(scale)[0])
         return self._run(inputs.repeat(self.rows // len(inputs), 1, 1), scale)
-
-
-def _check_tokenizer(config: VarConfig, tokenizer: TokenFlowTokenizer) -> None:
-    quantizer = tokenizer.config.quantizer
-    if not tokenizer.config.pixel.enabled:
-        raise ConfigError(
-            "the image tokenizer decodes no images (pixel.enabled is false): VAR needs one with a "
-            "pixel branch"
-        )
-    for name, asked, got in (
-        ("codebook_size", config.codebook_size, quantizer.codebook_size),
-        ("feature_dim", config.feature_dim, sum(tokenizer.config.dims)),
-        ("scales", config.scales, quantizer.scales),
-    ):
-        if asked != got:
-            raise ConfigError(f"{name} is {asked} in the configuration, the tokenizer has {got}")

@@ -470,14 +470,14 @@ def test_smoothed_sampling_over_two_codebooks():
 # -- attention, classes ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # said once
 @torch.no_grad()
 def test_flex_attention_agrees():
     model = build(torch.float32, width=64, heads=4)
     other = Var(model.config, model.tokenizer, attention="flex")
     other.load_state_dict(model.state_dict())
     labels, indices = torch.tensor([0, CLASSES, 2]), tokens(3)
-    with pytest.warns(UserWarning, match="without torch.compile"):
-        found = other.eval().logits(labels, indices)
+    found = other.eval().logits(labels, indices)
     torch.testing.assert_close(found, model.logits(labels, indices), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="attention must be"):
         Var(model.config, model.tokenizer, attention="mask")
