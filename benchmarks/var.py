@@ -26,13 +26,13 @@ from benchmarks.memory import cuda_peak, resident_peak
 from benchmarks.tables import Table
 from benchmarks.timing import seconds
 from tokenflow_ext.models import (
+    VAR,
     PixelConfig,
     QuantizerConfig,
     SemanticConfig,
     TokenFlowTokenizer,
     TokenizerConfig,
     TowerConfig,
-    Var,
     VarConfig,
 )
 from tokenflow_ext.sampler import SamplingConfig
@@ -41,7 +41,7 @@ from tokenflow_ext.var import VarQuantizer
 Calls = dict[str, Callable[[], Any]]
 
 
-def build(depth: int, device: str) -> Var:
+def build(depth: int, device: str) -> VAR:
     """VAR of the paper's shape over its tokenizer's codes; the decoder takes no part."""
     torch.manual_seed(0)
     pixel = PixelConfig(
@@ -53,7 +53,7 @@ def build(depth: int, device: str) -> Var:
     tokenizer = TokenFlowTokenizer(config)
     with torch.no_grad():
         tokenizer.quantizer.codebooks[0].normal_()
-    model = Var(VarConfig(depth=depth, class_drop=0.0, drop_path=0.0), tokenizer)
+    model = VAR(VarConfig(depth=depth, class_drop=0.0, drop_path=0.0), tokenizer)
     with torch.no_grad():
         for block in model.blocks:  # gates of a trained model's size, so that blocks say something
             block.ada_lin[1].weight.normal_(std=0.02)
@@ -97,7 +97,7 @@ def peak(call: Callable[[], Any], device: str) -> int:
     return int(text)
 
 
-def generation(model: Var, batch: int, rounds: int) -> dict[str, Any]:
+def generation(model: VAR, batch: int, rounds: int) -> dict[str, Any]:
     """Classes to tokens, guidance 1.5, top-k 900, top-p 0.96."""
     model.eval()
     device = model.device
@@ -152,7 +152,7 @@ def quantizer(device: str, rounds: int, backward: bool) -> dict[str, Any]:
     }
 
 
-def training(model: Var, batch: int, rounds: int) -> dict[str, Any]:
+def training(model: VAR, batch: int, rounds: int) -> dict[str, Any]:
     """A step of training, forward and backward."""
     model.train()
     device = model.device

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenflow_ext.models import Var
+from tokenflow_ext.models import VAR
 from tokenflow_ext.var import VarQuantizer
 
 Draw = Callable[[Tensor], Tensor]
@@ -83,7 +83,7 @@ def _block(
     return x + block.ffn.fc2(inner).mul(gamma2)
 
 
-def _logits(model: Var, hidden: Tensor, condition: Tensor) -> Tensor:
+def _logits(model: VAR, hidden: Tensor, condition: Tensor) -> Tensor:
     scale, shift = model.head_nm.ada_lin(condition).view(-1, 1, 2, hidden.shape[2]).unbind(2)
     normed = F.layer_norm(hidden, hidden.shape[2:], eps=model.config.norm_eps)
     return model.head(normed.mul(scale.add(1)).add(shift))
@@ -102,7 +102,7 @@ def _phi(quantizer: VarQuantizer, scale: int, maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate_tokens(model: Var, labels: Tensor, guidance: float, draw: Draw) -> Tensor:
+def generate_tokens(model: VAR, labels: Tensor, guidance: float, draw: Draw) -> Tensor:
     """Tokens [B, L] of classes [B]."""
     config, quantizer, count = model.config, model.tokenizer.quantizer, len(labels)
     table, side = quantizer.codebooks[0], config.scales[-1]
@@ -133,8 +133,8 @@ def generate_tokens(model: Var, labels: Tensor, guidance: float, draw: Draw) -> 
     return torch.cat(drawn, dim=1)
 
 
-def training_loss(model: Var, labels: Tensor, tokens: Tensor) -> Tensor:
-    """The loss of :meth:`Var.forward` (without dropping) with a mask of L x L."""
+def training_loss(model: VAR, labels: Tensor, tokens: Tensor) -> Tensor:
+    """The loss of :meth:`VAR.forward` (without dropping) with a mask of L x L."""
     config = model.config
     level = model.lvl_1L[0]
     mask = torch.where(level[:, None] >= level[None, :], 0.0, -math.inf)[None, None]

@@ -26,7 +26,7 @@ from .torchvision_shim import register
 from .towers.config import TowerConfig
 from .towers.teachers import WeightsError
 from .var.config import VarConfig
-from .var.model import Var, VarOutput
+from .var.model import VAR, VarOutput
 
 if TYPE_CHECKING:
     from .understanding.build import build_processor, build_understanding
@@ -40,6 +40,7 @@ register()  # before any import of torchvision, on whichever way
 register_when_imported()
 
 __all__ = [
+    "VAR",
     "BackboneConfig",
     "CheckpointError",
     "ConfigError",
@@ -55,7 +56,6 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerOutput",
     "TowerConfig",
-    "Var",
     "VarConfig",
     "VarOutput",
     "WeightsError",

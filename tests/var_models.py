@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from tokenflow_ext.models import (
+    VAR,
     PixelConfig,
     QuantizerConfig,
     SemanticConfig,
     TokenFlowTokenizer,
     TokenizerConfig,
     TowerConfig,
-    Var,
     VarConfig,
 )
 
@@ -36,7 +36,7 @@ def build(dtype=torch.float64, tokenizer=None, seed=1, **changes):
     """A model whose every weight says something."""
     tokenizer = var_tokenizer() if tokenizer is None else tokenizer
     shape = {"depth": 2, "width": 32, "heads": 4, "classes": CLASSES, **changes}
-    model = Var(VarConfig.for_tokenizer(tokenizer, **shape), tokenizer)
+    model = VAR(VarConfig.for_tokenizer(tokenizer, **shape), tokenizer)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class VarConfig:
-    """Everything that decides a :class:`~tokenflow_ext.models.Var`'s shape.
+    """Everything that decides a :class:`~tokenflow_ext.models.VAR`'s shape.
 
     Attributes:
         depth: blocks.

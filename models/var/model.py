@@ -1,6 +1,6 @@
 """VAR: class-conditional images by next-scale prediction (arXiv 2404.02905).
 
-The keys of :meth:`Var.state_dict` are those of the released weights.
+The keys of :meth:`VAR.state_dict` are those of the released weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SAMPLING = SamplingConfig(top_k=(900,), top_p=(0.96,), guidance=1.5)
 
 
 class VarOutput(NamedTuple):
-    """What :meth:`Var.forward` gives."""
+    """What :meth:`VAR.forward` gives."""
 
     loss: Tensor
     """Mean cross-entropy of the image tokens, scalar float32 (float64 in float64)."""
@@ -52,7 +52,7 @@ class VarOutput(NamedTuple):
     """[B, L, K], float32 (float64 in float64)."""
 
 
-class Var(NextScaleTransformer):
+class VAR(NextScaleTransformer):
     """Class-conditional next-scale transformer (arXiv 2404.02905, section 3.2 and 4.1).
 
     Weights start random, as the released ones did; :meth:`from_released` takes released weights.
@@ -421,7 +421,7 @@ class Var(NextScaleTransformer):
         tokenizer: TokenFlowTokenizer,
         *,
         attention: Attention = "scales",
-    ) -> Var:
+    ) -> VAR:
         """The model of released weights; its shape is read off them.
 
         Args:
@@ -462,10 +462,10 @@ class Var(NextScaleTransformer):
 
 
 class _Smooth:
-    """Mixes of codes in the place of drawn ones: see :meth:`Var.generate`. The noise of an image is
+    """Mixes of codes in the place of drawn ones: see :meth:`VAR.generate`. The noise of an image is
     drawn from its own seed."""
 
-    def __init__(self, model: Var, sampling: SamplingConfig, seeds: Tensor) -> None:
+    def __init__(self, model: VAR, sampling: SamplingConfig, seeds: Tensor) -> None:
         quantizer = model.tokenizer.quantizer
         self.codes = quantizer.codes(torch.arange(quantizer.codebook_size, device=model.device))
         self.sampler = MultiStepSampler.of(sampling, model.config.scales)
@@ -494,7 +494,7 @@ class _Smooth:
 class _Session(ScaleSession):
     """The buffers of a generation: the keys and values, and what depends on the classes alone."""
 
-    def __init__(self, model: Var, rows: int) -> None:
+    def __init__(self, model: VAR, rows: int) -> None:
         like, config = model.head.weight, model.config
         heads = config.attention_heads
         cache = KeyValueCache(

@@ -1,6 +1,6 @@
 """VAR's released weights: a torch file with one state dict.
 
-Its names are those of :meth:`Var.state_dict`, with one more, a buffer that says nothing new:
+Its names are those of :meth:`VAR.state_dict`, with one more, a buffer that says nothing new:
 
     attn_bias_for_masking    [1, 1, L, L], 0 where a place sees another, -inf where it does not
 """

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tokenflow_ext.models import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.transformers_folder import answers, answers_and_draws
 from tokenflow_ext.models.text_to_image.model import TextToImage
-from tokenflow_ext.models.var.model import SAMPLING, Var
+from tokenflow_ext.models.var.model import SAMPLING, VAR
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.engine import checkpoint
@@ -54,7 +54,7 @@ class ImageGenerator:
         """
         place = find_device(device)
         folder = checkpoint.find(path)
-        if Var.is_saved(folder):
+        if VAR.is_saved(folder):
             raise CheckpointError(f"the model in {folder} draws classes: use tokenflow sample")
         if answers_and_draws(folder):
             model, text = load_drawing_side(folder)
@@ -112,13 +112,13 @@ class ClassImageGenerator:
     """A class-conditional model and how it draws; a prompt is a class's name, or its number.
 
     Attributes:
-        top_k, top_p, guidance: see :meth:`Var.generate_tokens`.
-        more_smooth: see :meth:`Var.generate`.
+        top_k, top_p, guidance: see :meth:`VAR.generate_tokens`.
+        more_smooth: see :meth:`VAR.generate`.
         batch: images drawn at once. An image does not depend on it.
         weights: SHA-256 of the model's, which pictures are marked with.
     """
 
-    model: Var
+    model: VAR
     guidance: float = SAMPLING.guidance
     top_k: int = SAMPLING.top_k[0]
     top_p: float = SAMPLING.top_p[0]
@@ -136,9 +136,9 @@ class ClassImageGenerator:
         """
         place = find_device(device)
         folder = checkpoint.find(path)
-        if not Var.is_saved(folder):
+        if not VAR.is_saved(folder):
             raise CheckpointError(f"the model in {folder} draws prompts: use tokenflow generate")
-        model = Var.from_pretrained(folder)
+        model = VAR.from_pretrained(folder)
         parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
         weights = hashlib.sha256("".join(parts).encode()).hexdigest()
         return cls(model.to(place), weights=weights, **options)
@@ -185,7 +185,7 @@ def load_generator(
         CheckpointError, ConfigError: see :meth:`ImageGenerator.load`; or an option that is not for
             this kind of model.
     """
-    kind = ClassImageGenerator if Var.is_saved(checkpoint.find(path)) else ImageGenerator
+    kind = ClassImageGenerator if VAR.is_saved(checkpoint.find(path)) else ImageGenerator
     known = {field.name for field in fields(kind)}
     given = {name: value for name, value in options.items() if value is not None}
     if strange := sorted(set(given) - known):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from tokenflow_ext.models import CheckpointError, TokenFlowTokenizer, Var, VarConfig
+from tokenflow_ext.models import VAR, CheckpointError, TokenFlowTokenizer, VarConfig
 from tokenflow_ext.models.var.transformer import Block
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import VarTrainConfig
@@ -86,18 +86,18 @@ class VarTask(Task):
     # -- the model --------------------------------------------------------------------------------
 
     @staticmethod
-    def _start(config: VarTrainConfig) -> tuple[Var | None, TokenFlowTokenizer]:
+    def _start(config: VarTrainConfig) -> tuple[VAR | None, TokenFlowTokenizer]:
         """The model to start from, where there is one, and the image tokenizer."""
         attention = cast(Literal["scales", "flex"], config.model.attention)
         if config.init is not None and not checkpoint.is_released(config.init):
-            model = Var.from_pretrained(checkpoint.find(config.init), attention=attention)
+            model = VAR.from_pretrained(checkpoint.find(config.init), attention=attention)
             return model, model.tokenizer
         tokenizer = checkpoint.load_tokenizer(config.tokenizer, config.resolution)[0]
         if config.init is None:
             return None, tokenizer
-        return Var.from_released(config.init, tokenizer, attention=attention), tokenizer
+        return VAR.from_released(config.init, tokenizer, attention=attention), tokenizer
 
-    def _build(self, start: Var | None, tokenizer: TokenFlowTokenizer, resuming: bool) -> Var:
+    def _build(self, start: VAR | None, tokenizer: TokenFlowTokenizer, resuming: bool) -> VAR:
         wanted, classes = self.config.model, self.dataset.classes
         if start is None:
             shape = VarConfig.for_tokenizer(
@@ -114,7 +114,7 @@ class VarTask(Task):
                 drop_path=wanted.drop_path,
             )
             with undrawn(resuming):
-                return Var(
+                return VAR(
                     shape, tokenizer, attention=cast(Literal["scales", "flex"], wanted.attention)
                 )
         known = (start.config.classes, start.config.class_names)
@@ -213,12 +213,12 @@ class VarTask(Task):
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> None:
         with torch.device("meta"):
-            model = Var(self.model.config, self.model.tokenizer)
+            model = VAR(self.model.config, self.model.tokenizer)
         model.load_state_dict(weights, assign=True)
         model.save_pretrained(folder)
 
     def check(self, path: Path) -> None:
-        saved, own = Var.read_config(path), self.model.config
+        saved, own = VAR.read_config(path), self.model.config
         if (saved.classes, saved.class_names) != (own.classes, own.class_names):
             raise CheckpointError(
                 f"{path} has {saved.classes} classes, the data has {own.classes}, or others"
@@ -226,7 +226,7 @@ class VarTask(Task):
         image_tokens.check_same(path, self.model.tokenizer, self.config.tokenizer)
 
 
-def _by_decay(model: Var) -> list[dict[str, Any]]:
+def _by_decay(model: VAR) -> list[dict[str, Any]]:
     """The parameters in two groups: matrices of linear layers, which weight decay is for, and all
     others."""
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]

@@ -10,6 +10,7 @@ from var_models import CLASSES, SCALES, TOKENS, WIDTH, build, tokens, var_tokeni
 
 from tokenflow_ext.errors import OutputError
 from tokenflow_ext.models import (
+    VAR,
     CheckpointError,
     PixelConfig,
     QuantizerConfig,
@@ -17,7 +18,6 @@ from tokenflow_ext.models import (
     TokenFlowTokenizer,
     TokenizerConfig,
     TowerConfig,
-    Var,
     VarConfig,
 )
 
@@ -80,7 +80,7 @@ def test_names_and_shapes_at_full_size(name):
     if name == "d16":
         assert len(shapes) == 220
     with torch.device("meta"):
-        model = Var(config, full_size_tokenizer(config))
+        model = VAR(config, full_size_tokenizer(config))
     found = {key: tuple(value.shape) for key, value in model.to_released().items()}
     assert found == shapes
 
@@ -115,7 +115,7 @@ def test_there_and_back(tmp_path, shared, form):
     if form == "file":
         source = tmp_path / "var.pth"
         torch.save(state, source)
-    model = Var.from_released(source, var_tokenizer())
+    model = VAR.from_released(source, var_tokenizer())
     assert model.config.shared_adaln is shared
     assert (model.config.depth, model.config.classes) == (2, CLASSES)
     assert not model.training
@@ -135,13 +135,13 @@ def test_there_and_back(tmp_path, shared, form):
 def test_saved_and_loaded(tmp_path):
     model = build(torch.float32, shared_adaln=True)
     model.save_pretrained(tmp_path)
-    loaded = Var.from_pretrained(tmp_path)
+    loaded = VAR.from_pretrained(tmp_path)
     assert loaded.config == model.config
     labels = torch.tensor([0, 3])
     with torch.no_grad():
         assert torch.equal(loaded.logits(labels, tokens(2)), model.logits(labels, tokens(2)))
         assert torch.equal(loaded.generate(labels, seed=1), model.generate(labels, seed=1))
-    other = Var.from_pretrained(tmp_path, model.tokenizer)
+    other = VAR.from_pretrained(tmp_path, model.tokenizer)
     assert other.tokenizer is model.tokenizer
 
 
@@ -165,14 +165,14 @@ def test_what_does_not_fit_is_named(change, message):
     state = released()
     change(state)
     with pytest.raises(CheckpointError, match=message):
-        Var.from_released(state, var_tokenizer())
+        VAR.from_released(state, var_tokenizer())
 
 
 def test_weights_of_other_scales():
     state = released()
     state["pos_1LC"] = torch.zeros(1, TOKENS + 1, 128)
     with pytest.raises(CheckpointError, match=r"4 scales of 31 places .* scales are 1, 2, 3, 4"):
-        Var.from_released(state, var_tokenizer())
+        VAR.from_released(state, var_tokenizer())
 
 
 def test_weights_that_are_not_finite(tmp_path):
@@ -180,9 +180,9 @@ def test_weights_that_are_not_finite(tmp_path):
     state["head.bias"][0] = math.nan
     torch.save(state, tmp_path / "var.pth")
     with pytest.raises(CheckpointError, match=r"not finite, as in head\.bias"):
-        Var.from_released(tmp_path / "var.pth", var_tokenizer())
+        VAR.from_released(tmp_path / "var.pth", var_tokenizer())
 
 
 def test_no_saved_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        Var.from_pretrained(tmp_path)
+        VAR.from_pretrained(tmp_path)

@@ -13,8 +13,8 @@ from tiny_models import image_tokenizer
 from var_models import CLASSES, CODES, SCALES, TOKENS, build, tokens, var_tokenizer
 
 from tokenflow_ext.models import (
+    VAR,
     ConfigError,
-    Var,
     VarConfig,
 )
 from tokenflow_ext.models.var.transformer import attend_by_scale, drop_path
@@ -38,10 +38,11 @@ def f_hat_inputs(tokenizer, indices):
     return torch.cat(rows, dim=1).double()
 
 
-def derived(model, labels, indices):
+def derived(model, labels, indices, state=None):
     """Logits by the description, in float64, with a mask over the whole sequence."""
     config = model.config
-    state = {key: value.double() for key, value in model.state_dict().items()}
+    if state is None:
+        state = {key: value.double() for key, value in model.state_dict().items()}
     width, heads = config.channels, config.attention_heads
 
     def layer_norm(x):
@@ -179,6 +180,21 @@ def test_gradients_reach_everything_but_the_tokenizer():
     assert not any(key.startswith("tokenizer") for key in model.state_dict())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_written_out(kind):
+    model = build(**KINDS[kind], class_drop=0.0, drop_path=0.0).train()
+    labels, indices = torch.tensor([0, 4, CLASSES]), tokens(3)
+    parameters = dict(model.named_parameters())
+    model(labels, indices).loss.backward()
+    found = {name: value.grad.clone() for name, value in parameters.items()}
+    expected = derived(model, labels, indices, {**dict(model.named_buffers()), **parameters})
+    loss = -expected.log_softmax(-1).gather(2, indices[..., None]).mean()
+    for (name, own), gradient in zip(
+        found.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+    ):
+        torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_classes_are_dropped_in_training_alone():
     model = build(class_drop=1.0, drop_path=0.0)
     labels, indices = torch.tensor([0, 1]), tokens(2)
@@ -223,7 +239,7 @@ def test_checkpointing_changes_no_gradient():
 def test_initial_values():
     tokenizer = var_tokenizer()
     torch.manual_seed(0)
-    model = Var(VarConfig.for_tokenizer(tokenizer, depth=3, width=192, classes=9), tokenizer)
+    model = VAR(VarConfig.for_tokenizer(tokenizer, depth=3, width=192, classes=9), tokenizer)
     deviation = math.sqrt(1 / (3 * 192))
     expected = {
         "class_emb.weight": deviation,
@@ -397,7 +413,7 @@ def test_a_tokenizer_that_does_not_fit():
     for name, value in (("codebook_size", 33), ("feature_dim", 15), ("scales", (1, 2, 4))):
         config = VarConfig.for_tokenizer(tokenizer, depth=1, width=8, heads=1).to_dict()
         with pytest.raises(ConfigError, match=f"{name} is .* in the configuration"):
-            Var(VarConfig.from_dict({**config, name: value}), tokenizer)
+            VAR(VarConfig.from_dict({**config, name: value}), tokenizer)
 
 
 # -- smoothed sampling ----------------------------------------------------------------------------
@@ -474,13 +490,13 @@ def test_smoothed_sampling_over_two_codebooks():
 @torch.no_grad()
 def test_flex_attention_agrees():
     model = build(torch.float32, width=64, heads=4)
-    other = Var(model.config, model.tokenizer, attention="flex")
+    other = VAR(model.config, model.tokenizer, attention="flex")
     other.load_state_dict(model.state_dict())
     labels, indices = torch.tensor([0, CLASSES, 2]), tokens(3)
     found = other.eval().logits(labels, indices)
     torch.testing.assert_close(found, model.logits(labels, indices), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="attention must be"):
-        Var(model.config, model.tokenizer, attention="mask")
+        VAR(model.config, model.tokenizer, attention="mask")
 
 
 def test_other_classes():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchrun
 
-from tokenflow_ext.models import TokenFlowTokenizer, Var, VarConfig
+from tokenflow_ext.models import VAR, TokenFlowTokenizer, VarConfig
 from tokenflow_ext.train.cli import entry, samples
 from tokenflow_ext.train.tasks.image_generator import (
     ClassImageGenerator,
@@ -28,7 +28,7 @@ def saved(image_tokenizer, tmp_path_factory) -> Path:
     shape = VarConfig.for_tokenizer(
         tokenizer, depth=1, width=32, heads=2, classes=3, class_names=names
     )
-    model = Var(shape, tokenizer)
+    model = VAR(shape, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -58,7 +58,7 @@ def test_an_npz_file_of_all_classes(saved, tmp_path, capsys, small_parts):
     with np.load(file, allow_pickle=False) as arrays:
         assert np.array_equal(arrays["arr_0"], raw)
         assert arrays["arr_1"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    model = Var.from_pretrained(saved)
+    model = VAR.from_pretrained(saved)
     for i in range(9):
         expected = model.generate(torch.tensor([i // 3]), seed=5 + i, guidance=3.0)[0]
         difference = expected.permute(1, 2, 0).int() - torch.from_numpy(raw[i].astype(np.int32))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenflow_ext.models import TokenFlowTokenizer, Var, VarConfig
+from tokenflow_ext.models import VAR, TokenFlowTokenizer, VarConfig
 from tokenflow_ext.models.serialization.config import ConfigError
 from tokenflow_ext.train import var
 from tokenflow_ext.train.cli.commands.tokenize import tokenize
@@ -204,7 +204,7 @@ def test_what_a_run_leaves(arguments, tmp_path, capsys):
     assert "right tokens, training pictures" in text
     assert (run / "pictures" / "final.png").is_file()
     assert load_var_config(run / "config.yaml") == load_var_config(None, given)
-    model = Var.from_pretrained(checkpoint.find(run))
+    model = VAR.from_pretrained(checkpoint.find(run))
     assert model.config.class_names == ("disc", "square")
     assert model.config.class_numbers(["square", "0", "disc"]) == [1, 0, 0]
     assert model.generate(torch.tensor([0, 1]), seed=0).shape == (2, 3, 32, 32)
@@ -318,7 +318,7 @@ def test_fine_tuning_with_other_classes(make, image_tokenizer, tmp_path, capsys,
     tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
     torch.manual_seed(5)
     shape = VarConfig.for_tokenizer(tokenizer, depth=3, width=48, heads=3, classes=7)
-    model = Var(shape, tokenizer)
+    model = VAR(shape, tokenizer)
     if form == "released":
         source = model.save_released(tmp_path / "var.pth")
     else:
@@ -346,7 +346,7 @@ def test_fine_tuning_with_other_classes(make, image_tokenizer, tmp_path, capsys,
 def test_a_fine_tuned_run_is_resumed(micro, arguments, image_tokenizer, tmp_path):
     tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
     shape = VarConfig.for_tokenizer(tokenizer, depth=2, width=32, heads=2, classes=7)
-    Var(shape, tokenizer).save_pretrained(tmp_path / "start")
+    VAR(shape, tokenizer).save_pretrained(tmp_path / "start")
     for run in ("whole", "halves"):
         var.main(arguments(run, f"init={tmp_path / 'start'}"))
     shutil.rmtree(checkpoint.available(tmp_path / "halves" / "checkpoints")[-1])
@@ -357,7 +357,7 @@ def test_a_fine_tuned_run_is_resumed(micro, arguments, image_tokenizer, tmp_path
 def test_as_many_classes_are_the_same_ones(make, image_tokenizer, tmp_path):
     """Released weights have no names: as many classes are taken to be theirs."""
     tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
-    model = Var(
+    model = VAR(
         VarConfig.for_tokenizer(tokenizer, depth=1, width=32, heads=2, classes=2), tokenizer
     )
     trainer = make(f"init={model.save_pretrained(tmp_path / 'saved')}")
