@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenflow_ext.var import VarQuantizer
+from tokenflow_ext.var import VarQuantizer, resize
 
 CODES, DIM, SCALES = 40, 5, (1, 2, 3, 5)
 PHI_OF_SCALE = (0, 1, 2, 3)  # four convolutions, four scales: one each
@@ -151,6 +153,39 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_bad_arguments(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VarQuantizer(CODES, DIM, SCALES, **options)
+
+
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_resizing_is_torchs(size, to, dtype) -> None:
+    """Values and gradients, whichever way it is computed."""
+    maps = torch.randn(2, 3, *size, dtype=torch.float64).to(dtype)
+    ours, theirs = (maps.clone().requires_grad_() for _ in range(2))
+    found = resize(ours, to)
+    expected = theirs
+    if size != to:
+        expected = F.interpolate(theirs, to, mode="bicubic", align_corners=False)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0}[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if dtype != torch.bfloat16:
+        weights = torch.randn_like(expected)
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_resizing_under_inference_mode_leaves_training_as_it_is() -> None:
+    """What is kept from a call without gradients serves one with them."""
+    maps = torch.randn(1, 2, 3, 5)
+    with torch.inference_mode():
+        resize(maps, (6, 7))
+    maps.requires_grad_()
+    resize(maps, (6, 7)).sum().backward()
+    assert maps.grad is not None
 
 
 def inputs_plainly(module: VarQuantizer, tokens: list[Tensor]) -> tuple[list[Tensor], Tensor]:
