@@ -125,7 +125,8 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     plain = type(maps) is Tensor and not torch.compiler.is_compiling()  # a matrix may be kept
     if plain and entries <= _MATRIX_LIMIT and maps.dtype in (torch.float32, torch.float64):
         matrix = _resizing_matrix(own, to, maps.dtype, maps.device)
-        return (maps.flatten(2) @ matrix).unflatten(2, to)
+        rows = maps.reshape(-1, own[0] * own[1]) @ matrix
+        return rows.view(*maps.shape[:2], *to)
     return F.interpolate(maps, to, mode="bicubic", align_corners=False)
 
 
