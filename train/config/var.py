@@ -23,7 +23,7 @@ class LabelConfig:
     it lies in, below ``path``. Labels that are whole numbers are the classes' numbers, from 0.
     """
 
-    path: str = "runs/easy-vqa-captions"
+    path: str = ""  # has to be given
     held_out: str | None = None  # a second such folder, for the evaluation alone
     # A file with the classes' names, one a line, in order. Without it they are sorted by name;
     # shards with names, which nobody has read before, need it.
@@ -80,7 +80,8 @@ class VarTrainConfig:
     device: str = "auto"
     threads: int = 1
     # The image tokenizer: a run, a checkpoint, a save_pretrained folder, or an original checkpoint.
-    tokenizer: str = "runs/easy-vqa-tokenizer"
+    # A saved model in init has its own.
+    tokenizer: str = ""
     resolution: int | None = None  # of an original B: 224 or 256
     # A run, checkpoint or save_pretrained folder to start from, or a released file. With other
     # classes than the data's, its table of classes is made anew.

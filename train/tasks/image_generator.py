@@ -127,19 +127,40 @@ class ClassImageGenerator:
     weights: str = ""
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> ClassImageGenerator:
-        """From a run, one of its checkpoints, or a folder with a saved model.
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        tokenizer: str | Path | None = None,
+        **options: Any,
+    ) -> ClassImageGenerator:
+        """From a run, one of its checkpoints, a folder with a saved model, or a released file.
+
+        Args:
+            tokenizer: the image tokenizer of a released file; a folder has its own.
 
         Raises:
             CheckpointError: nothing there, not whole, or another kind of model.
-            ConfigError: no such device.
+            ConfigError: no such device, or a tokenizer too many or too few.
         """
-        place = find_device(device)
-        folder = checkpoint.find(path)
-        if not VAR.is_saved(folder):
-            raise CheckpointError(f"the model in {folder} draws prompts: use tokenflow generate")
-        model = VAR.from_pretrained(folder)
-        parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
+        place, released = find_device(device), checkpoint.is_released(path)
+        if released != (tokenizer is not None):
+            raise ConfigError(
+                f"--tokenizer is missing: {path} is a file of weights alone"
+                if released
+                else f"--tokenizer is for a released file, and {path} has its own"
+            )
+        if released:
+            beside, where = checkpoint.load_tokenizer(str(tokenizer))
+            model, places = VAR.from_released(path, beside), [Path(path), where]
+        else:
+            folder = checkpoint.find(path)
+            if not VAR.is_saved(folder):
+                raise CheckpointError(
+                    f"the model in {folder} draws prompts: use tokenflow generate"
+                )
+            model, places = VAR.from_pretrained(folder), [folder, folder / "tokenizer"]
+        parts = [checkpoint.weights_digest(part) for part in places]
         weights = hashlib.sha256("".join(parts).encode()).hexdigest()
         return cls(model.to(place), weights=weights, **options)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from tokenflow_ext.models import VAR, CheckpointError, TokenFlowTokenizer, VarConfig
+from tokenflow_ext.models import VAR, CheckpointError, ConfigError, TokenFlowTokenizer, VarConfig
 from tokenflow_ext.models.var.transformer import Block
 from tokenflow_ext.train import data
 from tokenflow_ext.train.config import VarTrainConfig
@@ -43,6 +43,8 @@ class VarTask(Task):
 
     def __init__(self, config: VarTrainConfig, group: Processes, resuming: bool = False) -> None:
         self.config, self.group = config, group
+        if not config.data.path:
+            raise ConfigError("data.path=FOLDER is missing: pictures with classes, or their tokens")
         optim = config.optim
         self.partition = data.BatchPartition(optim.batch, optim.accumulate, group.rank, group.world)
         joint = optim.batch // optim.accumulate
@@ -92,6 +94,8 @@ class VarTask(Task):
         if config.init is not None and not checkpoint.is_released(config.init):
             model = VAR.from_pretrained(checkpoint.find(config.init), attention=attention)
             return model, model.tokenizer
+        if not config.tokenizer:
+            raise ConfigError("tokenizer=PATH is missing: the image tokenizer")
         tokenizer = checkpoint.load_tokenizer(config.tokenizer, config.resolution)[0]
         if config.init is None:
             return None, tokenizer

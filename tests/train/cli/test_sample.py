@@ -157,6 +157,20 @@ def test_files_in_the_way_stay(saved, tmp_path):
     assert (tmp_path / "b.npz.parts" / "mine").read_text() == "mine"
 
 
+def test_a_released_file(saved, tmp_path):
+    """The same pictures as from the folder, and a tokenizer is asked for by name."""
+    released = VAR.from_pretrained(saved).save_released(tmp_path / "var.pth")
+    tokenizer = saved / "tokenizer"
+    sample(saved, "2", "--each", 2, "--npz", tmp_path / "a.npz")
+    sample(released, "2", "--each", 2, "--npz", tmp_path / "b.npz", "--tokenizer", tokenizer)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert np.array_equal(a["arr_0"], b["arr_0"])
+    with pytest.raises(SystemExit, match="--tokenizer is missing"):
+        sample(released, "2", "--npz", tmp_path / "c.npz")
+    with pytest.raises(SystemExit, match="--tokenizer is for a released file"):
+        sample(saved, "2", "--npz", tmp_path / "c.npz", "--tokenizer", tokenizer)
+
+
 def test_which_model_draws_what(saved, tmp_path):
     assert isinstance(load_generator(saved, guidance=2.0, steps=None), ClassImageGenerator)
     with pytest.raises(Exception, match="--steps is not for the model"):

@@ -399,6 +399,8 @@ def test_bad_settings(make, setting, message):
     [
         ("tokenizer=nowhere", "nothing at nowhere"),
         ("data.path=nowhere", "no folder at nowhere"),
+        ("data.path=''", r"data\.path=FOLDER is missing"),
+        ("tokenizer=''", r"tokenizer=PATH is missing"),
         ("init=nowhere", "nothing at nowhere"),
         ("model.classes=1", r"model\.classes is 1, and there are 2"),
         ("data.classes=nowhere.txt", r"nowhere\.txt"),

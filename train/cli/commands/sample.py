@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a run of train/var.py, a checkpoint, or a saved model",
+        help="a run of train/var.py, a checkpoint, a saved model, or a released file",
     )
+    parser.add_argument("--tokenizer", metavar="PATH", help="of a released file")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--npz",
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         generator = ClassImageGenerator.load(
             arguments.checkpoint,
             str(group.device),
+            arguments.tokenizer,
             more_smooth=arguments.more_smooth,
             batch=arguments.batch_size,
             **{name: value for name, value in chosen.items() if value is not None},
