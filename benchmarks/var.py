@@ -152,8 +152,12 @@ def quantizer(device: str, rounds: int, backward: bool) -> dict[str, Any]:
     }
 
 
-def training(model: VAR, batch: int, rounds: int) -> dict[str, Any]:
-    """A step of training, forward and backward."""
+def training(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any]:
+    """A step of training, forward and backward.
+
+    Args:
+        fused: whether the other side gives its mask to torch's fused attention.
+    """
     model.train()
     device = model.device
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +174,7 @@ def training(model: VAR, batch: int, rounds: int) -> dict[str, Any]:
         return run
 
     ours = step(lambda: model(labels, tokens).loss)
-    theirs = step(lambda: var_released.training_loss(model, labels, tokens))
+    theirs = step(lambda: var_released.training_loss(model, labels, tokens, fused))
     difference = abs(ours().item() - theirs().item())
     found = measure({"released": theirs, "ours": ours}, rounds)
     memory = {}
@@ -179,7 +183,8 @@ def training(model: VAR, batch: int, rounds: int) -> dict[str, Any]:
         gc.collect()
         memory[name] = peak(call, device.type)
     return {
-        "what": f"training step, batch {batch}",
+        "what": f"training step, batch {batch}, against a mask "
+        + ("in fused attention" if fused else "with the scores written out"),
         "agreement": f"losses differ by {difference:.1e}",
         **found,
         "memory": memory,
@@ -259,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if {"generation", "training"} & set(known.parts):
         model = build(known.depth, device)
         if "training" in known.parts:
-            add(training(model, 2, known.rounds))
+            for fused in (True, False):
+                add(training(model, 2, known.rounds, fused))
         model.zero_grad(set_to_none=True)
         if "generation" in known.parts:
             for batch in (1, 8):

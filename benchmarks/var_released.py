@@ -47,10 +47,14 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 class _Attention:
-    """An attention of the model, with a cache that grows by concatenation or a mask."""
+    """An attention of the model, with a cache that grows by concatenation or a mask.
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+    Args:
+        fused: attend by torch's fused operator; otherwise the matrix of scores is written out.
+    """
+
+    def __init__(self, module: torch.nn.Module, fused: bool = True) -> None:
+        self.module, self.fused = module, fused
         self.cached: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, mask: Tensor | None = None, caching: bool = False) -> Tensor:
@@ -66,7 +70,11 @@ class _Attention:
                 key = torch.cat((self.cached[0], key), dim=2)
                 value = torch.cat((self.cached[1], value), dim=2)
             self.cached = key, value
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1)
+        if self.fused:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1)
+        else:
+            scores = query @ key.transpose(-2, -1)
+            out = (scores if mask is None else scores.add(mask)).softmax(dim=-1) @ value
         return own.proj(out.transpose(1, 2).reshape(x.shape))
 
 
@@ -133,7 +141,7 @@ def generate_tokens(model: VAR, labels: Tensor, guidance: float, draw: Draw) -> 
     return torch.cat(drawn, dim=1)
 
 
-def training_loss(model: VAR, labels: Tensor, tokens: Tensor) -> Tensor:
+def training_loss(model: VAR, labels: Tensor, tokens: Tensor, fused: bool = True) -> Tensor:
     """The loss of :meth:`VAR.forward` (without dropping) with a mask of L x L."""
     config = model.config
     level = model.lvl_1L[0]
@@ -143,7 +151,7 @@ def training_loss(model: VAR, labels: Tensor, tokens: Tensor) -> Tensor:
     x = torch.cat((condition[:, None] + model.pos_start, model.word_embed(features)), dim=1)
     x = x + model.lvl_embed(model.lvl_1L) + model.pos_1LC
     for block in model.blocks:
-        x = _block(block, _Attention(block.attn), x, condition, mask=mask)
+        x = _block(block, _Attention(block.attn, fused), x, condition, mask=mask)
     logits = _logits(model, x, condition)
     return F.cross_entropy(logits.view(-1, config.codebook_size), tokens.flatten())
 
