@@ -192,7 +192,7 @@ def test_gradients_are_those_written_out(kind):
     for (name, own), gradient in zip(
         found.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
     ):
-        torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_classes_are_dropped_in_training_alone():
