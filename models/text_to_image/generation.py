@@ -46,11 +46,10 @@ class KeyValueCache:
         head_dim: int,
         sequence: NextScaleSequence,
     ) -> None:
-        def entries(length: int) -> Tensor:
-            return like.new_empty((layers, 2, rows, heads, length, head_dim))
-
-        self.entries = entries(sequence.length)
-        self.kept = entries(max(side * side for side in sequence.scales))
+        self.entries = like.new_empty((layers, 2, rows, heads, sequence.length, head_dim))
+        # Made when a scale is refined: who draws each once does without.
+        self.kept: Tensor | None = None
+        self.longest = max(side * side for side in sequence.scales)
         self.positions = (0, 0)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -64,10 +63,14 @@ class KeyValueCache:
 
     def keep(self, first: int, end: int) -> None:
         """Sets the entries of these positions aside."""
+        if self.kept is None:
+            shape = (*self.entries.shape[:4], self.longest, self.entries.shape[5])
+            self.kept = self.entries.new_empty(shape)
         self.kept[..., : end - first, :] = self.entries[..., first:end, :]
 
     def put_back(self, first: int, end: int) -> None:
         """Undoes what was written to these positions since :meth:`keep`."""
+        assert self.kept is not None
         self.entries[..., first:end, :] = self.kept[..., : end - first, :]
 
 
