@@ -506,7 +506,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _added(self, rows: Tensor, scale: int) -> Tensor:
         """What a scale's codes [B, h * w, D] add to the f^ that came to it."""
-        return rows.unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
+        return self._at_size(rows, scale, self._carried_size(scale))
 
     def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
         """The f^ that comes to a scale, of that left by the scale before."""

@@ -315,9 +315,6 @@ class VarQuantizer(MultiScaleQuantizer):
             maps = rows.unflatten(1, self.scales[scale]).permute(0, 3, 1, 2)
             return self._phi(scale)(resize(maps, size))
 
-    def _added(self, rows: Tensor, scale: int) -> Tensor:
-        return self._at_size(rows, scale, self.scales[-1])
-
     def _carry(self, f_hat: Tensor, scale: int) -> Tensor:
         return f_hat
 

@@ -68,8 +68,7 @@ class SavedForm:
         header, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         try:
             if os.path.lexists(header):
-                found = read_json(header, CheckpointError, limit=1 << 20)
-                own = isinstance(found, dict) and found.get("format") == self.name
+                own = self._is_own(read_json(header, CheckpointError, limit=1 << 20))
             elif os.path.lexists(weights):
                 own = read_safetensors(weights, names=())[1].get("format") == self.name
             else:
@@ -88,7 +87,9 @@ class SavedForm:
         file = folder / CONFIG_FILE
         if not file.is_file():
             return False
-        header = read_json(file, CheckpointError, limit=1 << 20)
+        return self._is_own(read_json(file, CheckpointError, limit=1 << 20))
+
+    def _is_own(self, header: Any) -> bool:
         return isinstance(header, dict) and header.get("format") == self.name
 
     def read_config(self, folder: Path, parse: Callable[[Any], Config]) -> Config:
@@ -99,7 +100,7 @@ class SavedForm:
         """
         file = folder / CONFIG_FILE
         header = read_json(file, CheckpointError, limit=1 << 20)
-        if not isinstance(header, dict) or header.get("format") != self.name:
+        if not self._is_own(header):
             raise CheckpointError(f'{file} is {self.foreign}: no "format": "{self.name}"')
         if header.get("version") != self.version:
             raise CheckpointError(

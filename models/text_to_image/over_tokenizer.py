@@ -132,7 +132,8 @@ class NextScaleTransformer(nn.Module):
 
     def _filled(self: Model, weights: dict[str, Tensor], source: str) -> Model:
         """A skeleton with these weights."""
-        whole = {name for name, value in self.state_dict().items() if not _is_float(value)}
+        own = self.state_dict().items()
+        whole = {name for name, value in own if not value.is_floating_point()}
         kinds = {value.dtype: key for key, value in weights.items() if key not in whole}
         if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
             of = ", ".join(f"{key} is {kind}" for kind, key in kinds.items())
@@ -202,10 +203,6 @@ class NextScaleTransformer(nn.Module):
             lambda shapes: made.append(cls._skeleton(config, beside, shapes, source, options)),
         )
         return made[0]._filled(weights, source)
-
-
-def _is_float(value: Tensor) -> bool:
-    return value.is_floating_point()
 
 
 def _check_tokenizer(config: Shape, tokenizer: TokenFlowTokenizer, kind: str) -> None:

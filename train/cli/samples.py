@@ -63,7 +63,7 @@ def write(
     Raises:
         OutputError: parts of other pictures are in the way.
     """
-    numbers = generator.model.config.class_numbers(classes)
+    numbers = generator.labels(classes)
     about = {
         "classes": numbers,
         "each": each,

@@ -32,8 +32,7 @@ from .text_files import (
     DataError,
     Tally,
     decode,
-    inside,
-    json_lines,
+    metadata_entries,
     parse_json,
     read_json,
     read_text,
@@ -139,13 +138,8 @@ def _described(root: Path, keys: Sequence[str], seen: Counter[str]) -> dict[Path
     if not os.path.lexists(file):
         return {path: _beside(path, keys, seen) for path in list_images(root)}
     found: dict[Path, tuple[str, str]] = {}
-    left, expected = Tally(file), '{"file_name": ..., "text": ...}'
-    for number, entry in json_lines(file, expected):
-        try:
-            path = inside(root, entry["file_name"])
-        except (ValueError, KeyError) as error:
-            what = "there is no file_name" if isinstance(error, KeyError) else error
-            raise DataError(f"{file}, line {number}: expected {expected}: {what}") from error
+    left = Tally(file)
+    for path, entry in metadata_entries(root, '{"file_name": ..., "text": ...}'):
         if path in found:
             left.add("lines replaced by a later one of the same picture", path)
         seen.update(key for key in entry if key != "file_name")

@@ -32,9 +32,8 @@ from .text_files import (
     DataError,
     Tally,
     decode,
-    inside,
-    json_lines,
     lines,
+    metadata_entries,
     parse_json,
     read_text,
 )
@@ -85,15 +84,9 @@ def described(root: Path, keys: Sequence[str]) -> dict[Path, tuple[str, str]]:
         DataError: it cannot be read.
     """
     found: dict[Path, tuple[str, str]] = {}
-    file = root / METADATA
-    if not os.path.lexists(file):
+    if not os.path.lexists(root / METADATA):
         return found
-    for number, entry in json_lines(file, '{"file_name": ..., "label": ...}'):
-        try:
-            path = inside(root, entry["file_name"])
-        except (ValueError, KeyError) as error:
-            what = "there is no file_name" if isinstance(error, KeyError) else error
-            raise DataError(f"{file}, line {number}: {what}") from error
+    for path, entry in metadata_entries(root, '{"file_name": ..., "label": ...}'):
         if any(entry.get(key) is not None for key in keys):
             found[path] = find_label(entry, keys, "")
     return found

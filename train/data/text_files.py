@@ -185,3 +185,22 @@ class Tally:
         is told in a few lines, however much of it there is."""
         if self.total >= 2 * self._said:
             self.say(verb)
+
+
+def metadata_entries(root: Path, expected: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The picture that each line of ``metadata.jsonl`` in ``root`` names, and the line.
+
+    Args:
+        expected: what a line should be, for the message.
+
+    Raises:
+        DataError: the file cannot be read, or names a picture outside ``root`` or none.
+    """
+    file = root / METADATA
+    for number, entry in json_lines(file, expected):
+        try:
+            path = inside(root, entry["file_name"])
+        except (ValueError, KeyError) as error:
+            what = "there is no file_name" if isinstance(error, KeyError) else error
+            raise DataError(f"{file}, line {number}: expected {expected}: {what}") from error
+        yield path, entry

@@ -153,15 +153,15 @@ def compare(
     whole = all(isinstance(given, Pictures) for given in sets)
     if more and not whole:
         raise DataError("the Inception score, precision and recall need pictures, not statistics")
-    why = ""
+    why, path = "", None
     try:
-        network.ready(weights)
+        path = network.ready(weights)
     except WeightsError as error:
         if more or not whole or weights is not None:
             raise
         why = str(error)
-    if not why and whole:
-        return _by_library(*sets, weights, place, batch, more), METRICS["rfid"][2]
+    if path is not None and whole:
+        return _by_library(*sets, path, place, batch, more), METRICS["rfid"][2]
     if why:
         try:
             features = networks.lite0_features(place)
@@ -195,7 +195,7 @@ def fid(
 def _by_library(
     one: Any,
     other: Any,
-    weights: str | Path | None,
+    weights: Path,
     device: torch.device,
     batch: int,
     more: bool,
@@ -209,7 +209,7 @@ def _by_library(
         isc=more,
         prc=more,
         feature_extractor="inception-v3-compat",  # of precision and recall too, as OpenAI's have it
-        feature_extractor_weights_path=str(network.find_weights(weights)),
+        feature_extractor_weights_path=str(weights),
         cuda=device.type == "cuda",
         batch_size=batch,
         verbose=False,

@@ -170,16 +170,24 @@ class ClassImageGenerator:
         names = ("guidance", "top_k", "top_p", "more_smooth", "weights")
         return {name: str(getattr(self, name)) for name in names}
 
+    def labels(self, prompts: Sequence[str]) -> list[int]:
+        """The classes of these names.
+
+        Raises:
+            DataError: no such class.
+        """
+        try:
+            return self.model.config.class_numbers(prompts)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Generator[Tensor, None, None]:
         """Images [3, H, W] uint8, one for each class; a bar counts them.
 
         Raises:
             DataError: no such class.
         """
-        try:
-            labels = torch.tensor(self.model.config.class_numbers(prompts))
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        labels = torch.tensor(self.labels(prompts))
         with tqdm(total=len(labels), unit="image", dynamic_ncols=True) as bar:
             for start in range(0, len(labels), self.batch):
                 drawn = self.model.generate(

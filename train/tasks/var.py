@@ -121,17 +121,15 @@ class VarTask(Task):
                 return VAR(
                     shape, tokenizer, attention=cast(Literal["scales", "flex"], wanted.attention)
                 )
-        known = (start.config.classes, start.config.class_names)
-        if known == (classes.count, classes.names) or (
-            start.config.classes == classes.count and not start.config.class_names
-        ):
+        known = start.config.classes
+        if known == classes.count and start.config.class_names in ((), classes.names):
             start.name_classes(classes.names)
         else:
             start.replace_classes(classes.names or classes.count)
             if self.group.first and not resuming:
                 kept = len(start.state_dict()) - 1
                 say(
-                    f"{self.config.init} has {known[0]} classes, the data has {classes.count}: "
+                    f"{self.config.init} has {known} classes, the data has {classes.count}: "
                     f"class_emb.weight is made anew but for the row of no class, {kept} other "
                     "tensors are kept"
                 )

@@ -69,10 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
         config = generator.model.config
         names = arguments.classes or config.class_names or map(str, range(config.classes))
         classes, each = list(names), arguments.each or 1
-        try:
-            config.class_numbers(classes)
-        except ValueError as error:
-            raise DataError(str(error)) from error
         if arguments.npz is not None:
             samples.write(generator, classes, arguments.npz, group, each=each, seed=arguments.seed)
             if group.first:
