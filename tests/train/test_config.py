@@ -52,7 +52,7 @@ def test_both_spellings_of_an_override():
         ("optim.steps=0", r"optim\.steps.*0"),
         ("optim.steps=many", r"optim\.steps.*many"),
         ("optim.steps=1.5", r"optim\.steps.*1\.5"),
-        ("optim.schedule=linear", r"optim\.schedule.*linear"),
+        ("optim.schedule=cubic", r"optim\.schedule.*cubic"),
         ("optim.precision=fp8", r"optim\.precision.*fp8"),
         ("optim.betas=[0.9]", r"optim\.betas"),
         ("loss.semantic=-1", r"loss\.semantic.*-1"),
