@@ -3,8 +3,10 @@
 Each operator is registered with `torch.library` under `torch.ops.tokenflow_ext` (schemas:
 csrc/torch/schema.cpp), so it composes with `torch.compile`, `torch.export` and autograd. The
 functions here take the groups of a codebook side by side, `codebook [K, D]` with
-`D = sum(dims)`, and scales as (height, width) pairs. float32 runs on CPU and CUDA, float64 on the
-CPU; half precision is computed in float32 and cast back by the callers that expose it.
+`D = sum(dims)`, and scales as (height, width) pairs. `codebook [G, K, D]` is G codebooks, each with
+an index of its own over G * D channels, in one call (product quantization). float32 runs on CPU and
+CUDA, float64 on the CPU; half precision is computed in float32 and cast back by the callers that
+expose it.
 
 Errors are raised before a kernel runs: RuntimeError naming the argument and what was got. What
 would need the data itself (a NaN in the codebook, the range of indices) is checked on the CPU; on
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,10 @@ load_library()
 
 Size = tuple[int, int]
 
+#: How codes are compared: by the weighted distance or its square, or by the inner product.
+Metric = Literal["l2", "squared_l2", "dot"]
+METRICS: tuple[Metric, ...] = ("l2", "squared_l2", "dot")  # as csrc/common/codebook.h numbers them
+
 
 class QuantizeResult(NamedTuple):
     """What `multiscale_quantize` returns."""
@@ -36,13 +42,15 @@ class QuantizeResult(NamedTuple):
     quantized: Tensor
     """f^, the sum over scales of upsampled codes, [B, D, H, W]; straight-through gradient to h."""
     indices: Tensor
-    """Token indices, scale after scale, [B, sum(h * w)] int64; -1 where the scale was dropped."""
+    """Token indices, scale after scale, [B, sum(h * w)] int64; -1 where the scale was dropped.
+    [B, G, sum(h * w)] of G codebooks."""
     code_error: Tensor
-    """Mean of squared differences q - z of each scale, [S], differentiable in the codebook."""
+    """Mean of squared differences q - z of each scale, [S] or [G, S], differentiable in the
+    codebook."""
     row_error: Tensor
     """The same numbers, differentiable in h."""
     hits: Tensor
-    """How often each code was chosen, [K] int64."""
+    """How often each code was chosen, [K] or [G, K] int64."""
 
 
 def as_sizes(scales: Sequence[int | Size]) -> list[Size]:
@@ -57,11 +65,11 @@ def _as_size(scale: int | Size) -> Size:
     return int(height), int(width)
 
 
-def _flatten(sizes: Sequence[Size]) -> list[int]:
+def flatten_sizes(sizes: Sequence[Size]) -> list[int]:
     return [side for size in sizes for side in size]
 
 
-def _num_tokens(flat_sizes: Sequence[int]) -> int:
+def num_tokens(flat_sizes: Sequence[int]) -> int:
     return sum(h * w for h, w in zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
 
 
@@ -71,24 +79,45 @@ def nearest_code(
     dims: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     l2_norm: bool = True,
+    *,
+    metric: Metric = "l2",
 ) -> Tensor:
     """Index of every row's nearest code, without a distance matrix (arXiv 2412.03069, eq. 1-3).
 
     Args:
-        rows: [N, D] float32 or float64.
-        codebook: [K, D], the groups side by side.
+        rows: [N, D] float32 or float64, or [G, N, D] for G codebooks.
+        codebook: [K, D], the groups side by side, or [G, K, D].
         dims: width of each group; one group of D columns by default.
-        weights: weight of each group's squared distance; 1 by default.
+        weights: weight of each group's squared distance or inner product; 1 by default.
         l2_norm: scale each group of rows and codes to unit length first.
+        metric: "l2" or "squared_l2", the code at the smallest distance, or "dot", that of the
+            largest inner product.
 
     Returns:
-        [N] int64, the argmin float64 arithmetic finds for these inputs, the lowest on a tie, at
-        every magnitude that float32 holds; of float64 inputs, where the squares of differences fit
-        (from about 1e-150 to 1e150). Index 0 for a row that is not finite.
+        [N] or [G, N] int64, the code float64 arithmetic finds for these inputs, the lowest on a
+        tie, at every magnitude that float32 holds; of float64 inputs, where the squares of
+        differences fit (from about 1e-150 to 1e150). Index 0 for a row that is not finite.
+
+    Raises:
+        ValueError: an unknown metric.
+        RuntimeError: as said of the module.
     """
     dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
-    return torch.ops.tokenflow_ext.nearest_code(rows, codebook, dims, weights, l2_norm)
+    return torch.ops.tokenflow_ext.nearest_code(
+        rows, codebook, dims, weights, l2_norm, metric_number(metric)
+    )
+
+
+def metric_number(metric: Metric) -> int:
+    """How the operators know a metric.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    return METRICS.index(metric)
 
 
 def multiscale_quantize(
@@ -100,12 +129,13 @@ def multiscale_quantize(
     l2_norm: bool = True,
     dropped: Tensor | None = None,
     atomic_codebook_gradient: bool = False,
+    metric: Metric = "l2",
 ) -> QuantizeResult:
     """The multi-scale residual loop in one call (arXiv 2412.03069, section 3.1).
 
     Args:
-        h: features [B, D, H, W], float32 or float64.
-        codebook: [K, D], the groups side by side.
+        h: features [B, D, H, W], or [B, G * D, H, W] for G codebooks, float32 or float64.
+        codebook: [K, D], the groups side by side, or [G, K, D].
         dims: width of each group, summing to D.
         sizes: (height, width) of every scale.
         weights: weight of each group's squared distance; 1 by default.
@@ -114,6 +144,7 @@ def multiscale_quantize(
         atomic_codebook_gradient: on CUDA, sum the codebook's gradient by float32 atomics in their
             order of arrival: no sort, but not the same bits in every run. Of no effect on the CPU
             and under `torch.use_deterministic_algorithms(True)`, where the sum is always in order.
+        metric: as for `nearest_code`.
     """
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return QuantizeResult(
@@ -123,9 +154,10 @@ def multiscale_quantize(
             dropped,
             list(dims),
             weights,
-            _flatten(sizes),
+            flatten_sizes(sizes),
             l2_norm,
             atomic_codebook_gradient,
+            metric_number(metric),
         )
     )
 
@@ -138,16 +170,17 @@ def multiscale_rows(
     sizes: Sequence[Size],
     l2_norm: bool = True,
 ) -> Tensor:
-    """The rows every scale searched with, [B, L, D], normalised as the search saw them.
+    """The rows every scale searched with, [B, L, D] or [B, G, L, D], normalised as the search saw
+    them.
 
     Not differentiable: statistics are made of them.
 
     Args:
         h, codebook, dims, sizes, l2_norm: as for `multiscale_quantize`.
-        indices: [B, L] int64, its result.
+        indices: [B, L] or [B, G, L] int64, its result.
     """
     return torch.ops.tokenflow_ext.multiscale_rows(
-        h.detach(), codebook.detach(), indices, list(dims), _flatten(sizes), l2_norm
+        h.detach(), codebook.detach(), indices, list(dims), flatten_sizes(sizes), l2_norm
     )
 
 
@@ -161,10 +194,11 @@ def multiscale_decode(
 ) -> Tensor:
     """`f^ [B, D, *output_size]` from indices [B, L]: the sum over scales of upsampled codes.
 
-    Not differentiable: tokens are data here.
+    Of G codebooks, `[B, G * D, *output_size]` from [B, G, L]. Not differentiable: tokens are data
+    here.
     """
     return torch.ops.tokenflow_ext.multiscale_decode(
-        indices, codebook.detach(), list(dims), _flatten(sizes), *output_size, l2_norm
+        indices, codebook.detach(), list(dims), flatten_sizes(sizes), *output_size, l2_norm
     )
 
 
@@ -205,10 +239,15 @@ def check_devices(like: str, /, **tensors: Tensor | None) -> None:
 
 @torch.library.register_fake("tokenflow_ext::nearest_code")
 def _(
-    rows: Tensor, codebook: Tensor, dims: list[int], weights: list[float], l2_norm: bool
+    rows: Tensor,
+    codebook: Tensor,
+    dims: list[int],
+    weights: list[float],
+    l2_norm: bool,
+    metric: int = 0,
 ) -> Tensor:
     check_devices("rows", rows=rows, codebook=codebook)
-    return rows.new_empty(rows.shape[0], dtype=torch.int64)
+    return rows.new_empty(rows.shape[:-1], dtype=torch.int64)
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_quantize")
@@ -221,15 +260,16 @@ def _(
     sizes: list[int],
     l2_norm: bool,
     atomic_codebook_gradient: bool = False,
+    metric: int = 0,
 ) -> tuple[Tensor, ...]:
     check_devices("h", h=h, codebook=codebook, dropped=dropped)
-    scales = len(sizes) // 2
+    books, scales = codebook.shape[:-2], len(sizes) // 2
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
-        h.new_empty((h.shape[0], _num_tokens(sizes)), dtype=torch.int64),
-        h.new_empty(scales),
-        h.new_empty(scales),
-        h.new_empty(codebook.shape[0], dtype=torch.int64),
+        h.new_empty((h.shape[0], *books, num_tokens(sizes)), dtype=torch.int64),
+        h.new_empty((*books, scales)),
+        h.new_empty((*books, scales)),
+        h.new_empty(codebook.shape[:-1], dtype=torch.int64),
     )
 
 
@@ -272,7 +312,7 @@ def _(
     l2_norm: bool,
 ) -> Tensor:
     check_devices("h", h=h, codebook=codebook, indices=indices)
-    return h.new_empty((h.shape[0], _num_tokens(sizes), codebook.shape[1]))
+    return h.new_empty((*indices.shape, codebook.shape[-1]))
 
 
 @torch.library.register_fake("tokenflow_ext::multiscale_decode")
@@ -286,7 +326,10 @@ def _(
     l2_norm: bool,
 ) -> Tensor:
     check_devices("codebook", indices=indices, codebook=codebook)
-    return codebook.new_empty((indices.shape[0], codebook.shape[1], height, width))
+    channels = codebook.shape[-1]
+    if codebook.dim() == 3:
+        channels *= codebook.shape[0]
+    return codebook.new_empty((indices.shape[0], channels, height, width))
 
 
 @torch.library.register_fake("tokenflow_ext::segment_sum")
@@ -299,7 +342,7 @@ def _(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tensor, Tensor]
 
 
 def _setup_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm, ctx.atomic_codebook_gradient = inputs
+    h, codebook, _, ctx.dims, _, ctx.sizes, ctx.l2_norm, ctx.atomic_codebook_gradient, _ = inputs
     indices, hits = output[1], output[4]
     ctx.mark_non_differentiable(indices, hits)
     ctx.save_for_backward(h, codebook, indices)
@@ -329,7 +372,7 @@ def _quantize_backward(
         ctx.l2_norm,
         atomic,
     )
-    return grad_h, grad_codebook if wants_codebook else None, *[None] * 6
+    return grad_h, grad_codebook if wants_codebook else None, *[None] * 7
 
 
 def _with_gradient(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -410,6 +453,14 @@ def _frozen_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantized, code_error and row_error with the tokens given, in plain PyTorch: what the kernels
     differentiate, for derivatives of their gradient."""
+    if codebook.dim() == 3:  # codebook by codebook
+        parts = zip(
+            h.chunk(len(codebook), dim=1), codebook.unbind(), indices.unbind(1), strict=True
+        )
+        maps, *errors = zip(
+            *(_frozen_loop(*part, dims, flat_sizes, l2_norm) for part in parts), strict=True
+        )
+        return torch.cat(maps, dim=1), torch.stack(errors[0]), torch.stack(errors[1])
     sizes = list(zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
     tokens = indices.split([height * width for height, width in sizes], dim=1)
     codes = normalize_groups(codebook, dims, l2_norm)
@@ -459,7 +510,7 @@ for _name, _function in (
     )
 
 
-def _register_vmap(name: str) -> None:
+def register_vmap(name: str) -> None:
     """One call for each entry of the mapped dimension: every entry has statistics of its own."""
     operator = getattr(torch.ops.tokenflow_ext, name)
 
@@ -489,4 +540,4 @@ for _name in (
     "multiscale_decode",
     "segment_sum",
 ):
-    _register_vmap(_name)
+    register_vmap(_name)

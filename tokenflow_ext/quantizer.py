@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,9 @@ class CodebookUsage(NamedTuple):
 
     @classmethod
     def from_hits(cls, hits: Tensor) -> CodebookUsage:
-        """Share and perplexity of hits [K]."""
-        p = hits / hits.sum().clamp(min=1)
-        return cls(hits, (hits > 0).float().mean(), torch.special.entr(p).sum().exp())
+        """Share and perplexity of hits [K], or [G] of each of hits [G, K]."""
+        p = hits / hits.sum(-1, keepdim=True).clamp(min=1)
+        return cls(hits, (hits > 0).float().mean(-1), torch.special.entr(p).sum(-1).exp())
 
 
 class QuantizerOutput(NamedTuple):
@@ -45,11 +45,12 @@ class QuantizerOutput(NamedTuple):
     quantized: Tensor
     """f^ [B, D, H, W] in the dtype of h, with the straight-through gradient."""
     indices: Tensor
-    """[B, L] int64, scale after scale; -1 for the tokens of a scale dropped in training."""
+    """[B, L] int64, scale after scale; -1 for the tokens of a scale dropped in training.
+    [B, G, L] where each of G groups has an index of its own."""
     vq_loss: Tensor
-    """Scalar that moves the codes: mean over scales of mean((q - sg z)^2)."""
+    """Scalar that moves the codes: mean over scales (and groups) of mean((q - sg z)^2)."""
     commitment_loss: Tensor
-    """Scalar that moves h: beta times mean over scales of mean((sg q - z)^2)."""
+    """Scalar that moves h: beta times mean over scales (and groups) of mean((sg q - z)^2)."""
     usage: CodebookUsage
 
 
@@ -59,6 +60,8 @@ class MultiScaleQuantizer(nn.Module):
     Method: arXiv 2412.03069, section 3.1. Several codebooks (`dims`: semantic and pixel, or any
     number) share one index; a code is chosen by the weighted sum of the groups' squared distances;
     each scale quantizes what the coarser ones left. `scales=(H,)` is plain vector quantization.
+    With `index="own"` each group has an index of its own instead (product quantization), all in one
+    call: what is said of indices [B, L] below is then [B, G, L], and statistics are [G, K].
 
     Args:
         codebook_size: number of codes K.
@@ -66,6 +69,7 @@ class MultiScaleQuantizer(nn.Module):
         scales: side of each scale's grid, or (height, width), coarse to fine. Features of any
             height and width are supported: they are pooled to each grid and codes upsampled back.
         weights: weight of each group's distance, 1 by default (the paper's w_dis is the second).
+            Of no meaning, and refused, with `index="own"`.
         beta: factor of the commitment loss.
         l2_norm: scale features and codes to unit length in each group.
         codebook_update: "gradient" (by the vq loss) or "ema" (running means of the rows assigned
@@ -77,9 +81,12 @@ class MultiScaleQuantizer(nn.Module):
             same bit for bit in every run, and tokens of one code wait for each other. Of no effect
             on the CPU, with "ema", and under `torch.use_deterministic_algorithms(True)`: there the
             gradient is always the reproducible one.
+        index: "shared": one index for all groups; "own": one for each of groups of equal width.
+        metric: "l2": the code at the smallest distance; "dot": of the largest inner product.
 
     Attributes:
         codebooks: one parameter [K, dims[g]] for each group g.
+        books: how many indices a token has: 1, or the number of groups with `index="own"`.
         usage_ema: running mean of each code's hits in a training step, [K], over all processes.
         window_hits: hits since `usage_window(reset=True)`, [K].
         skipped_rows: how many rows the statistics have left out since `reset_parameters`, scalar
@@ -109,6 +116,8 @@ class MultiScaleQuantizer(nn.Module):
         usage_decay: float = 0.99,
         scale_drop: float = 0.1,
         atomic_codebook_gradient: bool = False,
+        index: Literal["shared", "own"] = "shared",
+        metric: ops.Metric = "l2",
     ) -> None:
         super().__init__()
         if codebook_size < 1:
@@ -121,6 +130,15 @@ class MultiScaleQuantizer(nn.Module):
         self.scales = tuple(ops.as_sizes(scales))
         if not self.scales or min(min(s) for s in self.scales) < 1:
             raise ValueError(f"scales must hold one or more positive sides, got {tuple(scales)}")
+        if index not in ("shared", "own"):
+            raise ValueError(f"index must be 'shared' or 'own', got {index!r}")
+        own = self._own = index == "own"
+        if own and (len(set(self.dims)) > 1 or weights is not None):
+            what = f"dims={self.dims}" if weights is None else f"weights={weights}"
+            raise ValueError(f"index='own' needs dims of one width and no weights, got {what}")
+        ops.metric_number(metric)
+        self.books = len(self.dims) if own else 1
+        self.metric = metric
         self.weights = tuple(float(w) for w in (weights or [1.0] * len(self.dims)))
         if len(self.weights) != len(self.dims) or not all(0 <= w < 1e30 for w in self.weights):
             raise ValueError(
@@ -147,10 +165,12 @@ class MultiScaleQuantizer(nn.Module):
             nn.Parameter(torch.empty(self.codebook_size, d), requires_grad=learned)
             for d in self.dims
         )
-        self.register_buffer("usage_ema", torch.empty(self.codebook_size))
-        for name, shape in (("window_hits", (self.codebook_size,)), ("skipped_rows", ())):
+        codes = (self.books,) * own + (self.codebook_size,)
+        self.register_buffer("usage_ema", torch.empty(codes))
+        for name, shape in (("window_hits", codes), ("skipped_rows", ())):
             self.register_buffer(name, torch.empty(shape, dtype=torch.int64), persistent=False)
-        sums = torch.empty(self.codebook_size, self.dim) if codebook_update == "ema" else None
+        ema = codebook_update == "ema"
+        sums = torch.empty(*codes, self.dim // self.books) if ema else None
         self.register_buffer("codebook_sums", sums)
         self.reset_parameters()
 
@@ -168,7 +188,18 @@ class MultiScaleQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
-        return f"codebook_size={self.codebook_size}, dims={self.dims}, scales={sides}"
+        shown = f"codebook_size={self.codebook_size}, dims={self.dims}, scales={sides}"
+        return shown + ", index=own" * self._own + ", metric=dot" * (self.metric == "dot")
+
+    @property
+    def has_own_indices(self) -> bool:
+        """Whether indices and statistics have a dimension for the groups."""
+        return self._own
+
+    @property
+    def _book_dims(self) -> tuple[int, ...]:
+        """The groups of one index, as the operators take them."""
+        return self.dims[:1] if self._own else self.dims
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleQuantizer:
         """Moves as every module does, but running statistics keep their precision under half()."""
@@ -222,24 +253,25 @@ class MultiScaleQuantizer(nn.Module):
         return ops.multiscale_quantize(
             features,
             codebook,
-            self.dims,
+            self._book_dims,
             self.scales,
-            self.weights,
+            None if self._own else self.weights,
             self.l2_norm,
             dropped,
             self.atomic_codebook_gradient,
+            self.metric,
         )
 
     def _sum_codes(self, indices: Tensor, codebook: Tensor, upto: int, size: Size) -> Tensor:
         """f^ [B, D, *size] of the tokens of the first `upto` scales."""
         return ops.multiscale_decode(
-            indices, codebook, self.dims, self.scales[:upto], size, self.l2_norm
+            indices, codebook, self._book_dims, self.scales[:upto], size, self.l2_norm
         )
 
     def _rows(self, features: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
-        """What the scales searched with, [B, L, D]."""
+        """What the scales searched with, [B, L, D], or [B, G, L, D / G] where indices are own."""
         return ops.multiscale_rows(
-            features, codebook, indices, self.dims, self.scales, self.l2_norm
+            features, codebook, indices, self._book_dims, self.scales, self.l2_norm
         )
 
     def _inputs(self, h: Tensor, check: bool) -> tuple[Tensor, Tensor]:
@@ -254,19 +286,26 @@ class MultiScaleQuantizer(nn.Module):
         return h.to(dtype), self.joint_codebook(dtype, check=check)
 
     def joint_codebook(self, dtype: torch.dtype = torch.float32, *, check: bool = False) -> Tensor:
-        """The groups side by side, [K, D], as the operators take them.
+        """The groups side by side, [K, D], as the operators take them; [G, K, D / G] where each has
+        an index of its own.
 
         Raises:
             ValueError: with `check`, where a codebook holds a NaN or an infinity.
         """
-        groups = [codebook.to(dtype) for codebook in self.codebooks]
+        groups = [codebook.to(dtype) for codebook in self._tables()]
         if check:
             for number, group in enumerate(groups):
                 if not bool(torch.isfinite(group).all()):
                     raise ValueError(
                         f"codebooks[{number}] must be finite, got a NaN or an infinity"
                     )
+        if self._own:
+            return torch.stack(groups)
         return groups[0] if len(groups) == 1 else torch.cat(groups, dim=1)
+
+    def _tables(self) -> list[Tensor]:
+        """The codes of each group, [K, dims[g]], before they are normalised."""
+        return list(self.codebooks)
 
     def _draw_dropped_scale(self, device: torch.device) -> Tensor | None:
         """The scale to leave out, or -1: on the device, so that nothing waits for it."""
@@ -278,10 +317,11 @@ class MultiScaleQuantizer(nn.Module):
     def _losses(self, result: ops.QuantizeResult, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
         """Means over the scales that took part; a dropped scale's error is 0."""
         scales = len(self.scales) - (0 if dropped is None else (dropped >= 0).to(torch.int64))
-        vq_loss = result.code_error.sum() / scales
+        count = scales * self.books
+        vq_loss = result.code_error.sum() / count
         if self.codebook_update == "ema":
             vq_loss = torch.zeros_like(vq_loss)
-        return vq_loss, self.beta * (result.row_error.sum() / scales)
+        return vq_loss, self.beta * (result.row_error.sum() / count)
 
     @torch.no_grad()
     def _update_state(
@@ -289,15 +329,18 @@ class MultiScaleQuantizer(nn.Module):
     ) -> Tensor:
         """Running statistics after a training step; returns the hits over all processes."""
         searched = result.indices >= 0
-        finite = features.isfinite().flatten(1).all(dim=1, keepdim=True)
+        finite = features.isfinite().flatten(1).all(dim=1)
+        finite = finite.view(-1, *[1] * (result.indices.dim() - 1))
         rows = None
         if self.codebook_update == "ema":
             rows = self._rows(features.detach(), codebook, result.indices)
             finite = finite & rows.isfinite().all(dim=-1)
-        tokens = torch.where(finite, result.indices, -1)
+        tokens = self._code_numbers(torch.where(finite, result.indices, -1))
+        codes = self.usage_ema.numel()
         hits, skipped = reduce_counts(
-            ops.count_codes(tokens, self.codebook_size), (searched & (tokens < 0)).sum()
+            ops.count_codes(tokens, codes), (searched & (tokens < 0)).sum()
         )
+        hits = hits.view_as(self.usage_ema)
         self.skipped_rows.add_(skipped)
         # A step without a row is no step.
         stepped = hits.any()
@@ -305,14 +348,22 @@ class MultiScaleQuantizer(nn.Module):
         self.window_hits.add_(hits)
         sums = None
         if rows is not None:
-            sums, _ = sum_by_code(rows.flatten(0, 1), tokens.flatten(), self.codebook_size)
-            sums = all_reduce(sums)
+            sums, _ = sum_by_code(rows.flatten(0, -2), tokens.flatten(), codes)
+            sums = all_reduce(sums).view_as(cast(Tensor, self.codebook_sums))
         update_running(self.usage_ema, self.codebook_sums, hits, sums, rate)
         if self.codebook_sums is not None:
             # A code that was never hit, or not for so long that its mean is noise, stays.
             means = running_means(self.usage_ema, self.codebook_sums)
             self._set_codes(means, stepped & (self.usage_ema > 1e-5))
         return hits
+
+    def _code_numbers(self, indices: Tensor) -> Tensor:
+        """Indices [B, G, L] as numbers among the codes of all groups, -1 where they are; a shared
+        index is such a number."""
+        if not self._own:
+            return indices
+        first = torch.arange(self.books, device=indices.device) * self.codebook_size
+        return torch.where(indices < 0, indices, indices + first.unsqueeze(1))
 
     # ------------------------------------------------------------------ tokens
 
@@ -350,14 +401,13 @@ class MultiScaleQuantizer(nn.Module):
         """
         if indices.dtype != torch.int64:
             raise TypeError(f"indices must be int64, got {indices.dtype}")
-        if indices.dim() != 2 or indices.shape[0] == 0:
-            raise ValueError(f"indices must have shape [B, L], B > 0, got {tuple(indices.shape)}")
-        held, tokens = self._scales_in(indices.shape[1])
+        self._check_indices(indices)
+        held, tokens = self._scales_in(indices.shape[-1])
         if upto is None:
             upto = held
         if not 1 <= upto <= held:
             raise ValueError(f"upto must be 1 to {held} for {tokens} tokens, got {upto}")
-        indices = indices[:, : sum(self.tokens_per_scale[:upto])]
+        indices = indices[..., : sum(self.tokens_per_scale[:upto])]
         if check and not bool(((indices >= 0) & (indices < self.codebook_size)).all()):
             low, high = indices.aminmax()
             raise ValueError(
@@ -365,6 +415,17 @@ class MultiScaleQuantizer(nn.Module):
             )
         size = self.scales[-1] if size is None else size
         return self._sum_codes(indices, self.joint_codebook(check=check), upto, size)
+
+    def _check_indices(self, indices: Tensor, tokens: int | None = None, where: str = "") -> None:
+        """Whether indices have the shape of tokens, of so many, said to be `where`."""
+        groups = (self.books,) * self._own
+        shape = tuple(indices.shape)
+        fits = indices.dim() == 2 + self._own and shape[1:-1] == groups and shape[0] > 0
+        if not fits or tokens not in (None, shape[-1]):
+            length = "L" if tokens is None else tokens
+            expected = ", ".join(map(str, ("B", *groups, length)))
+            where = where or ", B > 0"
+            raise ValueError(f"indices must have shape [{expected}]{where}, got {shape}")
 
     @torch.no_grad()
     def decode_rows(self, rows: Tensor, size: Size | None = None) -> Tensor:
@@ -400,18 +461,32 @@ class MultiScaleQuantizer(nn.Module):
 
     def split(self, indices: Tensor) -> list[Tensor]:
         """Token indices [B, L] cut by scale: [B, h * w] each."""
-        held, _ = self._scales_in(indices.shape[1])
-        return list(indices.split(self.tokens_per_scale[:held], dim=1))
+        held, _ = self._scales_in(indices.shape[-1])
+        return list(indices.split(self.tokens_per_scale[:held], dim=-1))
 
     @torch.no_grad()
     def codes(self, indices: Tensor) -> Tensor:
-        """Codebook rows [..., D] of indices [...], normalised as the quantizer uses them.
+        """Codebook rows [..., D] of indices [...], normalised as the quantizer uses them. With
+        indices of their own, [..., L, D] of [..., G, L].
 
         Raises:
             IndexError: an index out of [0, K) (on the CPU).
         """
-        rows = torch.cat([F.embedding(indices, group) for group in self.codebooks], dim=-1)
+        parts = indices.unbind(-2) if self._own else [indices] * len(self.dims)
+        groups = zip(parts, self._tables(), strict=True)
+        rows = torch.cat([F.embedding(part, group) for part, group in groups], dim=-1)
         return self._normalize(rows)
+
+    @torch.no_grad()
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The code at the smallest distance of each row, [B, G, L] of [B, L, D], whatever the scale
+        and the metric; G is 1 with a shared index."""
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        flat, weights = rows.to(dtype).flatten(0, 1), None if self._own else self.weights
+        flat = torch.stack(self._by_book(flat)) if self._own else flat
+        codebook = self.joint_codebook(dtype)
+        found = ops.nearest_code(flat, codebook, self._book_dims, weights, self.l2_norm)
+        return found.view(self.books, *rows.shape[:2]).transpose(0, 1)
 
     # What a next-scale predictor sees: `accumulate` carries f^ from scale to scale, `scale_input`
     # gives the map that a scale's input is made of.
@@ -476,11 +551,8 @@ class MultiScaleQuantizer(nn.Module):
                     f"rows must have shape [B, {count}, {self.dim}] at scale {scale}, got "
                     f"{tuple(indices.shape)}"
                 )
-        elif indices.dim() != 2 or indices.shape[1] != count:
-            raise ValueError(
-                f"indices must have shape [B, {count}] at scale {scale}, got {tuple(indices.shape)}"
-            )
         else:
+            self._check_indices(indices, count, f" at scale {scale}")
             rows = self._codes_to_add(indices)
         if f_hat is None:
             return self._added(rows, scale)
@@ -536,7 +608,10 @@ class MultiScaleQuantizer(nn.Module):
     def rows(self, h: Tensor) -> Tensor:
         """The rows that the scales of h search with, [B * L, D]: features for the two below."""
         features, codebook = self._inputs(h, False)
-        return self._rows(features, codebook, self.encode(features)).flatten(0, 1)
+        rows = self._rows(features, codebook, self.encode(features))
+        if self._own:
+            rows = rows.transpose(1, 2).flatten(2)
+        return rows.flatten(0, 1)
 
     def usage_window(self, reset: bool = True) -> CodebookUsage:
         """Usage over the training steps since the last reset (all processes)."""
@@ -560,28 +635,43 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a wrong shape, or a process without a finite row (on every process).
         """
-        features = self._features(features)
+        centres = [
+            self._centres(book, iterations) for book in self._by_book(self._features(features))
+        ]
+        self._copy_codes(torch.stack(centres) if self._own else centres[0], None)
+        self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
+
+    def _centres(self, features: Tensor, iterations: int) -> Tensor:
+        """k-means of the rows of one index, [K, D]: the codes nearest to them by the distance."""
+        dims = self._book_dims
+        weights = None if self._own else self.weights
 
         def sample() -> Tensor:
             return sample_rows(features, self.codebook_size)
 
         def stored(rows: Tensor) -> Tensor:
             """As the codebooks hold them, in their dtype."""
-            return self._normalize(rows).to(self.codebooks[0].dtype).to(rows.dtype)
+            rows = self._normalize(rows, dims)
+            return rows.to(self.codebooks[0].dtype).to(rows.dtype)
 
         def assign(centres: Tensor) -> Tensor:
-            return ops.nearest_code(features, centres, self.dims, self.weights, self.l2_norm)
+            return ops.nearest_code(features, centres, dims, weights, self.l2_norm)
 
         centres, _ = kmeans(
-            self._normalize(features),
+            self._normalize(features, dims),
             stored(sample()),
             iterations,
             assign=assign,
             normalize=stored,
             spare=sample,
         )
-        self._copy_codes(centres, None)
-        self._reset_statistics(torch.ones_like(self.usage_ema, dtype=torch.bool), 0.0)
+        return centres
+
+    def _by_book(self, rows: Tensor) -> list[Tensor]:
+        """Rows [N, D] cut by index."""
+        if not self._own:
+            return [rows]
+        return [part.contiguous() for part in rows.chunk(self.books, dim=-1)]
 
     @torch.no_grad()
     def restart_dead_codes(self, features: Tensor, threshold: float = 0.05) -> int:
@@ -601,9 +691,10 @@ class MultiScaleQuantizer(nn.Module):
             As `init_kmeans`.
         """
         features = self._features(features)
-        mean = self.usage_ema.mean()
+        mean = self.usage_ema.mean(dim=-1, keepdim=True)
         dead = self.usage_ema < threshold * mean
-        self._set_codes(sample_rows(features, self.codebook_size), dead)
+        rows = sample_rows(features, self.codebook_size)
+        self._set_codes(torch.stack(self._by_book(rows)) if self._own else rows, dead)
         self._reset_statistics(dead, mean)
         return int(dead.sum())
 
@@ -623,19 +714,23 @@ class MultiScaleQuantizer(nn.Module):
         self.skipped_rows.add_(skipped)
         return features[finite] if skipped else features
 
-    def _normalize(self, rows: Tensor) -> Tensor:
-        return ops.normalize_groups(rows, self.dims, self.l2_norm)
+    def _normalize(self, rows: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        return ops.normalize_groups(rows, self.dims if dims is None else dims, self.l2_norm)
 
     def _set_codes(self, rows: Tensor, where: Tensor | None) -> None:
-        """codebooks[where] = rows[where], normalised with l2_norm; rows [K, D], where [K]."""
-        self._copy_codes(self._normalize(rows), where)
+        """codebooks[where] = rows[where], normalised with l2_norm; rows and where as
+        `joint_codebook` and `usage_ema` are."""
+        self._copy_codes(self._normalize(rows, self._book_dims), where)
 
     def _copy_codes(self, rows: Tensor, where: Tensor | None) -> None:
-        for codebook, group in zip(self.codebooks, rows.split(self.dims, dim=-1), strict=True):
+        groups = rows.unbind() if self._own else rows.split(self.dims, dim=-1)
+        for number, (codebook, group) in enumerate(zip(self.codebooks, groups, strict=True)):
             group = group.to(codebook.dtype)
-            keep = group if where is None else torch.where(where.unsqueeze(1), group, codebook)
-            codebook.copy_(keep)
+            if where is not None:
+                moved = where[number] if self._own else where
+                group = torch.where(moved.unsqueeze(1), group, codebook)
+            codebook.copy_(group)
 
     def _reset_statistics(self, where: Tensor, hits: Tensor | float) -> None:
-        codes = self._normalize(self.joint_codebook())
+        codes = self._normalize(self.joint_codebook(), self._book_dims)
         reset_running(where, codes, hits, self.usage_ema, self.codebook_sums)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import check_devices
+from .ops import Metric, check_devices, metric_number
 from .sampler.arguments import bits, check_source, number, row_argument
-
-METRICS = ("l2", "squared_l2", "dot")  # in the order of csrc/common/gumbel.h
 
 
 def sample_code(
@@ -21,7 +19,7 @@ def sample_code(
     l2_norm: bool = True,
     *,
     temperature: float = 1.0,
-    metric: str = "l2",
+    metric: Metric = "l2",
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
@@ -53,8 +51,7 @@ def sample_code(
         RuntimeError: shapes, dtypes, devices, weights or temperature do not fit.
         ValueError: an unknown metric, no number, or a seed or offset of another shape.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    metric_id = metric_number(metric)
     dims = list(rows.shape[-1:] if dims is None else dims)
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     check_source(seed, generator)
@@ -73,7 +70,7 @@ def sample_code(
         dims,
         weights,
         l2_norm,
-        METRICS.index(metric),
+        metric_id,
         number(temperature, "temperature"),
         *row_argument(seed, "seed", bits, shape, device, "rows"),
         *row_argument(offset, "offset", bits, shape, device, "rows"),

@@ -234,7 +234,7 @@ class VarQuantizer(MultiScaleQuantizer):
     def _phi(self, scale: int) -> nn.Module:
         return self.phis[scale / max(1, len(self.scales) - 1)]
 
-    def _normalize(self, rows: Tensor) -> Tensor:
+    def _normalize(self, rows: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         return rows
 
     def _quantize(

@@ -18,21 +18,14 @@
 
 namespace tokenflow {
 
-// What a code's score is, z and c normalised if the layout says so.
-enum class Metric {
-  kL2,         // -sqrt(sum_g weight_g |z_g - c_g|^2)
-  kSquaredL2,  // -sum_g weight_g |z_g - c_g|^2
-  kDot,        // sum_g weight_g <z_g, c_g>
-};
-
-// A code drawn for every row. T is float (CPU and CUDA) or double (CPU).
+// A code drawn for every row by the layout's metric, of one codebook. T is float (CPU and CUDA) or
+// double (CPU).
 template <typename T>
 struct SampleCodeArgs {
   CodebookLayout layout;
   const T* codebook;  // [codes, dim]
   int64_t num_rows;
-  const T* rows;  // [num_rows, dim], not normalised
-  Metric metric;
+  const T* rows;       // [num_rows, dim], not normalised
   double temperature;  // finite, not negative; 0 takes the largest score
   RowArgument<int64_t> seed;
   RowArgument<int64_t> offset;

@@ -138,7 +138,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
       const double root = bounds->scale * __builtin_sqrt(layout.weight[g]);
       for (int i = 0; i < kHalfLanes; ++i) {
         scale[i] = root * inverse_norm(squared[i], layout.l2_norm);
-        bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
+        bias[i] += group_bias(squared[i], layout, g);
       }
       squared_length += squared * scale * scale;
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {

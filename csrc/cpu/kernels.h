@@ -80,12 +80,13 @@ struct PlaneKernels {
   // Area pooling of [height * width, dim] to [extent, dim], and its transpose (added to grad).
   void (*pool)(const T* plane, int dim, Extent from, Extent to, T* rows);
   void (*pool_transpose_add)(const T* grad_rows, int dim, Extent from, Extent to, T* grad_plane);
-  // Bicubic upsampling u of rows [from, dim]: sum += u and residual -= u (either may be null).
-  // `scratch` holds from.height * to.width * dim.
-  void (*upsample)(const T* rows, int dim, Extent from, Extent to, T* scratch, T* sum, T* residual);
+  // Upsampling u of rows [from, dim]: sum += u and residual -= u (either may be null). `scratch`
+  // holds from.height * to.width * dim.
+  void (*upsample)(const T* rows, int dim, Extent from, Extent to, Upsampling upsampling,
+                   T* scratch, T* sum, T* residual);
   // rows = transpose of upsample applied to grad_plane [to, dim]; same scratch.
-  void (*upsample_transpose)(const T* grad_plane, int dim, Extent from, Extent to, T* scratch,
-                             T* grad_rows);
+  void (*upsample_transpose)(const T* grad_plane, int dim, Extent from, Extent to,
+                             Upsampling upsampling, T* scratch, T* grad_rows);
 };
 
 struct KernelTable {

@@ -109,7 +109,7 @@ void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
       for (int i = 0; i < kHalfLanes; ++i) {
         scale[i] = bounds->scale * __builtin_sqrt(layout.weight[g]) *
                    inverse_norm(squared[i], layout.l2_norm);
-        bias[i] += group_bias(squared[i], layout.weight[g], layout.l2_norm);
+        bias[i] += group_bias(squared[i], layout, g);
       }
       squared_length += squared * scale * scale;
       for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
@@ -284,7 +284,7 @@ void scores(const double* unit_row, const float* codebook, const CodebookLayout&
         squared += squares[lane];
       }
       score += layout.weight[g] * dot * inverse_norm(squared, layout.l2_norm) +
-               group_bias(squared, layout.weight[g], layout.l2_norm);
+               group_bias(squared, layout, g);
     }
     scores[i] = score;
   }
@@ -395,10 +395,11 @@ void pool_transpose_add(const T* grad_rows, int dim, Extent from, Extent to, T* 
 }
 
 template <typename T>
-void upsample(const T* rows, int dim, Extent from, Extent to, T* scratch, T* sum, T* residual) {
+void upsample(const T* rows, int dim, Extent from, Extent to, Upsampling upsampling, T* scratch,
+              T* sum, T* residual) {
   // Along x into scratch [from.height, to.width, dim], then along y.
   for (int x = 0; x < to.width; ++x) {
-    const CubicTaps<T> taps = cubic_taps<T>(x, from.width, to.width);
+    const Taps<T> taps = upsampling_taps<T>(x, from.width, to.width, upsampling);
     for (int y = 0; y < from.height; ++y) {
       const T* line = rows + static_cast<int64_t>(y) * from.width * dim;
       const T* __restrict a = line + static_cast<int64_t>(taps.position[0]) * dim;
@@ -414,7 +415,7 @@ void upsample(const T* rows, int dim, Extent from, Extent to, T* scratch, T* sum
   }
   const int64_t line = static_cast<int64_t>(to.width) * dim;
   for (int y = 0; y < to.height; ++y) {
-    const CubicTaps<T> taps = cubic_taps<T>(y, from.height, to.height);
+    const Taps<T> taps = upsampling_taps<T>(y, from.height, to.height, upsampling);
     const T* __restrict a = scratch + taps.position[0] * line;
     const T* __restrict b = scratch + taps.position[1] * line;
     const T* __restrict c = scratch + taps.position[2] * line;
@@ -431,19 +432,19 @@ void upsample(const T* rows, int dim, Extent from, Extent to, T* scratch, T* sum
 }
 
 template <typename T>
-void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, T* scratch,
-                        T* grad_rows) {
+void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, Upsampling upsampling,
+                        T* scratch, T* grad_rows) {
   const int64_t line = static_cast<int64_t>(to.width) * dim;
   fill_zero(scratch, from.height * line);
   for (int y = 0; y < to.height; ++y) {
-    const CubicTaps<T> taps = cubic_taps<T>(y, from.height, to.height);
+    const Taps<T> taps = upsampling_taps<T>(y, from.height, to.height, upsampling);
     for (int k = 0; k < 4; ++k) {
       add_scaled(grad_plane + y * line, taps.weight[k], line, scratch + taps.position[k] * line);
     }
   }
   fill_zero(grad_rows, static_cast<int64_t>(from.height) * from.width * dim);
   for (int x = 0; x < to.width; ++x) {
-    const CubicTaps<T> taps = cubic_taps<T>(x, from.width, to.width);
+    const Taps<T> taps = upsampling_taps<T>(x, from.width, to.width, upsampling);
     for (int y = 0; y < from.height; ++y) {
       const T* grad = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
       T* out = grad_rows + static_cast<int64_t>(y) * from.width * dim;

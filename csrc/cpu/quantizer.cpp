@@ -2,109 +2,67 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
+#include <memory>
 #include <vector>
 
 #include "../common/normalize.h"
-#include "kernels.h"
+#include "planes.h"
 #include "search.h"
 
 namespace tokenflow::cpu {
 namespace {
 
+// A searcher for each codebook, packed once.
 template <typename T>
-const PlaneKernels<T>& plane_kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return kernels().plane_float;
-  } else {
-    return kernels().plane_double;
-  }
-}
-
-int64_t area(Extent e) { return static_cast<int64_t>(e.height) * e.width; }
-
-// The residual pyramid of one call, image by image: an image's planes are channels-last and belong
-// to one thread at a time.
-template <typename T>
-class ResidualPass {
+class Searchers {
  public:
-  ResidualPass(const Pyramid& pyramid, const CodebookLayout& layout, const T* codebook,
-               const Executor& executor)
-      : pyramid_(pyramid),
-        layout_(layout),
-        codebook_(codebook),
-        executor_(executor),
-        plane_(plane_kernels<T>()),
-        full_{pyramid.height, pyramid.width} {
-    for (int s = 0; s < pyramid.num_scales; ++s) {
-      const Extent e = pyramid.extent[s];
-      scratch_size_ = std::max({scratch_size_, area(e) * layout.dim,
-                                static_cast<int64_t>(e.height) * full_.width * layout.dim});
+  Searchers(const CodebookLayout& layout, const T* codebook, const Executor& executor) {
+    for (int64_t book = 0; book < layout.books; ++book) {
+      searchers_.push_back(std::make_unique<Searcher<T>>(
+          layout, codebook + book * layout.codes * layout.dim, executor));
     }
   }
 
-  // Elements of a plane, of a scale's rows, and of a scratch area, which holds either scale's rows.
-  int64_t plane_size() const { return area(full_) * layout_.dim; }
-  int64_t row_size(int s) const { return area(pyramid_.extent[s]) * layout_.dim; }
-  int64_t scratch_size() const { return scratch_size_; }
+  Searcher<T>& operator[](int64_t book) { return *searchers_[book]; }
 
-  // task(b, scratch) for every image; scratch holds `areas` scratch areas.
-  template <typename Task>
-  void each_image(int areas, const Task& task) const {
-    executor_.for_each(pyramid_.batch, [&](int64_t b) {
-      thread_local std::vector<T> scratch;
-      scratch.resize(std::max<size_t>(scratch.size(), areas * scratch_size_));
-      task(b, scratch.data());
-    });
-  }
+ private:
+  std::vector<std::unique_ptr<Searcher<T>>> searchers_;
+};
 
-  // Between [batch, dim, height, width] and an image's plane.
-  void load(const T* h, int64_t b, T* plane) const {
-    plane_.to_channels_last(h + b * plane_size(), layout_.dim, area(full_), plane);
-  }
-  void store(const T* plane, int64_t b, T* out) const {
-    plane_.to_channels_first(plane, layout_.dim, area(full_), out + b * plane_size());
-  }
+// The residual pyramid of one call, whose maps take turns in the codebooks.
+template <typename T>
+class ResidualPass : public Planes<T> {
+ public:
+  ResidualPass(const Pyramid& pyramid, const CodebookLayout& layout, const T* codebook,
+               const Executor& executor)
+      : Planes<T>(pyramid, layout.dim, executor),
+        pyramid_(pyramid),
+        layout_(layout),
+        codebook_(codebook) {}
 
-  // rows [extent[s], dim] = the plane pooled to scale s, not normalised.
-  void pool(const T* plane, int s, T* rows) const {
-    plane_.pool(plane, layout_.dim, full_, pyramid_.extent[s], rows);
-  }
-  void pool_transpose_add(const T* grad_rows, int s, T* grad_plane) const {
-    plane_.pool_transpose_add(grad_rows, layout_.dim, full_, pyramid_.extent[s], grad_plane);
-  }
+  // The codebook of map b, and the map's number among those of its codebook.
+  int64_t book(int64_t b) const { return b % layout_.books; }
+  int64_t within_book(int64_t b) const { return b / layout_.books; }
+  int64_t maps_per_book() const { return pyramid_.batch / layout_.books; }
 
-  // rows [extent[s], dim] = normalised codebook rows of an image's tokens, zeros for a dropped one.
+  // rows [extent[s], dim] = normalised codebook rows of a map's tokens, zeros for a dropped one.
   // indices [batch, tokens].
   void gather(const int64_t* indices, int64_t b, int s, T* rows) const {
     const int64_t* index = indices + b * tokens_per_image(pyramid_) + pyramid_.first_token[s];
+    const T* codes = codebook_ + book(b) * layout_.codes * layout_.dim;
     for (int64_t n = 0; n < area(pyramid_.extent[s]); ++n, rows += layout_.dim) {
       if (index[n] < 0) {
         std::fill_n(rows, layout_.dim, T(0));
       } else {
-        normalize_row(codebook_ + index[n] * layout_.dim, layout_, rows);
+        normalize_row(codes + index[n] * layout_.dim, layout_, rows);
       }
     }
-  }
-
-  // sum += u, residual -= u for the upsampled rows of scale s; either may be null. `scratch` is one
-  // area.
-  void add(const T* rows, int s, T* scratch, T* sum, T* residual) const {
-    plane_.upsample(rows, layout_.dim, pyramid_.extent[s], full_, scratch, sum, residual);
-  }
-  void add_transpose(const T* grad_plane, int s, T* scratch, T* grad_rows) const {
-    plane_.upsample_transpose(grad_plane, layout_.dim, pyramid_.extent[s], full_, scratch,
-                              grad_rows);
   }
 
  private:
   const Pyramid& pyramid_;
   const CodebookLayout& layout_;
   const T* codebook_;
-  const Executor& executor_;
-  const PlaneKernels<T>& plane_;
-  const Extent full_;
-  int64_t scratch_size_ = 0;
 };
 
 }  // namespace
@@ -112,8 +70,9 @@ class ResidualPass {
 template <typename T>
 int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
                              const Executor& executor) {
-  std::atomic<int64_t> first{layout.codes};
-  executor.for_ranges(layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
+  const int64_t codes = all_codes(layout);
+  std::atomic<int64_t> first{codes};
+  executor.for_ranges(codes, layout.dim, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       // x * 0 is NaN for a NaN or an infinity and 0 otherwise; one test a row.
       T sum = 0;
@@ -125,16 +84,20 @@ int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
       return;
     }
   });
-  return first == layout.codes ? -1 : first.load();
+  return first == codes ? -1 : first.load();
 }
 
 template <typename T>
 void nearest_code(const NearestCodeArgs<T>& args, const Executor& executor) {
-  Searcher<T>(args.layout, args.codebook, executor).search(args.rows, args.num_rows, args.indices);
+  Searchers<T> searchers(args.layout, args.codebook, executor);
+  for (int64_t book = 0; book < args.layout.books; ++book) {
+    searchers[book].search(args.rows + book * args.num_rows * args.layout.dim, args.num_rows,
+                           args.indices + book * args.num_rows);
+  }
 }
 
-// The images go through a scale together, because its rows are searched together: a scale is one
-// parallel search and one parallel step of the pyramid.
+// The maps go through a scale together, because its rows are searched together, those of a codebook
+// at a time: a scale is one parallel search a codebook and one parallel step of the pyramid.
 template <typename T>
 void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
@@ -142,17 +105,20 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
   const int64_t tokens = tokens_per_image(pyramid);
   const ResidualPass<T> pass(pyramid, args.layout, args.codebook, executor);
   const int64_t plane = pass.plane_size();
-  Searcher<T> searcher(args.layout, args.codebook, executor);
+  const int64_t books = args.layout.books, maps = pass.maps_per_book();
+  Searchers<T> searchers(args.layout, args.codebook, executor);
   std::vector<T> residual(pyramid.batch * plane), sum(pyramid.batch * plane), rows, next_rows;
   std::vector<int64_t> found;
   std::vector<double> error(pyramid.batch);
 
+  // A scale's rows lie book after book.
+  const auto place = [&](int64_t b) { return pass.book(b) * maps + pass.within_book(b); };
   const auto size_rows = [&](int s) { next_rows.resize(pyramid.batch * pass.row_size(s)); };
   const auto pool = [&](int64_t b, int s) {
-    pass.pool(residual.data() + b * plane, s, next_rows.data() + b * pass.row_size(s));
+    pass.pool(residual.data() + b * plane, s, next_rows.data() + place(b) * pass.row_size(s));
   };
   if (pyramid.num_scales > 0) size_rows(0);
-  pass.each_image(0, [&](int64_t b, T*) {
+  pass.each_map(0, [&](int64_t b, T*) {
     pass.load(args.h, b, residual.data() + b * plane);
     if (pyramid.num_scales > 0) pool(b, 0);
   });
@@ -164,18 +130,21 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
     if (!is_last) size_rows(s + 1);
     if (!is_dropped) {
       found.resize(pyramid.batch * count);
-      searcher.search(rows.data(), pyramid.batch * count, found.data());
+      for (int64_t book = 0; book < books; ++book) {
+        searchers[book].search(rows.data() + book * maps * pass.row_size(s), maps * count,
+                               found.data() + book * maps * count);
+      }
     }
-    pass.each_image(2, [&](int64_t b, T* scratch) {
+    pass.each_map(2, [&](int64_t b, T* scratch) {
       int64_t* indices = args.indices + b * tokens + first;
       error[b] = 0;
       if (is_dropped) {
         std::fill_n(indices, count, int64_t{-1});
       } else {
-        std::copy_n(found.data() + b * count, count, indices);
+        std::copy_n(found.data() + place(b) * count, count, indices);
         T* codes = scratch + pass.scratch_size();
         pass.gather(args.indices, b, s, codes);
-        T* row = rows.data() + b * pass.row_size(s);
+        T* row = rows.data() + place(b) * pass.row_size(s);
         for (int64_t n = 0; n < count; ++n, row += dim) {
           normalize_row(row, args.layout, row);
           for (int d = 0; d < dim; ++d) {
@@ -187,15 +156,18 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
       }
       if (!is_last) pool(b, s + 1);
     });
-    double total = 0;
-    for (double e : error) total += e;
-    args.squared_error[s] =
-        is_dropped ? T(0) : static_cast<T>(total / (pyramid.batch * count * dim));
+    for (int64_t book = 0; book < books; ++book) {
+      double total = 0;
+      for (int64_t b = book; b < pyramid.batch; b += books) total += error[b];
+      args.squared_error[book * pyramid.num_scales + s] =
+          is_dropped ? T(0) : static_cast<T>(total / (maps * count * dim));
+    }
   }
-  pass.each_image(0, [&](int64_t b, T*) { pass.store(sum.data() + b * plane, b, args.quantized); });
-  std::fill_n(args.hits, args.layout.codes, int64_t{0});
+  pass.each_map(0, [&](int64_t b, T*) { pass.store(sum.data() + b * plane, b, args.quantized); });
+  std::fill_n(args.hits, all_codes(args.layout), int64_t{0});
   for (int64_t n = 0; n < pyramid.batch * tokens; ++n) {
-    if (args.indices[n] >= 0) ++args.hits[args.indices[n]];
+    if (args.indices[n] < 0) continue;
+    ++args.hits[pass.book(n / tokens) * args.layout.codes + args.indices[n]];
   }
 }
 
@@ -213,7 +185,7 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
   if (want_codes) code_rows.resize(pyramid.batch * tokens * dim);
 
   if (want_h || want_codes) {
-    pass.each_image(4, [&](int64_t b, T* scratch) {
+    pass.each_map(4, [&](int64_t b, T* scratch) {
       thread_local std::vector<T> planes, unit;
       planes.resize(3 * plane);
       unit.resize(dim);
@@ -229,9 +201,10 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
       for (int s = 0; s < pyramid.num_scales; ++s) {
         if (args.indices[pyramid.first_token[s]] < 0) continue;  // dropped
         const int64_t count = area(pyramid.extent[s]);
-        const T share = T(2) / static_cast<T>(pyramid.batch * count * dim);
-        const T row_share = args.grad_row_error ? share * args.grad_row_error[s] : T(0);
-        const T code_share = args.grad_code_error ? share * args.grad_code_error[s] : T(0);
+        const T share = T(2) / static_cast<T>(pass.maps_per_book() * count * dim);
+        const int64_t mean = pass.book(b) * pyramid.num_scales + s;
+        const T row_share = args.grad_row_error ? share * args.grad_row_error[mean] : T(0);
+        const T code_share = args.grad_code_error ? share * args.grad_code_error[mean] : T(0);
         pass.pool(residual, s, rows);
         pass.gather(args.indices, b, s, codes);
         pass.add(codes, s, scratch, static_cast<T*>(nullptr), residual);
@@ -259,14 +232,22 @@ void quantize_backward(const QuantizeBackwardArgs<T>& args, const Executor& exec
     });
   }
   if (args.grad_codebook && !want_codes) {
-    std::fill_n(args.grad_codebook, layout.codes * dim, T(0));
+    std::fill_n(args.grad_codebook, all_codes(layout) * dim, T(0));
   }
   if (want_codes) {
-    std::vector<int64_t> counts(layout.codes);
-    segment_sum<T>({layout.codes, dim, pyramid.batch * tokens, code_rows.data(), args.indices,
-                    args.grad_codebook, counts.data()},
-                   executor);
-    executor.for_ranges(layout.codes, dim, [&](int64_t begin, int64_t end) {
+    const int64_t codes = all_codes(layout);
+    std::vector<int64_t> counts(codes), numbers;  // of codes among those of all codebooks
+    if (layout.books > 1) {
+      numbers.assign(args.indices, args.indices + pyramid.batch * tokens);
+      for (int64_t n = 0; n < pyramid.batch * tokens; ++n) {
+        if (numbers[n] >= 0) numbers[n] += pass.book(n / tokens) * layout.codes;
+      }
+    }
+    segment_sum<T>(
+        {codes, dim, pyramid.batch * tokens, code_rows.data(),
+         layout.books > 1 ? numbers.data() : args.indices, args.grad_codebook, counts.data()},
+        executor);
+    executor.for_ranges(codes, dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (counts[i] == 0) continue;
         T* grad = args.grad_codebook + i * dim;
@@ -281,7 +262,7 @@ void pyramid_rows(const PyramidRowsArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
   const ResidualPass<T> pass(pyramid, args.layout, args.codebook, executor);
-  pass.each_image(3, [&](int64_t b, T* scratch) {
+  pass.each_map(3, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> residual;
     residual.resize(pass.plane_size());
     T* codes = scratch + pass.scratch_size();
@@ -302,7 +283,7 @@ void pyramid_rows(const PyramidRowsArgs<T>& args, const Executor& executor) {
 template <typename T>
 void decode(const DecodeArgs<T>& args, const Executor& executor) {
   const ResidualPass<T> pass(args.pyramid, args.layout, args.codebook, executor);
-  pass.each_image(2, [&](int64_t b, T* scratch) {
+  pass.each_map(2, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> sum;
     sum.assign(pass.plane_size(), T(0));
     T* codes = scratch + pass.scratch_size();

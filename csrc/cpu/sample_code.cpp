@@ -55,7 +55,7 @@ void sample_code(const SampleCodeArgs<T>& args, const Executor& executor) {
   const int dim = layout.dim;
   // Without noise the root, which makes equal what is not, decides nothing.
   const bool noisy = args.temperature > 0;
-  const Metric metric = !noisy && args.metric == Metric::kL2 ? Metric::kSquaredL2 : args.metric;
+  const Metric metric = !noisy && layout.metric == Metric::kL2 ? Metric::kSquaredL2 : layout.metric;
   double bounds[33];
   for (int i = 0; i <= 32; ++i) bounds[i] = args.temperature * gumbel_bound(i);
 

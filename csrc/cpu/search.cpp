@@ -47,6 +47,10 @@ void raise(std::atomic<double>& to, double value) {
   }
 }
 
+bool is_zero(const float* row, int dim) {
+  return std::all_of(row, row + dim, [](float value) { return value == 0; });
+}
+
 std::unique_ptr<std::byte[], void (*)(std::byte*)> allocate(size_t bytes) {
   return {static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(kAlignment))),
           [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
@@ -259,6 +263,10 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
   for (int64_t n = 0; n < tiles.num_rows; ++n) {
     const float* row = tiles.rows + n * dim;
     const int64_t t = n / tiles.tile_rows;
+    if (layout_.metric == Metric::kDot && is_zero(row, dim)) {
+      indices[n] = 0;  // all codes tie
+      continue;
+    }
     float threshold;
     const int found = kernels().near_blocks(block_max + n * blocks, blocks, tiles.scales[n].margin,
                                             near.data(), &threshold);

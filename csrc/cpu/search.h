@@ -25,6 +25,7 @@ class Searcher;
 template <>
 class Searcher<float> {
  public:
+  // codebook [codes, dim]: one, if there are several.
   Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor);
 
   // indices[n] = the nearest code of rows[n], 0 for a row that is not finite.

@@ -23,11 +23,12 @@ struct RowGradientArgs {
   const float* codebook;
   const double* code_inverse_norms;
   const int64_t* indices;
-  const float* grad_code_error;  // [scales] or null
-  const float* grad_row_error;   // [scales] or null
-  float* rows;         // [batch, tokens, dim], not normalised; becomes the gradient of each token's
-                       // normalised code if there is a grad_code_error and no code_sums
-  float* code_sums;    // [codes, dim] gains that gradient in order of arrival instead, or null
+  const float* grad_code_error;  // [books, scales] or null
+  const float* grad_row_error;   // [books, scales] or null
+  float* rows;       // [batch, tokens, dim], not normalised; becomes the gradient of each token's
+                     // normalised code if there is a grad_code_error and no code_sums
+  int64_t* numbers;  // out [batch, tokens]: each token's code among those of all books, or null
+  float* code_sums;  // [books, codes, dim] gains that gradient in order of arrival instead, or null
   bool has_grad_rows;  // grad_rows holds the gradient from f^, else nothing
   float* grad_rows;  // in and out [batch, tokens, dim] or null: becomes the gradient of each plane
                      // position in the row's bin
@@ -47,12 +48,16 @@ __global__ void __launch_bounds__(kTokenThreads)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock +
                         static_cast<int>(threadIdx.x) / kTokenLanes;
   const bool present = token < pyramid.batch * tokens_per_image(pyramid);
-  const int64_t index = present ? args.indices[token] : -1;
-  const bool named = names_code(index, layout);
+  const int64_t in_book = present ? args.indices[token] : -1;
+  const bool named = names_code(in_book, layout);
 
   // 32 bits hold the number of a token (see unsupported_reason).
-  const int in_image = static_cast<int>(static_cast<unsigned>(token) %
-                                        static_cast<unsigned>(tokens_per_image(pyramid)));
+  const unsigned map =
+      static_cast<unsigned>(token) / static_cast<unsigned>(tokens_per_image(pyramid));
+  const int in_image = static_cast<int>(static_cast<unsigned>(token) -
+                                        map * static_cast<unsigned>(tokens_per_image(pyramid)));
+  const int64_t index = named ? code_number(layout, map, in_book) : -1;
+  if (args.numbers && present && lane == 0) args.numbers[token] = index;
   int s = 0;
   while (in_image >= pyramid.first_token[s + 1]) ++s;
   const Extent extent = pyramid.extent[s];
@@ -61,10 +66,12 @@ __global__ void __launch_bounds__(kTokenThreads)
   const AreaBin bin_y = area_bin(p / extent.width, pyramid.height, extent.height);
   const double bin_share =
       1.0 / static_cast<double>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
-  const int64_t squares = pyramid.batch * area(extent) * layout.dim;  // in the scale's mean
+  // In the scale's mean.
+  const int64_t squares = pyramid.batch / layout.books * area(extent) * layout.dim;
+  const int64_t mean = map % layout.books * pyramid.num_scales + s;
   const float share = 2.0f / static_cast<float>(squares);
-  const float row_share = args.grad_row_error ? share * args.grad_row_error[s] : 0.0f;
-  const float code_share = args.grad_code_error ? share * args.grad_code_error[s] : 0.0f;
+  const float row_share = args.grad_row_error ? share * args.grad_row_error[mean] : 0.0f;
+  const float code_share = args.grad_code_error ? share * args.grad_code_error[mean] : 0.0f;
 
   float* rows = args.rows + token * layout.dim;
   float* grad_rows = args.grad_rows ? args.grad_rows + token * layout.dim : nullptr;
@@ -122,7 +129,7 @@ __global__ void __launch_bounds__(kCodeThreads)
     code_gradient_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
                          float* grad_codebook) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (kCodeThreads / kWarpSize) + warp_index();
-  if (i >= layout.codes) return;
+  if (i >= all_codes(layout)) return;
   float* grad = grad_codebook + i * layout.dim;
   bool any = false;
   for (int d = lane_index(); d < layout.dim; d += kWarpSize) any |= grad[d] != 0;
@@ -135,6 +142,7 @@ struct BackwardScratch {
   double* code_inverse_norms;
   float* rows;
   float* grad_rows;
+  int64_t* numbers;  // see RowGradientArgs
   SegmentSumArgs<float> segments;
   void* sort;
 
@@ -143,10 +151,13 @@ struct BackwardScratch {
     const int64_t tokens = args.pyramid.batch * tokens_per_image(args.pyramid);
     wants_codes = args.grad_codebook && args.grad_code_error && tokens > 0;
     sorts = wants_codes && !args.atomic_codebook_gradient;
-    code_inverse_norms = workspace.take<double>(layout.codes * layout.groups);
+    code_inverse_norms = workspace.take<double>(all_codes(layout) * layout.groups);
     rows = workspace.take<float>(tokens * layout.dim);
     grad_rows = args.grad_h ? workspace.take<float>(tokens * layout.dim) : nullptr;
-    segments = {layout.codes, layout.dim, tokens, rows, args.indices, args.grad_codebook, nullptr};
+    numbers = sorts && layout.books > 1 ? workspace.take<int64_t>(tokens) : nullptr;
+    segments = {
+        all_codes(layout),  layout.dim, tokens, rows, layout.books > 1 ? numbers : args.indices,
+        args.grad_codebook, nullptr};
     const size_t sort_bytes = sorts ? segment_sum_workspace_bytes(segments) : 0;
     sort = workspace.take<unsigned char>(static_cast<int64_t>(sort_bytes));
   }
@@ -170,9 +181,9 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   Workspace workspace(workspace_memory);
   const BackwardScratch scratch(workspace, args);
   if (args.grad_codebook && !scratch.sorts) {
-    TOKENFLOW_CUDA_TRY(
-        cudaMemsetAsync(args.grad_codebook, 0,
-                        static_cast<size_t>(layout.codes * layout.dim) * sizeof(float), stream));
+    TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
+        args.grad_codebook, 0, static_cast<size_t>(all_codes(layout) * layout.dim) * sizeof(float),
+        stream));
   }
   if (tokens == 0 || (!scratch.wants_codes && !args.grad_h)) return cudaSuccess;
   TOKENFLOW_CUDA_TRY(
@@ -189,27 +200,29 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   row_gradient.grad_code_error = scratch.wants_codes ? args.grad_code_error : nullptr;
   row_gradient.grad_row_error = args.grad_row_error;
   row_gradient.rows = scratch.rows;
+  row_gradient.numbers = scratch.numbers;
   row_gradient.code_sums = scratch.wants_codes && !scratch.sorts ? args.grad_codebook : nullptr;
   row_gradient.has_grad_rows = args.grad_h && args.grad_quantized;
   row_gradient.grad_rows = scratch.grad_rows;
   if (row_gradient.has_grad_rows) {
-    TOKENFLOW_CUDA_TRY(launch_upsample_transpose(pyramid, layout.dim, args.grad_quantized,
-                                                 scratch.grad_rows, stream));
+    TOKENFLOW_CUDA_TRY(launch_upsample_transpose(
+        {pyramid, layout.dim, args.grad_quantized, scratch.grad_rows}, stream));
   }
   TOKENFLOW_CUDA_TRY(launch(row_gradient_kernel,
                             dim3(static_cast<unsigned>(ceil_div(tokens, kTokensPerBlock))),
                             kTokenThreads, 0, stream, row_gradient));
   if (args.grad_h) {
-    TOKENFLOW_CUDA_TRY(
-        launch_pool_transpose(pyramid, layout.dim, scratch.grad_rows, args.grad_h, stream));
+    TOKENFLOW_CUDA_TRY(launch_pool_transpose({pyramid, layout.dim, scratch.grad_rows, args.grad_h},
+                                             BinShare::kWhole, stream));
   }
   if (scratch.sorts) {
     return launch_codebook_gradient(scratch.segments, layout, args.codebook, scratch.sort, stream);
   }
   if (row_gradient.code_sums && layout.l2_norm) {
-    return launch(code_gradient_kernel,
-                  dim3(static_cast<unsigned>(ceil_div(layout.codes, kCodeThreads / kWarpSize))),
-                  kCodeThreads, 0, stream, layout, args.codebook, args.grad_codebook);
+    return launch(
+        code_gradient_kernel,
+        dim3(static_cast<unsigned>(ceil_div(all_codes(layout), kCodeThreads / kWarpSize))),
+        kCodeThreads, 0, stream, layout, args.codebook, args.grad_codebook);
   }
   return cudaSuccess;
 }

@@ -69,15 +69,25 @@ __device__ __forceinline__ void store_records(Records<2 * kFragments>& records, 
 
 // What a CUDA block of the coarse scores owns: its rows, and a run of tiles of codes.
 struct ScoreBlock {
-  int64_t row;  // from the first of the launch
+  int64_t book;
+  int64_t row;  // from the book's first of the launch
   int64_t first_tile;
   int tiles;
 
   __device__ __forceinline__ ScoreBlock(const SearchArgs& args, int rows, const ScoreRuns& runs)
-      : row(static_cast<int64_t>(blockIdx.x) * rows),
+      : book(blockIdx.z),
+        row(static_cast<int64_t>(blockIdx.x) * rows),
         first_tile(static_cast<int64_t>(blockIdx.y) * runs.tiles_per_block) {
-    const int64_t left = num_tiles(args) - first_tile;
+    const int64_t left = num_tiles(args.layout) - first_tile;
     tiles = left < runs.tiles_per_block ? static_cast<int>(left) : runs.tiles_per_block;
+  }
+
+  // The packed rows of the book's search begin here, and its tiles of codes.
+  __device__ __forceinline__ int64_t packed_row(const SearchArgs& args) const {
+    return book * padded_rows(args.num_rows);
+  }
+  __device__ __forceinline__ int64_t packed_tile(const SearchArgs& args) const {
+    return book * num_tiles(args.layout) + first_tile;
   }
 };
 
@@ -109,13 +119,13 @@ __device__ __forceinline__ int next_stage(int stage) {
 }
 
 // Operands of kSteps steps, held in registers on the side of the rows.
-// Grid: (blocks of 64 kFragments rows, runs of tiles of codes); a block owns the records of its
-// rows over its tiles. A warp holds kFragments fragments of 16 rows and multiplies them with each
-// fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to kSteps loads of
-// shared memory and 14 kFragments instructions for the records. Shared memory: kStages tiles of 4
-// kSteps KiB, 36 KiB for TokenFlow's 40 channels. Bytes: 32 kSteps (rows * runs + codes * blocks of
-// rows) read, from the L2, and 8 rows * records written. Operations: 32 kSteps rows codes; bound by
-// the tensor cores.
+// Grid: (blocks of 64 kFragments rows, runs of tiles of codes, codebooks); a block owns the records
+// of its rows over its tiles. A warp holds kFragments fragments of 16 rows and multiplies them with
+// each fragment of 16 codes in turn: 2 kFragments x kSteps products of 16 x 8 x 16 to kSteps loads
+// of shared memory and 14 kFragments instructions for the records. Shared memory: kStages tiles of
+// 4 kSteps KiB, 36 KiB for TokenFlow's 40 channels. Bytes: 32 kSteps (rows * runs + codes * blocks
+// of rows) read, from the L2, and 8 rows * records written. Operations: 32 kSteps rows codes; bound
+// by the tensor cores.
 template <int kSteps, int kFragments>
 __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 ? 3 : 2))
     coarse_score_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
@@ -130,13 +140,13 @@ __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 
   for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      const int64_t n = first_row + warp_row + f * kFragmentVectors;
+      const int64_t n = block.packed_row(args) + first_row + warp_row + f * kFragmentVectors;
       rows[s][f] = args.packed.fragments[fragment_index(n, s, kSteps) + lane_index()];
     }
   }
 
   uint4* shared = shared_memory<uint4>();
-  const uint4* next = args.codes.fragments + block.first_tile * kTile;
+  const uint4* next = args.codes.fragments + block.packed_tile(args) * kTile;
   int fetched = 0, into = 0;
   const auto fetch = [&] {
     if (fetched < block.tiles) copy_block<kTile>(shared + into * kTile, next);
@@ -170,7 +180,8 @@ __global__ void __launch_bounds__(kScoreThreads, kSteps <= 3 ? 4 : (kSteps == 4 
     }
     if (ends_record(runs, block, i)) {
       store_records<kFragments>(records,
-                                args.records + record_index(runs, block, warp_row - block.row, i),
+                                records_of(args, runs, num_rows, block.book) +
+                                    record_index(runs, block, warp_row - block.row, i),
                                 runs.num_records);
       records.clear();
     }
@@ -184,22 +195,22 @@ constexpr int kWideChunk = kWideSteps * kTileFragments * kWarpSize;  // of rows,
 static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed vectors");
 
 // Operands of any number of steps, kWideSteps at a time on both sides.
-// Grid: (blocks of kWideRows rows, runs of tiles of codes). A warp holds the
+// Grid: (blocks of kWideRows rows, runs of tiles of codes, codebooks). A warp holds the
 // scores of 32 rows and a tile of codes. Shared memory: kWideStages chunks of both operands, 64
 // KiB. Bytes: a block reads its rows again for each of its tiles. Bound by the tensor cores, or by
 // the L2 (32 bytes a clock and multiprocessor at the rate of compute
 // capability 8.0).
 __global__ void __launch_bounds__(kScoreThreads, 2)
-    coarse_score_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t,
-                             const ScoreRuns runs) {
+    coarse_score_wide_kernel(const __grid_constant__ SearchArgs args, int64_t first_row,
+                             int64_t num_rows, const ScoreRuns runs) {
   if (is_dropped(args)) return;
   const ScoreBlock block(args, kWideRows, runs);
   const int warp_row = warp_index() * kWideFragments * kFragmentVectors;
   const int chunks = operand_steps(args.layout.dim) / kWideSteps;
   uint4* shared = shared_memory<uint4>();
-  const uint4* rows =
-      args.packed.fragments + (first_row + block.row) / kTileVectors * chunks * kWideChunk;
-  const uint4* codes = args.codes.fragments + block.first_tile * chunks * kWideChunk;
+  const uint4* rows = args.packed.fragments + (block.packed_row(args) + first_row + block.row) /
+                                                  kTileVectors * chunks * kWideChunk;
+  const uint4* codes = args.codes.fragments + block.packed_tile(args) * chunks * kWideChunk;
 
   const int64_t steps = static_cast<int64_t>(block.tiles) * chunks;
   int64_t fetched = 0;
@@ -246,8 +257,10 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       update_records(sums[c], group_tag(i & (runs.record_tiles - 1), c, lane_index() % 4), records);
     }
     if (ends_record(runs, block, i)) {
-      store_records<kWideFragments>(records, args.records + record_index(runs, block, warp_row, i),
-                                    runs.num_records);
+      store_records<kWideFragments>(
+          records,
+          records_of(args, runs, num_rows, block.book) + record_index(runs, block, warp_row, i),
+          runs.num_records);
       records.clear();
     }
   }
@@ -292,8 +305,8 @@ int enough_blocks(int steps) { return steps <= 3 ? 3 : (steps == 4 ? 2 : 1); }
 // when a block's beginning counts as half a tile.
 ScoreRuns::ScoreRuns(const SearchArgs& args, int64_t num_rows) {
   const int steps = operand_steps(args.layout.dim);
-  const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
-  const int64_t row_blocks = ceil_div(num_rows, block_rows(steps, num_rows));
+  const int64_t tiles = num_tiles(args.layout);
+  const int64_t row_blocks = args.layout.books * ceil_div(num_rows, block_rows(steps, num_rows));
   const int64_t enough = enough_blocks(steps);
   // The second grid dimension ends at 65,535.
   int64_t least = ceil_div(tiles, int64_t{65535});
@@ -322,9 +335,9 @@ cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64
                                     : coarse_score_kernel_for<4>(steps);
     shared_vectors = steps * kTileFragments * kWarpSize * kStages;
   }
-  const int64_t tiles = ceil_div(args.layout.codes, kTileCodes);
   const dim3 grid(static_cast<unsigned>(ceil_div(num_rows, block_rows(steps, num_rows))),
-                  static_cast<unsigned>(ceil_div(tiles, runs.tiles_per_block)));
+                  static_cast<unsigned>(ceil_div(num_tiles(args.layout), runs.tiles_per_block)),
+                  static_cast<unsigned>(args.layout.books));
   return launch(kernel, grid, kScoreThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),
                 stream, args, first_row, num_rows, runs);
 }

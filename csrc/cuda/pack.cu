@@ -6,43 +6,63 @@ namespace {
 
 constexpr int kPackThreads = 128;
 
-// Grid: kPackLanes lanes for every vector, in blocks of kPackThreads. Writes the reciprocal lengths
-// to `inverse_norms` [vectors, groups], and, unless they are null, biases to `bias` [vectors], and
-// raises `range`. Reads the vectors once, bound by memory.
+// A code of the padded codebooks: number n of all. Its neighbours in a warp have the same book.
+struct PaddedCode {
+  int64_t book;
+  int64_t code;  // of the book
+  bool exists;
+  int64_t number;  // among all that exist; where it does not, of the book's last
+
+  __device__ __forceinline__ PaddedCode(const CodebookLayout& layout, int64_t n) {
+    const int64_t padded = padded_codes(layout);
+    book = n / padded;
+    code = n - book * padded;
+    exists = code < layout.codes;
+    number = book * layout.codes + (exists ? code : layout.codes - 1);
+  }
+};
+
+// Grid: kPackLanes lanes for every code of the padded codebooks, in blocks of kPackThreads. Writes
+// the reciprocal lengths to `inverse_norms` [books, codes, groups], and, unless they are null,
+// biases to `bias` [books, codes], and raises the range in `summary` [books]. Reads the codes once,
+// bound by memory.
 __global__ void __launch_bounds__(kPackThreads)
     measure_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
-                   double* inverse_norms, double* bias, CodebookRange* range) {
+                   double* inverse_norms, double* bias, CodebookSummary* summary) {
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
-  // Lanes without a vector measure the last one again.
-  const int64_t code = n < layout.codes ? n : layout.codes - 1;
-  const VectorSize size =
-      measure_vector(codebook + code * layout.dim, layout, inverse_norms + code * layout.groups);
-  if (bias) bias[code] = size.finite ? size.bias : -static_cast<double>(INFINITY);
-  if (range) {
+  // Lanes without a code measure the last one again.
+  const PaddedCode code(layout, n);
+  const VectorSize size = measure_vector(codebook + code.number * layout.dim, layout,
+                                         inverse_norms + code.number * layout.groups);
+  if (bias) bias[code.number] = size.finite ? size.bias : -static_cast<double>(INFINITY);
+  if (summary) {
+    CodebookRange& range = summary[code.book].range;
     const double length = max_over_warp(size.length, kPackLanes);
     const double largest_bias = max_over_warp(fabs(size.bias), kPackLanes);
     if (lane_index() == 0) {
-      atomic_max_not_negative(&range->length, length);
-      atomic_max_not_negative(&range->bias, largest_bias);
+      atomic_max_not_negative(&range.length, length);
+      atomic_max_not_negative(&range.bias, largest_bias);
     }
   }
 }
 
 // A row of zeros is as far from all codes of unit length, but for rounding: every code would have
-// to be compared by its distance, for each such row.
+// to be compared by its distance, for each such row. By the inner product all codes tie.
 //
-// Grid: a thread for every code of the padded codebook. The nearest of a warp's codes to a row of
+// Grid: a thread for every code of the padded codebooks. The nearest of a warp's codes to a row of
 // zeros, by `distance`, the lowest on a tie; codes that are not finite are infinitely far.
 // Bytes: 4 dim a code. Bound by float64 divisions.
 __global__ void __launch_bounds__(kPackThreads)
     nearest_to_zero_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
                            const double* bias, NearestOfSome* to_zero) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  const bool finite = n < layout.codes && bias[n] > -static_cast<double>(INFINITY);
+  const PaddedCode padded(layout, n);
+  const bool finite = padded.exists && bias[padded.number] > -static_cast<double>(INFINITY);
   double distance = finite ? 0 : static_cast<double>(INFINITY);
-  const float* code = codebook + (finite ? n : 0) * layout.dim;
+  const float* code = codebook + padded.number * layout.dim;
+  const bool by_distance = finite && layout.metric != Metric::kDot;
 #pragma unroll 1
-  for (int g = 0; g < layout.groups && finite; ++g) {
+  for (int g = 0; g < layout.groups && by_distance; ++g) {
     const int begin = layout.begin[g], end = layout.begin[g + 1];
     const double norm = group_norm(squared_norm(code, begin, end), layout.l2_norm);
     double group = 0;
@@ -52,7 +72,7 @@ __global__ void __launch_bounds__(kPackThreads)
     }
     distance += product(layout.weight[g], group);
   }
-  int64_t index = n;
+  int64_t index = padded.code;
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     const double d = shuffle_xor(distance, step);
     const int64_t i = shuffle_xor(index, step);
@@ -64,14 +84,15 @@ __global__ void __launch_bounds__(kPackThreads)
   if (lane_index() == 0) to_zero[n / kWarpSize] = {distance, index};
 }
 
-// Packs code n of the padded codebook, which is measured, and raises the bounds; the work of
+// Packs code n of the padded codebooks, which is measured, and raises the bounds; the work of
 // kPackLanes lanes.
 __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
                                           int64_t n, const PackedCodes& codes) {
-  const int64_t code = n < layout.codes ? n : layout.codes - 1;
-  const double bias = codes.bias[code];
-  const bool finite = n < layout.codes && bias > -static_cast<double>(INFINITY);
-  const CodeExponents exponents = code_exponents(codes.summary->range);
+  const PaddedCode code(layout, n);
+  CodebookSummary& summary = codes.summary[code.book];
+  const double bias = codes.bias[code.number];
+  const bool finite = code.exists && bias > -static_cast<double>(INFINITY);
+  const CodeExponents exponents = code_exponents(summary.range);
 
   SpareColumns spare;
   double rest = finite ? ldexp(bias, exponents.bias) : 0, magnitude = 0;
@@ -83,15 +104,16 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
     magnitude += fabs(value);
   }
   spare.exclusion = to_half(finite ? 0.0f : -kExclusion);
-  const PackedLengths lengths = pack_vector<Operand::kCodes>(
-      codebook + code * layout.dim, finite, layout, codes.inverse_norms + code * layout.groups,
-      exponents.length, spare, n, codes.fragments);
+  const PackedLengths lengths =
+      pack_vector<Operand::kCodes>(codebook + code.number * layout.dim, finite, layout,
+                                   codes.inverse_norms + code.number * layout.groups,
+                                   exponents.length, spare, n, codes.fragments);
   // |2^a c| is at most |cq| + |ec|.
   const CoarseCodeBounds bounds = {max_over_warp(lengths.packed + lengths.error, kPackLanes),
                                    max_over_warp(lengths.error, kPackLanes),
                                    max_over_warp(round_up(magnitude), kPackLanes)};
   if (lane_index() == 0) {
-    CoarseCodeBounds& all = codes.summary->bounds;
+    CoarseCodeBounds& all = summary.bounds;
     atomic_max_not_negative(&all.length, bounds.length);
     atomic_max_not_negative(&all.error, bounds.error);
     atomic_max_not_negative(&all.bias, bounds.bias);
@@ -102,14 +124,14 @@ struct PackArgs {
   CodebookLayout layout;
   const float* codebook;
   PackedCodes codes;
-  int64_t padded_codes;  // 0 where the codes are packed already
+  int64_t padded_codes;  // of all books; 0 where the codes are packed already
   const float* rows;
   TokenMap map;
   PackedRows packed;
-  int64_t num_rows;
+  int64_t num_rows;  // a book
 };
 
-// Grid: kPackLanes lanes for every code of the padded codebook, then for every row of the padded
+// Grid: kPackLanes lanes for every code of the padded codebooks, then for every row of the padded
 // ones, in blocks of kPackThreads. Reads the vectors once (again from the L1) and writes 2 bytes a
 // column of the operands, bound by memory. Rows that do not exist are packed as zeros: their scores
 // are computed, and not used.
@@ -119,10 +141,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
   if (n < args.padded_codes) {
     pack_code(args.layout, args.codebook, n, args.codes);
   } else {
-    const int64_t row = n - args.padded_codes;
-    const bool exists = row < args.num_rows;
-    pack_row(args.rows + (exists ? args.map.token(row) : args.map.first) * args.layout.dim, exists,
-             args.layout, row, args.packed);
+    const int64_t row = n - args.padded_codes, padded = padded_rows(args.num_rows);
+    const int64_t book = row / padded, in_book = row - book * padded;
+    const bool exists = in_book < args.num_rows;
+    const int64_t token = exists ? args.map.token(in_book, book) : args.map.first;
+    pack_row(args.rows + token * args.layout.dim, exists, args.layout, book, row, args.packed);
   }
 }
 
@@ -135,33 +158,33 @@ unsigned blocks(int64_t vectors) {
 
 cudaError_t launch_inverse_norms(const CodebookLayout& layout, const float* codebook,
                                  double* inverse_norms, cudaStream_t stream) {
-  return launch(measure_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream, layout,
-                codebook, inverse_norms, static_cast<double*>(nullptr),
-                static_cast<CodebookRange*>(nullptr));
+  return launch(measure_kernel, dim3(blocks(layout.books * padded_codes(layout))), kPackThreads, 0,
+                stream, layout, codebook, inverse_norms, static_cast<double*>(nullptr),
+                static_cast<CodebookSummary*>(nullptr));
 }
 
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, const float* rows, int64_t num_rows,
-                        const PackedRows& packed, cudaStream_t stream) {
-  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(codes.summary, 0, sizeof(CodebookSummary), stream));
-  TOKENFLOW_CUDA_TRY(launch(measure_kernel, dim3(blocks(layout.codes)), kPackThreads, 0, stream,
-                            layout, codebook, codes.inverse_norms, codes.bias,
-                            &codes.summary->range));
-  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+                        const PackedCodes& codes, const float* rows, const TokenMap& map,
+                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
+  const int64_t padded = layout.books * padded_codes(layout);
+  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
+      codes.summary, 0, static_cast<size_t>(layout.books) * sizeof(CodebookSummary), stream));
+  TOKENFLOW_CUDA_TRY(launch(measure_kernel, dim3(blocks(padded)), kPackThreads, 0, stream, layout,
+                            codebook, codes.inverse_norms, codes.bias, codes.summary));
   TOKENFLOW_CUDA_TRY(launch(nearest_to_zero_kernel,
                             dim3(static_cast<unsigned>(padded / kPackThreads)), kPackThreads, 0,
                             stream, layout, codebook, codes.bias, codes.to_zero));
   static_assert(kTileCodes % kPackThreads == 0, "whole blocks of codes");
-  const PackArgs args = {layout, codebook, codes, padded, rows, {num_rows, 0, num_rows},
-                         packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(padded + padded_rows(num_rows))), kPackThreads, 0, stream,
-                args);
+  const PackArgs args = {layout, codebook, codes, padded, rows, map, packed, num_rows};
+  return launch(pack_kernel, dim3(blocks(padded + layout.books * padded_rows(num_rows))),
+                kPackThreads, 0, stream, args);
 }
 
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, const TokenMap& map,
                              int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
   const PackArgs args = {layout, nullptr, {}, 0, rows, map, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(padded_rows(num_rows))), kPackThreads, 0, stream, args);
+  return launch(pack_kernel, dim3(blocks(layout.books * padded_rows(num_rows))), kPackThreads, 0,
+                stream, args);
 }
 
 }  // namespace tokenflow::cuda

@@ -58,7 +58,7 @@ __device__ __forceinline__ int operand_word(int64_t n, int half) {
   return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
 }
 
-// What coarse scores need to know of the whole codebook; all zero before it is packed.
+// What coarse scores need to know of a whole codebook; all zero before it is packed.
 struct CodebookSummary {
   CodebookRange range;
   CoarseCodeBounds bounds;
@@ -70,34 +70,41 @@ struct NearestOfSome {
   int64_t index;
 };
 
+// Codebooks, each padded to whole tiles.
 struct PackedCodes {
   uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
-  double* inverse_norms;   // [codes, groups]: reciprocal lengths
-  double* bias;            // [codes], see codebook.h; -infinity for a code that is not finite
-  NearestOfSome* to_zero;  // [codes / 32] of each 32 codes: the nearest to a row of zeros
-  CodebookSummary* summary;
+  double* inverse_norms;  // [books, codes, groups]: reciprocal lengths
+  double* bias;           // [books, codes], see codebook.h; -infinity for a code that is not finite
+  NearestOfSome* to_zero;    // [books, padded / 32] of each 32 codes: the nearest to a row of zeros
+  CodebookSummary* summary;  // [books]
 };
 
+// Rows of each codebook, padded alike.
 struct PackedRows {
-  uint4* fragments;       // zeros after the last row
-  double* inverse_norms;  // [rows, groups]
-  CoarseRowBounds* bounds;
+  uint4* fragments;         // zeros after the last row
+  double* inverse_norms;    // [books, padded, groups]
+  CoarseRowBounds* bounds;  // [books, padded]
   const CodebookSummary* codes;
 };
 
-// Where row n of a scale lies among all tokens.
+// Where row n of a codebook lies among all tokens of a scale.
 struct TokenMap {
-  int64_t tokens;  // an image
+  int64_t tokens;  // a map
   int64_t first;   // token of the scale
-  int64_t count;   // tokens of the scale in an image
+  int64_t count;   // tokens of the scale in a map
+  int64_t books;   // maps of an image
 
-  // All tokens are fewer than 2^31 (see unsupported_reason), and so are the rows of a search.
-  __device__ __forceinline__ int64_t token(int64_t n) const {
+  // The rows of a search are fewer than 2^31 (see unsupported_reason).
+  __device__ __forceinline__ int64_t token(int64_t n, int64_t book) const {
     const unsigned row = static_cast<unsigned>(n), rows = static_cast<unsigned>(count);
     const unsigned image = row / rows;
-    return static_cast<int64_t>(image) * tokens + first + (row - image * rows);
+    return (image * books + book) * tokens + first + (row - image * rows);
   }
 };
+
+__host__ __device__ __forceinline__ int64_t padded_codes(const CodebookLayout& layout) {
+  return (layout.codes + kTileCodes - 1) / kTileCodes * kTileCodes;
+}
 
 __host__ __device__ __forceinline__ int64_t padded_rows(int64_t num_rows) {
   return (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
@@ -108,30 +115,34 @@ inline int64_t packed_vectors(int64_t padded, int dim) {
 }
 
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
-  const int64_t padded = ceil_div(layout.codes, kTileCodes) * kTileCodes;
+  const int64_t padded = layout.books * padded_codes(layout), codes = all_codes(layout);
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
-          workspace.take<double>(padded * layout.groups), workspace.take<double>(padded),
-          workspace.take<NearestOfSome>(padded / kWarpSize), workspace.take<CodebookSummary>(1)};
+          workspace.take<double>(codes * layout.groups), workspace.take<double>(codes),
+          workspace.take<NearestOfSome>(padded / kWarpSize),
+          workspace.take<CodebookSummary>(layout.books)};
 }
+
+// For `num_rows` rows of each codebook.
 
 inline PackedRows take_packed_rows(Workspace& workspace, const CodebookLayout& layout,
                                    int64_t num_rows, const PackedCodes& codes) {
-  const int64_t padded = padded_rows(num_rows);
+  const int64_t padded = layout.books * padded_rows(num_rows);
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
           workspace.take<double>(padded * layout.groups), workspace.take<CoarseRowBounds>(padded),
           codes.summary};
 }
 
-// inverse_norms [codes, groups]: reciprocal lengths of the codebook's rows.
+// inverse_norms [books, codes, groups]: reciprocal lengths of the codebooks' rows.
 cudaError_t launch_inverse_norms(const CodebookLayout& layout, const float* codebook,
                                  double* inverse_norms, cudaStream_t stream);
 
-// Measures and packs the codebook, and packs `num_rows` rows [num_rows, dim] beside it.
+// Measures and packs the codebooks, and packs `num_rows` rows of each beside them: row n of a book
+// is rows[map.token(n, book)].
 cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
-                        const PackedCodes& codes, const float* rows, int64_t num_rows,
-                        const PackedRows& packed, cudaStream_t stream);
+                        const PackedCodes& codes, const float* rows, const TokenMap& map,
+                        int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
 
-// Packs `num_rows` rows for a codebook that is packed already; row n is rows[map.token(n)].
+// Packs `num_rows` rows likewise for codebooks that are packed already.
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, const TokenMap& map,
                              int64_t num_rows, const PackedRows& packed, cudaStream_t stream);
 
@@ -177,7 +188,8 @@ __device__ __forceinline__ VectorSize measure_vector(const float* vector,
     inverse_norms[g] = scale;
     square += layout.weight[g] * unit;
     // group_bias
-    bias += layout.l2_norm ? 0.5 * layout.weight[g] * (1.0 - unit) : -0.5 * layout.weight[g] * unit;
+    const double half = 0.5 * layout.weight[g];
+    bias += layout.metric == Metric::kDot ? 0.0 : half * ((layout.l2_norm ? 1.0 : 0.0) - unit);
   }
   const double infinity = static_cast<double>(INFINITY);
   if (!(square < infinity && fabs(bias) < infinity)) return {0, 0, false};
@@ -236,14 +248,14 @@ __device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool f
   return {coarse_packed_length(layout.dim, packed), coarse_packed_error(layout.dim, packed, error)};
 }
 
-// Packs one row as row n, or zeros where no row `exists`; the work of kPackLanes lanes. The codes'
-// range must be known.
+// Packs one row of a codebook as row n of all, or zeros where no row `exists`; the work of
+// kPackLanes lanes. The codes' range must be known.
 __device__ __forceinline__ void pack_row(const float* row, bool exists,
-                                         const CodebookLayout& layout, int64_t n,
+                                         const CodebookLayout& layout, int64_t book, int64_t n,
                                          const PackedRows& packed) {
   double* inverse_norms = packed.inverse_norms + n * layout.groups;
   const VectorSize size = measure_vector(row, layout, inverse_norms);
-  const CodebookRange range = packed.codes->range;
+  const CodebookRange range = packed.codes[book].range;
   const RowExponents exponents = row_exponents(size.length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);

@@ -9,21 +9,24 @@ constexpr int kErrorThreads = 1024;
 
 int64_t total_tokens(const Pyramid& pyramid) { return pyramid.batch * tokens_per_image(pyramid); }
 
-// Grid: a block a scale, which owns that scale's mean over rows and channels (0 where it was
-// dropped: its rows' errors are 0). Sums in float64 in a fixed order: every
+// Grid: (scales, codebooks); a block owns the scale's mean over the rows and channels of a codebook
+// (0 where it was dropped: its rows' errors are 0). Sums in float64 in a fixed order: every
 // thread over rows kErrorThreads apart, then a tree. Shared memory: a double a thread.
 // Bytes: 8 a row; bound by latency.
 __global__ void __launch_bounds__(kErrorThreads)
-    mean_errors_kernel(const __grid_constant__ Pyramid pyramid, int dim, const double* row_error,
+    mean_errors_kernel(const __grid_constant__ Pyramid pyramid,
+                       const __grid_constant__ CodebookLayout layout, const double* row_error,
                        float* squared_error) {
   const int s = static_cast<int>(blockIdx.x);
+  const int64_t book = blockIdx.y;
   double* partial = shared_memory<double>();
   const TokenMap map = {tokens_per_image(pyramid), pyramid.first_token[s],
-                        pyramid.first_token[s + 1] - pyramid.first_token[s]};
+                        pyramid.first_token[s + 1] - pyramid.first_token[s], layout.books};
+  const int64_t rows = pyramid.batch / layout.books * map.count;
   double total = 0;
 #pragma unroll 4  // so that several loads are on their way
-  for (int64_t n = threadIdx.x; n < pyramid.batch * map.count; n += kErrorThreads) {
-    total += row_error[map.token(n)];
+  for (int64_t n = threadIdx.x; n < rows; n += kErrorThreads) {
+    total += row_error[map.token(n, book)];
   }
   partial[threadIdx.x] = total;
   for (int step = kErrorThreads / 2; step > 0; step /= 2) {
@@ -31,15 +34,16 @@ __global__ void __launch_bounds__(kErrorThreads)
     if (static_cast<int>(threadIdx.x) < step) partial[threadIdx.x] += partial[threadIdx.x + step];
   }
   if (threadIdx.x == 0) {
-    const double squares = static_cast<double>(pyramid.batch * map.count * dim);
-    squared_error[s] = static_cast<float>(partial[0] / squares);
+    squared_error[book * pyramid.num_scales + s] =
+        static_cast<float>(partial[0] / static_cast<double>(rows * layout.dim));
   }
 }
 
-int64_t largest_rows(const Pyramid& pyramid) {
+// Of a codebook at a scale.
+int64_t largest_rows(const Pyramid& pyramid, const CodebookLayout& layout) {
   int64_t largest = 0;
   for (int s = 0; s < pyramid.num_scales; ++s) {
-    const int64_t rows = pyramid.batch * area(pyramid.extent[s]);
+    const int64_t rows = pyramid.batch / layout.books * area(pyramid.extent[s]);
     largest = rows > largest ? rows : largest;
   }
   return largest;
@@ -55,8 +59,9 @@ struct QuantizeScratch {
 
   QuantizeScratch(Workspace& workspace, const QuantizeArgs<float>& args)
       : codes(take_packed_codes(workspace, args.layout)),
-        packed(take_packed_rows(workspace, args.layout, largest_rows(args.pyramid), codes)),
-        records(take_records(workspace, args.layout, largest_rows(args.pyramid))),
+        packed(take_packed_rows(workspace, args.layout, largest_rows(args.pyramid, args.layout),
+                                codes)),
+        records(take_records(workspace, args.layout, largest_rows(args.pyramid, args.layout))),
         rows(workspace.take<float>(total_tokens(args.pyramid) * args.layout.dim)),
         row_error(workspace.take<double>(total_tokens(args.pyramid))),
         residual(workspace.take<float>(args.pyramid.batch * args.layout.dim * args.pyramid.height *
@@ -67,14 +72,14 @@ struct RowsScratch {
   double* code_inverse_norms;
 
   RowsScratch(Workspace& workspace, const PyramidRowsArgs<float>& args)
-      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
+      : code_inverse_norms(workspace.take<double>(all_codes(args.layout) * args.layout.groups)) {}
 };
 
 struct DecodeScratch {
   double* code_inverse_norms;
 
   DecodeScratch(Workspace& workspace, const DecodeArgs<float>& args)
-      : code_inverse_norms(workspace.take<double>(args.layout.codes * args.layout.groups)) {}
+      : code_inverse_norms(workspace.take<double>(all_codes(args.layout) * args.layout.groups)) {}
 };
 
 template <typename Scratch, typename Args>
@@ -98,16 +103,17 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   if (unsupported_reason(pyramid, layout)) return cudaErrorInvalidValue;
   Workspace workspace(workspace_memory);
   const QuantizeScratch scratch(workspace, args);
-  TOKENFLOW_CUDA_TRY(
-      cudaMemsetAsync(args.hits, 0, static_cast<size_t>(layout.codes) * sizeof(int64_t), stream));
+  TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
+      args.hits, 0, static_cast<size_t>(all_codes(layout)) * sizeof(int64_t), stream));
   if (pyramid.batch == 0 || pyramid.num_scales == 0) {
     return cudaMemsetAsync(args.squared_error, 0,
-                           static_cast<size_t>(pyramid.num_scales) * sizeof(float), stream);
+                           static_cast<size_t>(layout.books * pyramid.num_scales) * sizeof(float),
+                           stream);
   }
   int multiprocessors = 0;
   TOKENFLOW_CUDA_TRY(num_multiprocessors(&multiprocessors));
   TOKENFLOW_CUDA_TRY(
-      launch_pack(layout, args.codebook, scratch.codes, nullptr, 0, scratch.packed, stream));
+      launch_pack(layout, args.codebook, scratch.codes, nullptr, {}, 0, scratch.packed, stream));
 
   ResidualPassArgs pass = {};
   pass.pyramid = pyramid;
@@ -136,8 +142,9 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
     const bool last = s + 1 == pyramid.num_scales;
     if (s >= 0) {
       search.scale_id = s;
-      search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s])};
-      search.num_rows = pyramid.batch * search.map.count;
+      search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s]),
+                    layout.books};
+      search.num_rows = pyramid.batch / layout.books * search.map.count;
       TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, scratch.rows, search.map, search.num_rows,
                                           scratch.packed, stream));
       TOKENFLOW_CUDA_TRY(launch_search(search, stream));
@@ -149,9 +156,11 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
     pass.sum_is_empty = s == 0;
     TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
   }
-  return launch(mean_errors_kernel, dim3(static_cast<unsigned>(pyramid.num_scales)), kErrorThreads,
-                kErrorThreads * sizeof(double), stream, pyramid, layout.dim, scratch.row_error,
-                args.squared_error);
+  return launch(
+      mean_errors_kernel,
+      dim3(static_cast<unsigned>(pyramid.num_scales), static_cast<unsigned>(layout.books)),
+      kErrorThreads, kErrorThreads * sizeof(double), stream, pyramid, layout, scratch.row_error,
+      args.squared_error);
 }
 
 size_t pyramid_rows_workspace_bytes(const PyramidRowsArgs<float>& args) {

@@ -19,6 +19,12 @@ __host__ __device__ __forceinline__ int area(Extent extent) { return extent.heig
 
 __host__ __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 
+// Codebook of a map, and code `index` of it among those of all.
+__device__ __forceinline__ int64_t code_number(const CodebookLayout& layout, int64_t map,
+                                               int64_t index) {
+  return map % layout.books * layout.codes + index;
+}
+
 // Whether an index names a code; any other is a token that adds nothing.
 __device__ __forceinline__ bool names_code(int64_t index, const CodebookLayout& layout) {
   return index >= 0 && index < layout.codes;
@@ -30,7 +36,7 @@ __device__ __forceinline__ int group_of(int d, const CodebookLayout& layout) {
   return g;
 }
 
-// Channel d of a normalised codebook row.
+// Channel d of a normalised codebook row; `index` among those of all books.
 __device__ __forceinline__ float unit_code(const float* codebook, const double* inverse_norms,
                                            const CodebookLayout& layout, int64_t index, int d,
                                            int group) {
@@ -39,9 +45,9 @@ __device__ __forceinline__ float unit_code(const float* codebook, const double* 
 }
 
 // How a plane kernel's grid covers [batch, dim]: block i owns channels [first, first + count) of
-// image `image`.
+// map `map`.
 struct ChannelBlock {
-  int64_t image;
+  int64_t map;
   int first;
   int count;
 };

@@ -21,6 +21,15 @@ struct Row {
   double margin;                // see score_margin
 };
 
+// The codebook whose codes the block's rows are compared with. It is asked for where it is needed,
+// which costs less than a register.
+__device__ __forceinline__ int book_of_block() { return static_cast<int>(blockIdx.y); }
+
+// Code `index` of the block's book among those of all, which are at most 2^30.
+__device__ __forceinline__ int64_t code_of_block(const CodebookLayout& layout, int index) {
+  return book_of_block() * static_cast<int>(layout.codes) + index;
+}
+
 // Sum of `value` over lanes [0, count), lane after lane as a loop would add them, in every lane.
 __device__ __forceinline__ double sum_in_order(double sum, double value, int count) {
   if (count >= kWarpSize) {
@@ -56,8 +65,8 @@ __device__ __forceinline__ double distance_by_warp(const float* row, const float
     for (int d = begin; d < end; d += kWarpSize) {
       const double z = d + lane < end ? static_cast<double>(row[d + lane]) : 0;
       const double c = d + lane < end ? static_cast<double>(code[d + lane]) : 0;
-      const double difference = z / row_norm - c / code_norm;
-      group = sum_in_order(group, product(difference, difference), end - d);
+      group = sum_in_order(group, channel_distance(z / row_norm, c / code_norm, layout.metric),
+                           end - d);
     }
     sum += product(layout.weight[g], group);
   }
@@ -83,8 +92,8 @@ __device__ __forceinline__ NearestCandidate nearer(const SearchArgs& args, const
                                                    NearestCandidate nearest, int other,
                                                    double other_score) {
   const CodebookLayout& layout = args.layout;
-  const float* values = args.codebook + static_cast<int64_t>(nearest.index) * layout.dim;
-  const float* others = args.codebook + static_cast<int64_t>(other) * layout.dim;
+  const float* values = args.codebook + code_of_block(layout, nearest.index) * layout.dim;
+  const float* others = args.codebook + code_of_block(layout, other) * layout.dim;
   bool equal = true;
 #pragma unroll 1
   for (int d = lane_index(); d < layout.dim; d += kWarpSize) equal &= values[d] == others[d];
@@ -116,7 +125,7 @@ __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, 
                              rest != 0 ? lowest_bit(rest) : 0);
     if (count_bits(lanes & ((1u << lane_index()) - 1)) < kGroupCodes) codes &= codes - 1;
     const bool exists = rest != 0 && code < layout.codes;
-    const int64_t looked_at = exists ? code : 0;
+    const int64_t looked_at = code_of_block(layout, exists ? code : 0);
     const float* values = args.codebook + looked_at * layout.dim;
     const double* inverse_norms = args.codes.inverse_norms + looked_at * layout.groups;
     const double bias = args.codes.bias[looked_at];
@@ -150,14 +159,17 @@ __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, 
   }
 }
 
-// Coarse scores of a tile again, in float32: a quad sums the columns of a code that its lanes hold.
-// A bit for each of the codes tile * kTileCodes + quad_vector() + 32 i that may be the nearest.
+// Coarse scores of a tile again with packed row n, in float32: a quad sums the columns of a code
+// that its lanes hold. A bit for each of the codes tile * kTileCodes + quad_vector() + 32 i that
+// may be the nearest.
 __device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t n, int tile,
                                                  float threshold) {
   constexpr int kFragments = kTileFragments / 2;  // at a time, to save registers
   const int steps = operand_steps(args.layout.dim);
   const uint4* codes = args.codes.fragments +
-                       fragment_index(static_cast<int64_t>(tile) * kTileCodes, 0, steps) +
+                       fragment_index(book_of_block() * padded_codes(args.layout) +
+                                          static_cast<int64_t>(tile) * kTileCodes,
+                                      0, steps) +
                        lane_index();
   unsigned near = 0;
 #pragma unroll 1
@@ -192,10 +204,11 @@ __device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t
 
 // |q - z|^2 with both normalised and rounded to float32; the work of a warp.
 __device__ __forceinline__ double row_squared_error(const SearchArgs& args, const Row& row,
-                                                    int64_t index) {
+                                                    int index) {
   const CodebookLayout& layout = args.layout;
-  const float* code = args.codebook + index * layout.dim;
-  const double* code_scales = args.codes.inverse_norms + index * layout.groups;
+  const int64_t number = code_of_block(layout, index);
+  const float* code = args.codebook + number * layout.dim;
+  const double* code_scales = args.codes.inverse_norms + number * layout.groups;
   double sum = 0;
 #pragma unroll 1
   for (int g = 0; g < layout.groups; ++g) {
@@ -218,9 +231,10 @@ __device__ __forceinline__ bool is_zero(const float* row, int dim) {
   return ballot(!zero) == 0;
 }
 
-// Of all codes; the work of a warp.
+// Of all codes of a book; the work of a warp.
 __device__ __forceinline__ int nearest_to_zero(const SearchArgs& args) {
-  const int count = num_tiles(args) * (kTileCodes / kWarpSize);
+  const int count = num_tiles(args.layout) * (kTileCodes / kWarpSize);
+  const NearestOfSome* to_zero = args.codes.to_zero + book_of_block() * count;
   double distance = static_cast<double>(INFINITY);
   int index = 0;
   const auto take_nearer = [&](double d, int i) {
@@ -231,7 +245,7 @@ __device__ __forceinline__ int nearest_to_zero(const SearchArgs& args) {
   };
 #pragma unroll 1
   for (int i = lane_index(); i < count; i += kWarpSize) {
-    take_nearer(args.codes.to_zero[i].distance, static_cast<int>(args.codes.to_zero[i].index));
+    take_nearer(to_zero[i].distance, static_cast<int>(to_zero[i].index));
   }
 #pragma unroll 1
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -244,7 +258,7 @@ __device__ __forceinline__ int nearest_to_zero(const SearchArgs& args) {
 // 2^29 in magnitude.
 constexpr float kExcludedScore = -0x1p29f;
 
-// Grid: a warp a row, kRefineThreads / 32 rows a block; no shared memory, no barrier.
+// Grid: (a warp a row, kRefineThreads / 32 rows a block; codebooks); no shared memory, no barrier.
 // Bytes: 8 a record, and four codes nearly always, from the L2; bound by its latency. Two codes of
 // different groups closer together than the coarse scores can tell cost four codes more; where both
 // groups are in one record, it is scored again, 4 KiB a step of the operands and a tile.
@@ -256,21 +270,22 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
   const int lane = lane_index();
   const int n = static_cast<int>(blockIdx.x) * (kRefineThreads / kWarpSize) + warp_index();
   if (n >= num_rows) return;  // at most kRowsAtOnce
-  const int token = static_cast<int>(args.map.token(first_row + n));
+  const auto token = [&] { return args.map.token(first_row + n, book_of_block()); };
+  const int64_t packed = book_of_block() * padded_rows(args.num_rows) + first_row + n;
   if (is_dropped(args)) {
     if (lane == 0) {
-      args.indices[token] = -1;
-      if (args.row_error) args.row_error[token] = 0;
+      args.indices[token()] = -1;
+      if (args.row_error) args.row_error[token()] = 0;
     }
     return;
   }
-  const CoarseRowBounds bounds = args.packed.bounds[first_row + n];
-  const Row row = {args.rows + static_cast<int64_t>(token) * layout.dim,
-                   args.packed.inverse_norms + (first_row + n) * layout.groups,
-                   bounds.score_margin};
+  const CoarseRowBounds bounds = args.packed.bounds[packed];
+  const Row row = {args.rows + token() * layout.dim,
+                   args.packed.inverse_norms + packed * layout.groups, bounds.score_margin};
   NearestCandidate nearest;
   const int num_records = static_cast<int>(runs.num_records);
-  const ScoreRecord* records = args.records + n * runs.num_records;
+  const ScoreRecord* records =
+      records_of(args, runs, num_rows, book_of_block()) + n * runs.num_records;
   float best = -infinity();
 #pragma unroll 2
   for (int r = lane; r < num_records; r += kWarpSize) best = fmaxf(best, records[r].best);
@@ -279,8 +294,9 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
   if (decidable && bounds.length == 0 && is_zero(row.values, layout.dim)) {
     nearest.index = nearest_to_zero(args);
   } else if (decidable) {
-    const float threshold = best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns,
-                                                          bounds, args.codes.summary->bounds);
+    const float threshold =
+        best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns, bounds,
+                                      args.codes.summary[book_of_block()].bounds);
 #pragma unroll 1
     for (int r0 = 0; r0 < num_records; r0 += kWarpSize) {
       const bool exists = r0 + lane < num_records;
@@ -293,7 +309,7 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
         const int tag = shuffle(tag_of(record.best), from);
         const bool rescore = (whole >> from & 1u) != 0;
         int tile = (r0 + from) * runs.record_tiles;
-        const int left = num_tiles(args) - tile;
+        const int left = num_tiles(layout) - tile;
         const int last_tile = tile + (left < runs.record_tiles ? left : runs.record_tiles);
         // Lanes 0 to 3 hold the group's codes, or all lanes those of each tile.
         int first = tile * kTileCodes + group_code(tag, lane % kGroupCodes);
@@ -301,7 +317,7 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
         do {
           if (rescore) {
             first = tile * kTileCodes + quad_vector();
-            codes = rescore_tile(args, first_row + n, tile, threshold);
+            codes = rescore_tile(args, packed, tile, threshold);
           }
           look_at(args, row, first, codes, &nearest);
         } while (rescore && ++tile < last_tile);
@@ -309,12 +325,12 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
     }
   }
   if (lane == 0) {
-    args.indices[token] = nearest.index;
-    if (args.hits) atomic_add(args.hits + nearest.index, int64_t{1});
+    args.indices[token()] = nearest.index;
+    if (args.hits) atomic_add(args.hits + code_of_block(layout, nearest.index), int64_t{1});
   }
   if (args.row_error) {
     const double error = row_squared_error(args, row, nearest.index);
-    if (lane == 0) args.row_error[token] = error;
+    if (lane == 0) args.row_error[token()] = error;
   }
 }
 
@@ -323,8 +339,9 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
 cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                           const ScoreRuns& runs, cudaStream_t stream) {
   const int64_t blocks = ceil_div(num_rows, kRefineThreads / kWarpSize);
-  return launch(refine_kernel, dim3(static_cast<unsigned>(blocks)), kRefineThreads, 0, stream, args,
-                first_row, num_rows, runs);
+  return launch(refine_kernel,
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.layout.books)),
+                kRefineThreads, 0, stream, args, first_row, num_rows, runs);
 }
 
 }  // namespace tokenflow::cuda

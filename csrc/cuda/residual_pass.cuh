@@ -15,8 +15,8 @@ struct ResidualPassArgs {
   int first;
   int last;
   int channels;                      // a block owns this many
-  const float* codebook;             // [codes, dim]
-  const double* code_inverse_norms;  // [codes, groups]
+  const float* codebook;             // [books, codes, dim]
+  const double* code_inverse_norms;  // [books, codes, groups]
   const int64_t* indices;            // [batch, tokens]
   const float* plane_in;             // [batch, dim, height, width] or null: zeros
   float* plane_out;                  // the same or null; may be plane_in

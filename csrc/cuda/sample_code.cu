@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kDrawThreads, 3)
       }
 #pragma unroll
       for (int c = 0; c < kGumbelCodes; ++c) {
-        double value = score_of(sums[r][c], sample.metric);
+        double value = score_of(sums[r][c], layout.metric);
         // Infinite and NaN scores are of what is not finite. The last code's copies change nothing:
         // their noise is not looked at.
         if (group * kGumbelCodes + c >= layout.codes || !(fabs(value) < INFINITY)) continue;
@@ -168,10 +168,10 @@ cudaError_t launch_sample_code(const SampleCodeArgs<float>& args, void* workspac
       launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
   DrawArgs draw = {args, scratch.row_inverse_norms, scratch.code_inverse_norms, 0, 0};
   // Without noise the root, which makes equal what is not, decides nothing.
-  if (!(args.temperature > 0) && args.metric == Metric::kL2) {
-    draw.sample.metric = Metric::kSquaredL2;
+  if (!(args.temperature > 0) && args.layout.metric == Metric::kL2) {
+    draw.sample.layout.metric = Metric::kSquaredL2;
   }
-  const bool dot = args.metric == Metric::kDot;
+  const bool dot = args.layout.metric == Metric::kDot;
   for (; draw.first_row < args.num_rows; draw.first_row += kLengthsAtOnce) {
     const int64_t left = args.num_rows - draw.first_row;
     draw.num_rows = left < kLengthsAtOnce ? left : kLengthsAtOnce;

@@ -1,5 +1,7 @@
 // Nearest codes of rows. The matrix of scores is never in memory.
 //
+// Several codebooks, each with an index and rows of its own, share every launch.
+//
 //   measure       once a call: reciprocal lengths, and the range of the codebook
 //   pack          once a call: codes (and rows) in half precision, as the tensor cores take them
 //   coarse_score  scores of rows x codes in registers; a record for a row and a few tiles of codes
@@ -56,12 +58,12 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
     const float* rows = args.rows + first * layout.dim;
+    const TokenMap map = {args.num_rows, 0, count, layout.books};
     if (first == 0) {
-      TOKENFLOW_CUDA_TRY(
-          launch_pack(layout, args.codebook, scratch.codes, rows, count, scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(launch_pack(layout, args.codebook, scratch.codes, rows, map, count,
+                                     scratch.rows, stream));
     } else {
-      TOKENFLOW_CUDA_TRY(
-          launch_pack_rows(layout, rows, {count, 0, count}, count, scratch.rows, stream));
+      TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, rows, map, count, scratch.rows, stream));
     }
     SearchArgs search = {};
     search.layout = layout;
@@ -69,7 +71,7 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
     search.codes = scratch.codes;
     search.rows = rows;
     search.packed = scratch.rows;
-    search.map = {count, 0, count};
+    search.map = map;
     search.num_rows = count;
     search.multiprocessors = multiprocessors;
     search.records = scratch.records;

@@ -6,7 +6,7 @@
 
 namespace tokenflow::cuda {
 
-// Rows whose records are held at once: bounds the scratch of a search.
+// Rows of a codebook whose records are held at once: bounds the scratch of a search.
 constexpr int64_t kRowsAtOnce = 16384;
 
 // What a row keeps of a record, the coarse scores of up to kRecordTiles neighbouring tiles of
@@ -45,18 +45,18 @@ __device__ __forceinline__ int tag_of(float score) {
 
 struct SearchArgs {
   CodebookLayout layout;
-  const float* codebook;  // [codes, dim]
+  const float* codebook;  // [books, codes, dim]
   PackedCodes codes;
-  const float* rows;  // [batch * tokens, dim], not normalised
+  const float* rows;  // [maps * tokens, dim], not normalised
   PackedRows packed;  // the scale's rows in the order of TokenMap
   TokenMap map;
-  int64_t num_rows;
+  int64_t num_rows;        // a book
   int scale_id;            // which scale of the pyramid
   const int64_t* dropped;  // null or one scale id; the tokens of that scale get -1
   ScoreRecord* records;    // scratch, see take_records
-  int64_t* indices;        // out [batch * tokens]
-  int64_t* hits;           // out [codes] (added to) or null
-  double* row_error;       // out [batch * tokens] squared error of each row, or null
+  int64_t* indices;        // out [maps * tokens]
+  int64_t* hits;           // out [books, codes] (added to) or null
+  double* row_error;       // out [maps * tokens] squared error of each row, or null
   int multiprocessors;     // of the device
 };
 
@@ -69,7 +69,7 @@ struct ScoreRuns {
   ScoreRuns(const SearchArgs& args, int64_t num_rows);
 };
 
-// [rows at once][records].
+// [books][rows at once][records].
 inline ScoreRecord* take_records(Workspace& workspace, const CodebookLayout& layout,
                                  int64_t num_rows) {
   const int64_t tiles = ceil_div(layout.codes, kTileCodes);
@@ -78,10 +78,10 @@ inline ScoreRecord* take_records(Workspace& workspace, const CodebookLayout& lay
   };
   const int64_t few = records(num_rows, kFewRows, tiles);
   const int64_t many = records(num_rows, kRowsAtOnce, ceil_div(tiles, kRecordTiles));
-  return workspace.take<ScoreRecord>(few > many ? few : many);
+  return workspace.take<ScoreRecord>(layout.books * (few > many ? few : many));
 }
 
-// Records of rows [first_row, first_row + num_rows) of the search.
+// Records of rows [first_row, first_row + num_rows) of each codebook's.
 cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                                 const ScoreRuns& runs, cudaStream_t stream);
 
@@ -97,8 +97,14 @@ __device__ __forceinline__ bool is_dropped(const SearchArgs& args) {
   return args.dropped != nullptr && *args.dropped == args.scale_id;
 }
 
-__device__ __forceinline__ int num_tiles(const SearchArgs& args) {
-  return static_cast<int>((args.layout.codes + kTileCodes - 1) / kTileCodes);
+__host__ __device__ __forceinline__ int num_tiles(const CodebookLayout& layout) {
+  return static_cast<int>(padded_codes(layout) / kTileCodes);
+}
+
+// The records of a codebook's first row in a launch of `num_rows` rows of each.
+__device__ __forceinline__ ScoreRecord* records_of(const SearchArgs& args, const ScoreRuns& runs,
+                                                   int64_t num_rows, int64_t book) {
+  return args.records + book * padded_rows(num_rows) * runs.num_records;
 }
 
 __device__ __forceinline__ ScoreRecord shuffle_xor(const ScoreRecord& record, int mask) {

@@ -31,11 +31,11 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
-  return text_of(shape);
+inline std::vector<int64_t> shape(const Tensor& tensor) {
+  return {tensor.sizes().begin(), tensor.sizes().end()};
 }
+
+inline std::string shape_of(const Tensor& tensor) { return text_of(shape(tensor)); }
 
 inline void check_floating(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
@@ -67,16 +67,23 @@ inline void check_indices_type(const Tensor& indices) {
                   torch::headeronly::toString(indices.scalar_type()));
 }
 
+// codebook [codes, dim], or several [books, codes, dim].
 inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int64_t>& dims,
-                                  const std::vector<double>& weights, bool l2_norm) {
+                                  const std::vector<double>& weights, bool l2_norm,
+                                  int64_t metric = 0) {
   check_floating(codebook, "codebook");
-  check_dim(codebook, 2, "codebook");
-  STD_TORCH_CHECK(codebook.size(0) > 0, "codebook must have at least one row, got shape ",
+  const int64_t last = codebook.dim() - 1;
+  STD_TORCH_CHECK(last == 1 || last == 2, "codebook must have 2 or 3 dimensions, got shape ",
                   shape_of(codebook));
+  STD_TORCH_CHECK(codebook.size(0) > 0 && codebook.size(last - 1) > 0,
+                  "codebook must have at least one row, got shape ", shape_of(codebook));
+  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0 to 2, got ", metric);
   STD_TORCH_CHECK(!dims.empty() && dims.size() <= kMaxGroups, "dims must name 1 to ", kMaxGroups,
                   " groups, got ", dims.size());
   CodebookLayout layout = {};
-  layout.codes = codebook.size(0);
+  layout.books = last == 2 ? codebook.size(0) : 1;
+  layout.codes = codebook.size(last - 1);
+  layout.metric = static_cast<Metric>(metric);
   layout.groups = static_cast<int>(dims.size());
   layout.l2_norm = l2_norm;
   for (size_t g = 0; g < dims.size(); ++g) {
@@ -88,7 +95,7 @@ inline CodebookLayout make_layout(const Tensor& codebook, const std::vector<int6
     layout.weight[g] = 1.0;
   }
   layout.begin[dims.size()] = layout.dim;
-  STD_TORCH_CHECK(codebook.size(1) == layout.dim, "codebook must have sum(dims) = ", layout.dim,
+  STD_TORCH_CHECK(codebook.size(last) == layout.dim, "codebook must have sum(dims) = ", layout.dim,
                   " columns, got shape ", shape_of(codebook));
   if (!weights.empty()) {
     STD_TORCH_CHECK(weights.size() == dims.size(), "weights must name one weight a group (",
@@ -137,22 +144,24 @@ inline Pyramid make_pyramid(int64_t batch, int64_t height, int64_t width,
   return pyramid;
 }
 
-// h [batch, dim, height, width] for a codebook layout.
+// What has an entry for each codebook where there are several.
+inline std::vector<int64_t> by_book(const CodebookLayout& layout, const Tensor& codebook,
+                                    std::vector<int64_t> shape, size_t position = 0) {
+  if (codebook.dim() == 3) {
+    shape.insert(shape.begin() + static_cast<std::ptrdiff_t>(position), layout.books);
+  }
+  return shape;
+}
+
+// h [images, books * dim, height, width] for a codebook layout.
 inline Pyramid make_pyramid(const Tensor& h, const CodebookLayout& layout,
                             const std::vector<int64_t>& sizes) {
   check_floating(h, "h");
   check_dim(h, 4, "h");
-  STD_TORCH_CHECK(h.size(1) == layout.dim, "h must have sum(dims) = ", layout.dim,
-                  " channels, got shape ", shape_of(h));
-  return make_pyramid(h.size(0), h.size(2), h.size(3), sizes);
-}
-
-inline void check_indices(const Tensor& indices, const Pyramid& pyramid) {
-  check_indices_type(indices);
-  STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == pyramid.batch &&
-                      indices.size(1) == tokens_per_image(pyramid),
-                  "indices must have shape [", pyramid.batch, ", ", tokens_per_image(pyramid),
-                  "], got ", shape_of(indices));
+  STD_TORCH_CHECK(h.size(1) == layout.books * layout.dim, "h must have ",
+                  layout.books == 1 ? "" : "as many times as there are codebooks ",
+                  "sum(dims) = ", layout.dim, " channels, got shape ", shape_of(h));
+  return make_pyramid(h.size(0) * layout.books, h.size(2), h.size(3), sizes);
 }
 
 inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* name) {
@@ -161,6 +170,11 @@ inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape,
     same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   }
   STD_TORCH_CHECK(same, name, " must have shape ", text_of(shape), ", got ", shape_of(tensor));
+}
+
+inline void check_indices(const Tensor& indices, const std::vector<int64_t>& shape) {
+  check_indices_type(indices);
+  check_shape(indices, shape, "indices");
 }
 
 template <typename T>
@@ -208,8 +222,7 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Te
 }
 
 inline Tensor contiguous(const Tensor& tensor, const char* name) {
-  return allocate(name, {tensor.sizes().begin(), tensor.sizes().end()},
-                  [&] { return torch::stable::contiguous(tensor); });
+  return allocate(name, shape(tensor), [&] { return torch::stable::contiguous(tensor); });
 }
 
 }  // namespace tokenflow::torch_ops

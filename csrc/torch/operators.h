@@ -36,12 +36,23 @@ struct Operators {
   struct Problem {
     CodebookLayout layout;
     Pyramid pyramid;
+    std::vector<int64_t> tokens;  // shape of indices: [images, L], or [images, books, L]
+
+    std::vector<int64_t> of_codebooks(const Tensor& codebook, std::vector<int64_t> shape) const {
+      return by_book(layout, codebook, std::move(shape));
+    }
   };
+
+  static std::vector<int64_t> token_shape(const Tensor& codebook, const CodebookLayout& layout,
+                                          const Pyramid& pyramid) {
+    return by_book(layout, codebook, {pyramid.batch / layout.books, tokens_per_image(pyramid)}, 1);
+  }
 
   static Problem check_problem(Tensor& h, Tensor& codebook, const std::vector<int64_t>& dims,
                                const std::vector<double>& weights,
-                               const std::vector<int64_t>& sizes, bool l2_norm) {
-    CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
+                               const std::vector<int64_t>& sizes, bool l2_norm,
+                               int64_t metric = 0) {
+    CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm, metric);
     compare_weights(layout);
     const Pyramid pyramid = make_pyramid(h, layout, sizes);
     check_like(codebook, "codebook", h, "h");
@@ -49,25 +60,31 @@ struct Operators {
     Backend::check_shape(pyramid, layout);
     h = contiguous(h, "h");
     codebook = contiguous(codebook, "codebook");
-    return {layout, pyramid};
+    return {layout, pyramid, token_shape(codebook, layout, pyramid)};
   }
 
-  static void check_tokens(Tensor& indices, const Pyramid& pyramid, const Tensor& other,
+  static void check_tokens(Tensor& indices, const std::vector<int64_t>& shape, const Tensor& other,
                            const char* other_name) {
-    torch_ops::check_indices(indices, pyramid);
+    torch_ops::check_indices(indices, shape);
     check_device(indices, "indices", other, other_name);
     indices = contiguous(indices, "indices");
   }
 
-  // Rows and a codebook, likewise.
+  // Rows and a codebook, likewise: [N, dim] and [codes, dim], or [books, N, dim] and
+  // [books, codes, dim].
   static CodebookLayout check_rows(Tensor& rows, Tensor& codebook, const std::vector<int64_t>& dims,
-                                   const std::vector<double>& weights, bool l2_norm) {
+                                   const std::vector<double>& weights, bool l2_norm,
+                                   int64_t metric) {
     check_floating(rows, "rows");
-    check_dim(rows, 2, "rows");
-    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm);
-    STD_TORCH_CHECK(rows.size(1) == layout.dim, "rows must have sum(dims) = ", layout.dim,
+    const int64_t last = codebook.dim() == 3 ? 2 : 1;
+    check_dim(rows, last + 1, "rows");
+    const CodebookLayout layout = make_layout(codebook, dims, weights, l2_norm, metric);
+    STD_TORCH_CHECK(rows.size(last) == layout.dim, "rows must have sum(dims) = ", layout.dim,
                     " columns, got shape ", shape_of(rows));
-    STD_TORCH_CHECK(rows.size(0) > 0, "rows must not be empty, got shape ", shape_of(rows));
+    STD_TORCH_CHECK(last == 1 || rows.size(0) == layout.books,
+                    "rows must have as many entries as codebook, ", layout.books, ", got shape ",
+                    shape_of(rows));
+    STD_TORCH_CHECK(rows.size(last - 1) > 0, "rows must not be empty, got shape ", shape_of(rows));
     check_like(codebook, "codebook", rows, "rows");
     check_device(codebook, "codebook", rows, "rows");
     Backend::check_shape(layout);
@@ -77,14 +94,16 @@ struct Operators {
   }
 
   static Tensor nearest_code(Tensor rows, Tensor codebook, std::vector<int64_t> dims,
-                             std::vector<double> weights, bool l2_norm) {
-    CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm);
+                             std::vector<double> weights, bool l2_norm, int64_t metric) {
+    CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm, metric);
     compare_weights(layout);
+    const int64_t num_rows = rows.size(rows.dim() - 2);
     return dispatch(rows, "rows", [&](auto zero) {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
-      Tensor indices = empty({rows.size(0)}, ScalarType::Long, rows, "indices");
-      Backend::run(NearestCodeArgs<T>{layout, data<T>(codebook), rows.size(0), data<T>(rows),
+      Tensor indices =
+          empty(by_book(layout, codebook, {num_rows}), ScalarType::Long, rows, "indices");
+      Backend::run(NearestCodeArgs<T>{layout, data<T>(codebook), num_rows, data<T>(rows),
                                       mutable_data<int64_t>(indices)},
                    rows);
       return indices;
@@ -95,8 +114,8 @@ struct Operators {
                             std::vector<double> weights, bool l2_norm, int64_t metric,
                             double temperature, int64_t seed, std::optional<Tensor> seed_rows,
                             int64_t offset, std::optional<Tensor> offset_rows) {
-    const CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm);
-    STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0 to 2, got ", metric);
+    const CodebookLayout layout = check_rows(rows, codebook, dims, weights, l2_norm, metric);
+    check_dim(codebook, 2, "codebook");
     STD_TORCH_CHECK(temperature >= 0 && std::isfinite(temperature),
                     "temperature must be finite and not negative, got ", temperature);
     const int64_t num_rows = rows.size(0);
@@ -108,8 +127,7 @@ struct Operators {
       Backend::template check_codebook<T>(layout, codebook);
       Tensor indices = empty({num_rows}, ScalarType::Long, rows, "indices");
       Backend::run(
-          SampleCodeArgs<T>{layout, data<T>(codebook), num_rows, data<T>(rows),
-                            static_cast<Metric>(metric), temperature,
+          SampleCodeArgs<T>{layout, data<T>(codebook), num_rows, data<T>(rows), temperature,
                             of_rows(seed, seed_rows, "seed"),
                             of_rows(offset, offset_rows, "offset"), mutable_data<int64_t>(indices)},
           rows);
@@ -120,8 +138,8 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiscale_quantize(
       Tensor h, Tensor codebook, std::optional<Tensor> dropped, std::vector<int64_t> dims,
       std::vector<double> weights, std::vector<int64_t> sizes, bool l2_norm,
-      bool /*atomic_codebook_gradient*/) {
-    const Problem problem = check_problem(h, codebook, dims, weights, sizes, l2_norm);
+      bool /*atomic_codebook_gradient*/, int64_t metric) {
+    const Problem problem = check_problem(h, codebook, dims, weights, sizes, l2_norm, metric);
     const CodebookLayout& layout = problem.layout;
     const Pyramid& pyramid = problem.pyramid;
     if (dropped) {
@@ -135,12 +153,12 @@ struct Operators {
       using T = decltype(zero);
       Backend::template check_codebook<T>(layout, codebook);
       const ScalarType type = h.scalar_type();
-      Tensor quantized =
-          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h, "quantized");
-      Tensor indices =
-          empty({pyramid.batch, tokens_per_image(pyramid)}, ScalarType::Long, h, "indices");
-      Tensor code_error = empty({pyramid.num_scales}, type, h, "code_error");
-      Tensor hits = empty({layout.codes}, ScalarType::Long, h, "hits");
+      Tensor quantized = empty(shape(h), type, h, "quantized");
+      Tensor indices = empty(problem.tokens, ScalarType::Long, h, "indices");
+      Tensor code_error =
+          empty(problem.of_codebooks(codebook, {pyramid.num_scales}), type, h, "code_error");
+      Tensor hits =
+          empty(problem.of_codebooks(codebook, {layout.codes}), ScalarType::Long, h, "hits");
       Backend::run(QuantizeArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                    dropped ? data<int64_t>(*dropped) : nullptr,
                                    mutable_data<T>(quantized), mutable_data<int64_t>(indices),
@@ -159,24 +177,23 @@ struct Operators {
     const Problem problem = check_problem(h, codebook, dims, {}, sizes, l2_norm);
     const CodebookLayout& layout = problem.layout;
     const Pyramid& pyramid = problem.pyramid;
-    check_tokens(indices, pyramid, h, "h");
+    check_tokens(indices, problem.tokens, h, "h");
     const auto check_grad = [&](Tensor& grad, const char* name, const std::vector<int64_t>& shape) {
       check_shape(grad, shape, name);
       check_like(grad, name, h, "h");
       check_device(grad, name, h, "h");
       grad = contiguous(grad, name);
     };
-    check_grad(grad_quantized, "grad_quantized",
-               {pyramid.batch, layout.dim, pyramid.height, pyramid.width});
-    if (grad_code_error) check_grad(*grad_code_error, "grad_code_error", {pyramid.num_scales});
-    check_grad(grad_row_error, "grad_row_error", {pyramid.num_scales});
+    check_grad(grad_quantized, "grad_quantized", shape(h));
+    const std::vector<int64_t> errors = problem.of_codebooks(codebook, {pyramid.num_scales});
+    if (grad_code_error) check_grad(*grad_code_error, "grad_code_error", errors);
+    check_grad(grad_row_error, "grad_row_error", errors);
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
       const ScalarType type = h.scalar_type();
-      Tensor grad_h =
-          empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width}, type, h, "grad_h");
-      Tensor grad_codebook = empty({layout.codes, layout.dim}, type, h, "grad_codebook");
+      Tensor grad_h = empty(shape(h), type, h, "grad_h");
+      Tensor grad_codebook = empty(shape(codebook), type, h, "grad_codebook");
       Backend::run(
           QuantizeBackwardArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                   data<int64_t>(indices), data<T>(grad_quantized),
@@ -194,12 +211,13 @@ struct Operators {
     const Problem problem = check_problem(h, codebook, dims, {}, sizes, l2_norm);
     const CodebookLayout& layout = problem.layout;
     const Pyramid& pyramid = problem.pyramid;
-    check_tokens(indices, pyramid, h, "h");
+    check_tokens(indices, problem.tokens, h, "h");
+    std::vector<int64_t> row_shape = problem.tokens;
+    row_shape.push_back(layout.dim);
     return dispatch(h, "h", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, -1);
-      Tensor rows =
-          empty({pyramid.batch, tokens_per_image(pyramid), layout.dim}, h.scalar_type(), h, "rows");
+      Tensor rows = empty(row_shape, h.scalar_type(), h, "rows");
       Backend::run(PyramidRowsArgs<T>{pyramid, layout, data<T>(codebook), data<T>(h),
                                       data<int64_t>(indices), mutable_data<T>(rows)},
                    h);
@@ -211,16 +229,17 @@ struct Operators {
                                   std::vector<int64_t> sizes, int64_t height, int64_t width,
                                   bool l2_norm) {
     const CodebookLayout layout = make_layout(codebook, dims, {}, l2_norm);
-    check_dim(indices, 2, "indices");
-    const Pyramid pyramid = make_pyramid(indices.size(0), height, width, sizes);
-    check_tokens(indices, pyramid, codebook, "codebook");
+    check_dim(indices, codebook.dim(), "indices");
+    const int64_t images = indices.size(0);
+    const Pyramid pyramid = make_pyramid(images * layout.books, height, width, sizes);
+    check_tokens(indices, token_shape(codebook, layout, pyramid), codebook, "codebook");
     Backend::check_shape(pyramid, layout);
     codebook = contiguous(codebook, "codebook");
     return dispatch(codebook, "codebook", [&](auto zero) {
       using T = decltype(zero);
       Backend::check_indices(indices, layout.codes, 0);
       Backend::template check_codebook<T>(layout, codebook);
-      Tensor quantized = empty({pyramid.batch, layout.dim, pyramid.height, pyramid.width},
+      Tensor quantized = empty({images, layout.books * layout.dim, height, width},
                                codebook.scalar_type(), codebook, "quantized");
       Backend::run(DecodeArgs<T>{pyramid, layout, data<T>(codebook), data<int64_t>(indices),
                                  mutable_data<T>(quantized)},

@@ -8,8 +8,10 @@
 #include "../cpu/quantizer.h"
 #include "../cpu/sample_code.h"
 #include "../cpu/sampler.h"
+#include "../cpu/scalar.h"
 #include "operators.h"
 #include "sampler_operator.h"
+#include "scalar_operators.h"
 
 namespace tokenflow::torch_ops {
 namespace {
@@ -94,6 +96,20 @@ struct CpuBackend {
   static void run(const SegmentSumArgs<T>& args, const Tensor&) {
     launch(cpu::segment_sum<T>, args);
   }
+  static void check_planes(const Pyramid&, int) {}
+
+  template <typename T>
+  static void run(const ScalarQuantizeArgs<T>& args, const Tensor&) {
+    launch(cpu::scalar_quantize<T>, args);
+  }
+  template <typename T>
+  static void run(const UpsampleTransposeArgs<T>& args, const Tensor&) {
+    launch(cpu::upsample_transpose<T>, args);
+  }
+  template <typename T>
+  static void run(const PoolTransposeArgs<T>& args, const Tensor&) {
+    launch(cpu::pool_transpose<T>, args);
+  }
   static void run(const SampleArgs& args, const Tensor&) { launch(cpu::sample, args); }
 };
 
@@ -102,5 +118,6 @@ struct CpuBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenflow_ext, CPU, m) {
   tokenflow::torch_ops::Operators<tokenflow::torch_ops::CpuBackend>::register_all(m);
+  tokenflow::torch_ops::ScalarOperators<tokenflow::torch_ops::CpuBackend>::register_all(m);
   tokenflow::torch_ops::SamplerOperator<tokenflow::torch_ops::CpuBackend>::register_all(m);
 }

@@ -9,8 +9,10 @@
 #include "../cuda/quantizer.h"
 #include "../cuda/sample_code.h"
 #include "../cuda/sampler.h"
+#include "../cuda/scalar.h"
 #include "operators.h"
 #include "sampler_operator.h"
+#include "scalar_operators.h"
 
 namespace tokenflow::torch_ops {
 namespace {
@@ -73,6 +75,22 @@ struct CudaBackend {
   static void run(const SegmentSumArgs<float>& args, const Tensor& like) {
     launch(args, like, cuda::segment_sum_workspace_bytes, cuda::launch_segment_sum);
   }
+  static void check_planes(const Pyramid& pyramid, int dim) {
+    const char* reason = cuda::unsupported_planes(pyramid, dim);
+    STD_TORCH_CHECK(reason == nullptr, reason ? reason : "");
+  }
+
+  static void run(const ScalarQuantizeArgs<float>& args, const Tensor& like) {
+    launch_on(like,
+              [&](cudaStream_t stream) { return cuda::launch_scalar_quantize(args, stream); });
+  }
+  static void run(const UpsampleTransposeArgs<float>& args, const Tensor& like) {
+    launch_on(like,
+              [&](cudaStream_t stream) { return cuda::launch_upsample_transpose(args, stream); });
+  }
+  static void run(const PoolTransposeArgs<float>& args, const Tensor& like) {
+    launch_on(like, [&](cudaStream_t stream) { return cuda::launch_pool_transpose(args, stream); });
+  }
   static void run(const SampleArgs& args, const Tensor& like) {
     launch_on(like, [&](cudaStream_t stream) { return cuda::launch_sample(args, stream); });
   }
@@ -83,6 +101,7 @@ struct CudaBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenflow_ext, CUDA, m) {
   tokenflow::torch_ops::Operators<tokenflow::torch_ops::CudaBackend>::register_all(m);
+  tokenflow::torch_ops::ScalarOperators<tokenflow::torch_ops::CudaBackend>::register_all(m);
   tokenflow::torch_ops::SamplerOperator<tokenflow::torch_ops::CudaBackend>::register_all(m);
 }
 

@@ -3,22 +3,26 @@
 //
 // Conventions: the groups of a codebook are passed concatenated, [K, D] with D = sum(dims);
 // `sizes` is the (height, width) of every scale, flattened; an index of -1 is a dropped token.
+// A codebook of three dimensions is several, [books, K, D], each with an index of its own: then
+// rows are [books, N, D], h has books * D channels, and what is counted or summed by codebook,
+// indices among them, has a dimension `books` (see tokenflow_ext/ops.py). A metric is the number of
+// common/codebook.h's.
 // multiscale_quantize takes atomic_codebook_gradient for the sake of its gradient alone; a
 // grad_code_error of None is zeros, and so is grad_codebook then.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   m.def(
-      "nearest_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm) "
-      "-> Tensor");
-  // The metric is common/gumbel.h's, by its number.
+      "nearest_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm, "
+      "int metric=0) -> Tensor");
   m.def(
       "sample_code(Tensor rows, Tensor codebook, int[] dims, float[] weights, bool l2_norm, "
       "int metric, float temperature, int seed, Tensor? seed_rows, int offset, "
       "Tensor? offset_rows) -> Tensor");
   m.def(
       "multiscale_quantize(Tensor h, Tensor codebook, Tensor? dropped, int[] dims, "
-      "float[] weights, int[] sizes, bool l2_norm, bool atomic_codebook_gradient=False) "
+      "float[] weights, int[] sizes, bool l2_norm, bool atomic_codebook_gradient=False, "
+      "int metric=0) "
       "-> (Tensor quantized, Tensor indices, Tensor code_error, Tensor row_error, Tensor hits)");
   m.def(
       "multiscale_quantize_backward(Tensor h, Tensor codebook, Tensor indices, "
@@ -33,6 +37,13 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
       "int width, bool l2_norm) -> Tensor");
   m.def(
       "segment_sum(Tensor rows, Tensor indices, int num_segments) -> (Tensor sums, Tensor counts)");
+  // Scalar quantization (tokenflow_ext/scalar.py): tables [rounds, thresholds, D] and one more
+  // value.
+  m.def(
+      "scalar_quantize(Tensor h, Tensor thresholds, Tensor values, Tensor? flips, int[] sizes, "
+      "int[] rounds, bool bilinear) -> (Tensor quantized, Tensor digits, Tensor rows)");
+  m.def("upsample_transpose(Tensor plane, int[] sizes, bool bilinear) -> Tensor");
+  m.def("pool_transpose(Tensor rows, int[] sizes, int height, int width) -> Tensor");
   // Each argument of a row is one number, or a tensor of one number or of one a row.
   m.def(
       "sample_top_k_top_p(Tensor logits, Tensor? uncond, int top_k, Tensor? top_k_rows, "

@@ -38,6 +38,7 @@ inline tokenflow::CodebookLayout make_layout(int64_t codes, const std::vector<in
                                              bool l2_norm,
                                              const std::vector<double>& weights = {}) {
   tokenflow::CodebookLayout layout = {};
+  layout.books = 1;
   layout.codes = codes;
   layout.groups = static_cast<int>(dims.size());
   layout.l2_norm = l2_norm;

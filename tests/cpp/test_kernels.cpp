@@ -109,11 +109,15 @@ void test_adjoints(const PlaneKernels<double>& plane, const char* name) {
       plane.pool_transpose_add(y.data(), dim, full, grid, pool_back.data());
       expect(std::abs(dot(pooled, y) - dot(x, pool_back)) < 1e-9, name);
 
-      std::vector<double> up(full_size), down(full_size), up_back(grid_size);
-      plane.upsample(y.data(), dim, grid, full, scratch.data(), up.data(), down.data());
-      plane.upsample_transpose(x.data(), dim, grid, full, scratch.data(), up_back.data());
-      expect(std::abs(dot(up, x) - dot(y, up_back)) < 1e-9, name);
-      for (size_t i = 0; i < full_size; ++i) expect(up[i] == -down[i], name);
+      for (const Upsampling upsampling : {Upsampling::kBicubic, Upsampling::kBilinear}) {
+        std::vector<double> up(full_size), down(full_size), up_back(grid_size);
+        plane.upsample(y.data(), dim, grid, full, upsampling, scratch.data(), up.data(),
+                       down.data());
+        plane.upsample_transpose(x.data(), dim, grid, full, upsampling, scratch.data(),
+                                 up_back.data());
+        expect(std::abs(dot(up, x) - dot(y, up_back)) < 1e-9, name);
+        for (size_t i = 0; i < full_size; ++i) expect(up[i] == -down[i], name);
+      }
 
       std::vector<double> first(full_size), back(full_size);
       plane.to_channels_last(x.data(), dim, full.height * full.width, first.data());
@@ -143,16 +147,22 @@ void test_geometry() {
                "area bins are those of adaptive pooling");
         for (int i = bin.begin; i < bin.end; ++i) owners[i].push_back(o);
 
-        const CubicTaps<double> taps = cubic_taps<double>(o, input, output);
-        const double source = (o + 0.5) * input / output - 0.5;
-        double sum = 0;
-        for (int k = 0; k < 4; ++k) {
-          const int position = static_cast<int>(std::floor(source + 1e-9)) - 1 + k;
-          sum += taps.weight[k];
-          expect(taps.position[k] == std::clamp(position, 0, input - 1), "tap positions");
-          expect(std::abs(taps.weight[k] - cubic(source - position)) < 1e-7, "tap weights");
+        for (const Upsampling upsampling : {Upsampling::kBicubic, Upsampling::kBilinear}) {
+          const Taps<double> taps = upsampling_taps<double>(o, input, output, upsampling);
+          const double source = (o + 0.5) * input / output - 0.5;
+          double sum = 0;
+          for (int k = 0; k < 4; ++k) {
+            const int position = static_cast<int>(std::floor(source + 1e-9)) - 1 + k;
+            const double distance = source - position;
+            const double weight = upsampling == Upsampling::kBicubic
+                                      ? cubic(distance)
+                                      : std::max(0.0, 1 - std::abs(distance));
+            sum += taps.weight[k];
+            expect(taps.position[k] == std::clamp(position, 0, input - 1), "tap positions");
+            expect(std::abs(taps.weight[k] - weight) < 1e-7, "tap weights");
+          }
+          expect(std::abs(sum - 1) < 1e-12, "tap weights sum to one");
         }
-        expect(std::abs(sum - 1) < 1e-12, "tap weights sum to one");
       }
       for (int i = 0; i < input; ++i) {
         const AreaBin range = area_bins_of(i, input, output);

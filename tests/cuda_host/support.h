@@ -189,7 +189,9 @@ inline double distance(const Vector& a, const Vector& b, const CodebookLayout& l
   double total = 0;
   for (int g = 0; g < layout.groups; ++g) {
     for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      total += layout.weight[g] * (a[d] - b[d]) * (a[d] - b[d]);
+      total +=
+          layout.weight[g] *
+          (layout.metric == tokenflow::Metric::kDot ? -a[d] * b[d] : (a[d] - b[d]) * (a[d] - b[d]));
     }
   }
   return total;

@@ -22,7 +22,7 @@ struct Case {
     const auto argument = [](const Indices& values) {
       return RowArgument<int64_t>{values.data(), values.size() > 1 ? 1 : 0, 0};
     };
-    return {layout,      codebook.data(), num_rows,          rows.data(),    metric,
+    return {layout,      codebook.data(), num_rows,          rows.data(),
             temperature, argument(seeds), argument(offsets), indices->data()};
   }
 };

@@ -80,8 +80,8 @@ struct Stages {
       rows = cuda::take_packed_rows(memory, layout, num_rows, codes);
     });
     take([&](cuda::Workspace& memory) { records = cuda::take_records(memory, layout, num_rows); });
-    CHECK(cuda::launch_pack(layout, codebook.data(), codes, row_values.data(), num_rows, rows,
-                            nullptr) == cudaSuccess,
+    CHECK(cuda::launch_pack(layout, codebook.data(), codes, row_values.data(),
+                            {num_rows, 0, num_rows, 1}, num_rows, rows, nullptr) == cudaSuccess,
           "pack");
     indices = poisoned<int64_t>(num_rows);
     cuda::SearchArgs args = {};
@@ -90,7 +90,7 @@ struct Stages {
     args.codes = codes;
     args.rows = row_values.data();
     args.packed = rows;
-    args.map = {num_rows, 0, num_rows};
+    args.map = {num_rows, 0, num_rows, 1};
     args.num_rows = num_rows;
     args.records = records;
     args.indices = indices.data();
@@ -251,14 +251,42 @@ void spread_lengths(Floats* values, int dim, double low, double high) {
 
 void random_case(const char* name, int64_t codes, const std::vector<int>& dims, bool l2_norm,
                  const std::vector<double>& weights, int64_t num_rows, unsigned seed) {
-  const CodebookLayout layout = make_layout(codes, dims, l2_norm, weights);
-  compare(name, layout, random_floats(codes * layout.dim, seed),
-          random_floats(num_rows * layout.dim, seed + 1));
+  CodebookLayout layout = make_layout(codes, dims, l2_norm, weights);
+  const Floats codebook = random_floats(codes * layout.dim, seed);
+  const Floats rows = random_floats(num_rows * layout.dim, seed + 1);
+  compare(name, layout, codebook, rows);
+  layout.metric = Metric::kDot;
+  compare((std::string(name) + ", inner product").c_str(), layout, codebook, rows);
+}
+
+// By the inner product: codes of any length, equal ones, and rows and codes of zeros.
+void check_inner_product() {
+  CodebookLayout layout = make_layout(300, {20, 4}, false, {1.0, 0.5});
+  layout.metric = Metric::kDot;
+  Floats codebook = random_floats(300 * 24, 500), rows = random_floats(40 * 24, 501);
+  spread_lengths(&codebook, 24, -2, 2);
+  spread_lengths(&rows, 24, -9, 9);
+  for (int64_t i = 0; i < 300; i += 3) {  // the longest codes, which win, three times
+    std::copy_n(codebook.begin() + (i % 90) * 24, 24, codebook.begin() + (299 - i) * 24);
+  }
+  std::fill_n(codebook.begin() + 7 * 24, 24, 0.0f);
+  std::fill_n(rows.begin() + 3 * 24, 24, 0.0f);
+  rows[5 * 24 + 2] = std::numeric_limits<float>::infinity();
+  compare("inner product", layout, codebook, rows);
+  const Indices got = search(layout, codebook, rows);
+  CHECK(got[3] == 0 && got[5] == 0,
+        "a row of zeros, to which all codes are alike, takes the first");
+  // Codes that point away from every row but one of zeros.
+  for (float& value : rows) value = std::fabs(value);
+  for (float& value : codebook) value = -std::fabs(value);
+  rows[5 * 24 + 2] = 1;
+  compare("inner product, negative", layout, codebook, rows);
 }
 
 }  // namespace
 
 int main() {
+  check_inner_product();
   random_case("TokenFlow's groups", 300, {32, 8}, true, {1.0, 1.0}, 131, 1);
   random_case("weights", 257, {5, 3, 2}, true, {1.0, 0.25, 3.0}, 17, 2);
   random_case("no normalisation", 128, {7}, false, {}, 33, 3);

@@ -109,17 +109,49 @@ def _samples() -> list[tuple]:
         (OPS.multiscale_rows, (h, codebook, indices, dims, FLAT, True)),
         (OPS.multiscale_decode, (indices, codebook, dims, FLAT, 5, 4, True)),
         (OPS.segment_sum, (torch.randn(7, 3), torch.randint(-1, 4, (7,)), 4)),
+        *_samples_of_several_codebooks(),
+        *_scalar_samples(),
     ]
 
 
-@pytest.mark.parametrize("number", range(11))
+def _samples_of_several_codebooks() -> list[tuple]:
+    h, codebook = torch.randn(2, 6, 5, 4), torch.randn(2, 9, 3)
+    indices = torch.randint(0, 9, (2, 2, 27))
+    grads = (torch.randn_like(h), torch.rand(2, 3), torch.rand(2, 3))
+    differentiable = (h.clone().requires_grad_(), codebook.clone().requires_grad_())
+    return [
+        (OPS.nearest_code, (torch.randn(2, 7, 3), codebook, [3], [1.0], False, 2)),
+        (OPS.multiscale_quantize, (*differentiable, None, [3], [1.0], FLAT, True, False, 2)),
+        (OPS.multiscale_quantize_backward, (h, codebook, indices, *grads, [3], FLAT, True)),
+        (OPS.multiscale_rows, (h, codebook, indices, [3], FLAT, True)),
+        (OPS.multiscale_decode, (indices, codebook, [3], FLAT, 5, 4, True)),
+    ]
+
+
+def _scalar_samples() -> list[tuple]:
+    h = torch.randn(2, 6, 5, 4, requires_grad=True)
+    tables = (torch.zeros(2, 1, 6), torch.randn(2, 2, 6))
+    flips = torch.rand(2, 27, 6) < 0.5
+    rows = torch.randn(2, 27, 6, requires_grad=True)
+    return [
+        (OPS.scalar_quantize, (h, *tables, None, FLAT, [0, 1, 0], False)),
+        (
+            OPS.scalar_quantize,
+            (h.detach().double(), *(t.double() for t in tables), flips, FLAT, [0] * 3, True),
+        ),
+        (OPS.upsample_transpose, (h, FLAT, True)),
+        (OPS.pool_transpose, (rows, FLAT, 5, 4)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(20))
 def test_opcheck(number: int) -> None:
     op, arguments = _samples()[number]
     torch.library.opcheck(op.default, arguments)
 
 
 def test_opcheck_covers_every_operator() -> None:
-    assert len(_samples()) == 11
+    assert len(_samples()) == 20
     tested = {op._qualified_op_name for op, _ in _samples()}
     tested.add("tokenflow_ext::sample_top_k_top_p")  # tests/sampler
     tested.add("tokenflow_ext::sample_code")  # test_sample_code.py

@@ -12,7 +12,7 @@ from quantizer.strategies import DEVICES
 from torch import Tensor
 
 from tokenflow_ext import nearest_code, reference, sample_code
-from tokenflow_ext.stochastic import METRICS
+from tokenflow_ext.ops import METRICS
 
 DIMS, WEIGHTS = [3, 1], [1.0, 0.5]
 

@@ -339,7 +339,8 @@ def test_a_run_leaves_what_it_says(micro, images, tmp_path, capsys):
     resident = 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     memory = [r["peak_memory_gib"] for r in lines if r["kind"] == "train"]
     assert memory == sorted(memory)
-    assert 0.05 < memory[-1] <= resident / 2**30
+    # Linux adds up its counters of pages late: a few pages lie between two readings.
+    assert 0.05 < memory[-1] <= resident / 2**30 + 1e-3
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     logged = [event.value for event in board.Scalars("train/peak_memory_gib")]
     assert logged == pytest.approx(memory)

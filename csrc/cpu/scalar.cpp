@@ -1,0 +1,98 @@
+#include "scalar.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "planes.h"
+
+namespace tokenflow::cpu {
+namespace {
+
+// Digits and values of `count` rows of `dim` channels. The channels are the inner loop: it has no
+// branch, and its vectors are as wide as the compiler's.
+template <typename T>
+void quantize_rows(const ScalarQuantizeArgs<T>& args, int s, const T* rows, int64_t count,
+                   const bool* flips, int16_t* digits, T* codes) {
+  const int dim = args.layout.dim, thresholds = args.layout.thresholds;
+  const int64_t round = args.layout.round[s];
+  const T* threshold = args.thresholds + round * thresholds * dim;
+  const T* values = args.values + round * (thresholds + 1) * dim;
+  for (int64_t n = 0; n < count; ++n, rows += dim, digits += dim, codes += dim) {
+    std::fill_n(digits, dim, int16_t{0});
+    for (int i = 0; i < thresholds; ++i) {
+      const T* line = threshold + static_cast<int64_t>(i) * dim;
+      for (int d = 0; d < dim; ++d) digits[d] += rows[d] > line[d];
+    }
+    if (flips) {
+      for (int d = 0; d < dim; ++d) digits[d] ^= flips[n * dim + d];
+    }
+    for (int d = 0; d < dim; ++d) codes[d] = values[static_cast<int64_t>(digits[d]) * dim + d];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor) {
+  const Pyramid& pyramid = args.pyramid;
+  const int64_t tokens = tokens_per_image(pyramid);
+  const Planes<T> planes(pyramid, args.layout.dim, executor);
+  planes.each_map(2, [&](int64_t b, T* scratch) {
+    thread_local std::vector<T> residual, sum;
+    residual.resize(planes.plane_size());
+    sum.assign(planes.plane_size(), T(0));
+    T* codes = scratch + planes.scratch_size();
+    planes.load(args.h, b, residual.data());
+    for (int s = 0; s < pyramid.num_scales; ++s) {
+      const int64_t first = (b * tokens + pyramid.first_token[s]) * args.layout.dim;
+      T* rows = args.rows + first;
+      planes.pool(residual.data(), s, rows);
+      quantize_rows(args, s, rows, area(pyramid.extent[s]),
+                    args.flips ? args.flips + first : nullptr, args.digits + first, codes);
+      planes.add(codes, s, scratch, sum.data(), residual.data());
+    }
+    planes.store(sum.data(), b, args.quantized);
+  });
+}
+
+template <typename T>
+void upsample_transpose(const UpsampleTransposeArgs<T>& args, const Executor& executor) {
+  const Pyramid& pyramid = args.pyramid;
+  const Planes<T> planes(pyramid, args.dim, executor);
+  planes.each_map(1, [&](int64_t b, T* scratch) {
+    thread_local std::vector<T> plane;
+    plane.resize(planes.plane_size());
+    planes.load(args.plane, b, plane.data());
+    for (int s = 0; s < pyramid.num_scales; ++s) {
+      const int64_t first = b * tokens_per_image(pyramid) + pyramid.first_token[s];
+      planes.add_transpose(plane.data(), s, scratch, args.rows + first * args.dim);
+    }
+  });
+}
+
+template <typename T>
+void pool_transpose(const PoolTransposeArgs<T>& args, const Executor& executor) {
+  const Pyramid& pyramid = args.pyramid;
+  const Planes<T> planes(pyramid, args.dim, executor);
+  planes.each_map(0, [&](int64_t b, T*) {
+    thread_local std::vector<T> plane;
+    plane.assign(planes.plane_size(), T(0));
+    for (int s = 0; s < pyramid.num_scales; ++s) {
+      const int64_t first = b * tokens_per_image(pyramid) + pyramid.first_token[s];
+      planes.pool_transpose_add(args.rows + first * args.dim, s, plane.data());
+    }
+    planes.store(plane.data(), b, args.plane);
+  });
+}
+
+#define TOKENFLOW_INSTANTIATE(T)                                                         \
+  template void scalar_quantize<T>(const ScalarQuantizeArgs<T>&, const Executor&);       \
+  template void upsample_transpose<T>(const UpsampleTransposeArgs<T>&, const Executor&); \
+  template void pool_transpose<T>(const PoolTransposeArgs<T>&, const Executor&);
+
+TOKENFLOW_INSTANTIATE(float)
+TOKENFLOW_INSTANTIATE(double)
+
+#undef TOKENFLOW_INSTANTIATE
+
+}  // namespace tokenflow::cpu

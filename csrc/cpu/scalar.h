@@ -1,0 +1,19 @@
+// Scalar quantization on the CPU (see common/scalar_args.h), and the transposes of the pyramid's
+// resampling; T float or double.
+#pragma once
+
+#include "../common/scalar_args.h"
+#include "executor.h"
+
+namespace tokenflow::cpu {
+
+template <typename T>
+void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor);
+
+template <typename T>
+void upsample_transpose(const UpsampleTransposeArgs<T>& args, const Executor& executor);
+
+template <typename T>
+void pool_transpose(const PoolTransposeArgs<T>& args, const Executor& executor);
+
+}  // namespace tokenflow::cpu

@@ -1,0 +1,73 @@
+// Scalar quantization along the pyramid: nothing is searched, so one kernel takes a map's channels
+// from the first scale to the last.
+#include "planes.cuh"
+#include "resample_transpose.cuh"
+#include "scalar.h"
+
+namespace tokenflow::cuda {
+namespace {
+
+// Quantizes channel block.first + c at place p of a map's scale: writes its digit and gives its
+// value. The thread that pooled the number reads it.
+struct ScalarCode {
+  const ScalarQuantizeArgs<float>& args;
+  int first_channel;
+  int round;
+  int64_t first_token;  // of the scale, among those of all maps
+
+  __device__ __forceinline__ float operator()(int p, int c) const {
+    const int dim = args.layout.dim, thresholds = args.layout.thresholds;
+    const int d = first_channel + c;
+    const int64_t n = (first_token + p) * dim + d;
+    const int64_t line = static_cast<int64_t>(round) * thresholds;
+    int digit = digit_of(args.rows[n], args.thresholds + line * dim + d, thresholds, dim);
+    if (args.flips && args.flips[n]) digit ^= 1;
+    args.digits[n] = static_cast<int16_t>(digit);
+    return args.values[(line + round + digit) * dim + d];
+  }
+};
+
+// Grid: a block for every map and `channels` channels, which owns their planes, digits and rows.
+// Shared memory: as residual_pass_kernel's. Bytes: 8 dim height width, and 6 dim a token; tables
+// are read from the L1. Operations: 16 a scale and element of the plane, and a comparison a
+// threshold. Bound by latency for small planes.
+__global__ void __launch_bounds__(kPlaneThreads, 3)
+    scalar_quantize_kernel(const __grid_constant__ ScalarQuantizeArgs<float> args, int channels,
+                           const __grid_constant__ PlaneSizes sizes) {
+  const Pyramid& pyramid = args.pyramid;
+  const int dim = args.layout.dim;
+  const ChannelBlock block = channel_block(blockIdx.x, dim, channels);
+  const Planes shared(pyramid, channels, sizes);
+  const int elements = block.count * pyramid.height * pyramid.width;
+  const int64_t offset = (block.map * dim + block.first) * pyramid.height * pyramid.width;
+  for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {
+    shared.plane[i] = args.h[offset + i];
+  }  // pooling begins with a barrier
+  for (int s = 0; s < pyramid.num_scales; ++s) {
+    pool(pyramid, block, s, shared, dim, args.rows);
+    const int64_t first = block.map * tokens_per_image(pyramid) + pyramid.first_token[s];
+    add_codes(pyramid, block.count, s, shared, -1, args.quantized + offset, s == 0,
+              ScalarCode{args, block.first, args.layout.round[s], first});
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, cudaStream_t stream) {
+  const Pyramid& pyramid = args.pyramid;
+  if (unsupported_planes(pyramid, args.layout.dim)) return cudaErrorInvalidValue;
+  if (pyramid.batch == 0 || pyramid.num_scales == 0) return cudaSuccess;
+  const PlaneSizes sizes(pyramid, -1, pyramid.num_scales - 1, true);
+  const size_t channel_bytes = sizes.channel_bytes(pyramid);
+  const int channels = choose_channels(pyramid.batch, args.layout.dim, channel_bytes);
+  const int64_t blocks = pyramid.batch * ceil_div(args.layout.dim, channels);
+  return launch(scalar_quantize_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
+                sizes.table_bytes(pyramid) + static_cast<size_t>(channels) * channel_bytes, stream,
+                args, channels, sizes);
+}
+
+cudaError_t launch_pool_transpose(const PoolTransposeArgs<float>& args, cudaStream_t stream) {
+  return launch_pool_transpose(args, BinShare::kMean, stream);
+}
+
+}  // namespace tokenflow::cuda

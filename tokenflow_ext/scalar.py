@@ -1,0 +1,409 @@
+"""Scalar quantization: every channel by itself, without a table of codes.
+
+Signs (LFQ, arXiv 2310.05737; BSQ, arXiv 2406.07548) and levels (FSQ, arXiv 2309.15505), along the
+residual pyramid in one call. `quantize` is the pyramid and `straight_through` its gradient; `signs`
+and `levels` make the tables that it quantizes with; `sign_entropies` are the entropies of LFQ's
+choice of a code, without the matrix of codes; `pack_digits` and `unpack_digits` go between digits
+and token indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .ops import Size, check_devices, flatten_sizes, num_tokens
+
+Bound = Literal["tanh", "symmetric", "clamp"]
+BOUNDS: tuple[Bound, ...] = ("tanh", "symmetric", "clamp")
+#: Widening of FSQ's range, so that the outermost levels are reached.
+_FSQ_EPS = 1e-3
+
+
+class Tables(NamedTuple):
+    """What channels are quantized with: a number's digit is how many thresholds it exceeds."""
+
+    thresholds: Tensor
+    """[R, T, D], ascending; a channel with fewer is filled with infinities."""
+    values: Tensor
+    """[R, T + 1, D]: the value of each digit."""
+
+
+class Quantized(NamedTuple):
+    """What `quantize` returns."""
+
+    quantized: Tensor
+    """f^, the sum over scales of upsampled values, [B, D, H, W], without a gradient."""
+    digits: Tensor
+    """[B, L, D] int16, scale after scale."""
+    rows: Tensor
+    """What each scale was quantized from, [B, L, D], differentiable in h."""
+
+
+def signs(dim: int, *, value: float = 1.0, rounds: int = 1) -> Tables:
+    """Tables of signs: 1 (`value`) above 0, otherwise 0 (`-value`).
+
+    Args:
+        dim: channels D.
+        value: magnitude in the first round; each further round has half of it.
+        rounds: depths of a residual that have tables of their own, R.
+    """
+    size = value * 0.5 ** torch.arange(rounds, dtype=torch.float64)
+    values = torch.stack([-size, size], dim=1)[..., None].expand(-1, -1, dim)
+    return Tables(torch.zeros(rounds, 1, dim, dtype=torch.float64), values)
+
+
+def levels(counts: Sequence[int], *, bound: Bound = "tanh", rounds: int = 1) -> Tables:
+    """Tables of FSQ's levels: values within [-1, 1], evenly spaced, of numbers bounded first.
+
+    Args:
+        counts: levels of each channel, at least 2.
+        bound: "tanh": FSQ's own, an asymmetric range where the number is even; "symmetric":
+            2 / (L - 1) floor((L - 1) (tanh z + 1) / 2 + 1 / 2) - 1 (arXiv 2411.19842, 3.2), also
+            for 2 levels; "clamp": the same with the number cut to [-1, 1] in place of tanh.
+        rounds: depths of a residual; round k quantizes on a grid L^k times as fine.
+
+    Raises:
+        ValueError: a number of levels below 2 or beyond 2^15, or an unknown bound.
+    """
+    if not counts or not all(2 <= count <= 1 << 15 for count in counts):
+        raise ValueError(
+            f"levels must hold one or more numbers from 2 to 32768, got {list(counts)}"
+        )
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
+    if bound == "tanh" and 2 in counts:
+        raise ValueError(f"2 levels need another bound than 'tanh', got {list(counts)}")
+    most, infinity = max(counts), torch.inf
+    thresholds = torch.full((most - 1, len(counts)), infinity, dtype=torch.float64)
+    values = torch.zeros(most, len(counts), dtype=torch.float64)
+    for channel, count in enumerate(counts):
+        below, at = _level_grid(count, bound)
+        thresholds[: count - 1, channel] = below
+        values[:count, channel] = at
+    finer = torch.tensor(counts, dtype=torch.float64) ** -torch.arange(rounds).unsqueeze(1)
+    return Tables(thresholds * finer.unsqueeze(1), values * finer.unsqueeze(1))
+
+
+def _level_grid(count: int, bound: Bound) -> tuple[Tensor, Tensor]:
+    """Thresholds [L - 1], of which a number belongs to the level above, and values [L]."""
+    number = torch.arange(count, dtype=torch.float64)
+    if bound == "tanh":
+        half = (count - 1) * (1 + _FSQ_EPS) / 2
+        offset = 0.5 if count % 2 == 0 else 0.0
+        shift = _shift(count)
+        middle = count // 2
+        # round(tanh(z + shift) half - offset) is at least n where z is at least this.
+        inner = (number[1:] - middle - 0.5 + offset) / half
+        return inner.clamp(-1, 1).atanh() - shift, (number - middle) / middle
+    inner = (2 * number[1:] - 1) / (count - 1) - 1
+    return (inner.atanh() if bound == "symmetric" else inner), 2 * number / (count - 1) - 1
+
+
+def _shift(count: int) -> float:
+    """What FSQ adds to a number before tanh, so that 0 stays at a level where L is even."""
+    half = (count - 1) * (1 + _FSQ_EPS) / 2
+    return float(torch.tensor((0.5 if count % 2 == 0 else 0.0) / half, dtype=torch.float64).atanh())
+
+
+def bounded(z: Tensor, counts: Sequence[int], bound: Bound) -> Tensor:
+    """The values of levels before rounding: z [..., D] brought to their range, differentiable."""
+    if bound == "clamp":
+        return z.clamp(-1, 1)
+    if bound == "symmetric":
+        return z.tanh()
+    half, shift, offset = (
+        torch.tensor(part, dtype=z.dtype, device=z.device)
+        for part in (
+            [(count - 1) * (1 + _FSQ_EPS) / 2 for count in counts],
+            [_shift(count) for count in counts],
+            [0.5 if count % 2 == 0 else 0.0 for count in counts],
+        )
+    )
+    middle = torch.tensor([count // 2 for count in counts], dtype=z.dtype, device=z.device)
+    return ((z + shift).tanh() * half - offset) / middle
+
+
+def as_computed(tables: Tables, dtype: torch.dtype, *, inclusive: bool) -> Tables:
+    """Tables in the dtype of features, which is what they are compared in.
+
+    Args:
+        tables: in float64.
+        dtype: float32 or float64.
+        inclusive: a number equal to a threshold exceeds it: each is lowered by one place.
+    """
+    thresholds = tables.thresholds.to(dtype)
+    if inclusive:
+        # Rounding may have moved it either way: below lies the last number that does not reach it.
+        down = torch.full_like(thresholds, -torch.inf)
+        reached = (thresholds.double() >= tables.thresholds) & thresholds.isfinite()
+        thresholds = torch.where(reached, thresholds.nextafter(down), thresholds)
+    return Tables(thresholds.contiguous(), tables.values.to(dtype).contiguous())
+
+
+def quantize(
+    h: Tensor,
+    tables: Tables,
+    sizes: Sequence[Size],
+    *,
+    rounds: Sequence[int] | None = None,
+    flips: Tensor | None = None,
+    upsampling: Literal["bicubic", "bilinear"] = "bicubic",
+) -> Quantized:
+    """The residual loop with scalar codes: each scale's means are quantized, upsampled, subtracted.
+
+    Args:
+        h: [B, D, H, W] float32 or float64.
+        tables: in the dtype of h and on its device.
+        sizes: (height, width) of every scale.
+        rounds: which round of the tables each scale takes; the first by default.
+        flips: [B, L, D] bool, where the digits of tables of two values are inverted.
+        upsampling: how values come to the size of h.
+
+    Returns:
+        `Quantized`; `straight_through` gives its sum a gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+    """
+    flat = flatten_sizes(sizes)
+    rounds = [0] * len(sizes) if rounds is None else list(rounds)
+    return Quantized(
+        *torch.ops.tokenflow_ext.scalar_quantize(
+            h, *tables, flips, flat, rounds, upsampling == "bilinear"
+        )
+    )
+
+
+def pack_digits(digits: Tensor, counts: Sequence[int], *, little_endian: bool = True) -> Tensor:
+    """Token indices [...] int64 of digits [..., D]: numbers with a digit a channel.
+
+    Args:
+        digits: whole numbers, of any dtype.
+        counts: values of each channel; their product at most 2^63.
+        little_endian: the first channel counts units (FSQ, Open-MAGVIT2), else the last one does
+            (vector-quantize-pytorch's LFQ, Infinity).
+
+    Raises:
+        ValueError: indices beyond 63 bits.
+    """
+    return (digits.long() * _places(counts, little_endian, digits.device)).sum(-1)
+
+
+def unpack_digits(indices: Tensor, counts: Sequence[int], *, little_endian: bool = True) -> Tensor:
+    """Digits [..., D] int64 of token indices [...], the inverse of `pack_digits`."""
+    places = _places(counts, little_endian, indices.device)
+    sizes = torch.tensor(counts, device=indices.device)
+    return indices.unsqueeze(-1).div(places, rounding_mode="floor") % sizes
+
+
+def _places(counts: Sequence[int], little_endian: bool, device: torch.device) -> Tensor:
+    order = list(counts) if little_endian else list(counts)[::-1]
+    places = [1]
+    for count in order:
+        places.append(places[-1] * count)
+    if places.pop() > 1 << 63:
+        raise ValueError(
+            f"{len(order)} channels of up to {max(order)} values make indices beyond 63 bits: use "
+            "the digits"
+        )
+    return torch.tensor(places if little_endian else places[::-1], device=device)
+
+
+class SignEntropies(NamedTuple):
+    """Entropies of the choice softmax(2 <z, code> / temperature) over all 2^D codes of signs."""
+
+    per_sample: Tensor
+    """Mean over rows of the entropy of a row's choice, scalar."""
+    codebook: Tensor
+    """Entropy of the mean choice, scalar."""
+
+
+def sign_entropies(
+    z: Tensor,
+    *,
+    temperature: float = 0.01,
+    value: float = 1.0,
+    eps: float = 1e-5,
+    clamp: bool = False,
+    factorized: bool = False,
+) -> SignEntropies:
+    """The two entropies of LFQ's loss (arXiv 2310.05737, eq. 5) of rows z [N, D], differentiable.
+
+    The choice is a product over channels, so a row's entropy is a sum over channels. The mean
+    choice of N rows is not; its 2^D probabilities are the products of two tables of 2^(D / 2), a
+    matrix product, so that no matrix of N x 2^D exists.
+
+    Args:
+        z: float32 or float64.
+        temperature: of the softmax.
+        value: magnitude of the codes' channels.
+        eps: what the logarithm of the mean choice keeps away from 0: added to the probability, or
+            its least with `clamp` (vector-quantize-pytorch).
+        clamp: see `eps`.
+        factorized: the codebook's entropy as the sum of the channels' (BSQ, arXiv 2406.07548,
+            eq. 9): an upper bound of it, for any D.
+
+    Raises:
+        ValueError: more than 24 channels without `factorized`.
+    """
+    logits = 4 * value / temperature * z  # of 1 against 0, a channel
+    bits = logits.sigmoid()
+    # H(sigmoid(x)) = softplus(x) - x sigmoid(x), without a logarithm of 0.
+    per_sample = (F.softplus(logits) - logits * bits).sum(-1).mean()
+    if factorized:
+        mean = bits.mean(0)
+        both = torch.stack([mean, 1 - mean])
+        return SignEntropies(per_sample, torch.special.entr(both).sum())
+    if z.shape[-1] > 24:
+        raise ValueError(
+            f"2^{z.shape[-1]} codes are too many to list: use factorized=True beyond 24 channels"
+        )
+    half = z.shape[-1] // 2
+    chances = torch.stack([bits, (-logits).sigmoid()], dim=-1)  # not 1 - bits, which cancels
+    upper, lower = _joint(chances[:, :half]), _joint(chances[:, half:])
+    mean = (upper.T @ lower).flatten() / len(z)
+    log = mean.clamp(min=eps).log() if clamp else (mean + eps).log()
+    return SignEntropies(per_sample, -(mean * log).sum())
+
+
+def _joint(chances: Tensor) -> Tensor:
+    """Probabilities [N, 2^D] of all combinations of chances [N, D, 2]."""
+    joint = chances.new_ones(len(chances), 1)
+    for channel in range(chances.shape[1]):
+        joint = (joint.unsqueeze(-1) * chances[:, channel].unsqueeze(1)).flatten(1)
+    return joint
+
+
+def straight_through(
+    quantized: Tensor,
+    z: Tensor,
+    sizes: Sequence[Size],
+    *,
+    upsampling: Literal["bicubic", "bilinear"] = "bicubic",
+) -> Tensor:
+    """The sum of values [B, D, H, W], with the gradient as if z [B, L, D] stood in their place.
+
+    What comes back goes through the transpose of every scale's upsampling to z.
+    """
+    if not (torch.is_grad_enabled() and z.requires_grad):
+        return quantized
+    return _StraightThrough.apply(quantized, z, flatten_sizes(sizes), upsampling == "bilinear")
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(quantized: Tensor, z: Tensor, flat_sizes: list[int], bilinear: bool) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.sizes, ctx.bilinear = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, upsample_transpose(grad, ctx.sizes, ctx.bilinear), None, None
+
+
+def _setup_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.sizes, ctx.size = inputs[4], tuple(inputs[0].shape[2:])
+    ctx.mark_non_differentiable(*output[:2])
+
+
+def _quantize_backward(ctx: Any, _quantized: None, _digits: None, grad: Tensor) -> Any:
+    return pool_transpose(grad, ctx.sizes, ctx.size), *[None] * 6
+
+
+def upsample_transpose(plane: Tensor, flat_sizes: Sequence[int], bilinear: bool) -> Tensor:
+    """The transpose of every scale's upsampling, applied to [B, D, H, W]: [B, L, D]."""
+    return torch.ops.tokenflow_ext.upsample_transpose(plane, flat_sizes, bilinear)
+
+
+def pool_transpose(rows: Tensor, flat_sizes: Sequence[int], size: Size) -> Tensor:
+    """The transpose of pooling to every scale, applied to [B, L, D]: [B, D, *size], the sum."""
+    return torch.ops.tokenflow_ext.pool_transpose(rows, flat_sizes, *size)
+
+
+def _split(rows: Tensor, flat_sizes: Sequence[int]) -> list[tuple[Tensor, Size]]:
+    """Each scale's maps [B, D, h, w] of rows [B, L, D], and its size."""
+    sizes = list(zip(flat_sizes[::2], flat_sizes[1::2], strict=True))
+    parts = rows.split([height * width for height, width in sizes], dim=1)
+    return [(part.mT.unflatten(2, size), size) for part, size in zip(parts, sizes, strict=True)]
+
+
+# Both are linear: the gradient of a transpose is the operation itself, here in plain PyTorch.
+
+
+def _setup_upsample_transpose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    plane, ctx.sizes, ctx.bilinear = inputs
+    ctx.size = tuple(plane.shape[2:])
+
+
+def _upsample(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+    mode = "bilinear" if ctx.bilinear else "bicubic"
+    maps = [
+        F.interpolate(part, ctx.size, mode=mode, align_corners=False)
+        for part, _ in _split(grad_rows, ctx.sizes)
+    ]
+    return torch.stack(maps).sum(0), None, None
+
+
+def _setup_pool_transpose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sizes = inputs[1]
+
+
+def _pool(ctx: Any, grad_plane: Tensor) -> tuple[Tensor, None, None, None]:
+    sizes = zip(ctx.sizes[::2], ctx.sizes[1::2], strict=True)
+    rows = [F.interpolate(grad_plane, size, mode="area").flatten(2).mT for size in sizes]
+    return torch.cat(rows, dim=1), None, None, None
+
+
+torch.library.register_autograd(
+    "tokenflow_ext::scalar_quantize", _quantize_backward, setup_context=_setup_quantize
+)
+torch.library.register_autograd(
+    "tokenflow_ext::upsample_transpose", _upsample, setup_context=_setup_upsample_transpose
+)
+torch.library.register_autograd(
+    "tokenflow_ext::pool_transpose", _pool, setup_context=_setup_pool_transpose
+)
+
+
+@torch.library.register_fake("tokenflow_ext::scalar_quantize")
+def _(
+    h: Tensor,
+    thresholds: Tensor,
+    values: Tensor,
+    flips: Tensor | None,
+    sizes: list[int],
+    rounds: list[int],
+    bilinear: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("h", h=h, thresholds=thresholds, values=values, flips=flips)
+    rows = (h.shape[0], num_tokens(sizes), h.shape[1])
+    return (
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        h.new_empty(rows, dtype=torch.int16),
+        h.new_empty(rows),
+    )
+
+
+@torch.library.register_fake("tokenflow_ext::upsample_transpose")
+def _(plane: Tensor, sizes: list[int], bilinear: bool) -> Tensor:
+    return plane.new_empty((plane.shape[0], num_tokens(sizes), plane.shape[1]))
+
+
+@torch.library.register_fake("tokenflow_ext::pool_transpose")
+def _(rows: Tensor, sizes: list[int], height: int, width: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], rows.shape[2], height, width))
+
+
+for _name in ("scalar_quantize", "upsample_transpose", "pool_transpose"):
+    ops.register_vmap(_name)

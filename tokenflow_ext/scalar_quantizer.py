@@ -1,0 +1,357 @@
+"""Signs and levels as a module: LFQ, BSQ and FSQ over groups, depths and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, scalar
+from .codes import Entropy, Levels, Signs
+from .collectives import all_reduce
+from .ops import Size
+from .quantizer import CodebookUsage
+
+#: Codes up to which hits are counted code by code.
+MOST_COUNTED = 1 << 20
+
+
+class ScalarOutput(NamedTuple):
+    """What `ScalarQuantizer.forward` returns."""
+
+    quantized: Tensor
+    """f^ [B, D, H, W] in the dtype of h, with the straight-through gradient."""
+    indices: Tensor
+    """[B, G, L] int64, scale after scale; a scale's rounds one after the other."""
+    commitment_loss: Tensor
+    """beta times the mean over scales of mean((sg q - z)^2), a scalar."""
+    entropy_loss: Tensor
+    """The entropies of `entropy`, weighted, a scalar; 0 without."""
+    usage: CodebookUsage | None
+    """Hits [G, K]; None where there are more than `MOST_COUNTED` codes."""
+
+
+class ScalarQuantizer(nn.Module):
+    """Quantizes every channel of feature maps by itself, group by group an index.
+
+    Args:
+        code: what every group's codes are.
+        groups: how many groups G of `code.dim` channels; h has `G * code.dim`.
+        scales: side of each scale's grid, or (height, width), coarse to fine.
+        depth: rounds at every scale: each quantizes what the one before left, on a finer grid (half
+            as large signs, levels L times as fine).
+        beta: factor of the commitment loss.
+        entropy: the loss of the choice of a code, of `Signs`.
+        flips: in training, the share of signs that are inverted at random (Infinity's bitwise
+            self-correction, arXiv 2412.04431, section 3.4).
+        upsampling: how a scale's values come to the size of the features.
+
+    Attributes:
+        window_hits: hits since `usage_window(reset=True)`, [G, K]; None beyond `MOST_COUNTED`.
+
+    Raises:
+        ValueError: an argument out of its range, or a loss or flips of what are not signs.
+    """
+
+    window_hits: Tensor | None
+
+    def __init__(
+        self,
+        code: Signs | Levels,
+        groups: int = 1,
+        scales: Sequence[int | Size] = (16,),
+        *,
+        depth: int = 1,
+        beta: float = 0.25,
+        entropy: Entropy | None = None,
+        flips: float = 0.0,
+        upsampling: Literal["bicubic", "bilinear"] = "bicubic",
+    ) -> None:
+        super().__init__()
+        self.code, self.books, self.depth = code, int(groups), int(depth)
+        self.scales = tuple(ops.as_sizes(scales))
+        if not self.scales or min(min(s) for s in self.scales) < 1:
+            raise ValueError(f"scales must hold one or more positive sides, got {tuple(scales)}")
+        for name, value in (("groups", self.books), ("depth", self.depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= flips <= 1:
+            raise ValueError(f"flips must be in [0, 1], got {flips}")
+        if isinstance(code, Levels) and (entropy is not None or flips):
+            what = f"entropy={entropy}" if entropy is not None else f"flips={flips}"
+            raise ValueError(f"only Signs have an entropy and flips, got {what} with {code}")
+        if upsampling not in ("bicubic", "bilinear"):
+            raise ValueError(f"upsampling must be 'bicubic' or 'bilinear', got {upsampling!r}")
+        self.beta, self.flips, self.entropy = float(beta), float(flips), entropy
+        self.upsampling = upsampling
+        self.dim = self.books * code.dim
+        self.codebook_size = code.size
+        self.tokens_per_scale = tuple(depth * h * w for h, w in self.scales)
+        self.num_tokens = sum(self.tokens_per_scale)
+        self._sizes = [size for size in self.scales for _ in range(depth)]
+        self._rounds = list(range(depth)) * len(self.scales)
+        self._tables: dict[tuple[torch.dtype, torch.device], scalar.Tables] = {}
+        hits = None
+        if code.size <= MOST_COUNTED:
+            hits = torch.zeros(self.books, code.size, dtype=torch.int64)
+        self.register_buffer("window_hits", hits, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Statistics: zero. There are no parameters."""
+        if self.window_hits is not None:
+            self.window_hits.zero_()
+
+    def extra_repr(self) -> str:
+        sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
+        return f"{self.code}, groups={self.books}, depth={self.depth}, scales={sides}"
+
+    def tables(self, like: Tensor) -> scalar.Tables:
+        """Thresholds and values in the dtype and on the device of a tensor."""
+        key = (like.dtype, like.device)
+        if key not in self._tables:
+            code = self.code
+            if isinstance(code, Signs):
+                value = code.dim**-0.5 if code.spherical else 1.0
+                tables = scalar.signs(self.dim, value=value, rounds=self.depth)
+            else:
+                counts = code.counts * self.books
+                tables = scalar.levels(counts, bound=code.bound, rounds=self.depth)
+            with torch.inference_mode(False):
+                tables = scalar.as_computed(
+                    tables, like.dtype, inclusive=not isinstance(code, Signs)
+                )
+                self._tables[key] = scalar.Tables(*(table.to(like.device) for table in tables))
+        return self._tables[key]
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, h: Tensor) -> ScalarOutput:
+        """Quantizes features.
+
+        Args:
+            h: [B, D, H, W], float32, float64 (CPU), bfloat16 or float16. Half precision is computed
+                in float32.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a wrong dtype or shape; the message names the
+                argument.
+        """
+        features = self._inputs(h)
+        flips = None
+        if self.training and self.flips:
+            shape = (len(h), self.num_tokens, self.dim)
+            flips = torch.rand(shape, device=h.device) < self.flips
+        found = self._quantize(features, flips)
+        z = self._continuous(found.rows)
+        quantized = scalar.straight_through(
+            found.quantized, z, self._sizes, upsampling=self.upsampling
+        )
+        indices = self._pack(found.digits)
+        zero = z.new_zeros(())
+        commitment = entropy = zero
+        if self.beta:
+            error = (z - self._values(found.digits, z).detach()).square().mean(dim=(0, 2))
+            commitment = self.beta * self._mean_of_scales(error)
+        if self.entropy is not None and self.training:
+            entropy = self._entropy(z)
+        return ScalarOutput(
+            quantized.to(h.dtype), indices, commitment, entropy, self._count(indices)
+        )
+
+    def _inputs(self, h: Tensor) -> Tensor:
+        if not h.is_floating_point():
+            raise TypeError(f"h must be a floating-point tensor, got {h.dtype}")
+        if h.dim() != 4 or h.shape[1] != self.dim or h.numel() == 0:
+            raise ValueError(
+                f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
+            )
+        return h if h.dtype == torch.float64 else h.float()
+
+    def _quantize(self, features: Tensor, flips: Tensor | None = None) -> scalar.Quantized:
+        return scalar.quantize(
+            features,
+            self.tables(features),
+            self._sizes,
+            rounds=self._rounds,
+            flips=flips,
+            upsampling=self.upsampling,
+        )
+
+    def _continuous(self, rows: Tensor) -> Tensor:
+        """What stands in the place of the values for the gradient, [B, L, D]."""
+        if isinstance(self.code, Levels):
+            if not (torch.is_grad_enabled() and rows.requires_grad) and not self.beta:
+                return rows
+            finer = self._by_round(rows)
+            counts = self.code.counts * self.books
+            return scalar.bounded(rows / finer, counts, self.code.bound) * finer
+        if not self.code.spherical:
+            return rows
+        return F.normalize(rows.unflatten(-1, (self.books, -1)), dim=-1).flatten(-2)
+
+    def _by_round(self, like: Tensor) -> Tensor:
+        """How fine each token's grid is, [L, D]: largest value over that of the first round."""
+        values = self.tables(like).values
+        return self._per_token(values[:, 0] / values[0, 0])
+
+    def _per_token(self, of_rounds: Tensor) -> Tensor:
+        """[L, ...] of what every round has, [R, ...]."""
+        counts = torch.tensor([h * w for h, w in self._sizes], device=of_rounds.device)
+        rounds = torch.tensor(self._rounds, device=of_rounds.device)
+        return of_rounds[rounds.repeat_interleave(counts)]
+
+    def _values(self, digits: Tensor, like: Tensor) -> Tensor:
+        """Values [B, L, D] of digits."""
+        values = self.tables(like).values
+        if self.depth == 1:
+            return torch.gather(values[0].expand(len(digits), -1, -1), 1, digits.long())
+        return torch.gather(
+            self._per_token(values).expand(len(digits), -1, -1, -1), 2, digits.long().unsqueeze(2)
+        ).squeeze(2)
+
+    def _mean_of_scales(self, of_tokens: Tensor) -> Tensor:
+        """Mean over scales and rounds of the means of [L] over each one's tokens."""
+        parts = of_tokens.split([h * w for h, w in self._sizes])
+        return torch.stack([part.mean() for part in parts]).mean()
+
+    def _entropy(self, z: Tensor) -> Tensor:
+        assert self.entropy is not None
+        assert isinstance(self.code, Signs)
+        loss, parts = self.entropy, z.split([h * w for h, w in self._sizes], dim=1)
+        total = z.new_zeros(())
+        for part, number in zip(parts, self._rounds, strict=True):
+            value = 0.5**number * (self.code.dim**-0.5 if self.code.spherical else 1.0)
+            found = scalar.sign_entropies(
+                part.reshape(-1, self.code.dim),  # the groups' choices are pooled
+                temperature=loss.temperature,
+                value=value,
+                eps=loss.eps,
+                factorized=loss.factorized,
+            )
+            total = total + found.per_sample - loss.gamma * found.codebook
+        return loss.weight * total / len(parts)
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor) -> CodebookUsage | None:
+        if self.window_hits is None:
+            return None
+        first = torch.arange(self.books, device=indices.device).unsqueeze(1) * self.codebook_size
+        hits = ops.count_codes(indices + first, self.window_hits.numel()).view_as(self.window_hits)
+        if self.training:
+            hits = all_reduce(hits)
+            self.window_hits.add_(hits)
+        return CodebookUsage.from_hits(hits)
+
+    def usage_window(self, reset: bool = True) -> CodebookUsage | None:
+        """Usage over the training steps since the last reset (all processes)."""
+        if self.window_hits is None:
+            return None
+        usage = CodebookUsage.from_hits(self.window_hits.clone())
+        if reset:
+            self.window_hits.zero_()
+        return usage
+
+    # ------------------------------------------------------------------ tokens
+
+    def _pack(self, digits: Tensor) -> Tensor:
+        """[B, G, L] of digits [B, L, D]."""
+        code = self.code
+        little = not isinstance(code, Signs) or code.little_endian
+        groups = digits.unflatten(-1, (self.books, code.dim)).transpose(1, 2)
+        return scalar.pack_digits(groups, code.counts, little_endian=little)
+
+    def _unpack(self, indices: Tensor) -> Tensor:
+        """Digits [B, L, D] of [B, G, L]."""
+        code = self.code
+        little = not isinstance(code, Signs) or code.little_endian
+        digits = scalar.unpack_digits(indices, code.counts, little_endian=little)
+        return digits.transpose(1, 2).flatten(-2)
+
+    @torch.no_grad()
+    def encode(self, h: Tensor) -> Tensor:
+        """Token indices [B, G, L] int64 of features [B, D, H, W].
+
+        Raises:
+            As `forward`.
+        """
+        return self._pack(self._quantize(self._inputs(h)).digits)
+
+    @torch.no_grad()
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The tokens [B, G, L] whose values are nearest to rows [B, L, D]."""
+        values = self._per_token(self.tables(rows).values)  # [L, T + 1, D]
+        counts = torch.tensor(self.code.counts * self.books, device=rows.device)
+        digits = torch.arange(values.shape[1], device=rows.device)
+        missing = digits.unsqueeze(1) >= counts
+        distance = (values - rows.unsqueeze(2)).abs().masked_fill(missing, torch.inf)
+        return self._pack(distance.argmin(dim=2))
+
+    @torch.no_grad()
+    def codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values [B, L, D] of the tokens [B, G, L] of all scales."""
+        like = torch.empty((), dtype=dtype, device=indices.device)
+        return self._values(self._unpack(indices), like)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, upto: int | None = None, size: Size | None = None) -> Tensor:
+        """`f^ [B, D, *size]` of the token indices [B, G, L] of all scales.
+
+        Args:
+            indices: int64.
+            upto: how many scales to sum; all by default.
+            size: (height, width) of the result; the last scale's grid by default.
+
+        Raises:
+            ValueError: a wrong shape, `upto` or an index out of range.
+        """
+        expected = (self.books, self.num_tokens)
+        if indices.dim() != 3 or indices.shape[1:] != expected:
+            raise ValueError(
+                f"indices must have shape [B, {expected[0]}, {expected[1]}], got "
+                f"{tuple(indices.shape)}"
+            )
+        upto = len(self.scales) if upto is None else upto
+        if not 1 <= upto <= len(self.scales):
+            raise ValueError(f"upto must be 1 to {len(self.scales)}, got {upto}")
+        if indices.device.type == "cpu" and not bool(
+            ((indices >= 0) & (indices <= self.codebook_size - 1)).all()
+        ):
+            low, high = indices.aminmax()
+            raise ValueError(
+                f"indices must be in [0, {self.codebook_size}), got {int(low)} to {int(high)}"
+            )
+        maps = self.maps(self.codes(indices), self.scales[-1] if size is None else size)
+        return torch.stack(maps[: upto * self.depth]).sum(0)
+
+    def maps(self, rows: Tensor, size: Size) -> list[Tensor]:
+        """What each scale's rounds add to f^, [B, D, *size] each, of rows [B, L, D]."""
+        maps = []
+        parts = rows.split([h * w for h, w in self._sizes], dim=1)
+        for part, own in zip(parts, self._sizes, strict=True):
+            plane = part.mT.unflatten(2, own)
+            if own != tuple(size):
+                plane = F.interpolate(plane, size, mode=self.upsampling, align_corners=False)
+            maps.append(plane)
+        return maps
+
+    @torch.no_grad()
+    def next_scale_inputs(self, indices: Tensor) -> Tensor:
+        """Inputs of scales 2 to S for teacher forcing, [B, sum of their h * w, D]: the sum of the
+        scales before, averaged to each (Infinity, arXiv 2412.04431).
+
+        Args:
+            indices: tokens of all scales, [B, G, L].
+        """
+        total, inputs = None, []
+        maps = self.maps(self.codes(indices), self.scales[-1])
+        for scale, size in enumerate(self.scales[1:], start=1):
+            for plane in maps[(scale - 1) * self.depth : scale * self.depth]:
+                total = plane if total is None else total + plane
+            assert total is not None
+            inputs.append(F.interpolate(total, size, mode="area").flatten(2).mT)
+        if not inputs:
+            return self.codes(indices)[:, :0]
+        return torch.cat(inputs, dim=1)
