@@ -1,15 +1,18 @@
 """TokenFlow's quantizer on fused C++ and CUDA kernels.
 
-`MultiScaleQuantizer` and `MultiStepSampler` are what people use; `ops` has the quantizer's
-operators, `sampler` draws tokens from logits, `reference` is the same mathematics in plain PyTorch,
-`compat` has classes that stand in for other libraries' quantizers.
+`MultiScaleQuantizer` and `MultiStepSampler` are what people use. `Quantizer` is the whole family of
+quantizers, made of `Table`, `Projected`, `Signs` and `Levels`, with `presets` by name. `ops` and
+`scalar` have the operators, `sampler` draws tokens from logits, `reference` is the same mathematics
+in plain PyTorch, `compat` has classes that stand in for other libraries' quantizers.
 `tokenflow_ext.models` and `tokenflow_ext.train` hold the tokenizer and its training; they need the
 extras `models` and `train`.
 """
 
 from . import _moved
 from ._build import build_info
+from .codes import Entropy, Levels, Projected, Signs, Table
 from .errors import TokenFlowError
+from .family import Quantizer, QuantizerResult
 from .ops import nearest_code, segment_sum
 from .quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
 from .sampler import (
@@ -26,11 +29,18 @@ _moved.install()
 __all__ = [
     "CodebookUsage",
     "Draw",
+    "Entropy",
+    "Levels",
     "MultiScaleQuantizer",
     "MultiStepSampler",
+    "Projected",
+    "Quantizer",
     "QuantizerOutput",
+    "QuantizerResult",
     "SamplingConfig",
     "SamplingLogitsProcessor",
+    "Signs",
+    "Table",
     "TokenFlowError",
     "build_info",
     "nearest_code",

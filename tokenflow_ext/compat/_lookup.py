@@ -8,15 +8,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import ops
 from tokenflow_ext.ops import Size
+from tokenflow_ext.soft_entropy import entropy_loss
 
 from ._common import computable, raise_unsupported
-
-TEMPERATURE = 0.01  # of the softmax over codes in the entropy loss
-CHUNK = 1 << 22  # distances in memory at a time
 
 
 class LookupQuantizer(nn.Module):
@@ -177,26 +174,3 @@ class LookupQuantizer(nn.Module):
         self.skipped_rows.add_(finite.numel() - kept)
         used = torch.zeros(self.n_e, device=indices.device)
         return used.index_fill_(0, self.codebook_used.long(), 1).mean()
-
-
-def entropy_loss(rows: Tensor, codes: Tensor) -> Tensor:
-    """Mean entropy of a row's choice of code, less the entropy of the mean choice (0-dim).
-
-    The choice is softmax(-|row - code|^2 / 0.01). Of the distances of rows [N, D] to codes [K, D]
-    a few rows' are in memory at a time, in the gradient too, where they are computed again.
-    """
-    parts = [
-        checkpoint(_choices, part, codes, use_reentrant=False, preserve_rng_state=False)
-        for part in rows.split(max(1, CHUNK // len(codes)))
-    ]
-    share = sum(chosen for chosen, _ in parts) / len(rows)
-    mean = sum(entropy for _, entropy in parts) / len(rows)
-    return mean + (share * (share + 1e-5).log()).sum()
-
-
-def _choices(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows: of the probabilities of codes, [K], and of their entropies, 0-dim."""
-    squares = rows.square().sum(dim=1, keepdim=True) + codes.square().sum(dim=1)
-    log_p = F.log_softmax((2 * rows @ codes.T - squares) / TEMPERATURE, dim=1)
-    p = log_p.exp()
-    return p.sum(dim=0), -(p * log_p).sum()

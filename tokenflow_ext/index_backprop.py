@@ -1,0 +1,127 @@
+"""Index backpropagation (IBQ, arXiv 2412.02692): every code receives a gradient through the softmax
+over all of them, without a matrix of rows x codes.
+
+The scores of a few rows at a time are in memory, in the backward pass too, where they are computed
+again. Sums are in the order of the rows, so results are the same bits at every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codebook import sum_by_code
+
+#: Scores in memory at a time.
+CHUNK = 1 << 21
+
+
+class Choice(NamedTuple):
+    """What `choose` returns."""
+
+    quantized: Tensor
+    """The chosen code of each row, [N, D]; its gradient reaches all codes, and the rows."""
+    sample_entropy: Tensor
+    """Mean over rows of the entropy of softmax(<z, code> / temperature), a scalar."""
+    codebook_entropy: Tensor
+    """Entropy of the mean of that choice over rows, a scalar."""
+
+
+def choose(
+    rows: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    *,
+    temperature: float | None = None,
+    eps: float = 1e-5,
+) -> Choice:
+    """The chosen codes, as if by (one_hot + softmax(<z, code>) - sg softmax) times the codes.
+
+    Args:
+        rows: z [N, D], float32 or float64.
+        codes: [K, D], alike.
+        indices: the code of each row, [N] int64.
+        temperature: of the entropies' softmax; the straight-through one has 1. None: no entropies
+            are wanted, they are 0.
+        eps: added to the mean choice in its logarithm.
+
+    Raises:
+        ValueError: a temperature that is not positive, or shapes that do not fit.
+    """
+    fits = rows.dim() == codes.dim() == 2 and rows.shape[1] == codes.shape[1]
+    if not fits or len(rows) == 0 or indices.shape != rows.shape[:1]:
+        raise ValueError(
+            "rows [N, D], N > 0, codes [K, D] and indices [N] must fit, got "
+            f"{tuple(rows.shape)}, {tuple(codes.shape)} and {tuple(indices.shape)}"
+        )
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    quantized, entropies, mean = _Choose.apply(rows, codes, indices, temperature)
+    if temperature is None:
+        return Choice(quantized, rows.new_zeros(()), rows.new_zeros(()))
+    return Choice(quantized, entropies.mean(), -(mean * (mean + eps).log()).sum())
+
+
+def _chunks(rows: Tensor, codes: Tensor) -> list[slice]:
+    step = max(1, CHUNK // len(codes))
+    return [slice(first, first + step) for first in range(0, len(rows), step)]
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, codes: Tensor, indices: Tensor, temperature: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        entropies, mean = rows.new_zeros(len(rows)), codes.new_zeros(len(codes))
+        if temperature is not None:
+            for part in _chunks(rows, codes):
+                # log_softmax in place: x - max - log sum exp
+                logs = _log_softmax_(rows[part] @ codes.T, temperature)
+                p = logs.exp()
+                mean += p.sum(0)
+                entropies[part] = -torch.linalg.vecdot(p, logs)
+            mean /= len(rows)
+        ctx.save_for_backward(rows, codes, indices)
+        ctx.temperature = temperature
+        return F.embedding(indices, codes), entropies, mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_quantized: Tensor, grad_entropies: Tensor, grad_mean: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        rows, codes, indices = ctx.saved_tensors
+        temperature = ctx.temperature
+        grad_rows = torch.empty_like(rows)
+        grad_codes, _ = sum_by_code(grad_quantized.contiguous(), indices, len(codes))
+        by_mean = grad_mean / len(rows)
+        for part in _chunks(rows, codes):
+            scores = rows[part] @ codes.T
+            grad = grad_quantized[part] @ codes.T
+            if temperature is None:
+                _softmax_gradient_(grad, _log_softmax_(scores, 1.0).exp_())
+            else:
+                logs = _log_softmax_(scores.clone(), temperature)
+                _softmax_gradient_(grad, _log_softmax_(scores, 1.0).exp_())
+                p = logs.exp()
+                # Of the entropy, -p (log p + entropy); of the mean, p (g - <p, g>).
+                of_choice = logs.mul_(-grad_entropies[part].unsqueeze(1)).add_(by_mean)
+                grad.add_(_softmax_gradient_(of_choice, p), alpha=1 / temperature)
+            torch.matmul(grad, codes, out=grad_rows[part])
+            grad_codes.addmm_(grad.T, rows[part])
+        return grad_rows, grad_codes, None, None
+
+
+def _log_softmax_(scores: Tensor, temperature: float) -> Tensor:
+    """log softmax(scores / temperature) of each row, in place."""
+    if temperature != 1:
+        scores.div_(temperature)
+    return torch.log_softmax(scores, dim=1, out=scores)
+
+
+def _softmax_gradient_(grad: Tensor, p: Tensor) -> Tensor:
+    """What comes to the scores of probabilities p from their gradient, in place of it."""
+    return grad.sub_(torch.linalg.vecdot(p, grad).unsqueeze(1)).mul_(p)
