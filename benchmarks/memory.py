@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,6 +57,26 @@ def cuda_peak(call: Callable[[], object]) -> int:
     peak = torch.cuda.max_memory_allocated()
     del result
     return peak - before
+
+
+def peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes that a call needs at its peak; on the CPU in a process forked for it."""
+    if device == "cuda":
+        call()
+        return cuda_peak(call)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the parent's threads are not in this process
+        os.write(writer, json.dumps(resident_peak(call)).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("the measuring process ended")
+    return int(text)
 
 
 def _measure_here(case: Case, name: str) -> int:

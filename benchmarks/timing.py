@@ -77,3 +77,23 @@ def interleave(
     benchmark.pedantic(run_ours, setup=run_baselines, rounds=rounds, iterations=1)
     times.by_name["ours"] = list(benchmark.stats.stats.data)
     return times
+
+
+#: What is compared: "ours" and one other.
+Calls = dict[str, Callable[[], Any]]
+
+
+def measure(calls: Calls, rounds: int) -> dict[str, Any]:
+    """Median seconds of each call, and the median over rounds of the others' time over ours."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    other = next(name for name in calls if name != "ours")
+    pairs = zip(times[other], times["ours"], strict=True)
+    return {
+        "rounds": rounds,
+        "ours": statistics.median(times["ours"]),
+        "theirs": statistics.median(times[other]),
+        "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
+    }

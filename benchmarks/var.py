@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import comparison, var_released
-from benchmarks.memory import cuda_peak, resident_peak
+from benchmarks.memory import peak
 from benchmarks.tables import Table
-from benchmarks.timing import seconds
+from benchmarks.timing import Calls, measure
 from tokenflow_ext.models import (
     VAR,
     PixelConfig,
@@ -37,8 +34,6 @@ from tokenflow_ext.models import (
 )
 from tokenflow_ext.sampler import SamplingConfig
 from tokenflow_ext.var import VarQuantizer
-
-Calls = dict[str, Callable[[], Any]]
 
 
 def build(depth: int, device: str) -> VAR:
@@ -59,42 +54,6 @@ def build(depth: int, device: str) -> VAR:
             block.ada_lin[1].weight.normal_(std=0.02)
         model.head.weight.mul_(50)
     return model.to(device)
-
-
-def measure(calls: Calls, rounds: int) -> dict[str, Any]:
-    """Median seconds of each call, and the median over rounds of the others' time over ours."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    other = next(name for name in calls if name != "ours")
-    pairs = zip(times[other], times["ours"], strict=True)
-    return {
-        "rounds": rounds,
-        "ours": statistics.median(times["ours"]),
-        "theirs": statistics.median(times[other]),
-        "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
-    }
-
-
-def peak(call: Callable[[], Any], device: str) -> int:
-    """Bytes that a call needs at its peak; on the CPU in a process forked for it."""
-    if device == "cuda":
-        call()
-        return cuda_peak(call)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # the parent's threads are not in this process
-        os.write(writer, json.dumps(resident_peak(call)).encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise RuntimeError("the measuring process ended")
-    return int(text)
 
 
 def generation(model: VAR, batch: int, rounds: int) -> dict[str, Any]:

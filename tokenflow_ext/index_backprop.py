@@ -16,7 +16,7 @@ from torch import Tensor
 from .codebook import sum_by_code
 
 #: Scores in memory at a time.
-CHUNK = 1 << 21
+CHUNK = 1 << 22
 
 
 class Choice(NamedTuple):
@@ -82,7 +82,7 @@ class _Choose(torch.autograd.Function):
                 logs = _log_softmax_(rows[part] @ codes.T, temperature)
                 p = logs.exp()
                 mean += p.sum(0)
-                entropies[part] = -torch.linalg.vecdot(p, logs)
+                entropies[part] = -_dot(p, logs).squeeze(1)
             mean /= len(rows)
         ctx.save_for_backward(rows, codes, indices)
         ctx.temperature = temperature
@@ -102,10 +102,10 @@ class _Choose(torch.autograd.Function):
             scores = rows[part] @ codes.T
             grad = grad_quantized[part] @ codes.T
             if temperature is None:
-                _softmax_gradient_(grad, _log_softmax_(scores, 1.0).exp_())
+                _softmax_gradient_(grad, torch.softmax(scores, dim=1, out=scores))
             else:
-                logs = _log_softmax_(scores.clone(), temperature)
-                _softmax_gradient_(grad, _log_softmax_(scores, 1.0).exp_())
+                _softmax_gradient_(grad, torch.softmax(scores, dim=1))
+                logs = _log_softmax_(scores, temperature)
                 p = logs.exp()
                 # Of the entropy, -p (log p + entropy); of the mean, p (g - <p, g>).
                 of_choice = logs.mul_(-grad_entropies[part].unsqueeze(1)).add_(by_mean)
@@ -124,4 +124,9 @@ def _log_softmax_(scores: Tensor, temperature: float) -> Tensor:
 
 def _softmax_gradient_(grad: Tensor, p: Tensor) -> Tensor:
     """What comes to the scores of probabilities p from their gradient, in place of it."""
-    return grad.sub_(torch.linalg.vecdot(p, grad).unsqueeze(1)).mul_(p)
+    return grad.sub_(_dot(p, grad)).mul_(p)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products of rows with rows, [N, 1]."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)

@@ -190,19 +190,34 @@ def pack_digits(digits: Tensor, counts: Sequence[int], *, little_endian: bool = 
             (vector-quantize-pytorch's LFQ, Infinity).
 
     Raises:
-        ValueError: indices beyond 63 bits.
+        ValueError: indices beyond 63 bits, or another number of channels.
     """
-    return (digits.long() * _places(counts, little_endian, digits.device)).sum(-1)
+    if digits.shape[-1] != len(counts):
+        raise ValueError(
+            f"digits must have {len(counts)} in the last dimension, got {tuple(digits.shape)}"
+        )
+    flat = digits.reshape(1, -1, len(counts))
+    return pack_groups(flat, counts, little_endian=little_endian).view(digits.shape[:-1])
+
+
+def pack_groups(digits: Tensor, counts: Sequence[int], *, little_endian: bool = True) -> Tensor:
+    """Token indices [B, G, L] int64 of digits [B, L, G * D], D channels a group.
+
+    Args, errors: as for `pack_digits`.
+    """
+    places = _places(counts, little_endian)
+    return torch.ops.tokenflow_ext.pack_digits(digits.to(torch.int16), places)
 
 
 def unpack_digits(indices: Tensor, counts: Sequence[int], *, little_endian: bool = True) -> Tensor:
     """Digits [..., D] int64 of token indices [...], the inverse of `pack_digits`."""
-    places = _places(counts, little_endian, indices.device)
+    places = torch.tensor(_places(counts, little_endian), device=indices.device)
     sizes = torch.tensor(counts, device=indices.device)
     return indices.unsqueeze(-1).div(places, rounding_mode="floor") % sizes
 
 
-def _places(counts: Sequence[int], little_endian: bool, device: torch.device) -> Tensor:
+def _places(counts: Sequence[int], little_endian: bool) -> list[int]:
+    """What a digit of each channel counts."""
     order = list(counts) if little_endian else list(counts)[::-1]
     places = [1]
     for count in order:
@@ -212,7 +227,7 @@ def _places(counts: Sequence[int], little_endian: bool, device: torch.device) ->
             f"{len(order)} channels of up to {max(order)} values make indices beyond 63 bits: use "
             "the digits"
         )
-    return torch.tensor(places if little_endian else places[::-1], device=device)
+    return places if little_endian else places[::-1]
 
 
 class SignEntropies(NamedTuple):
@@ -252,14 +267,14 @@ def sign_entropies(
     Raises:
         ValueError: more than 24 channels without `factorized`.
     """
+    if factorized:
+        per_sample, bits = choice_of_signs(z.unsqueeze(0), [4 * value / temperature], [len(z)])
+        both = torch.stack([bits, 1 - bits])
+        return SignEntropies(per_sample[0], torch.special.entr(both).sum())
     logits = 4 * value / temperature * z  # of 1 against 0, a channel
     bits = logits.sigmoid()
     # H(sigmoid(x)) = softplus(x) - x sigmoid(x), without a logarithm of 0.
     per_sample = (F.softplus(logits) - logits * bits).sum(-1).mean()
-    if factorized:
-        mean = bits.mean(0)
-        both = torch.stack([mean, 1 - mean])
-        return SignEntropies(per_sample, torch.special.entr(both).sum())
     if z.shape[-1] > 24:
         raise ValueError(
             f"2^{z.shape[-1]} codes are too many to list: use factorized=True beyond 24 channels"
@@ -270,6 +285,57 @@ def sign_entropies(
     mean = (upper.T @ lower).flatten() / len(z)
     log = mean.clamp(min=eps).log() if clamp else (mean + eps).log()
     return SignEntropies(per_sample, -(mean * log).sum())
+
+
+def choice_of_signs(
+    z: Tensor, slopes: Sequence[float], counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """What the entropies of several parts of z are made of, with z alone kept for the gradient.
+
+    Args:
+        z: [B, L, D], the parts one after the other along L.
+        slopes: logit of 1 against 0 by a unit of z, of each part.
+        counts: how many of L each part has.
+
+    Returns:
+        The mean entropy of a row's choice [P], and the mean probability of 1, [P, D], of each part.
+    """
+    return _ChoiceOfSigns.apply(z, tuple(slopes), tuple(counts))
+
+
+class _ChoiceOfSigns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, slopes: tuple[float, ...], counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z)
+        ctx.slopes, ctx.counts = slopes, counts
+        entropies, means = [], []
+        for part, slope in zip(z.split(counts, dim=1), slopes, strict=True):
+            logits = part * slope
+            bits = logits.sigmoid()
+            means.append(bits.mean(dim=(0, 1)))
+            # H(sigmoid(x)) = softplus(x) - x sigmoid(x), without a logarithm of 0.
+            entropy = F.softplus(logits).sub_(bits.mul_(logits)).sum()
+            entropies.append(entropy / (part.shape[0] * part.shape[1]))
+        return torch.stack(entropies), torch.stack(means)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_entropy: Tensor, by_mean: Tensor) -> tuple[Tensor, None, None]:
+        (z,) = ctx.saved_tensors
+        grad = torch.empty_like(z)
+        parts = zip(
+            z.split(ctx.counts, dim=1), grad.split(ctx.counts, dim=1), ctx.slopes, strict=True
+        )
+        for number, (part, out, slope) in enumerate(parts):
+            # H' = -x s', and the mean's is s', with s' = s (1 - s).
+            torch.mul(part, -slope * by_entropy[number], out=out)
+            out.add_(by_mean[number])
+            bits = (part * slope).sigmoid_()
+            out.mul_(bits).mul_(bits.neg_().add_(1))
+            out.mul_(slope / (part.shape[0] * part.shape[1]))
+        return grad, None, None
 
 
 def _joint(chances: Tensor) -> Tensor:
@@ -395,6 +461,12 @@ def _(
     )
 
 
+@torch.library.register_fake("tokenflow_ext::pack_digits")
+def _(digits: Tensor, places: list[int]) -> Tensor:
+    batch, tokens, channels = digits.shape
+    return digits.new_empty((batch, channels // len(places), tokens), dtype=torch.int64)
+
+
 @torch.library.register_fake("tokenflow_ext::upsample_transpose")
 def _(plane: Tensor, sizes: list[int], bilinear: bool) -> Tensor:
     return plane.new_empty((plane.shape[0], num_tokens(sizes), plane.shape[1]))
@@ -405,5 +477,5 @@ def _(rows: Tensor, sizes: list[int], height: int, width: int) -> Tensor:
     return rows.new_empty((rows.shape[0], rows.shape[2], height, width))
 
 
-for _name in ("scalar_quantize", "upsample_transpose", "pool_transpose"):
+for _name in ("scalar_quantize", "pack_digits", "upsample_transpose", "pool_transpose"):
     ops.register_vmap(_name)

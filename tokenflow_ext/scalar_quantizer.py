@@ -145,10 +145,12 @@ class ScalarQuantizer(nn.Module):
             shape = (len(h), self.num_tokens, self.dim)
             flips = torch.rand(shape, device=h.device) < self.flips
         found = self._quantize(features, flips)
-        z = self._continuous(found.rows)
-        quantized = scalar.straight_through(
-            found.quantized, z, self._sizes, upsampling=self.upsampling
-        )
+        z, quantized = found.rows, found.quantized
+        if self.beta or self.training or (torch.is_grad_enabled() and h.requires_grad):
+            z = self._continuous(found.rows)
+            quantized = scalar.straight_through(
+                quantized, z, self._sizes, upsampling=self.upsampling
+            )
         indices = self._pack(found.digits)
         zero = z.new_zeros(())
         commitment = entropy = zero
@@ -183,8 +185,6 @@ class ScalarQuantizer(nn.Module):
     def _continuous(self, rows: Tensor) -> Tensor:
         """What stands in the place of the values for the gradient, [B, L, D]."""
         if isinstance(self.code, Levels):
-            if not (torch.is_grad_enabled() and rows.requires_grad) and not self.beta:
-                return rows
             finer = self._by_round(rows)
             counts = self.code.counts * self.books
             return scalar.bounded(rows / finer, counts, self.code.bound) * finer
@@ -218,21 +218,30 @@ class ScalarQuantizer(nn.Module):
         return torch.stack([part.mean() for part in parts]).mean()
 
     def _entropy(self, z: Tensor) -> Tensor:
+        """The loss of the choice of a code: its mean over scales and rounds."""
         assert self.entropy is not None
         assert isinstance(self.code, Signs)
-        loss, parts = self.entropy, z.split([h * w for h, w in self._sizes], dim=1)
+        loss, dim = self.entropy, self.code.dim
+        counts = [h * w for h, w in self._sizes]
+        value = dim**-0.5 if self.code.spherical else 1.0
+        values = [value * 0.5**number for number in self._rounds]
+        if loss.factorized and self.books == 1:
+            slopes = [4 * value / loss.temperature for value in values]
+            sample, bits = scalar.choice_of_signs(z, slopes, counts)
+            both = torch.stack([bits, 1 - bits])
+            codebook = torch.special.entr(both).sum() / len(counts)
+            return loss.weight * (sample.mean() - loss.gamma * codebook)
         total = z.new_zeros(())
-        for part, number in zip(parts, self._rounds, strict=True):
-            value = 0.5**number * (self.code.dim**-0.5 if self.code.spherical else 1.0)
+        for part, value in zip(z.split(counts, dim=1), values, strict=True):
             found = scalar.sign_entropies(
-                part.reshape(-1, self.code.dim),  # the groups' choices are pooled
+                part.reshape(-1, dim),  # the groups' choices are pooled
                 temperature=loss.temperature,
                 value=value,
                 eps=loss.eps,
                 factorized=loss.factorized,
             )
             total = total + found.per_sample - loss.gamma * found.codebook
-        return loss.weight * total / len(parts)
+        return loss.weight * total / len(counts)
 
     @torch.no_grad()
     def _count(self, indices: Tensor) -> CodebookUsage | None:
@@ -260,8 +269,7 @@ class ScalarQuantizer(nn.Module):
         """[B, G, L] of digits [B, L, D]."""
         code = self.code
         little = not isinstance(code, Signs) or code.little_endian
-        groups = digits.unflatten(-1, (self.books, code.dim)).transpose(1, 2)
-        return scalar.pack_digits(groups, code.counts, little_endian=little)
+        return scalar.pack_groups(digits, code.counts, little_endian=little)
 
     def _unpack(self, indices: Tensor) -> Tensor:
         """Digits [B, L, D] of [B, G, L]."""

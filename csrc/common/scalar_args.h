@@ -43,6 +43,27 @@ TOKENFLOW_HOST_DEVICE int digit_of(T value, const T* thresholds, int count, int 
   return digit;
 }
 
+// Token indices [batch, groups, tokens] of digits [batch, tokens, groups * dim]: the sum of digits
+// times the places of their channels.
+constexpr int kMostPlaces = 63;  // an index holds so many bits, and each channel one at least
+
+struct PackDigitsArgs {
+  int64_t batch;
+  int64_t tokens;
+  int groups;
+  int dim;
+  int64_t place[kMostPlaces];
+  const int16_t* digits;
+  int64_t* indices;
+};
+
+// The index of one group of a token; the digits are those of its first channel and after.
+TOKENFLOW_HOST_DEVICE int64_t pack_digits(const PackDigitsArgs& args, const int16_t* digits) {
+  int64_t index = 0;
+  for (int d = 0; d < args.dim; ++d) index += args.place[d] * digits[d];
+  return index;
+}
+
 // rows [batch, tokens, dim] = the transpose of every scale's upsampling, applied to a plane
 // [batch, dim, height, width].
 template <typename T>

@@ -394,51 +394,69 @@ void pool_transpose_add(const T* grad_rows, int dim, Extent from, Extent to, T* 
   }
 }
 
-template <typename T>
-void upsample(const T* rows, int dim, Extent from, Extent to, Upsampling upsampling, T* scratch,
-              T* sum, T* residual) {
+// The taps that weigh anything, kTaps of them around the middle of the four.
+template <int kTaps, typename T>
+static inline T weigh(const Taps<T>& taps, const T* const (&lines)[4], int64_t i) {
+  if constexpr (kTaps == 2) {
+    return taps.weight[1] * lines[1][i] + taps.weight[2] * lines[2][i];
+  } else {
+    return taps.weight[0] * lines[0][i] + taps.weight[1] * lines[1][i] +
+           taps.weight[2] * lines[2][i] + taps.weight[3] * lines[3][i];
+  }
+}
+
+template <int kTaps, typename T>
+void upsample_by(const T* rows, int dim, Extent from, Extent to, Upsampling upsampling,
+                 T* __restrict scratch, T* __restrict sum, T* __restrict residual) {
   // Along x into scratch [from.height, to.width, dim], then along y.
   for (int x = 0; x < to.width; ++x) {
     const Taps<T> taps = upsampling_taps<T>(x, from.width, to.width, upsampling);
     for (int y = 0; y < from.height; ++y) {
-      const T* line = rows + static_cast<int64_t>(y) * from.width * dim;
-      const T* __restrict a = line + static_cast<int64_t>(taps.position[0]) * dim;
-      const T* __restrict b = line + static_cast<int64_t>(taps.position[1]) * dim;
-      const T* __restrict c = line + static_cast<int64_t>(taps.position[2]) * dim;
-      const T* __restrict e = line + static_cast<int64_t>(taps.position[3]) * dim;
-      T* __restrict out = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
-      for (int d = 0; d < dim; ++d) {
-        out[d] = taps.weight[0] * a[d] + taps.weight[1] * b[d] + taps.weight[2] * c[d] +
-                 taps.weight[3] * e[d];
+      const T* lines[4];
+      for (int k = 0; k < 4; ++k) {
+        lines[k] = rows + (static_cast<int64_t>(y) * from.width + taps.position[k]) * dim;
       }
+      T* __restrict out = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
+      for (int d = 0; d < dim; ++d) out[d] = weigh<kTaps>(taps, lines, d);
     }
   }
   const int64_t line = static_cast<int64_t>(to.width) * dim;
   for (int y = 0; y < to.height; ++y) {
     const Taps<T> taps = upsampling_taps<T>(y, from.height, to.height, upsampling);
-    const T* __restrict a = scratch + taps.position[0] * line;
-    const T* __restrict b = scratch + taps.position[1] * line;
-    const T* __restrict c = scratch + taps.position[2] * line;
-    const T* __restrict e = scratch + taps.position[3] * line;
+    const T* lines[4];
+    for (int k = 0; k < 4; ++k) lines[k] = scratch + taps.position[k] * line;
     T* __restrict s = sum ? sum + y * line : nullptr;
     T* __restrict r = residual ? residual + y * line : nullptr;
-    for (int64_t i = 0; i < line; ++i) {
-      const T u = taps.weight[0] * a[i] + taps.weight[1] * b[i] + taps.weight[2] * c[i] +
-                  taps.weight[3] * e[i];
-      if (s) s[i] += u;
-      if (r) r[i] -= u;
+    if (s && r) {
+      for (int64_t i = 0; i < line; ++i) {
+        const T u = weigh<kTaps>(taps, lines, i);
+        s[i] += u;
+        r[i] -= u;
+      }
+    } else if (s) {
+      for (int64_t i = 0; i < line; ++i) s[i] += weigh<kTaps>(taps, lines, i);
+    } else if (r) {
+      for (int64_t i = 0; i < line; ++i) r[i] -= weigh<kTaps>(taps, lines, i);
     }
   }
+}
+
+template <typename T>
+void upsample(const T* rows, int dim, Extent from, Extent to, Upsampling upsampling, T* scratch,
+              T* sum, T* residual) {
+  const auto by = upsampling == Upsampling::kBilinear ? upsample_by<2, T> : upsample_by<4, T>;
+  by(rows, dim, from, to, upsampling, scratch, sum, residual);
 }
 
 template <typename T>
 void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, Upsampling upsampling,
                         T* scratch, T* grad_rows) {
   const int64_t line = static_cast<int64_t>(to.width) * dim;
+  const int first_tap = upsampling == Upsampling::kBilinear ? 1 : 0;
   fill_zero(scratch, from.height * line);
   for (int y = 0; y < to.height; ++y) {
     const Taps<T> taps = upsampling_taps<T>(y, from.height, to.height, upsampling);
-    for (int k = 0; k < 4; ++k) {
+    for (int k = first_tap; k < 4 - first_tap; ++k) {
       add_scaled(grad_plane + y * line, taps.weight[k], line, scratch + taps.position[k] * line);
     }
   }
@@ -448,7 +466,7 @@ void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, Up
     for (int y = 0; y < from.height; ++y) {
       const T* grad = scratch + (static_cast<int64_t>(y) * to.width + x) * dim;
       T* out = grad_rows + static_cast<int64_t>(y) * from.width * dim;
-      for (int k = 0; k < 4; ++k) {
+      for (int k = first_tap; k < 4 - first_tap; ++k) {
         add_scaled(grad, taps.weight[k], dim, out + static_cast<int64_t>(taps.position[k]) * dim);
       }
     }

@@ -55,6 +55,19 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
   });
 }
 
+void pack_digits(const PackDigitsArgs& args, const Executor& executor) {
+  executor.for_ranges(
+      args.batch * args.tokens, args.groups * args.dim, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          const int64_t b = n / args.tokens, t = n % args.tokens;
+          for (int g = 0; g < args.groups; ++g) {
+            args.indices[(b * args.groups + g) * args.tokens + t] =
+                tokenflow::pack_digits(args, args.digits + (n * args.groups + g) * args.dim);
+          }
+        }
+      });
+}
+
 template <typename T>
 void upsample_transpose(const UpsampleTransposeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;

@@ -10,6 +10,8 @@ namespace tokenflow::cpu {
 template <typename T>
 void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor);
 
+void pack_digits(const PackDigitsArgs& args, const Executor& executor);
+
 template <typename T>
 void upsample_transpose(const UpsampleTransposeArgs<T>& args, const Executor& executor);
 

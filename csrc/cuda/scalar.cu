@@ -51,7 +51,26 @@ __global__ void __launch_bounds__(kPlaneThreads, 3)
   }
 }
 
+// Grid: a thread for every group of a token, which owns its index. Bytes: 2 a digit and 8 an index;
+// bound by memory.
+__global__ void __launch_bounds__(kPlaneThreads)
+    pack_digits_kernel(const __grid_constant__ PackDigitsArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPlaneThreads + threadIdx.x;
+  if (i >= args.batch * args.tokens * args.groups) return;
+  const int64_t n = i / args.groups, g = i - n * args.groups;
+  const int64_t b = n / args.tokens, t = n - b * args.tokens;
+  args.indices[(b * args.groups + g) * args.tokens + t] =
+      pack_digits(args, args.digits + i * args.dim);
+}
+
 }  // namespace
+
+cudaError_t launch_pack_digits(const PackDigitsArgs& args, cudaStream_t stream) {
+  const int64_t indices = args.batch * args.tokens * args.groups;
+  if (indices == 0) return cudaSuccess;
+  return launch(pack_digits_kernel, dim3(static_cast<unsigned>(ceil_div(indices, kPlaneThreads))),
+                kPlaneThreads, 0, stream, args);
+}
 
 cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, cudaStream_t stream) {
   const Pyramid& pyramid = args.pyramid;

@@ -110,6 +110,7 @@ struct CpuBackend {
   static void run(const PoolTransposeArgs<T>& args, const Tensor&) {
     launch(cpu::pool_transpose<T>, args);
   }
+  static void run(const PackDigitsArgs& args, const Tensor&) { launch(cpu::pack_digits, args); }
   static void run(const SampleArgs& args, const Tensor&) { launch(cpu::sample, args); }
 };
 

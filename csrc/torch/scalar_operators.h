@@ -90,6 +90,32 @@ struct ScalarOperators {
     });
   }
 
+  // digits [B, L, G * D] and D places: [B, G, L].
+  static Tensor pack_digits(Tensor digits, std::vector<int64_t> places) {
+    STD_TORCH_CHECK(digits.scalar_type() == ScalarType::Short, "digits must be int16, got ",
+                    torch::headeronly::toString(digits.scalar_type()));
+    check_dim(digits, 3, "digits");
+    const int64_t dim = static_cast<int64_t>(places.size());
+    STD_TORCH_CHECK(dim >= 1 && dim <= kMostPlaces, "places must be 1 to ", kMostPlaces, ", got ",
+                    dim);
+    STD_TORCH_CHECK(
+        digits.size(2) > 0 && digits.size(2) % dim == 0 && digits.size(2) < kMostColumns,
+        "digits must have whole groups of ", dim, " channels, got shape ", shape_of(digits));
+    digits = contiguous(digits, "digits");
+    PackDigitsArgs args = {};
+    args.batch = digits.size(0);
+    args.tokens = digits.size(1);
+    args.groups = static_cast<int>(digits.size(2) / dim);
+    args.dim = static_cast<int>(dim);
+    std::copy(places.begin(), places.end(), args.place);
+    Tensor indices =
+        empty({args.batch, args.groups, args.tokens}, ScalarType::Long, digits, "indices");
+    args.digits = data<int16_t>(digits);
+    args.indices = mutable_data<int64_t>(indices);
+    Backend::run(args, digits);
+    return indices;
+  }
+
   static Tensor upsample_transpose(Tensor plane, std::vector<int64_t> sizes, bool bilinear) {
     const Pyramid pyramid = check_plane(plane, "plane", sizes, bilinear);
     const int dim = static_cast<int>(plane.size(1));
@@ -121,6 +147,7 @@ struct ScalarOperators {
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("scalar_quantize", TORCH_BOX(&scalar_quantize));
+    m.impl("pack_digits", TORCH_BOX(&pack_digits));
     m.impl("upsample_transpose", TORCH_BOX(&upsample_transpose));
     m.impl("pool_transpose", TORCH_BOX(&pool_transpose));
   }

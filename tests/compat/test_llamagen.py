@@ -51,7 +51,7 @@ def step(module: VectorQuantizer, z: Tensor) -> tuple[Tensor, list[Tensor], Tens
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
 @pytest.mark.parametrize("size", [(4, 4), (3, 7), (1, 1)])
 def test_training(l2_norm: bool, ratio: float, size: tuple, monkeypatch) -> None:
-    monkeypatch.setattr("tokenflow_ext.compat._lookup.CHUNK", 5 * CODES)
+    monkeypatch.setattr("tokenflow_ext.soft_entropy.CHUNK", 5 * CODES)
     module = build(beta=0.6, l2_norm=l2_norm, entropy_loss_ratio=ratio)
     z = (0.2 * features(2, DIM, *size)).requires_grad_()
     quantized, losses, info = module(z)
@@ -173,7 +173,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
 def test_no_matrix_of_distances(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenflow_ext.compat._lookup.CHUNK", 10_000)
+    monkeypatch.setattr("tokenflow_ext.soft_entropy.CHUNK", 10_000)
     torch.manual_seed(0)
     module = VectorQuantizer(900, DIM, 0.25, ratio, True, False)
     z = torch.randn(2, DIM, 20, 20, requires_grad=True)

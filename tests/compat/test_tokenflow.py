@@ -112,7 +112,7 @@ def test_one_map(l2_norm: bool) -> None:
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_entropy_loss_of_one_map(l2_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenflow_ext.compat._lookup.CHUNK", 7 * CODES)
+    monkeypatch.setattr("tokenflow_ext.soft_entropy.CHUNK", 7 * CODES)
     module = build(l2_norm=l2_norm, entropy_loss_ratio=0.3)
     z = (0.1 * features(2, DIM, 4, 7)).requires_grad_()
     _, losses, _ = module(z)

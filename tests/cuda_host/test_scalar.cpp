@@ -121,6 +121,18 @@ int main() {
   check({"larger than the plane", make_pyramid(1, 3, 4, {{5, 2}, {1, 1}, {2, 6}}), 2, 1, 1, false});
   check({"blocks of channels", make_pyramid(100, 2, 2, {{1, 1}, {2, 2}}), 9, 1, 1, true});
 
+  {  // Token indices of digits.
+    PackDigitsArgs args = {3, 70, 2, 5, {1, 3, 9, 27, 81}, nullptr, nullptr};
+    Digits digits;
+    for (int i = 0; i < 3 * 70 * 10; ++i) digits.push_back(static_cast<int16_t>(i * 7 % 11 % 3));
+    Indices got = poisoned<int64_t>(3 * 70 * 2), wanted = got;
+    args.digits = digits.data();
+    args.indices = got.data();
+    CHECK(cuda::launch_pack_digits(args, nullptr) == cudaSuccess, "launch");
+    args.indices = wanted.data();
+    cpu::pack_digits(args, cpu::thread_executor(1));
+    CHECK(got == wanted, "indices");
+  }
   {  // Shapes that are not supported launch nothing.
     ScalarQuantizeArgs<float> args = {};
     args.pyramid = make_pyramid(1, 300, 300, {{1, 1}});

@@ -198,6 +198,19 @@ def test_digits_and_indices(counts: list[int], little: bool, seed: int) -> None:
     assert torch.equal(scalar.unpack_digits(indices, counts, little_endian=little), digits)
 
 
+def test_groups_and_bad_digits() -> None:
+    digits = torch.randint(0, 3, (2, 5, 8), dtype=torch.int16)
+    packed = scalar.pack_groups(digits, [3, 4])
+    parts = [scalar.pack_digits(part, [3, 4]) for part in digits.split(2, dim=-1)]
+    assert torch.equal(packed, torch.stack(parts, 1))
+    with pytest.raises(ValueError, match=r"digits must have 3 in the last dimension, got \(2, 5, 8"):
+        scalar.pack_digits(digits, [2, 2, 2])
+    with pytest.raises(RuntimeError, match="digits must have whole groups of 3 channels"):
+        scalar.pack_groups(digits, [2, 2, 2])
+    with pytest.raises(RuntimeError, match="digits must be int16"):
+        torch.ops.tokenflow_ext.pack_digits(digits.long(), [1, 3])
+
+
 def test_63_bits() -> None:
     digits = torch.ones(1, 63, dtype=torch.int16)
     indices = scalar.pack_digits(digits, [2] * 63)
