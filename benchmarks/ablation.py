@@ -11,7 +11,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from PIL import Image
 from benchmarks import comparison, machine
 from benchmarks.comparison import RESULT
 from benchmarks.tables import Table
+from tokenflow_ext import Quantizer
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, WeightsError
 from tokenflow_ext.train import data, tokenizer
 from tokenflow_ext.train.config import TrainConfig, load_config
@@ -35,10 +38,9 @@ from tokenflow_ext.train.evaluation import evaluate
 
 CONFIGS = machine.ROOT / "train" / "configs" / "ablation"
 
-#: What every row has in common, besides the steps. k-means is short: with 131,072 codes the
+#: What every row has in common, besides steps and seed. k-means is short: with 131,072 codes the
 #: demonstration's 20 assignments would take longer than the training.
 FIXED = (
-    "seed=0",
     "optim.batch=8",
     "codebook.kmeans_batches=8",
     "codebook.kmeans_iterations=3",
@@ -60,6 +62,7 @@ class Row:
 
 
 BASELINES, TABLE_5, SIZES = "Tokenizers", "Design (rows of Table 5)", "Codebook sizes"
+FAMILY = "Other codes at equal bits"
 ROWS = {
     row.name: row
     for row in (
@@ -72,6 +75,10 @@ ROWS = {
         Row("shared_mapping", "+ shared mapping", TABLE_5, "shared_mapping.yaml"),
         Row("msvq", "+ MSVQ", TABLE_5, "msvq.yaml"),
         Row("teacher_start", "+ teacher's weights at the start", TABLE_5, "teacher_start.yaml"),
+        Row("one_index", "TokenFlow: one index, eight scales", FAMILY),
+        Row("groups", "eight groups (UniTok)", FAMILY, "../family/tiny_groups.yaml"),
+        Row("depth", "two branches, depth 4 (DualToken)", FAMILY, "../family/tiny_depth.yaml"),
+        Row("signs", "32 signs (BSQ)", FAMILY, "../family/tiny_signs.yaml"),
     )
 }
 CODEBOOK_SIZES = (4096, 16384, 131072)  # the row `tokenflow` has 1,024
@@ -83,12 +90,15 @@ def size_row(size: int) -> Row:
     return Row(f"codes_{size}", f"{size:,} codes", SIZES, overrides=(override,))
 
 
-def configuration(row: Row, out: Path, steps: int, overrides: Sequence[str]) -> TrainConfig:
-    """The run of a row. What the command line sets holds for every row."""
+def configuration(
+    row: Row, out: Path, steps: int, overrides: Sequence[str], seed: int = 0
+) -> TrainConfig:
+    """The run of a row and seed. What the command line sets holds for every row."""
     every = [f"output.{kind}_every={steps}" for kind in ("eval", "picture")]
-    common = [*FIXED, f"optim.steps={steps}", *every, "output.checkpoint_every=100"]
-    path = None if row.file is None else CONFIGS / row.file
-    return load_config(path, [*common, *row.overrides, *overrides, f"run={out / row.name}"])
+    common = [f"seed={seed}", *FIXED, f"optim.steps={steps}", *every, "output.checkpoint_every=100"]
+    path = None if row.file is None else (CONFIGS / row.file).resolve()
+    folder = out / (row.name if seed == 0 else f"{row.name}-seed{seed}")
+    return load_config(path, [*common, *row.overrides, *overrides, f"run={folder}"])
 
 
 def write_held_out(config: TrainConfig, folder: Path) -> None:
@@ -119,7 +129,7 @@ def run_row(row: Row, config: TrainConfig, held_out: Path, group: Processes) -> 
         facts = _facts(run, summary, measured)
         checkpoint.write_text(result, json.dumps(facts, indent=2) + "\n")
     found = json.loads(result.read_text(encoding="utf-8"))
-    return {"name": row.name, "label": row.label, "group": row.group, **found}
+    return {"name": row.name, "label": row.label, "group": row.group, "seed": config.seed, **found}
 
 
 def _facts(run: Path, summary: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -129,8 +139,9 @@ def _facts(run: Path, summary: dict[str, Any], measured: dict[str, Any]) -> dict
     return {
         **measured["figures"],
         "usage_in_training": trained[-1],
-        "codebook_size": model.quantizer.codebook_size,
+        "codebook_size": model.quantizer.num_codes,
         "tokens": model.quantizer.num_tokens,
+        "bits": _bits(model),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "codebook_parameters": sum(p.numel() for p in model.quantizer.codebooks),
         "steps": summary["steps"],
@@ -140,6 +151,14 @@ def _facts(run: Path, summary: dict[str, Any], measured: dict[str, Any]) -> dict
     }
 
 
+def _bits(model: TokenFlowTokenizer) -> float:
+    """Information of an image's tokens."""
+    quantizer = model.quantizer
+    if isinstance(quantizer, Quantizer):
+        return quantizer.bits_per_image
+    return quantizer.num_tokens * math.log2(quantizer.codebook_size)
+
+
 #: Columns: (key of a result, heading, format).
 COLUMNS = (
     ("psnr", "PSNR, dB", "{:.2f}"),
@@ -147,11 +166,12 @@ COLUMNS = (
     ("rfid", "rFID", "{:.2f}"),
     ("fd_efflite0", "FD-EffLite0", "{:.3f}"),
     ("cosine", "cosine", "{:.3f}"),
-    ("codebook_size", "codes", "{:,}"),
+    ("codebook_size", "codes", "{:,.0f}"),
     ("usage", "used, held out", "{:.1%}"),
     ("usage_in_training", "used, training", "{:.1%}"),
     ("perplexity", "perplexity", "{:.0f}"),
-    ("tokens", "tokens", "{}"),
+    ("tokens", "places", "{:.0f}"),
+    ("bits", "bits", "{:,.0f}"),
     ("trained_parameters", "trained, M", "{:.2f}"),
     ("codebook_parameters", "of it codes, M", "{:.2f}"),
     ("seconds", "s", "{:.0f}"),
@@ -160,26 +180,35 @@ _MILLIONS = ("trained_parameters", "codebook_parameters")
 
 
 def as_tables(results: Sequence[dict[str, Any]]) -> list[Table]:
-    """A table for each group of rows; a column that no row has a value for is left out."""
+    """A table for each group of rows; a column that no row has a value for is left out. Of several
+    seeds it has the mean, and the deviation where there is one."""
     columns = [c for c in COLUMNS if any(result.get(c[0]) is not None for result in results)]
     tables = []
     for group in dict.fromkeys(result["group"] for result in results):
         rows = []
-        for result in (r for r in results if r["group"] == group):
-            cells = {"": result["label"]}
+        of_group = [result for result in results if result["group"] == group]
+        for label in dict.fromkeys(result["label"] for result in of_group):
+            seeds = [result for result in of_group if result["label"] == label]
+            cells = {"": label}
             for key, heading, form in columns:
-                value = result.get(key)
-                if value is not None and key in _MILLIONS:
-                    value /= 1e6
-                cells[heading] = "-" if value is None else form.format(value)
+                cells[heading] = _cell([result.get(key) for result in seeds], key, form)
             rows.append(cells)
         tables.append(Table(group, rows, ""))
     return tables
 
 
+def _cell(found: Sequence[float | None], key: str, form: str) -> str:
+    values = [value / 1e6 if key in _MILLIONS else value for value in found if value is not None]
+    if not values:
+        return "-"
+    mean = form.format(statistics.mean(values))
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean} ± {form.format(deviation)}" if deviation else mean
+
+
 def as_csv(results: Sequence[dict[str, Any]]) -> str:
     """Every value at full precision, a line a row; nothing where there is none."""
-    names = ["group", "name", "label", *(key for key, _, _ in COLUMNS), "steps", "images"]
+    names = ["group", "name", "label", "seed", *(key for key, _, _ in COLUMNS), "steps", "images"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -194,7 +223,8 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
         lines += [f"## {table.title}", "", *table.lines(), ""]
     first = results[0]
     lines += [
-        f"- {first['steps']} steps, {first['images']:,} crops each; {' '.join(FIXED)}"
+        f"- {first['steps']} steps, {first['images']:,} crops each, "
+        f"{len({result['seed'] for result in results})} seed(s); {' '.join(FIXED)}"
         + "".join(f" {override}" for override in facts["overrides"]),
         f"- {facts['device']['cpu']}, {facts['threads']} thread(s) of {facts['cores']} cores; "
         f"load average before {facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
@@ -204,7 +234,12 @@ def as_markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str
 
 
 def run(
-    rows: Sequence[Row], out: Path, steps: int, overrides: Sequence[str], command: str
+    rows: Sequence[Row],
+    out: Path,
+    steps: int,
+    overrides: Sequence[str],
+    command: str,
+    seeds: int = 1,
 ) -> list[dict[str, Any]]:
     """Every row, one after the other; writes table.md, results.json and results.csv.
 
@@ -212,13 +247,17 @@ def run(
     """
     group = Processes(0, 1, torch.device("cpu"))
     # Before the first of them trains: an error in the last is seen now.
-    configs = [configuration(row, out, steps, overrides) for row in rows]
+    configs = [
+        (row, configuration(row, out, steps, overrides, seed))
+        for seed in range(seeds)
+        for row in rows
+    ]
     shared = comparison.training_facts()
     held_out = out / "held_out"
     if not held_out.exists():
-        write_held_out(configs[0], held_out)
+        write_held_out(configs[0][1], held_out)
     results = []
-    for row, config in zip(rows, configs, strict=True):
+    for row, config in configs:
         results.append(run_row(row, config, held_out, group))
         facts = comparison.now(shared, overrides, threads=torch.get_num_threads(), command=command)
         checkpoint.write_text(out / "results.csv", as_csv(results))
@@ -239,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="further rows, TokenFlow with other codebooks [%(default)s]",
     )
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row [%(default)s]")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ablation"), metavar="DIR", help="[%(default)s]"
     )
@@ -246,9 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [ROWS[name] for name in known.rows] + [size_row(k) for k in known.codebook_sizes]
     if not rows:
         parser.error("no row: name some with --rows or --codebook-sizes")
+    if known.seeds < 1:
+        parser.error("--seeds must be 1 or more")
     command = shlex.join(["python", "-m", "benchmarks.ablation", *given])
     try:
-        run(rows, known.out, known.steps, overrides, command)
+        run(rows, known.out, known.steps, overrides, command, known.seeds)
     except (CheckpointError, ConfigError, WeightsError, data.DataError) as error:
         sys.exit(f"error: {error}")
     print((known.out / "table.md").read_text())

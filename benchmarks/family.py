@@ -1,9 +1,9 @@
 """The family's quantizers against their originals: `python -m benchmarks.family`.
 
 Each row is one quantizer at a published size with random codes, forward, and forward with backward
-in training. The other side is the original's own form (benchmarks/family_originals.py), or the class
-of vector-quantize-pytorch where it has one. Every comparison checks that both choose the same codes
-before it is timed. Writes table.md and results.json.
+in training. The other side is the original's own form (benchmarks/family_originals.py), or the
+class of vector-quantize-pytorch where it has one. Every comparison checks that both choose the same
+codes before it is timed. Writes table.md and results.json.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def ibq(quantizer: Quantizer, h: Tensor) -> Result:
 
 
 def infinity(quantizer: Quantizer, h: Tensor) -> Result:
-    """A loop over scales of area pooling, signs and trilinear upsampling, with BSQ's entropies a bit
-    (arXiv 2412.04431, 2406.07548)."""
+    """A loop over scales of area pooling, signs and trilinear upsampling, with BSQ's entropies of
+    bits (arXiv 2412.04431, 2406.07548)."""
     assert quantizer.entropy is not None
     dim = quantizer.dim
     residual, total, indices = h, torch.zeros_like(h), []

@@ -121,7 +121,7 @@ class Levels:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(int(count) for count in self.levels))
-        scalar.levels(self.levels, bound=self.bound)
+        scalar.check_levels(self.levels, self.bound)
         if self.size > 1 << 63:
             raise ValueError(f"levels must have at most 2^63 codes, got {list(self.levels)}")
 

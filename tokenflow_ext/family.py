@@ -120,7 +120,7 @@ class Quantizer(nn.Module):
         self.dim = sum(group.dim for group in self.groups)
         self._check(flips, upsampling, scale_drop)
         options = {"usage_decay": usage_decay, "scale_drop": scale_drop}
-        scalars = {"flips": flips, "upsampling": upsampling}
+        scalars = {"flips": flips, "upsampling": upsampling, "usage_decay": usage_decay}
         self.parts = nn.ModuleList(self._part(run, options, scalars) for run in self._runs())
         if index == "shared":
             self.bits = self.groups[0].bits

@@ -86,6 +86,7 @@ class MultiScaleQuantizer(nn.Module):
 
     Attributes:
         codebooks: one parameter [K, dims[g]] for each group g.
+        codes_per_group, num_codes: K of each index, and their sum.
         books: how many indices a token has: 1, or the number of groups with `index="own"`.
         usage_ema: running mean of each code's hits in a training step, [K], over all processes.
         window_hits: hits since `usage_window(reset=True)`, [K].
@@ -138,6 +139,8 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(f"index='own' needs dims of one width and no weights, got {what}")
         ops.metric_number(metric)
         self.books = len(self.dims) if own else 1
+        self.codes_per_group = (self.codebook_size,) * self.books
+        self.num_codes = self.codebook_size * self.books
         self.metric = metric
         self.weights = tuple(float(w) for w in (weights or [1.0] * len(self.dims)))
         if len(self.weights) != len(self.dims) or not all(0 <= w < 1e30 for w in self.weights):
@@ -335,8 +338,8 @@ class MultiScaleQuantizer(nn.Module):
         if self.codebook_update == "ema":
             rows = self._rows(features.detach(), codebook, result.indices)
             finite = finite & rows.isfinite().all(dim=-1)
-        tokens = self._code_numbers(torch.where(finite, result.indices, -1))
-        codes = self.usage_ema.numel()
+        tokens = self.code_numbers(torch.where(finite, result.indices, -1))
+        codes = self.num_codes
         hits, skipped = reduce_counts(
             ops.count_codes(tokens, codes), (searched & (tokens < 0)).sum()
         )
@@ -357,7 +360,7 @@ class MultiScaleQuantizer(nn.Module):
             self._set_codes(means, stepped & (self.usage_ema > 1e-5))
         return hits
 
-    def _code_numbers(self, indices: Tensor) -> Tensor:
+    def code_numbers(self, indices: Tensor) -> Tensor:
         """Indices [B, G, L] as numbers among the codes of all groups, -1 where they are; a shared
         index is such a number."""
         if not self._own:

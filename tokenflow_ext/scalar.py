@@ -9,6 +9,7 @@ and token indices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -71,14 +72,7 @@ def levels(counts: Sequence[int], *, bound: Bound = "tanh", rounds: int = 1) -> 
     Raises:
         ValueError: a number of levels below 2 or beyond 2^15, or an unknown bound.
     """
-    if not counts or not all(2 <= count <= 1 << 15 for count in counts):
-        raise ValueError(
-            f"levels must hold one or more numbers from 2 to 32768, got {list(counts)}"
-        )
-    if bound not in BOUNDS:
-        raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
-    if bound == "tanh" and 2 in counts:
-        raise ValueError(f"2 levels need another bound than 'tanh', got {list(counts)}")
+    check_levels(counts, bound)
     most, infinity = max(counts), torch.inf
     thresholds = torch.full((most - 1, len(counts)), infinity, dtype=torch.float64)
     values = torch.zeros(most, len(counts), dtype=torch.float64)
@@ -88,6 +82,22 @@ def levels(counts: Sequence[int], *, bound: Bound = "tanh", rounds: int = 1) -> 
         values[:count, channel] = at
     finer = torch.tensor(counts, dtype=torch.float64) ** -torch.arange(rounds).unsqueeze(1)
     return Tables(thresholds * finer.unsqueeze(1), values * finer.unsqueeze(1))
+
+
+def check_levels(counts: Sequence[int], bound: str) -> None:
+    """Whether there are such levels.
+
+    Raises:
+        ValueError: see `levels`.
+    """
+    if not counts or not all(2 <= count <= 1 << 15 for count in counts):
+        raise ValueError(
+            f"levels must hold one or more numbers from 2 to 32768, got {list(counts)}"
+        )
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
+    if bound == "tanh" and 2 in counts:
+        raise ValueError(f"2 levels need another bound than 'tanh', got {list(counts)}")
 
 
 def _level_grid(count: int, bound: Bound) -> tuple[Tensor, Tensor]:
@@ -107,8 +117,7 @@ def _level_grid(count: int, bound: Bound) -> tuple[Tensor, Tensor]:
 
 def _shift(count: int) -> float:
     """What FSQ adds to a number before tanh, so that 0 stays at a level where L is even."""
-    half = (count - 1) * (1 + _FSQ_EPS) / 2
-    return float(torch.tensor((0.5 if count % 2 == 0 else 0.0) / half, dtype=torch.float64).atanh())
+    return math.atanh((0.5 if count % 2 == 0 else 0.0) / ((count - 1) * (1 + _FSQ_EPS) / 2))
 
 
 def bounded(z: Tensor, counts: Sequence[int], bound: Bound) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, scalar
+from .codebook import update_running
 from .codes import Entropy, Levels, Signs
 from .collectives import all_reduce
 from .ops import Size
@@ -48,14 +49,18 @@ class ScalarQuantizer(nn.Module):
         flips: in training, the share of signs that are inverted at random (Infinity's bitwise
             self-correction, arXiv 2412.04431, section 3.4).
         upsampling: how a scale's values come to the size of the features.
+        usage_decay: decay of the running hits.
 
     Attributes:
-        window_hits: hits since `usage_window(reset=True)`, [G, K]; None beyond `MOST_COUNTED`.
+        usage_ema: running mean of each code's hits in a training step, [G, K].
+        window_hits: hits since `usage_window(reset=True)`, [G, K]. Both are None beyond
+            `MOST_COUNTED` codes.
 
     Raises:
         ValueError: an argument out of its range, or a loss or flips of what are not signs.
     """
 
+    usage_ema: Tensor | None
     window_hits: Tensor | None
 
     def __init__(
@@ -69,6 +74,7 @@ class ScalarQuantizer(nn.Module):
         entropy: Entropy | None = None,
         flips: float = 0.0,
         upsampling: Literal["bicubic", "bilinear"] = "bicubic",
+        usage_decay: float = 0.99,
     ) -> None:
         super().__init__()
         self.code, self.books, self.depth = code, int(groups), int(depth)
@@ -78,8 +84,10 @@ class ScalarQuantizer(nn.Module):
         for name, value in (("groups", self.books), ("depth", self.depth)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= flips <= 1:
-            raise ValueError(f"flips must be in [0, 1], got {flips}")
+        for name, share in (("flips", flips), ("usage_decay", usage_decay)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
+        self.usage_decay = float(usage_decay)
         if isinstance(code, Levels) and (entropy is not None or flips):
             what = f"entropy={entropy}" if entropy is not None else f"flips={flips}"
             raise ValueError(f"only Signs have an entropy and flips, got {what} with {code}")
@@ -94,15 +102,15 @@ class ScalarQuantizer(nn.Module):
         self._sizes = [size for size in self.scales for _ in range(depth)]
         self._rounds = list(range(depth)) * len(self.scales)
         self._tables: dict[tuple[torch.dtype, torch.device], scalar.Tables] = {}
-        hits = None
-        if code.size <= MOST_COUNTED:
-            hits = torch.zeros(self.books, code.size, dtype=torch.int64)
+        counted = code.size <= MOST_COUNTED
+        hits = torch.zeros(self.books, code.size, dtype=torch.int64) if counted else None
+        self.register_buffer("usage_ema", None if hits is None else hits.float())
         self.register_buffer("window_hits", hits, persistent=False)
 
     def reset_parameters(self) -> None:
         """Statistics: zero. There are no parameters."""
-        if self.window_hits is not None:
-            self.window_hits.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def extra_repr(self) -> str:
         sides = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.scales)
@@ -245,13 +253,14 @@ class ScalarQuantizer(nn.Module):
 
     @torch.no_grad()
     def _count(self, indices: Tensor) -> CodebookUsage | None:
-        if self.window_hits is None:
+        if self.window_hits is None or self.usage_ema is None:
             return None
         first = torch.arange(self.books, device=indices.device).unsqueeze(1) * self.codebook_size
         hits = ops.count_codes(indices + first, self.window_hits.numel()).view_as(self.window_hits)
         if self.training:
             hits = all_reduce(hits)
             self.window_hits.add_(hits)
+            update_running(self.usage_ema, None, hits, None, 1 - self.usage_decay)
         return CodebookUsage.from_hits(hits)
 
     def usage_window(self, reset: bool = True) -> CodebookUsage | None:

@@ -206,6 +206,7 @@ class NextScaleTransformer(nn.Module):
 
 
 def _check_tokenizer(config: Shape, tokenizer: TokenFlowTokenizer, kind: str) -> None:
+    tokenizer.config.need_one_index(kind)
     quantizer = tokenizer.config.quantizer
     if not tokenizer.config.pixel.enabled:
         raise ConfigError(

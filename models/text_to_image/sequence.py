@@ -270,6 +270,7 @@ class TextToImageConfig:
         prompt_length: int = 128,
     ) -> TextToImageConfig:
         """The configuration that fits an image tokenizer."""
+        tokenizer.config.need_one_index("text to image")
         quantizer = tokenizer.config.quantizer
         return cls(
             backbone,

@@ -26,7 +26,8 @@ from tokenflow_ext.models.serialization.config import (
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.towers.config import TowerConfig
 
-QUANTIZER_KINDS = ("tokenflow", "var")
+QUANTIZER_KINDS = ("tokenflow", "var", "family")
+CODES = ("table", "projected", "signs", "levels")
 PRESETS = ("tiny", "B", "B-256", "L", "XL")
 
 
@@ -141,16 +142,68 @@ class SemanticConfig:
 
 
 @dataclass(frozen=True)
+class FamilyConfig:
+    """What a quantizer of ``kind = "family"`` is, see :class:`tokenflow_ext.Quantizer`; sizes,
+    scales, ``beta``, ``l2_norm`` and updates are those of :class:`QuantizerConfig`.
+
+    Attributes:
+        code: ``table``, ``projected`` (SimVQ), ``signs`` (LFQ, BSQ) or ``levels`` (FSQ).
+        group_dim: channels of a group, into which each branch is cut; 0: a branch is a group.
+        index: ``own``: an index for each group, or ``shared``.
+        depth: rounds at every scale.
+        metric: ``l2`` or ``dot``.
+        straight_through: ``scales``, ``identity`` or ``softmax`` (IBQ).
+        errors: ``scales`` or ``running``.
+        convolutions: VAR's between the scales, ``phi`` and ``phi_shared`` of the quantizer.
+        spherical: signs at unit length.
+        levels: of a group's channels.
+        entropy, entropy_temperature, entropy_gamma, factorized: the loss of the choice of a code;
+            an entropy of 0 is none.
+        flips: share of signs inverted in training.
+        upsampling: ``bicubic`` or ``bilinear``.
+    """
+
+    code: str = "table"
+    group_dim: int = 0
+    index: str = "own"
+    depth: int = 1
+    metric: str = "l2"
+    straight_through: str = "scales"
+    errors: str = "scales"
+    convolutions: bool = False
+    spherical: bool = False
+    levels: tuple[int, ...] = ()
+    entropy: float = 0.0
+    entropy_temperature: float = 0.01
+    entropy_gamma: float = 1.0
+    factorized: bool = False
+    flips: float = 0.0
+    upsampling: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        need(
+            self.code in CODES,
+            f"quantizer.family.code must be one of {', '.join(CODES)}, got {self.code!r}",
+        )
+        within("quantizer.family", 0, WIDTH_LIMIT, group_dim=self.group_dim)
+        within("quantizer.family", 1, SCALES_LIMIT, depth=self.depth)
+        within("quantizer.family", 0, 1e6, entropy=self.entropy)
+
+
+@dataclass(frozen=True)
 class QuantizerConfig:
     """The quantizer's arguments (``dims`` follow the branches).
 
     Attributes:
         kind: ``tokenflow`` (:class:`tokenflow_ext.MultiScaleQuantizer`; with one scale VQGAN's
-            quantizer, with the grid's side repeated RQ-VAE's) or ``var``
+            quantizer, with the grid's side repeated RQ-VAE's), ``var``
             (:class:`tokenflow_ext.var.VarQuantizer`, for one branch), whose codes are by itself
-            not normalised: say ``l2_norm = False``.
-        phi, phi_shared: of ``var`` alone: the share of the convolutions in the mix (0: none), and
-            how many convolutions the scales share (0: one for each scale).
+            not normalised: say ``l2_norm = False``, or ``family``
+            (:class:`tokenflow_ext.Quantizer`).
+        phi, phi_shared: of ``var``, and of ``family`` with convolutions: the share of the
+            convolutions in the mix (0: none), and how many convolutions the scales share (0: one
+            for each scale).
+        family: what a quantizer of kind ``family`` is.
     """
 
     codebook_size: int = 32768
@@ -164,6 +217,7 @@ class QuantizerConfig:
     kind: str = "tokenflow"
     phi: float = 0.5
     phi_shared: int = 4
+    family: FamilyConfig = field(default_factory=FamilyConfig)
 
     def __post_init__(self) -> None:
         within("quantizer", 1, CODES_LIMIT, codebook_size=self.codebook_size)
@@ -189,6 +243,10 @@ class QuantizerConfig:
         )
         if self.kind == "var":
             self._check_var()
+        need(
+            self.kind == "family" or self.family == FamilyConfig(),
+            f"quantizer.family is for quantizer.kind 'family', got kind {self.kind!r}",
+        )
 
     def _check_var(self) -> None:
         need(
@@ -246,6 +304,8 @@ class TokenizerConfig:
             f"quantizer.weights must hold a number for each of {', '.join(self.branches)}, got "
             f"{shown(weights)}",
         )
+        if self.quantizer.kind == "family":
+            self._check_family()
         if self.pixel.enabled:
             self._check_pixel()
         if self.teacher.enabled:
@@ -255,6 +315,31 @@ class TokenizerConfig:
                 f"the teacher's grid ({grid}) and the {self._measure} ({self.grid}) differ at "
                 f"image_size {self.image_size}",
             )
+
+    def _check_family(self) -> None:
+        """By making the quantizer, without its memory: it says itself what means nothing."""
+        import torch
+
+        from .family_quantizer import FamilyQuantizer, arguments_of
+
+        try:
+            with torch.device("meta"):
+                FamilyQuantizer(**arguments_of(self))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"quantizer.family: {error}") from error
+
+    def need_one_index(self, what: str) -> None:
+        """That a token is one number of TokenFlow's or VAR's quantizer, which `what` is for.
+
+        Raises:
+            ConfigError: a quantizer of the family.
+        """
+        need(
+            self.quantizer.kind != "family",
+            f"{what} is of tokenizers with quantizer.kind 'tokenflow' or 'var', got 'family'",
+        )
 
     def _check_pixel(self) -> None:
         side = self.pixel.input_size or self.image_size

@@ -34,6 +34,7 @@ from tokenflow_ext.var import VarQuantizer, resize
 
 from . import original_checkpoint, var_checkpoint
 from .config import TokenizerConfig
+from .family_quantizer import FamilyQuantizer, arguments_of
 from .semantic_decoder import SemanticDecoder, task_layer
 from .vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
 
@@ -119,7 +120,9 @@ class TokenFlowTokenizer(nn.Module):
             if semantic.frozen:
                 self.semantic_encoder.requires_grad_(False)
                 self.semantic_encoder.eval()
-        self.quantizer = _build_quantizer(config)
+        # Of the family it has the same methods, but for those of a next-scale predictor, whose
+        # models ask for a tokenizer with one index (`TokenizerConfig.need_one_index`).
+        self.quantizer = cast(MultiScaleQuantizer, _build_quantizer(config))
 
     def train(self, mode: bool = True) -> TokenFlowTokenizer:
         """Sets the mode; a frozen semantic tower stays in evaluation."""
@@ -278,7 +281,10 @@ class TokenFlowTokenizer(nn.Module):
         return self.encode_task_layer(tokens).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale."""
+        """images [B, 3, H, W] in [-1, 1] -> indices [B, L] int64, scale by scale.
+
+        Of a quantizer of the family [B, L(, G)(, depth)].
+        """
         return self.quantizer.encode(self._features(images, None))
 
     def decode(
@@ -370,6 +376,7 @@ class TokenFlowTokenizer(nn.Module):
             ConfigError: a tokenizer that has no original form.
             CheckpointError: weights of the original form that neither source has.
         """
+        self.config.need_one_index("an original checkpoint")
         form = _original_form(self.config)
         form.check(self.config)
         unused = self.unused_tensors
@@ -496,8 +503,10 @@ def _infer_config(
     return form.infer_config(state, resolution, source)
 
 
-def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer:
+def _build_quantizer(config: TokenizerConfig) -> MultiScaleQuantizer | FamilyQuantizer:
     quantizer = config.quantizer
+    if quantizer.kind == "family":
+        return FamilyQuantizer(**arguments_of(config))
     shared: dict[str, Any] = {
         "scales": quantizer.scales,
         "beta": quantizer.beta,

@@ -137,6 +137,7 @@ class VarConfig:
         Args:
             changes: the other fields.
         """
+        tokenizer.config.need_one_index("VAR")
         quantizer = tokenizer.config.quantizer
         return cls(
             codebook_size=quantizer.codebook_size,

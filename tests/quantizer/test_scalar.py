@@ -203,7 +203,9 @@ def test_groups_and_bad_digits() -> None:
     packed = scalar.pack_groups(digits, [3, 4])
     parts = [scalar.pack_digits(part, [3, 4]) for part in digits.split(2, dim=-1)]
     assert torch.equal(packed, torch.stack(parts, 1))
-    with pytest.raises(ValueError, match=r"digits must have 3 in the last dimension, got \(2, 5, 8"):
+    with pytest.raises(
+        ValueError, match=r"digits must have 3 in the last dimension, got \(2, 5, 8"
+    ):
         scalar.pack_digits(digits, [2, 2, 2])
     with pytest.raises(RuntimeError, match="digits must have whole groups of 3 channels"):
         scalar.pack_groups(digits, [2, 2, 2])

@@ -90,6 +90,18 @@ class TrainConfig:
 
     def _check_rates(self) -> None:
         """Codebooks that are frozen must not be moved by something else."""
+        quantizer, codebook = self.model.quantizer, self.codebook
+        if quantizer.kind == "family":
+            if codebook.restart_every and quantizer.family.code != "table":
+                raise ConfigError(
+                    f"codebook.restart_every is {codebook.restart_every} but "
+                    f"quantizer.family.code {quantizer.family.code!r} has no codes to set: use 0"
+                )
+            if codebook.restart_rows != "rows":
+                raise ConfigError(
+                    "codebook.restart_rows must be 'rows' with quantizer.kind 'family', got "
+                    f"{codebook.restart_rows!r}"
+                )
         if not self.optim.lr_scale.codebooks:
             if self.model.quantizer.codebook_update == "ema":
                 raise ConfigError(

@@ -82,7 +82,12 @@ def data_digest(
 
 
 def facts(model: TokenFlowTokenizer, place: Path) -> dict[str, Any]:
-    """What must be known of tokens to use them."""
+    """What must be known of tokens to use them.
+
+    Raises:
+        ConfigError: a tokenizer of the family.
+    """
+    model.config.need_one_index("a folder of tokens")
     quantizer = model.quantizer
     return {
         "format": FORMAT,

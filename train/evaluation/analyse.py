@@ -153,6 +153,7 @@ def run(
     tokenizers = []
     for name, source in zip(names, sources, strict=True):
         model, place = checkpoint.load_tokenizer(source, resolution)
+        model.config.need_one_index("the analysis of codebooks")
         model.to(group.device)
         codebooks = codebooks_of(model, asked)
         if not codebooks:

@@ -70,7 +70,7 @@ def run(
     model, place = checkpoint.load_tokenizer(source, resolution)
     model.to(group.device)
     paths = evenly_spread(found, limit)
-    size, codes = model.config.image_size, model.quantizer.codebook_size
+    size, codes = model.config.image_size, model.quantizer.num_codes
     features = perceptual = None
     network, missing = choose_teacher(model.config, teacher, group.device)
     head = None
@@ -90,6 +90,7 @@ def run(
     def reconstruct(images: Tensor) -> Reconstruction:
         indices = model.encode(images)
         made, semantic = model.decode(indices)
+        indices = model.quantizer.code_numbers(indices)
         if network is None or semantic is None:
             return Reconstruction(indices, made)
         wanted = network(images)

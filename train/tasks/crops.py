@@ -66,13 +66,13 @@ class CropData:
         """How well the held-out crops are reconstructed: PSNR in dB (mean over images) with a pixel
         branch, cosine of decoded and teacher's tokens with a teacher, share of the codes in use and
         their perplexity, and by scale the share of codes in use, of as many as its tokens could use
-        at most (every process calls this).
+        at most, and by group where each has an index of its own (every process calls this).
 
         Args:
             model: in evaluation.
         """
         local = self.partition.local
-        codes = model.config.quantizer.codebook_size
+        codes = model.quantizer.num_codes
         tokens = model.quantizer.tokens_per_scale
         hits = torch.zeros(len(tokens), codes, dtype=torch.int64, device=group.device)
         sums = torch.zeros(3, dtype=torch.float64, device=group.device)
@@ -82,9 +82,8 @@ class CropData:
             images = (own if len(own) else self.held_out[:1]).to(group.device)
             out = model(images)
             if len(own):
-                for own_hits, part in zip(
-                    hits, out.quantizer.indices.split(tokens, dim=1), strict=True
-                ):
+                numbers = model.quantizer.code_numbers(out.quantizer.indices)
+                for own_hits, part in zip(hits, numbers.split(tokens, dim=1), strict=True):
                     own_hits += torch.bincount(part.flatten(), minlength=codes)
                 if out.images is not None:
                     sums[0] += psnr(out.images, images, reduction="none").double().sum()
@@ -102,7 +101,12 @@ class CropData:
         values["usage"], values["perplexity"] = code_usage(hits.sum(0))
         most = hits.sum(1).clamp(max=codes)
         by_scale = ((hits > 0).sum(1) / most).tolist()
-        return values | {f"usage_scale_{i}": share for i, share in enumerate(by_scale, start=1)}
+        values |= {f"usage_scale_{i}": share for i, share in enumerate(by_scale, start=1)}
+        groups = hits.sum(0).split(model.quantizer.codes_per_group)
+        if len(groups) > 1:
+            for i, group_hits in enumerate(groups, start=1):
+                values[f"usage_group_{i}"], values[f"perplexity_group_{i}"] = code_usage(group_hits)
+        return values
 
 
 #: Of :meth:`CropData.evaluate`, for the summary.

@@ -76,6 +76,7 @@ class TokenizerTask(Task):
             and config.model.semantic.tower == config.model.teacher
         )
         self.pixel_loss = PixelLoss(config.loss, optim, size, partition, group)
+        # Those that k-means and restarts set; signs, levels and projected tables have none.
         self._codebooks = list(self.model.quantizer.codebooks)
         moved = set(self._codebooks)  # by moving averages they move untrained
         self.ema: EMA = EMA(
@@ -193,7 +194,7 @@ class TokenizerTask(Task):
     def start(self) -> None:
         """Set the codes by k-means on the features of the first batches."""
         codebook = self.config.codebook
-        if self.config.init is not None or not codebook.kmeans_batches:
+        if self.config.init is not None or not codebook.kmeans_batches or not self._codebooks:
             return
         batches = self.crops.batches(0)
         count = codebook.kmeans_batches * self.config.optim.accumulate
@@ -213,6 +214,8 @@ class TokenizerTask(Task):
         codebook, steps = self.config.codebook, self.config.optim.steps
         every = codebook.restart_every
         if not every or step % every or step > codebook.restart_until * steps:
+            return
+        if not self._codebooks:
             return
         images = next(self.crops.batches(position)).to(self.group.device)
         rows = self.model.quantizer.rows(self._features(images))
@@ -242,10 +245,8 @@ class TokenizerTask(Task):
 
     def averaged_codebooks(self) -> list[tuple[Tensor, nn.Parameter]]:
         """Each codebook's moving average and the codebook, [K, C]."""
-        averages = [
-            self.ema.weights[f"quantizer.codebooks.{i}"] for i in range(len(self._codebooks))
-        ]
-        return list(zip(averages, self._codebooks, strict=True))
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [(self.ema.weights[names[codebook]], codebook) for codebook in self._codebooks]
 
     # -- what people see --------------------------------------------------------------------------
 
