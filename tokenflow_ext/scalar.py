@@ -402,7 +402,7 @@ def upsample_transpose(plane: Tensor, flat_sizes: Sequence[int], bilinear: bool)
 
 
 def pool_transpose(rows: Tensor, flat_sizes: Sequence[int], size: Size) -> Tensor:
-    """The transpose of pooling to every scale, applied to [B, L, D]: [B, D, *size], the sum."""
+    """The transpose of pooling to every scale, applied to [B, L, D]: `[B, D, *size]`, the sum."""
     return torch.ops.tokenflow_ext.pool_transpose(rows, flat_sizes, *size)
 
 

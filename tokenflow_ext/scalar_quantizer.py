@@ -344,7 +344,7 @@ class ScalarQuantizer(nn.Module):
         return torch.stack(maps[: upto * self.depth]).sum(0)
 
     def maps(self, rows: Tensor, size: Size) -> list[Tensor]:
-        """What each scale's rounds add to f^, [B, D, *size] each, of rows [B, L, D]."""
+        """What each scale's rounds add to f^, `[B, D, *size]` each, of rows [B, L, D]."""
         maps = []
         parts = rows.split([h * w for h, w in self._sizes], dim=1)
         for part, own in zip(parts, self._sizes, strict=True):
