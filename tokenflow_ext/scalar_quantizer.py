@@ -207,9 +207,12 @@ class ScalarQuantizer(nn.Module):
 
     def _per_token(self, of_rounds: Tensor) -> Tensor:
         """[L, ...] of what every round has, [R, ...]."""
-        counts = torch.tensor([h * w for h, w in self._sizes], device=of_rounds.device)
-        rounds = torch.tensor(self._rounds, device=of_rounds.device)
-        return of_rounds[rounds.repeat_interleave(counts)]
+        if self.depth == 1:
+            return of_rounds.expand(self.num_tokens, *of_rounds.shape[1:])
+        parts = zip(self._rounds, self._sizes, strict=True)
+        return torch.cat(
+            [of_rounds[number].expand(h * w, *of_rounds.shape[1:]) for number, (h, w) in parts]
+        )
 
     def _values(self, digits: Tensor, like: Tensor) -> Tensor:
         """Values [B, L, D] of digits."""

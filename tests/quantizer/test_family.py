@@ -420,6 +420,31 @@ def test_kmeans_and_restart() -> None:
         projected.restart_dead_codes(torch.randn(4, 3))
 
 
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Quantizer((Table(24, 4, l2_norm=True),) * 2, index="own", scales=(4,), metric="dot"),
+        Quantizer((Table(24, 4),) * 2, index="own", depth=3, scales=(4,), errors="running"),
+        Quantizer(Table(24, 8), metric="dot", straight_through="softmax", scales=(4,)),
+        Quantizer(Projected(24, 8), scales=(1, 4)),
+        Quantizer(Signs(8), scales=(1, 2, 4)),
+        Quantizer(Levels((5, 4, 3)), scales=(4,)),
+    ],
+    ids=["groups", "depth", "ibq", "projected", "signs", "levels"],
+)
+def test_compiled_and_exported(quantizer: Quantizer) -> None:
+    quantizer.eval()
+    h = torch.randn(2, quantizer.dim, 4, 4, requires_grad=True)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    expected, got = quantizer(h), compiled(h)
+    assert torch.equal(got.indices, expected.indices)
+    torch.testing.assert_close(got.quantized, expected.quantized)
+    loss = [out.quantized.square().sum() + sum(out.losses.values()) for out in (expected, got)]
+    torch.testing.assert_close(*(torch.autograd.grad(value, h)[0] for value in loss))
+    program = torch.export.export(quantizer, (h.detach(),))
+    assert torch.equal(program.module()(h.detach()).indices, expected.indices)
+
+
 def test_frozen_and_saved() -> None:
     quantizer = Quantizer((Table(8, 3),) * 2, index="own", scales=(2,), update="none")
     assert not any(parameter.requires_grad for parameter in quantizer.parameters())
