@@ -12,7 +12,6 @@ from torchrun import finish, group_threads, launch
 from tokenflow_ext import MultiScaleQuantizer
 from tokenflow_ext.train.engine.distributed import processes
 
-
 KINDS = {
     "gradient": {"dims": (4, 2)},
     "ema": {"dims": (4, 2), "codebook_update": "ema"},
