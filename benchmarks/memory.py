@@ -60,7 +60,10 @@ def cuda_peak(call: Callable[[], object]) -> int:
 
 
 def peak(call: Callable[[], Any], device: str) -> int:
-    """Bytes that a call needs at its peak; on the CPU in a process forked for it."""
+    """Bytes that a call needs at its peak; on the CPU in a process forked for it.
+
+    It is the second call that is measured: the first one loads code.
+    """
     if device == "cuda":
         call()
         return cuda_peak(call)
@@ -68,6 +71,7 @@ def peak(call: Callable[[], Any], device: str) -> int:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the parent's threads are not in this process
+        call()
         os.write(writer, json.dumps(resident_peak(call)).encode())
         os._exit(0)
     os.close(writer)

@@ -5,6 +5,7 @@ Theirs refuse by assertions and by errors of shapes; there, ours may raise or se
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -99,6 +100,28 @@ RVQ_STEP = {
     "beam_size": st.sampled_from([None, 1]),
     "rand_quantize_dropout_fixed_seed": st.sampled_from([None, 3]),
 }
+GRVQ = {**RVQ, "groups": st.sampled_from([1, 2])}
+GRVQ_STEP = {
+    name: RVQ_STEP[name]
+    for name in ("mask", "return_all_codes", "sample_codebook_temp", "freeze_codebook")
+} | {"indices": st.sampled_from([None, ()])}
+SIM = {
+    "codebook_transform": st.sampled_from([None, "two layers"]),
+    "init_fn": st.sampled_from([lambda codes: codes, lambda codes: 3 * codes + 0.5]),
+    "channel_first": st.booleans(),
+    "rotation_trick": st.booleans(),
+    "input_to_quantize_commit_loss_weight": st.sampled_from([0.25, 0.0, 2.0]),
+    "commitment_weight": st.sampled_from([1.0, 0.25, 0.0]),
+    "frozen_codebook_dim": st.sampled_from([None, 2, 7]),
+}
+RSIM = {
+    **SIM,
+    "heads": st.sampled_from([1, 2]),
+    **{name: RVQ[name] for name in RVQ if name.startswith("quantize_dropout")},
+}
+RSIM_STEP = {
+    name: RVQ_STEP[name] for name in ("return_all_codes", "rand_quantize_dropout_fixed_seed")
+}
 HVQ = {
     **COMMON,
     "shared_codebook": st.booleans(),
@@ -129,10 +152,13 @@ def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape
     mask[:, ..., :1] = True
     try:
         torch.manual_seed(0)
-        other = getattr(theirs, name)(**options)
-        probe = getattr(theirs, name)(**options)
+        other = getattr(theirs, name)(**copy.deepcopy(options))
+        probe = getattr(theirs, name)(**copy.deepcopy(options))
         probe.load_state_dict(other.state_dict())
-        arguments = [{**step, "mask": mask if step.get("mask") else None} for step in steps]
+        arguments = [
+            {**step, "mask": mask if step["mask"] else None} if "mask" in step else step
+            for step in steps
+        ]
         for step in arguments:
             quantized, _, loss, *_ = probe(torch.randn(shape, requires_grad=True), **step)
             (quantized.sum() + loss.sum()).backward()
@@ -140,7 +166,7 @@ def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape
     except Exception:
         return  # theirs do not take it
     try:
-        ours = getattr(compat, name)(**options)
+        ours = getattr(compat, name)(**copy.deepcopy(options))
         ours.load_state_dict(other.state_dict())
         for number, step in enumerate(arguments):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(number))
@@ -197,6 +223,40 @@ def test_residual_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> No
     options.pop("kmeans_init", None)  # codes of a single row leave rounding errors to quantize
     options.pop("freeze_codebook", None)  # theirs override it in every call
     check("ResidualVQ", sound_gradients(options), steps, (2, ROWS, DIM), (ROWS,))
+
+
+@SETTINGS
+@given(options=some(GRVQ), steps=st.lists(some(GRVQ_STEP), min_size=1, max_size=2))
+def test_grouped_residual_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options = {"dim": DIM, "codebook_size": CODES, "num_quantizers": 3, "groups": 2, **options}
+    options.pop("kmeans_init", None)
+    options.pop("freeze_codebook", None)
+    check("GroupedResidualVQ", sound_gradients(options), steps, (2, ROWS, DIM), (ROWS,))
+
+
+def sim(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Options with the module that they ask for, and the shape of an input."""
+    options = {"dim": DIM, "codebook_size": CODES, **options}
+    if options.get("codebook_transform"):
+        width = options.get("frozen_codebook_dim") or DIM
+        torch.manual_seed(1)
+        layers = torch.nn.Linear(width, 6), torch.nn.GELU(), torch.nn.Linear(6, DIM)
+        options["codebook_transform"] = torch.nn.Sequential(*layers)
+    return options, (2, DIM, ROWS) if options.get("channel_first") else (2, ROWS, DIM)
+
+
+@SETTINGS
+@given(options=some(SIM), steps=st.lists(st.just({}), min_size=1, max_size=2))
+def test_sim_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options, shape = sim(options)
+    check("SimVQ", options, steps, shape, (ROWS,))
+
+
+@SETTINGS
+@given(options=some(RSIM), steps=st.lists(some(RSIM_STEP), min_size=1, max_size=2))
+def test_residual_sim_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options, shape = sim({"num_quantizers": 3, **options})
+    check("ResidualSimVQ", options, steps, shape, (ROWS,))
 
 
 @SETTINGS

@@ -10,7 +10,9 @@ import torch
 from torchrun import finish, group_threads, launch
 
 from tokenflow_ext.compat import (
+    GroupedResidualVQ,
     HierarchicalVQ,
+    ResidualSimVQ,
     ResidualVQ,
     VectorQuantize,
     VectorQuantizer2,
@@ -36,6 +38,10 @@ JOINED = {
     "ResidualVQ": (lambda: ResidualVQ(dim=DIM, codebook_size=20, num_quantizers=3), SEQUENCE),
     "ResidualVQ, shared": (
         lambda: ResidualVQ(dim=DIM, codebook_size=20, num_quantizers=3, shared_codebook=True),
+        SEQUENCE,
+    ),
+    "GroupedResidualVQ": (
+        lambda: GroupedResidualVQ(dim=DIM, groups=2, codebook_size=20, num_quantizers=3),
         SEQUENCE,
     ),
     "HierarchicalVQ": (
@@ -93,6 +99,22 @@ DRAWN = {
         ),
         SEQUENCE,
     ),
+    "dropout by group": (
+        lambda: GroupedResidualVQ(
+            dim=DIM,
+            groups=2,
+            codebook_size=20,
+            num_quantizers=4,
+            quantize_dropout=True,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+        ),
+        SEQUENCE,
+    ),
+    "dropout of transformed codes": (  # whose state does not change, but for the dropped layers
+        lambda: ResidualSimVQ(dim=DIM, codebook_size=20, num_quantizers=4, quantize_dropout=True),
+        SEQUENCE,
+    ),
     "not finite, k-means and dead codes": (
         lambda: VectorQuantize(DIM, 20, kmeans_init=True, threshold_ema_dead_code=4),
         SEQUENCE,
@@ -108,17 +130,25 @@ DRAWN = {
 
 
 def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Four steps without an optimizer on a share of fixed batches; the state after them."""
+    """Four steps without an optimizer on a share of fixed batches; the state after them.
+
+    The layers that were left out of each step are in it.
+    """
     build, shape, *changes = case
     torch.manual_seed(0)
     module = build()
     torch.manual_seed(seed)
+    dropped = []
     for step in range(4):
         batch = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         for change in changes:
             batch = change(batch)
-        module(batch.chunk(world)[rank])
+        _, indices, *_ = module(batch.chunk(world)[rank])
+        if isinstance(module, (ResidualVQ, GroupedResidualVQ, ResidualSimVQ)):
+            dropped.append((indices.flatten(0, -2) == -1).all(dim=0))
     state = {name: value.clone() for name, value in module.state_dict().items()}
+    if dropped:
+        state["dropped"] = torch.stack(dropped)
     if hasattr(module, "skipped_rows"):
         state["skipped_rows"] = module.skipped_rows.clone()
     return state

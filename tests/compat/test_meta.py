@@ -19,6 +19,11 @@ BUILDERS = {
         dim=12, codebook_size=8, heads=2, separate_codebook_per_head=True
     ),
     "ResidualVQ": lambda: compat.ResidualVQ(dim=12, codebook_size=8, num_quantizers=2),
+    "GroupedResidualVQ": lambda: compat.GroupedResidualVQ(
+        dim=12, groups=3, codebook_size=8, num_quantizers=2
+    ),
+    "SimVQ": lambda: compat.SimVQ(12, 8, frozen_codebook_dim=5),
+    "ResidualSimVQ": lambda: compat.ResidualSimVQ(dim=12, codebook_size=8, num_quantizers=2),
     "HierarchicalVQ": lambda: compat.HierarchicalVQ(
         dim=12, codebook_size=8, scales=(1, 2), accept_image_fmap=True
     ),
@@ -39,7 +44,8 @@ def test_reset_parameters_fills_what_to_empty_made(name: str) -> None:
     for part in module.modules():
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
-    codes = {"embed", "embed_avg"}  # random, and what they are made into
+    # Random, and what they are made into.
+    codes = {"embed", "embed_avg", "frozen_codebook"}
     for name_, parameter in module.named_parameters():
         assert bool(parameter.isfinite().all()), name_
     fresh = dict(BUILDERS[name]().named_buffers())

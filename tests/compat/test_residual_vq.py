@@ -1,4 +1,4 @@
-"""`ResidualVQ` against vector-quantize-pytorch's own, from the same state."""
+"""`ResidualVQ` and `GroupedResidualVQ` against vector-quantize-pytorch's, from the same state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from compat.helpers import (
     second_derivative,
 )
 
-from tokenflow_ext.compat import ResidualVQ
+from tokenflow_ext.compat import GroupedResidualVQ, ResidualVQ
 
 theirs_module = pytest.importorskip("vector_quantize_pytorch")
 
-DIM, LAYERS = 8, 4
+DIM, LAYERS, GROUPS = 8, 4, 2
 SHAPE = (3, 20, DIM)
 
 OPTIONS = {
@@ -65,6 +65,21 @@ def pair(**options):
     options = {"dim": DIM, "codebook_size": 24, "num_quantizers": LAYERS, **options}
     torch.manual_seed(0)
     theirs, ours = theirs_module.ResidualVQ(**options), ResidualVQ(**options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def grouped(**options):
+    """Theirs and ours by group, of as many channels a group as `pair` has."""
+    options = {
+        "dim": GROUPS * DIM,
+        "groups": GROUPS,
+        "codebook_size": 24,
+        "num_quantizers": LAYERS,
+        **options,
+    }
+    torch.manual_seed(0)
+    theirs, ours = theirs_module.GroupedResidualVQ(**options), GroupedResidualVQ(**options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -301,10 +316,12 @@ def test_harmless_values_are_taken() -> None:
     compare(theirs, ours, batch(0), beam_size=1, sample_codebook_temp=0.5)
 
 
-def test_every_option_is_known() -> None:
+@pytest.mark.parametrize("ours", [ResidualVQ, GroupedResidualVQ])
+def test_every_option_is_known(ours: type) -> None:
+    theirs = getattr(theirs_module, ours.__name__)
     for method in ("__init__", "forward"):
-        mine = inspect.signature(getattr(ResidualVQ, method)).parameters
-        other = inspect.signature(getattr(theirs_module.ResidualVQ, method)).parameters
+        mine = inspect.signature(getattr(ours, method)).parameters
+        other = inspect.signature(getattr(theirs, method)).parameters
         assert list(mine) == list(other)
         for name, parameter in other.items():
             assert (mine[name].default or None) == (parameter.default or None), name
@@ -320,6 +337,10 @@ def test_every_option_is_known() -> None:
         (
             {"num_quantizers": 3, "quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
             "quantize_dropout_cutoff_index must be 0 to 2, got 3",
+        ),
+        (
+            {"num_quantizers": 3, "quantize_dropout": True, "quantize_dropout_multiple_of": 0},
+            "quantize_dropout_multiple_of must be at least 1, got 0",
         ),
     ],
 )
@@ -355,3 +376,187 @@ def test_bad_shapes() -> None:
         images(torch.zeros(2, DIM, 4))
     with pytest.raises(ValueError, match="only with quantize_dropout"):
         ours.get_codes_from_indices(torch.zeros(2, 3, 1, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------- GroupedResidualVQ
+
+WIDE = (*SHAPE[:2], GROUPS * DIM)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_groups_in_training_and_evaluation_agree(name: str) -> None:
+    theirs, ours = grouped(**OPTIONS[name])
+    for step in range(4):
+        compare(theirs, ours, batch(step, WIDE))
+    theirs.eval(), ours.eval()
+    _, indices, losses, *_ = compare(theirs, ours, batch(9, WIDE))
+    layers = ours.rvqs[0].num_quantizers
+    assert indices.shape == (GROUPS, *SHAPE[:2], layers)
+    assert torch.equal(losses, torch.zeros(GROUPS, layers))
+    for given in (indices, tuple(indices)):
+        close(ours.get_codes_from_indices(given), theirs.get_codes_from_indices(indices))
+        close(ours.get_output_from_indices(given), theirs.get_output_from_indices(indices))
+    if name == "sizes":  # theirs stack what has several shapes
+        assert [[len(k) for k in book] for book in ours.codebooks] == [[24, 12, 7, 30]] * GROUPS
+    else:
+        close(ours.codebooks, theirs.codebooks)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_group_is_quantized_as_if_it_were_alone(groups: int) -> None:
+    """In float32 and in float64, each by its own `ResidualVQ`."""
+    for dtype in (torch.float32, torch.float64):
+        theirs, ours = grouped(groups=groups, dim=8, shared_codebook=True)
+        theirs.eval(), ours.eval()
+        x = batch(0, (3, 20, 8)).to(dtype)
+        quantized, indices, losses = ours(x)
+        assert all(rvq._fusable() for rvq in ours.rvqs)
+        for group, (rvq, part) in enumerate(zip(ours.rvqs, x.chunk(groups, dim=-1), strict=True)):
+            alone, alone_indices, alone_losses = rvq(part)
+            assert torch.equal(quantized.chunk(groups, dim=-1)[group], alone)
+            assert torch.equal(indices[group], alone_indices)
+            assert torch.equal(losses[group], alone_losses)
+        close(quantized, theirs(x)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["dropout", "dropout in pairs", "shared, dropout", "sizes"])
+def test_groups_drop_the_same_layers(name: str, seed: int) -> None:
+    theirs, ours = grouped(**OPTIONS[name])
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(seed)
+        results.append(module(batch(seed, WIDE)))
+        results[-1] += (torch.rand(()),)  # as much is drawn in all
+    (_, their_indices, their_losses, their_next), (_, indices, losses, ours_next) = results
+    assert torch.equal(indices, their_indices)
+    close(losses, their_losses)
+    dropped = (indices == -1).all(dim=1).all(dim=1)
+    assert torch.equal(dropped[0], dropped[1])
+    assert torch.equal(losses == 0, dropped)
+    assert torch.equal(ours_next, their_next)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_masks_of_groups(training: bool, zeros: bool) -> None:
+    theirs, ours = grouped(return_zeros_for_masked_padding=zeros)
+    theirs.train(training), ours.train(training)
+    mask = torch.arange(20) < torch.tensor([[20], [3], [11]])
+    for step in range(2):
+        quantized, indices, *_ = compare(theirs, ours, batch(step, WIDE), mask=mask)
+    assert torch.equal(indices[..., 0] == -1, ~mask.expand(GROUPS, -1, -1))
+    assert torch.equal(quantized[~mask], batch(1, WIDE)[~mask] * (0 if zeros else 1))
+    kept = ours.get_output_from_indices(indices)
+    assert torch.equal(kept[~mask], torch.zeros_like(kept[~mask]))
+
+
+def test_all_codes_of_groups_and_freezing_for_a_step() -> None:
+    theirs, ours = grouped()
+    before = ours.codebooks.clone()
+    arguments = {"return_all_codes": True, "freeze_codebook": True}
+    *_, other = theirs(batch(0, WIDE), **arguments)
+    *_, mine = ours(batch(0, WIDE), **arguments)
+    assert type(mine) is type(other) is tuple
+    for codes, their_codes in zip(mine, other, strict=True):
+        assert codes.shape == (LAYERS, *SHAPE)
+        close(codes, their_codes)
+    assert torch.equal(ours.codebooks, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_of_images_are_those_of_sequences(training: bool, shared: bool) -> None:
+    """Theirs take none in `ResidualVQ`, and join decoded images along their height."""
+    options = {"dim": 12, "groups": 3, "codebook_size": 24, "num_quantizers": 2}
+    torch.manual_seed(0)
+    images = GroupedResidualVQ(**options, accept_image_fmap=True, shared_codebook=shared)
+    sequences = GroupedResidualVQ(**options, shared_codebook=shared)
+    images.train(training), sequences.train(training)
+    sequences.load_state_dict(images.state_dict())
+    x = batch(0, (2, 12, 5, 6))
+    quantized, indices, losses = images(x)
+    flat, flat_indices, flat_losses = sequences(x.flatten(2).mT)
+    close(quantized, flat.mT.unflatten(2, (5, 6)))
+    assert indices.shape == (3, 2, 5, 6, 2)
+    assert torch.equal(indices, flat_indices.unflatten(2, (5, 6)))
+    close(losses, flat_losses)
+    if not training:
+        close(images.get_output_from_indices(indices).movedim(-1, 1), quantized)
+
+
+def test_groups_draw_stochastic_codes() -> None:
+    theirs, ours = grouped(stochastic_sample_codes=True, sample_codebook_temp=0.0)
+    compare(theirs, ours, batch(0, WIDE))
+    nearest = ours(batch(2, WIDE), freeze_codebook=True)[1]
+    drawn = ours(batch(2, WIDE), freeze_codebook=True, sample_codebook_temp=2.0)[1]
+    assert ((drawn != nearest).float().mean(dim=(1, 2)) > 0.2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_in_half_precision(dtype: torch.dtype, shared: bool) -> None:
+    theirs, ours = grouped(shared_codebook=shared)
+    for training in (True, False):
+        theirs.train(training), ours.train(training)
+        x = batch(0, WIDE).to(dtype)
+        (other, their_indices, their_losses), (mine, indices, losses) = theirs(x), ours(x)
+        assert mine.dtype == other.dtype == dtype
+        # A code that one of them finds a rounding nearer changes what the layers after it find.
+        same = (indices == their_indices).all(dim=-1)
+        assert same.float().mean() > 0.9
+        same = same.all(dim=0)
+        # Theirs round what each layer leaves, ours in one call do not.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(mine[same], other[same], rtol=eps, atol=4 * eps)
+        torch.testing.assert_close(losses, their_losses, rtol=4 * eps, atol=4 * eps)
+        ours.load_state_dict(theirs.state_dict())
+
+
+def test_groups_under_autocast() -> None:
+    _, ours = grouped(codebook_dim=4)
+    exact, *_ = ours.eval()(batch(0, WIDE))
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, *_ = ours(batch(0, WIDE))
+    assert quantized.dtype == torch.bfloat16
+    assert (quantized.float() - exact).square().mean() < 0.02 * exact.square().mean()
+
+
+def test_groups_take_an_empty_list_of_indices() -> None:
+    compare(*grouped(), batch(0, WIDE), indices=[])
+
+
+def test_unsupported_options_of_groups_say_so() -> None:
+    with pytest.raises(NotImplementedError, match="does not support implicit_neural_codebook=True"):
+        GroupedResidualVQ(
+            dim=8, groups=2, codebook_size=8, num_quantizers=2, implicit_neural_codebook=True
+        )
+    with pytest.raises(TypeError, match="no_such_option"):
+        GroupedResidualVQ(dim=8, groups=2, codebook_size=8, num_quantizers=2, no_such_option=1)
+    indices = torch.zeros(GROUPS, *SHAPE[:2], LAYERS, dtype=torch.int64)
+    for given in (indices, list(indices)):
+        with pytest.raises(NotImplementedError, match="GroupedResidualVQ does not support indices"):
+            grouped()[1](batch(0, WIDE), indices=given)
+
+
+@pytest.mark.parametrize(("dim", "groups"), [(8, 3), (8, 0), (8, -2)])
+def test_groups_that_do_not_divide(dim: int, groups: int) -> None:
+    with pytest.raises(ValueError, match=f"groups must divide dim, got groups={groups}, dim={dim}"):
+        GroupedResidualVQ(dim=dim, groups=groups, codebook_size=4, num_quantizers=2)
+
+
+def test_bad_shapes_of_groups() -> None:
+    _, ours = grouped()
+    with pytest.raises(ValueError, match=r"16 channels in dimension -1, got \(3, 20, 8\)"):
+        ours(torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match="2 or 3 dimensions"):
+        ours(torch.zeros(1, *WIDE))
+    indices = torch.zeros(3, 2, 5, LAYERS, dtype=torch.int64)
+    for decode in (ours.get_codes_from_indices, ours.get_output_from_indices):
+        with pytest.raises(ValueError, match="must hold 2 groups first, got 3"):
+            decode(indices)
+    images = GroupedResidualVQ(
+        dim=8, groups=2, codebook_size=4, num_quantizers=2, accept_image_fmap=True
+    )
+    with pytest.raises(ValueError, match=r"8 channels in dimension 1, got \(2, 5, 6, 8\)"):
+        images(torch.zeros(2, 5, 6, 8))

@@ -62,9 +62,33 @@ def go_towards(x: Tensor, target: Tensor, variance: float = 5e-3) -> Tensor:
     return x + direction * error.norm(dim=-1, keepdim=True)
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A random number of this process, scalar int64."""
+    return torch.randint(0, 10_000, (), device=device)
+
+
 def shared_seed(device: torch.device) -> int:
     """A random number that every process agrees on."""
-    return int(all_reduce(torch.randint(0, 10_000, (), device=device)))
+    return int(all_reduce(draw_seed(device)))
+
+
+def nearest(rows: Tensor, codes: Tensor, l2_norm: bool = False) -> Tensor:
+    """Index [N] of the nearest of codes [K, D] for each of rows [N, D]; none for no rows.
+
+    float64 is compared as such on the CPU and in float32 elsewhere.
+    """
+    if len(rows) == 0:
+        return rows.new_empty(0, dtype=torch.int64)
+    if not rows.is_cpu:
+        rows, codes = rows.float(), codes.float()
+    return ops.nearest_code(rows, codes, l2_norm=l2_norm)
+
+
+def zeros_for_padding(decode: Callable[[Tensor], Tensor], indices: Tensor) -> Tensor:
+    """decode(indices), codes [..., D] of indices [...], with zeros where an index is -1."""
+    padding = indices == -1
+    codes = decode(indices.masked_fill(padding, 0))
+    return codes.masked_fill(padding.unsqueeze(-1), 0.0)
 
 
 class Codebook(nn.Module):
@@ -191,14 +215,10 @@ class Codebook(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codes [H, ..., D] of indices [H, ...]; zeros where an index is -1."""
-        padding = indices == -1
-        codes = self.lookup(indices.masked_fill(padding, 0)).to(self.embed.dtype)
-        return codes.masked_fill(padding.unsqueeze(-1), 0.0)
+        return zeros_for_padding(self.lookup, indices).to(self.embed.dtype)
 
     def _nearest(self, rows: Tensor, codes: Tensor) -> Tensor:
-        if len(rows) == 0:
-            return rows.new_empty(0, dtype=torch.int64)
-        return ops.nearest_code(rows, codes, l2_norm=self.use_cosine_sim)
+        return nearest(rows, codes, self.use_cosine_sim)
 
     def _assign(self, rows: Tensor, finite: Tensor, codes: Tensor) -> Tensor:
         """The nearest of codes [K, D] for rows [N, D] that are finite, -1 for others."""

@@ -1,4 +1,4 @@
-"""What the stand-ins share: unsupported options, and the dtype they compute in."""
+"""What the stand-ins share: unsupported options, checks of input, the dtype they compute in."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def raise_unsupported(owner: str, reason: str, **options: Any) -> None:
         unset = value is None or (isinstance(value, (bool, int, float, dict)) and not value)
         if not unset:
             raise NotImplementedError(f"{owner} does not support {name}={shown(value)}: {reason}")
+
+
+def check_features(x: Tensor, dims: tuple[int, ...], channels: int, channel: int) -> None:
+    """Raises ValueError unless x has one of the numbers of dimensions and these channels."""
+    if x.dim() not in dims or x.shape[channel] != channels:
+        raise ValueError(
+            f"x must have {' or '.join(map(str, dims))} dimensions and {channels} channels in "
+            f"dimension {channel}, got {tuple(x.shape)}"
+        )
 
 
 def computable(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._codebook import shared_seed
-from ._common import lens_to_mask, raise_unsupported, shown
+from ._common import check_features, lens_to_mask, raise_unsupported, shown
 from .vector_quantize import VectorQuantize
 
 
@@ -165,11 +165,7 @@ class HierarchicalVQ(nn.Module):
         """
         raise_unsupported("HierarchicalVQ", "codes are chosen here", indices=indices)
         channel = 1 if self.channel_first else -1
-        if x.dim() != self.spatial_dims + 2 or x.shape[channel] != self.dim:
-            raise ValueError(
-                f"x must have {self.spatial_dims + 2} dimensions and {self.dim} channels in "
-                f"dimension {channel}, got {tuple(x.shape)}"
-            )
+        check_features(x, (self.spatial_dims + 2,), self.dim, channel)
         x = x.movedim(channel, 1)
         mask = self._mask(x, mask, lens)
         residual, total = x, torch.zeros_like(x)

@@ -1,24 +1,24 @@
-"""Stands in for vector-quantize-pytorch's `ResidualVQ`, version 1.32."""
+"""Stands in for vector-quantize-pytorch's `ResidualVQ` and `GroupedResidualVQ`, version 1.32."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
 
-from ._codebook import go_towards, shared_seed
-from ._common import NEEDS_DISTANCES, raise_unsupported, shown
+from ._codebook import draw_seed, go_towards, shared_seed
+from ._common import NEEDS_DISTANCES, check_features, raise_unsupported, shown
+from ._residual import Residual
 from .vector_quantize import VectorQuantize
 
 MOST_SCALES = 64  # kMaxScales of csrc/common/geometry.h
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(Residual):
     """vector-quantize-pytorch's `ResidualVQ` (arXiv 2107.03312, algorithm 1) on the fused search.
 
     Further keyword arguments are those of `VectorQuantize`. With a shared codebook and outside
@@ -52,7 +52,6 @@ class ResidualVQ(nn.Module):
         return_zeros_for_masked_padding: bool = True,
         **vq_kwargs: Any,
     ) -> None:
-        super().__init__()
         if diveq:  # the gradient goes through the sum of the layers' codes alone
             vq_kwargs |= {
                 "ema_update": False,
@@ -93,21 +92,18 @@ class ResidualVQ(nn.Module):
             )
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"shared_codebook needs one codebook_size, got {shown(codebook_size)}")
-        if not 0 <= quantize_dropout_cutoff_index < len(sizes) and quantize_dropout:
-            raise ValueError(
-                f"quantize_dropout_cutoff_index must be 0 to {len(sizes) - 1}, "
-                f"got {quantize_dropout_cutoff_index}"
-            )
+        super().__init__(
+            len(sizes),
+            quantize_dropout,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+        )
         self.dim = dim
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
-        self.num_quantizers = len(sizes)
         self.codebook_sizes = sizes
         self.shared_codebook = shared_codebook
         self.diveq = diveq
         self.accept_image_fmap = accept_image_fmap
-        self.quantize_dropout = quantize_dropout and len(sizes) > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.quant_grad_frac = quant_grad_frac
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.has_projections = self.codebook_dim != dim
@@ -144,30 +140,10 @@ class ResidualVQ(nn.Module):
         codebooks = tuple(layer._codebook.embed[0] for layer in self._quantizers())
         return torch.stack(codebooks) if len(set(self.codebook_sizes)) == 1 else codebooks
 
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes [Q, ..., D] of indices [..., Q]; zeros where an index is -1.
-
-        With quantize_dropout fewer than Q indices may be given; the rest count as -1.
-        """
-        given = indices.shape[-1]
-        if given > self.num_quantizers or (
-            given < self.num_quantizers and not self.quantize_dropout
-        ):
-            raise ValueError(
-                f"indices must have {self.num_quantizers} in the last dimension (fewer only with "
-                f"quantize_dropout), got {tuple(indices.shape)}"
-            )
-        indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
-        codes = [
-            layer._codebook.decode(index.unsqueeze(0))[0]
-            for layer, index in zip(self._quantizers(), indices.unbind(-1), strict=True)
-        ]
-        return torch.stack(codes)
-
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The quantized output [..., dim] of indices [..., Q], channels last for images too; zeros
         where all indices are -1."""
-        output = self.project_out(self.get_codes_from_indices(indices).sum(dim=0))
+        output = self.project_out(super().get_output_from_indices(indices))
         return output.masked_fill((indices == -1).all(dim=-1, keepdim=True), 0.0)
 
     def forward(
@@ -199,11 +175,7 @@ class ResidualVQ(nn.Module):
         )
         channel = 1 if self.accept_image_fmap else -1
         dims = (4,) if self.accept_image_fmap else (2, 3)
-        if x.dim() not in dims or x.shape[channel] != self.dim:
-            raise ValueError(
-                f"x must have {' or '.join(map(str, dims))} dimensions and {self.dim} channels in "
-                f"dimension {channel}, got {tuple(x.shape)}"
-            )
+        check_features(x, dims, self.dim, channel)
         inputs = x.movedim(channel, -1)
         x = self.project_in(inputs)
         if mask is None and len(x) > 0 and self._fusable():
@@ -215,8 +187,11 @@ class ResidualVQ(nn.Module):
                 "freeze_codebook": freeze_codebook or None,
                 "sample_codebook_temp": sample_codebook_temp,
             }
-            quantized, index, losses = self._layers(x.movedim(-1, channel), last, options)
+            rows: list[Tensor] | None = [] if self._moves_after(freeze_codebook) else None
+            quantized, index, losses = self._layers(x.movedim(-1, channel), last, options, rows)
             quantized = quantized.movedim(channel, -1)
+            if rows is not None:
+                self._move(rows, mask)
         if self.diveq:
             quantized = go_towards(x, quantized)
         quantized = self.project_out(quantized)
@@ -226,50 +201,25 @@ class ResidualVQ(nn.Module):
         out = (quantized.movedim(-1, channel), index, losses)
         return (*out, self.get_codes_from_indices(index)) if return_all_codes else out
 
-    def _last_layer(self, device: torch.device, seed: int | None) -> int:
-        """The last layer that takes part, the same on every process."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers - 1
-        chance = random.Random(shared_seed(device) if seed is None else seed)
-        last = chance.randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
-        multiple = self.quantize_dropout_multiple_of
-        return -(-(last + 1) // multiple) * multiple - 1
+    def _decode(self, layer: nn.Module, index: Tensor) -> Tensor:
+        return cast(VectorQuantize, layer)._codebook.decode(index.unsqueeze(0))[0]
 
-    def _layers(
-        self, x: Tensor, last: int, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layers 0 to `last`, one after the other, on x as they take it."""
-        residual, quantized = x, torch.zeros_like(x)
-        indices: list[Tensor] = []
-        losses: list[Tensor] = []
-        rows: list[Tensor] = []
-        for number, layer in enumerate(self._quantizers()):
-            if number > last:
-                indices.append(torch.full_like(indices[0], -1))
-                losses.append(torch.zeros_like(losses[0]))
-                continue
-            rows.append(residual.detach())
-            codes, index, loss = layer(residual, **options)
-            quantized = quantized + codes
-            indices.append(index)
-            losses.append(loss)
-            passed = self.quant_grad_frac
-            residual = residual - (passed * codes + (1 - passed) * codes.detach())
+    def _moves_after(self, freeze_codebook: bool) -> bool:
+        """Whether this step moves a shared codebook, once, after all layers."""
         first = self._quantizers()[0]
-        if (
-            self.training
-            and first.deferred
-            and not (options["freeze_codebook"] or first.freeze_codebook)
-        ):
-            if first.ema_update:
-                first._codebook.update_ema()
-            mask, channel = options["mask"], 1 if self.accept_image_fmap else -1
-            every = torch.stack([part.movedim(channel, -1) for part in rows], dim=-2)
-            kept = None if mask is None else mask.unsqueeze(-1).expand(every.shape[:-1])
-            first._codebook.expire_codes_(
-                every.float().unsqueeze(0), None if kept is None else kept.reshape(1, -1)
-            )
-        return quantized, torch.stack(indices, dim=-1), torch.stack(losses)
+        return self.training and first.deferred and not (freeze_codebook or first.freeze_codebook)
+
+    def _move(self, rows: list[Tensor], mask: Tensor | None) -> None:
+        """Moves the shared codebook by what the layers took, each like x, and by their codes."""
+        first = self._quantizers()[0]
+        if first.ema_update:
+            first._codebook.update_ema()
+        channel = 1 if self.accept_image_fmap else -1
+        every = torch.stack([part.movedim(channel, -1) for part in rows], dim=-2)
+        kept = None if mask is None else mask.unsqueeze(-1).expand(every.shape[:-1])
+        first._codebook.expire_codes_(
+            every.float().unsqueeze(0), None if kept is None else kept.reshape(1, -1)
+        )
 
     def _fusable(self) -> bool:
         book = self._quantizers()[0]._codebook
@@ -296,6 +246,126 @@ class ResidualVQ(nn.Module):
         index = out.indices.view(*x.shape[:-1], self.num_quantizers)
         losses = torch.zeros(self.num_quantizers, device=x.device)
         return out.quantized.view(x.shape).to(x.dtype), index, losses
+
+
+class GroupedResidualVQ(nn.Module):
+    """vector-quantize-pytorch's `GroupedResidualVQ` on the fused search: a `ResidualVQ` a group.
+
+    The channels are split into groups, each quantized by a `ResidualVQ` of its own (HiFi-Codec,
+    arXiv 2305.02765). In a step the groups drop the same layers.
+
+    Args:
+        dim: channels of all groups together.
+        groups: number G of groups, a divisor of dim.
+        accept_image_fmap: take images [B, dim, H, W].
+        kwargs: those of `ResidualVQ`.
+
+    Raises:
+        NotImplementedError: an option that is not supported, named with its value.
+        ValueError: options that exclude each other.
+    """
+
+    def __init__(
+        self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups must divide dim, got groups={groups}, dim={dim}")
+        self.dim = dim
+        self.groups = groups
+        self.accept_image_fmap = accept_image_fmap
+        self.rvqs = nn.ModuleList(
+            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs)
+            for _ in range(groups)
+        )
+
+    def _by_group(self) -> list[ResidualVQ]:
+        return cast(list[ResidualVQ], list(self.rvqs))
+
+    @property
+    def split_dim(self) -> int:
+        """The dimension of x that holds the channels."""
+        return 1 if self.accept_image_fmap else -1
+
+    @property
+    def codebooks(self) -> Tensor | tuple[tuple[Tensor, ...], ...]:
+        """Codes of each group's layers: [G, Q, K, D], or G times Q of them where sizes differ."""
+        codebooks = [rvq.codebooks for rvq in self._by_group()]
+        if isinstance(codebooks[0], Tensor):
+            return torch.stack(cast(list[Tensor], codebooks))
+        return tuple(cast(list[tuple[Tensor, ...]], codebooks))
+
+    def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """Codes [G, Q, ..., D] of indices [G, ..., Q], zeros where an index is -1."""
+        by_group = zip(self._by_group(), self._indices(indices), strict=True)
+        return torch.stack([rvq.get_codes_from_indices(index) for rvq, index in by_group])
+
+    def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """The quantized output [..., dim] of indices [G, ..., Q], channels last for images too."""
+        by_group = zip(self._by_group(), self._indices(indices), strict=True)
+        return torch.cat([rvq.get_output_from_indices(index) for rvq, index in by_group], dim=-1)
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | Sequence[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """Quantizes x, each group of channels by itself.
+
+        Args:
+            x: [B, N, dim], or [B, dim, H, W] with accept_image_fmap.
+            return_all_codes: also return a tuple of the codes of each group, [Q, B, N, D].
+            sample_codebook_temp: temperature of this step's draws, with stochastic_sample_codes.
+            freeze_codebook: leave statistics and codes alone in this step.
+            mask: [B, N] bool, False for padding.
+
+        Returns:
+            quantized, like x, indices [G, B, N, Q] or [G, B, H, W, Q], -1 for dropped layers and
+            padding, and losses [G, Q].
+
+        Raises:
+            NotImplementedError: `indices` are given.
+            ValueError: a shape that does not fit.
+        """
+        given = None if indices is None or len(indices) == 0 else indices
+        raise_unsupported("GroupedResidualVQ", NEEDS_DISTANCES, indices=given)
+        check_features(x, (4,) if self.accept_image_fmap else (2, 3), self.dim, self.split_dim)
+        seed = self._seed(x.device)
+        by_group = zip(self._by_group(), x.chunk(self.groups, dim=self.split_dim), strict=True)
+        results = [
+            rvq(
+                part,
+                mask=mask,
+                return_all_codes=return_all_codes,
+                sample_codebook_temp=sample_codebook_temp,
+                freeze_codebook=freeze_codebook,
+                rand_quantize_dropout_fixed_seed=seed,
+            )
+            for rvq, part in by_group
+        ]
+        quantized, index, losses, *codes = zip(*results, strict=True)
+        out = (torch.cat(quantized, dim=self.split_dim), torch.stack(index), torch.stack(losses))
+        return (*out, *codes)
+
+    def _seed(self, device: torch.device) -> int | None:
+        """What decides the last layer of every group in this step, the same on every process."""
+        if not self.training:
+            return None
+        if self._by_group()[0].quantize_dropout:
+            return shared_seed(device)
+        # Theirs draw it in every step. What is drawn after it is then the same.
+        draw_seed(device)
+        return None
+
+    def _indices(self, indices: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        """Indices by group."""
+        if len(indices) != self.groups:
+            raise ValueError(f"indices must hold {self.groups} groups first, got {len(indices)}")
+        return indices.unbind() if isinstance(indices, Tensor) else indices
 
 
 def _beams(size: int | None) -> int | None:
