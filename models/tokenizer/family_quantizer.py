@@ -29,6 +29,7 @@ class FamilyQuantizer(Quantizer):
 
     Attributes:
         num_codes: codes of all groups together.
+        last_losses: the losses of the last forward pass by name, without gradient.
         tokens_per_scale: places of each scale.
     """
 
@@ -43,6 +44,7 @@ class FamilyQuantizer(Quantizer):
         self.codes_per_group = tuple(group.size for group in counted)
         self.num_codes = self.codebook_size = sum(self.codes_per_group)
         self.tokens_per_scale = tuple(height * width for height, width in self.scales)
+        self.last_losses: dict[str, Tensor] = {}
 
     @property
     def codebooks(self) -> list[nn.Parameter]:
@@ -67,6 +69,7 @@ class FamilyQuantizer(Quantizer):
         :meth:`tokenflow_ext.Quantizer.forward`."""
         out = super().forward(h)
         losses = dict(out.losses)
+        self.last_losses = {name: loss.detach() for name, loss in losses.items()}
         commitment = losses.pop("commitment", h.new_zeros(()))
         others = sum(losses.values(), torch.zeros_like(commitment))
         hits = torch.cat([usage.hits for usage in out.usage if usage is not None])

@@ -17,6 +17,7 @@ from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer, TokenizerConfig
 from tokenflow_ext.models.losses.tokenizer import tokenizer_loss
 from tokenflow_ext.models.serialization.files import shown
+from tokenflow_ext.models.tokenizer.family_quantizer import FamilyQuantizer
 from tokenflow_ext.models.towers.teachers import build_teacher
 from tokenflow_ext.train.config import DecoderConfig, TrainConfig, leaves
 from tokenflow_ext.train.data import BatchPartition
@@ -268,9 +269,21 @@ class TokenizerTask(Task):
         return headline(self.model, self.generator, self.crops, by_average)
 
     def step_values(self) -> dict[str, float]:
-        """Share of the codes in use by their moving average of hits."""
-        hits = self.model.quantizer.usage_ema
-        return {"usage": (hits > hits.sum() * 1e-3 / len(hits)).double().mean().item()}
+        """Share of the codes in use by their moving average of hits, by group where each has an
+        index of its own, and the losses of a quantizer of the family by name."""
+        quantizer = self.model.quantizer
+        hits = quantizer.usage_ema
+
+        def share(part: Tensor) -> float:
+            return (part > part.sum() * 1e-3 / len(part)).double().mean().item()
+
+        values = {"usage": share(hits)}
+        if len(groups := hits.split(quantizer.codes_per_group)) > 1:
+            values |= {f"usage_group_{i}": share(part) for i, part in enumerate(groups, start=1)}
+        if isinstance(quantizer, FamilyQuantizer):
+            losses = quantizer.last_losses.items()
+            values |= {f"quantizer_{name}": loss.item() for name, loss in losses}
+        return values
 
     def summary(self) -> dict[str, Any]:
         return {"held_out_crops": len(self.crops.held_out)}

@@ -61,6 +61,10 @@ def test_a_run(micro, images, tmp_path, kind):
     assert groups == ({"usage_group_1", "usage_group_2"} if kind == "groups" else set())
     trained = [line for line in lines if line["kind"] == "train"]
     assert all(0 < line["usage"] <= 1 for line in trained)
+    losses = {key for key in trained[-1] if key.startswith("quantizer_")}
+    names = {"signs": {"commitment", "entropy"}, "depth": {"commitment"}, "levels": {"commitment"}}
+    assert losses == {f"quantizer_{name}" for name in names.get(kind, {"codebook", "commitment"})}
+    assert ("usage_group_2" in trained[-1]) == (kind == "groups")
     model = TokenFlowTokenizer.from_pretrained(checkpoint.find(run))
     made, _ = model.decode(model.encode(torch.rand(1, 3, 32, 32)))
     assert made.shape == (1, 3, 32, 32)
