@@ -183,8 +183,8 @@ class Quantizer(nn.Module):
             refuse(f"flips={flips}", "are of signs")
         if upsampling != "bicubic" and looked_up:
             refuse(f"upsampling={upsampling!r}", "is of signs and levels")
-        if self.phi is not None and (not tables or shared or self.metric != "l2" or self.depth > 1):
-            refuse("phi", "is of tables by distance with indices of their own and depth 1")
+        if self.phi is not None and (not tables or shared):
+            refuse("phi", "is of tables with indices of their own")
         if self.errors == "running" and (not tables or shared):
             refuse("errors='running'", "is of tables with indices of their own")
         if self.entropy is not None and Levels in kinds:
@@ -202,6 +202,29 @@ class Quantizer(nn.Module):
                 refuse("straight_through='softmax'", "is of the scores as they are, not l2_norm")
         if self.straight_through == "identity" and not tables:
             refuse("straight_through='identity'", "is of tables")
+        if scale_drop and self.depth > 1:
+            refuse(f"scale_drop={scale_drop}", "leaves out a scale, and with depth a round")
+        if self._is_var:
+            self._check_var()
+
+    def _check_var(self) -> None:
+        """What VAR's pyramid has one form of."""
+        for name, value, only in (
+            ("metric", self.metric, "l2"),
+            ("straight_through", self.straight_through, "identity"),
+            ("errors", self.errors, "running"),
+            ("depth", self.depth, 1),
+        ):
+            if value != only:
+                raise ValueError(
+                    f"{name} must be {only!r} with VAR's pyramid (phi, or errors='running' over "
+                    f"several scales), got {value!r}"
+                )
+        if self.update == "ema":
+            raise ValueError(
+                "update must be 'gradient' or 'none' with VAR's pyramid (phi, or errors='running' "
+                "over several scales), got 'ema'"
+            )
 
     def _runs(self) -> list[tuple[Code, ...]]:
         """Groups that one part serves in one call."""
@@ -239,11 +262,6 @@ class Quantizer(nn.Module):
             part: MultiScaleQuantizer = VarQuantizer(
                 first.size, first.dim, self.scales, phi_ratio=share, phi_shared=count, **options
             )
-            if self.update == "ema" or self.depth > 1:
-                raise ValueError(
-                    "update='ema' and depth above 1 are not of VAR's pyramid (phi, or "
-                    "errors='running' over several scales)"
-                )
         else:
             options["index"] = "own" if self.index == "own" else "shared"
             options["metric"] = self.metric
@@ -321,7 +339,7 @@ class Quantizer(nn.Module):
         if self.straight_through == "softmax":
             quantized, losses = self._index_backprop(part, h, indices, losses)
         else:
-            if self.straight_through == "identity":
+            if self.straight_through == "identity" and not isinstance(part, VarQuantizer):
                 quantized = h + (quantized - h).detach()
             if self.entropy is not None and self.training:
                 losses["entropy"] = self._table_entropy(part, h)
