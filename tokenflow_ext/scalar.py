@@ -10,7 +10,7 @@ and token indices.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -189,6 +189,22 @@ def quantize(
     )
 
 
+def quantize_rows(rows: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    """Codes and digits of rows without a grid: every round of the tables quantizes what is left.
+
+    Args:
+        rows: [N, D] float32 or float64; N may be 0.
+        tables: in their dtype and on their device.
+
+    Returns:
+        Codes [N, R, D], without a gradient, and digits [N, R, D] int16.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+    """
+    return torch.ops.tokenflow_ext.scalar_rows(rows.detach(), *tables)
+
+
 def pack_digits(digits: Tensor, counts: Sequence[int], *, little_endian: bool = True) -> Tensor:
     """Token indices [...] int64 of digits [..., D]: numbers with a digit a channel.
 
@@ -256,6 +272,7 @@ def sign_entropies(
     eps: float = 1e-5,
     clamp: bool = False,
     factorized: bool = False,
+    average: Callable[[Tensor], Tensor] | None = None,
 ) -> SignEntropies:
     """The two entropies of LFQ's loss (arXiv 2310.05737, eq. 5) of rows z [N, D], differentiable.
 
@@ -272,6 +289,7 @@ def sign_entropies(
         clamp: see `eps`.
         factorized: the codebook's entropy as the sum of the channels' (BSQ, arXiv 2406.07548,
             eq. 9): an upper bound of it, for any D.
+        average: what is done to the mean choice before its entropy, such as a mean over processes.
 
     Raises:
         ValueError: more than 24 channels without `factorized`.
@@ -292,6 +310,8 @@ def sign_entropies(
     chances = torch.stack([bits, (-logits).sigmoid()], dim=-1)  # not 1 - bits, which cancels
     upper, lower = _joint(chances[:, :half]), _joint(chances[:, half:])
     mean = (upper.T @ lower).flatten() / len(z)
+    if average is not None:
+        mean = average(mean)
     log = mean.clamp(min=eps).log() if clamp else (mean + eps).log()
     return SignEntropies(per_sample, -(mean * log).sum())
 
@@ -470,6 +490,13 @@ def _(
     )
 
 
+@torch.library.register_fake("tokenflow_ext::scalar_rows")
+def _(rows: Tensor, thresholds: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    check_devices("rows", rows=rows, thresholds=thresholds, values=values)
+    shape = (rows.shape[0], thresholds.shape[0], rows.shape[1])
+    return rows.new_empty(shape), rows.new_empty(shape, dtype=torch.int16)
+
+
 @torch.library.register_fake("tokenflow_ext::pack_digits")
 def _(digits: Tensor, places: list[int]) -> Tensor:
     batch, tokens, channels = digits.shape
@@ -486,5 +513,11 @@ def _(rows: Tensor, sizes: list[int], height: int, width: int) -> Tensor:
     return rows.new_empty((rows.shape[0], rows.shape[2], height, width))
 
 
-for _name in ("scalar_quantize", "pack_digits", "upsample_transpose", "pool_transpose"):
+for _name in (
+    "scalar_quantize",
+    "scalar_rows",
+    "pack_digits",
+    "upsample_transpose",
+    "pool_transpose",
+):
     ops.register_vmap(_name)

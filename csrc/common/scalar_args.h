@@ -43,6 +43,21 @@ TOKENFLOW_HOST_DEVICE int digit_of(T value, const T* thresholds, int count, int 
   return digit;
 }
 
+// The same of rows without a grid, as many rounds as there are tables: each takes what the rounds
+// before left.
+template <typename T>
+struct ScalarRowsArgs {
+  int64_t num_rows;
+  int dim;
+  int thresholds;
+  int rounds;
+  const T* thresholds_table;  // [rounds, thresholds, dim]
+  const T* values;            // [rounds, thresholds + 1, dim]
+  const T* rows;              // [num_rows, dim]
+  T* codes;                   // out [num_rows, rounds, dim]
+  int16_t* digits;            // out [num_rows, rounds, dim]
+};
+
 // Token indices [batch, groups, tokens] of digits [batch, tokens, groups * dim]: the sum of digits
 // times the places of their channels.
 constexpr int kMostPlaces = 63;  // an index holds so many bits, and each channel one at least

@@ -8,26 +8,20 @@
 namespace tokenflow::cpu {
 namespace {
 
-// Digits and values of `count` rows of `dim` channels. The channels are the inner loop: it has no
+// Digits and values of one row of `dim` channels. The channels are the inner loop: it has no
 // branch, and its vectors are as wide as the compiler's.
 template <typename T>
-void quantize_rows(const ScalarQuantizeArgs<T>& args, int s, const T* rows, int64_t count,
-                   const bool* flips, int16_t* digits, T* codes) {
-  const int dim = args.layout.dim, thresholds = args.layout.thresholds;
-  const int64_t round = args.layout.round[s];
-  const T* threshold = args.thresholds + round * thresholds * dim;
-  const T* values = args.values + round * (thresholds + 1) * dim;
-  for (int64_t n = 0; n < count; ++n, rows += dim, digits += dim, codes += dim) {
-    std::fill_n(digits, dim, int16_t{0});
-    for (int i = 0; i < thresholds; ++i) {
-      const T* line = threshold + static_cast<int64_t>(i) * dim;
-      for (int d = 0; d < dim; ++d) digits[d] += rows[d] > line[d];
-    }
-    if (flips) {
-      for (int d = 0; d < dim; ++d) digits[d] ^= flips[n * dim + d];
-    }
-    for (int d = 0; d < dim; ++d) codes[d] = values[static_cast<int64_t>(digits[d]) * dim + d];
+void quantize_row(const T* row, const T* thresholds, const T* values, int count, int dim,
+                  const bool* flips, int16_t* digits, T* codes) {
+  std::fill_n(digits, dim, int16_t{0});
+  for (int i = 0; i < count; ++i) {
+    const T* line = thresholds + static_cast<int64_t>(i) * dim;
+    for (int d = 0; d < dim; ++d) digits[d] += row[d] > line[d];
   }
+  if (flips) {
+    for (int d = 0; d < dim; ++d) digits[d] ^= flips[d];
+  }
+  for (int d = 0; d < dim; ++d) codes[d] = values[static_cast<int64_t>(digits[d]) * dim + d];
 }
 
 }  // namespace
@@ -36,7 +30,8 @@ template <typename T>
 void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int64_t tokens = tokens_per_image(pyramid);
-  const Planes<T> planes(pyramid, args.layout.dim, executor);
+  const int dim = args.layout.dim, count = args.layout.thresholds;
+  const Planes<T> planes(pyramid, dim, executor);
   planes.each_map(2, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> residual, sum;
     residual.resize(planes.plane_size());
@@ -44,15 +39,39 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
     T* codes = scratch + planes.scratch_size();
     planes.load(args.h, b, residual.data());
     for (int s = 0; s < pyramid.num_scales; ++s) {
-      const int64_t first = (b * tokens + pyramid.first_token[s]) * args.layout.dim;
+      const int64_t first = (b * tokens + pyramid.first_token[s]) * dim;
       T* rows = args.rows + first;
       planes.pool(residual.data(), s, rows);
-      quantize_rows(args, s, rows, area(pyramid.extent[s]),
-                    args.flips ? args.flips + first : nullptr, args.digits + first, codes);
+      const int64_t round = args.layout.round[s];
+      for (int64_t n = 0; n < area(pyramid.extent[s]); ++n) {
+        const int64_t at = first + n * dim;
+        quantize_row(args.rows + at, args.thresholds + round * count * dim,
+                     args.values + round * (count + 1) * dim, count, dim,
+                     args.flips ? args.flips + at : nullptr, args.digits + at, codes + n * dim);
+      }
       planes.add(codes, s, scratch, sum.data(), residual.data());
     }
     planes.store(sum.data(), b, args.quantized);
   });
+}
+
+template <typename T>
+void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor) {
+  const int dim = args.dim, count = args.thresholds;
+  executor.for_ranges(args.num_rows, static_cast<int64_t>(args.rounds) * (count + 2) * dim,
+                      [&](int64_t begin, int64_t end) {
+                        std::vector<T> residual(dim);
+                        for (int64_t n = begin; n < end; ++n) {
+                          std::copy_n(args.rows + n * dim, dim, residual.data());
+                          for (int64_t r = 0; r < args.rounds; ++r) {
+                            const int64_t at = (n * args.rounds + r) * dim;
+                            quantize_row(residual.data(), args.thresholds_table + r * count * dim,
+                                         args.values + r * (count + 1) * dim, count, dim, nullptr,
+                                         args.digits + at, args.codes + at);
+                            for (int d = 0; d < dim; ++d) residual[d] -= args.codes[at + d];
+                          }
+                        }
+                      });
 }
 
 void pack_digits(const PackDigitsArgs& args, const Executor& executor) {
@@ -100,6 +119,7 @@ void pool_transpose(const PoolTransposeArgs<T>& args, const Executor& executor) 
 
 #define TOKENFLOW_INSTANTIATE(T)                                                         \
   template void scalar_quantize<T>(const ScalarQuantizeArgs<T>&, const Executor&);       \
+  template void scalar_rows<T>(const ScalarRowsArgs<T>&, const Executor&);               \
   template void upsample_transpose<T>(const UpsampleTransposeArgs<T>&, const Executor&); \
   template void pool_transpose<T>(const PoolTransposeArgs<T>&, const Executor&);
 

@@ -10,6 +10,9 @@ namespace tokenflow::cpu {
 template <typename T>
 void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor);
 
+template <typename T>
+void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor);
+
 void pack_digits(const PackDigitsArgs& args, const Executor& executor);
 
 template <typename T>

@@ -51,6 +51,27 @@ __global__ void __launch_bounds__(kPlaneThreads, 3)
   }
 }
 
+// Grid: a thread for every channel of a row, which owns its rounds. Bytes: 4 a channel read, 6 a
+// round written; bound by memory.
+__global__ void __launch_bounds__(kPlaneThreads)
+    scalar_rows_kernel(const __grid_constant__ ScalarRowsArgs<float> args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPlaneThreads + threadIdx.x;
+  if (i >= args.num_rows * args.dim) return;
+  const int64_t n = i / args.dim;
+  const int dim = args.dim, d = static_cast<int>(i - n * dim);
+  float residual = args.rows[i];
+  for (int r = 0; r < args.rounds; ++r) {
+    const int64_t line = static_cast<int64_t>(r) * args.thresholds;
+    const int digit =
+        digit_of(residual, args.thresholds_table + line * dim + d, args.thresholds, dim);
+    const float code = args.values[(line + r + digit) * dim + d];
+    const int64_t at = (n * args.rounds + r) * dim + d;
+    args.digits[at] = static_cast<int16_t>(digit);
+    args.codes[at] = code;
+    residual -= code;
+  }
+}
+
 // Grid: a thread for every group of a token, which owns its index. Bytes: 2 a digit and 8 an index;
 // bound by memory.
 __global__ void __launch_bounds__(kPlaneThreads)
@@ -64,6 +85,13 @@ __global__ void __launch_bounds__(kPlaneThreads)
 }
 
 }  // namespace
+
+cudaError_t launch_scalar_rows(const ScalarRowsArgs<float>& args, cudaStream_t stream) {
+  const int64_t channels = args.num_rows * args.dim;
+  if (channels == 0) return cudaSuccess;
+  return launch(scalar_rows_kernel, dim3(static_cast<unsigned>(ceil_div(channels, kPlaneThreads))),
+                kPlaneThreads, 0, stream, args);
+}
 
 cudaError_t launch_pack_digits(const PackDigitsArgs& args, cudaStream_t stream) {
   const int64_t indices = args.batch * args.tokens * args.groups;

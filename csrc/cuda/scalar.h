@@ -14,6 +14,8 @@ const char* unsupported_planes(const Pyramid& pyramid, int dim);
 
 cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, cudaStream_t stream);
 
+cudaError_t launch_scalar_rows(const ScalarRowsArgs<float>& args, cudaStream_t stream);
+
 cudaError_t launch_pack_digits(const PackDigitsArgs& args, cudaStream_t stream);
 
 cudaError_t launch_upsample_transpose(const UpsampleTransposeArgs<float>& args,

@@ -110,6 +110,10 @@ struct CpuBackend {
   static void run(const PoolTransposeArgs<T>& args, const Tensor&) {
     launch(cpu::pool_transpose<T>, args);
   }
+  template <typename T>
+  static void run(const ScalarRowsArgs<T>& args, const Tensor&) {
+    launch(cpu::scalar_rows<T>, args);
+  }
   static void run(const PackDigitsArgs& args, const Tensor&) { launch(cpu::pack_digits, args); }
   static void run(const SampleArgs& args, const Tensor&) { launch(cpu::sample, args); }
 };

@@ -84,6 +84,9 @@ struct CudaBackend {
     launch_on(like,
               [&](cudaStream_t stream) { return cuda::launch_scalar_quantize(args, stream); });
   }
+  static void run(const ScalarRowsArgs<float>& args, const Tensor& like) {
+    launch_on(like, [&](cudaStream_t stream) { return cuda::launch_scalar_rows(args, stream); });
+  }
   static void run(const PackDigitsArgs& args, const Tensor& like) {
     launch_on(like, [&](cudaStream_t stream) { return cuda::launch_pack_digits(args, stream); });
   }

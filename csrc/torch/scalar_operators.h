@@ -35,17 +35,15 @@ struct ScalarOperators {
     return pyramid;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> scalar_quantize(
-      Tensor h, Tensor thresholds, Tensor values, std::optional<Tensor> flips,
-      std::vector<int64_t> sizes, std::vector<int64_t> rounds, bool bilinear) {
-    const Pyramid pyramid = check_plane(h, "h", sizes, bilinear);
+  static void check_tables(Tensor& thresholds, Tensor& values, const Tensor& like,
+                           const char* like_name, int64_t channels) {
     const auto check_table = [&](Tensor& table, const char* name) {
       check_dim(table, 3, name);
-      check_like(table, name, h, "h");
-      check_device(table, name, h, "h");
+      check_like(table, name, like, like_name);
+      check_device(table, name, like, like_name);
       STD_TORCH_CHECK(
-          table.numel() > 0 && table.size(2) == h.size(1) && table.size(1) < kMostDigits, name,
-          " must have shape [rounds, fewer than ", kMostDigits, ", ", h.size(1), "], got ",
+          table.numel() > 0 && table.size(2) == channels && table.size(1) <= kMostDigits, name,
+          " must have shape [rounds, at most ", kMostDigits, ", ", channels, "], got ",
           shape_of(table));
       table = contiguous(table, name);
     };
@@ -55,6 +53,13 @@ struct ScalarOperators {
         values.size(0) == thresholds.size(0) && values.size(1) == thresholds.size(1) + 1,
         "values must be one more than thresholds, got shapes ", shape_of(values), " and ",
         shape_of(thresholds));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> scalar_quantize(
+      Tensor h, Tensor thresholds, Tensor values, std::optional<Tensor> flips,
+      std::vector<int64_t> sizes, std::vector<int64_t> rounds, bool bilinear) {
+    const Pyramid pyramid = check_plane(h, "h", sizes, bilinear);
+    check_tables(thresholds, values, h, "h", h.size(1));
     ScalarLayout layout = {};
     layout.dim = static_cast<int>(h.size(1));
     layout.thresholds = static_cast<int>(thresholds.size(1));
@@ -87,6 +92,27 @@ struct ScalarOperators {
                                 mutable_data<int16_t>(digits), mutable_data<T>(rows)},
           h);
       return std::make_tuple(quantized, digits, rows);
+    });
+  }
+
+  // rows [N, D] and tables of R rounds: codes and digits [N, R, D].
+  static std::tuple<Tensor, Tensor> scalar_rows(Tensor rows, Tensor thresholds, Tensor values) {
+    check_floating(rows, "rows");
+    check_dim(rows, 2, "rows");
+    check_tables(thresholds, values, rows, "rows", rows.size(1));
+    rows = contiguous(rows, "rows");
+    return Operators<Backend>::dispatch(rows, "rows", [&](auto zero) {
+      using T = decltype(zero);
+      const std::vector<int64_t> out = {rows.size(0), thresholds.size(0), rows.size(1)};
+      Tensor codes = empty(out, rows.scalar_type(), rows, "codes");
+      Tensor digits = empty(out, ScalarType::Short, rows, "digits");
+      Backend::run(ScalarRowsArgs<T>{rows.size(0), static_cast<int>(rows.size(1)),
+                                     static_cast<int>(thresholds.size(1)),
+                                     static_cast<int>(thresholds.size(0)), data<T>(thresholds),
+                                     data<T>(values), data<T>(rows), mutable_data<T>(codes),
+                                     mutable_data<int16_t>(digits)},
+                   rows);
+      return std::make_tuple(codes, digits);
     });
   }
 
@@ -147,6 +173,7 @@ struct ScalarOperators {
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("scalar_quantize", TORCH_BOX(&scalar_quantize));
+    m.impl("scalar_rows", TORCH_BOX(&scalar_rows));
     m.impl("pack_digits", TORCH_BOX(&pack_digits));
     m.impl("upsample_transpose", TORCH_BOX(&upsample_transpose));
     m.impl("pool_transpose", TORCH_BOX(&pool_transpose));

@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   m.def(
       "scalar_quantize(Tensor h, Tensor thresholds, Tensor values, Tensor? flips, int[] sizes, "
       "int[] rounds, bool bilinear) -> (Tensor quantized, Tensor digits, Tensor rows)");
+  m.def(
+      "scalar_rows(Tensor rows, Tensor thresholds, Tensor values) -> (Tensor codes, Tensor "
+      "digits)");
   m.def("pack_digits(Tensor digits, int[] places) -> Tensor");
   m.def("upsample_transpose(Tensor plane, int[] sizes, bool bilinear) -> Tensor");
   m.def("pool_transpose(Tensor rows, int[] sizes, int height, int width) -> Tensor");

@@ -121,6 +121,19 @@ int main() {
   check({"larger than the plane", make_pyramid(1, 3, 4, {{5, 2}, {1, 1}, {2, 6}}), 2, 1, 1, false});
   check({"blocks of channels", make_pyramid(100, 2, 2, {{1, 1}, {2, 2}}), 9, 1, 1, true});
 
+  {  // Rows, round by round.
+    const Floats rows = random_floats(300 * 3, 7), values = random_floats(2 * 5 * 3, 8);
+    Floats thresholds = random_floats(2 * 4 * 3, 9);
+    Floats codes = poisoned<float>(300 * 2 * 3), wanted_codes = codes;
+    Digits digits = poisoned<int16_t>(300 * 2 * 3), wanted_digits = digits;
+    ScalarRowsArgs<float> args = {
+        300, 3, 4, 2, thresholds.data(), values.data(), rows.data(), codes.data(), digits.data()};
+    CHECK(cuda::launch_scalar_rows(args, nullptr) == cudaSuccess, "launch");
+    args.codes = wanted_codes.data();
+    args.digits = wanted_digits.data();
+    cpu::scalar_rows(args, cpu::thread_executor(1));
+    CHECK(digits == wanted_digits && same_bits(codes, wanted_codes), "rows");
+  }
   {  // Token indices of digits.
     PackDigitsArgs args = {3, 70, 2, 5, {1, 3, 9, 27, 81}, nullptr, nullptr};
     Digits digits;

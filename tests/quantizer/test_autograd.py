@@ -139,20 +139,21 @@ def _scalar_samples() -> list[tuple]:
             OPS.scalar_quantize,
             (h.detach().double(), *(t.double() for t in tables), flips, FLAT, [0] * 3, True),
         ),
+        (OPS.scalar_rows, (torch.randn(7, 6), *tables)),
         (OPS.pack_digits, (torch.randint(0, 3, (2, 7, 6), dtype=torch.int16), [1, 3, 9])),
         (OPS.upsample_transpose, (h, FLAT, True)),
         (OPS.pool_transpose, (rows, FLAT, 5, 4)),
     ]
 
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(22))
 def test_opcheck(number: int) -> None:
     op, arguments = _samples()[number]
     torch.library.opcheck(op.default, arguments)
 
 
 def test_opcheck_covers_every_operator() -> None:
-    assert len(_samples()) == 21
+    assert len(_samples()) == 22
     tested = {op._qualified_op_name for op, _ in _samples()}
     tested.add("tokenflow_ext::sample_top_k_top_p")  # tests/sampler
     tested.add("tokenflow_ext::sample_code")  # test_sample_code.py

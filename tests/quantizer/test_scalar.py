@@ -102,6 +102,27 @@ def test_pyramid(
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_rows(device: str, rounds: int, count: int) -> None:
+    """The pyramid of one place, round by round."""
+    tables = scalar.as_computed(
+        scalar.levels([5, 4, 7], rounds=rounds), torch.float32, inclusive=True
+    )
+    tables = scalar.Tables(*(table.to(device) for table in tables))
+    rows = torch.randn(count, 3, device=device)
+    codes, digits = scalar.quantize_rows(rows, tables)
+    assert codes.shape == digits.shape == (count, rounds, 3)
+    if count:
+        sizes = [(1, 1)] * rounds
+        found = scalar.quantize(rows[..., None, None], tables, sizes, rounds=range(rounds))
+        assert torch.equal(digits, found.digits)
+        torch.testing.assert_close(codes.sum(1), found.quantized.flatten(1))
+    with pytest.raises(RuntimeError, match="rows must have 2 dimensions"):
+        scalar.quantize_rows(rows.unsqueeze(0), tables)
+
+
 def per_token(
     tables: torch.Tensor, sizes: list[tuple[int, int]], rounds: list[int]
 ) -> torch.Tensor:

@@ -72,7 +72,10 @@ def test_unset_fields_take_defaults():
         ({"image_size": 100}, "must be a multiple of 16.*got 100"),
         ({"teacher": {"kind": "clip"}}, r"teacher\.kind is 'clip' but semantic\.tower\.kind"),
         ({"pixel": {"enabled": False}}, r"pixel\.enabled is false and semantic\.tower\.kind"),
-        ({"quantizer": {"kind": "rq"}}, r"quantizer\.kind must be one of tokenflow, var, got 'rq'"),
+        (
+            {"quantizer": {"kind": "rq"}},
+            r"quantizer\.kind must be one of tokenflow, var, family, got 'rq'",
+        ),
         ({"quantizer": {"kind": "var", "phi": 2.0}}, r"quantizer\.phi must be within \[0, 1\]"),
         (
             {"quantizer": {"kind": "var", "scales": [1, 14]}},

@@ -14,7 +14,7 @@ from tiny_models import image_tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from understanding_models import expected_features, pixels, rows
 
-from tokenflow_ext.models import ConfigError, QuantizerConfig, TokenizerConfig
+from tokenflow_ext.models import ConfigError, TokenizerConfig
 from tokenflow_ext.models.understanding.names import FEATURES
 from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor
 from tokenflow_ext.models.understanding.vision import (
@@ -163,7 +163,7 @@ def test_semantic_features_need_a_semantic_branch():
             "image_size": 16,
             "semantic": {"tower": {"kind": "none"}},
             "teacher": {"kind": "none"},
-            "quantizer": QuantizerConfig(8, (1,)).__dict__ | {"scales": [1]},
+            "quantizer": {"codebook_size": 8, "scales": [1]},
         }
     )
     with pytest.raises(ConfigError, match="semantic branch"):
