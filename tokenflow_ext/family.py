@@ -340,7 +340,7 @@ class Quantizer(nn.Module):
             quantized, losses = self._index_backprop(part, h, indices, losses)
         else:
             if self.straight_through == "identity" and not isinstance(part, VarQuantizer):
-                quantized = h + (quantized - h).detach()
+                quantized = quantized.detach() + (h - h.detach())  # its value, to the last bit
             if self.entropy is not None and self.training:
                 losses["entropy"] = self._table_entropy(part, h)
         return QuantizerResult(

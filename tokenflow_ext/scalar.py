@@ -9,6 +9,7 @@ and token indices.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -120,22 +121,61 @@ def _shift(count: int) -> float:
     return math.atanh((0.5 if count % 2 == 0 else 0.0) / ((count - 1) * (1 + _FSQ_EPS) / 2))
 
 
+@functools.lru_cache(maxsize=256)
+def _level_constants(
+    counts: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of FSQ's bound by channel: half its range, shift, offset, and the middle level."""
+    with torch.inference_mode(False):
+        return tuple(  # type: ignore[return-value]
+            torch.tensor(part, dtype=dtype, device=device)
+            for part in (
+                [(count - 1) * (1 + _FSQ_EPS) / 2 for count in counts],
+                [_shift(count) for count in counts],
+                [0.5 if count % 2 == 0 else 0.0 for count in counts],
+                [count // 2 for count in counts],
+            )
+        )
+
+
 def bounded(z: Tensor, counts: Sequence[int], bound: Bound) -> Tensor:
     """The values of levels before rounding: z [..., D] brought to their range, differentiable."""
     if bound == "clamp":
         return z.clamp(-1, 1)
     if bound == "symmetric":
         return z.tanh()
-    half, shift, offset = (
-        torch.tensor(part, dtype=z.dtype, device=z.device)
-        for part in (
-            [(count - 1) * (1 + _FSQ_EPS) / 2 for count in counts],
-            [_shift(count) for count in counts],
-            [0.5 if count % 2 == 0 else 0.0 for count in counts],
-        )
-    )
-    middle = torch.tensor([count // 2 for count in counts], dtype=z.dtype, device=z.device)
+    half, shift, offset, middle = _level_constants(tuple(counts), z.dtype, z.device)
     return ((z + shift).tanh() * half - offset) / middle
+
+
+def through_levels(z: Tensor, codes: Tensor, counts: Sequence[int], bound: Bound) -> Tensor:
+    """Codes [..., D] of numbers z, with the gradient that `bounded` has at z."""
+    if not (torch.is_grad_enabled() and z.requires_grad):
+        return codes
+    if torch.compiler.is_compiling():
+        value = bounded(z, counts, bound)
+        return codes + (value - value.detach())
+    return _ThroughLevels.apply(z, codes, tuple(counts), bound)
+
+
+class _ThroughLevels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, codes: Tensor, counts: tuple[int, ...], bound: Bound
+    ) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.counts, ctx.bound = counts, bound
+        return codes.view_as(codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (z,) = ctx.saved_tensors
+        if ctx.bound == "clamp":
+            return grad * ((z >= -1) & (z <= 1)), None, None, None
+        if ctx.bound == "symmetric":
+            return grad * (1 - z.tanh().square()), None, None, None
+        half, shift, _, middle = _level_constants(ctx.counts, z.dtype, z.device)
+        return grad * (1 - (z + shift).tanh().square()) * (half / middle), None, None, None
 
 
 def as_computed(tables: Tables, dtype: torch.dtype, *, inclusive: bool) -> Tables:
@@ -153,6 +193,28 @@ def as_computed(tables: Tables, dtype: torch.dtype, *, inclusive: bool) -> Table
         reached = (thresholds.double() >= tables.thresholds) & thresholds.isfinite()
         thresholds = torch.where(reached, thresholds.nextafter(down), thresholds)
     return Tables(thresholds.contiguous(), tables.values.to(dtype).contiguous())
+
+
+class TableCache:
+    """Tables of scalar codes by dtype and device, made where they are first asked for.
+
+    Args:
+        make: the tables in float64.
+        inclusive: see `as_computed`.
+    """
+
+    def __init__(self, make: Callable[[], Tables], inclusive: bool) -> None:
+        self._make, self._inclusive = make, inclusive
+        self._made: dict[tuple[torch.dtype, torch.device], Tables] = {}
+
+    def like(self, tensor: Tensor) -> Tables:
+        """The tables in the dtype and on the device of a tensor."""
+        key = (tensor.dtype, tensor.device)
+        if key not in self._made:
+            with torch.inference_mode(False), torch.device("cpu"):
+                tables = as_computed(self._make(), tensor.dtype, inclusive=self._inclusive)
+            self._made[key] = Tables(*(table.to(tensor.device) for table in tables))
+        return self._made[key]
 
 
 def quantize(

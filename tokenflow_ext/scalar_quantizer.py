@@ -101,7 +101,7 @@ class ScalarQuantizer(nn.Module):
         self.num_tokens = sum(self.tokens_per_scale)
         self._sizes = [size for size in self.scales for _ in range(depth)]
         self._rounds = list(range(depth)) * len(self.scales)
-        self._tables: dict[tuple[torch.dtype, torch.device], scalar.Tables] = {}
+        self._tables = scalar.TableCache(self._make_tables, not isinstance(code, Signs))
         counted = code.size <= MOST_COUNTED
         hits = torch.zeros(self.books, code.size, dtype=torch.int64) if counted else None
         self.register_buffer("usage_ema", None if hits is None else hits.float())
@@ -118,21 +118,15 @@ class ScalarQuantizer(nn.Module):
 
     def tables(self, like: Tensor) -> scalar.Tables:
         """Thresholds and values in the dtype and on the device of a tensor."""
-        key = (like.dtype, like.device)
-        if key not in self._tables:
-            code = self.code
-            if isinstance(code, Signs):
-                value = code.dim**-0.5 if code.spherical else 1.0
-                tables = scalar.signs(self.dim, value=value, rounds=self.depth)
-            else:
-                counts = code.counts * self.books
-                tables = scalar.levels(counts, bound=code.bound, rounds=self.depth)
-            with torch.inference_mode(False):
-                tables = scalar.as_computed(
-                    tables, like.dtype, inclusive=not isinstance(code, Signs)
-                )
-                self._tables[key] = scalar.Tables(*(table.to(like.device) for table in tables))
-        return self._tables[key]
+        return self._tables.like(like)
+
+    def _make_tables(self) -> scalar.Tables:
+        code = self.code
+        if isinstance(code, Signs):
+            value = code.dim**-0.5 if code.spherical else 1.0
+            return scalar.signs(self.dim, value=value, rounds=self.depth)
+        counts = code.counts * self.books
+        return scalar.levels(counts, bound=code.bound, rounds=self.depth)
 
     # ------------------------------------------------------------------ forward
 

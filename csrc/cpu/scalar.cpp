@@ -58,6 +58,34 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
 template <typename T>
 void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor) {
   const int dim = args.dim, count = args.thresholds;
+  if (args.rounds == 1) {
+    // Rows are seldom wide: several are one for the inner loops, with the tables as often.
+    constexpr int kWidth = 64;
+    const int together = std::max(1, kWidth / dim), width = together * dim;
+    const auto repeated = [&](const T* table, int lines) {
+      std::vector<T> out;
+      for (int i = 0; i < lines * together; ++i) {
+        const T* line = table + static_cast<int64_t>(i / together) * dim;
+        out.insert(out.end(), line, line + dim);
+      }
+      return out;
+    };
+    const std::vector<T> thresholds = repeated(args.thresholds_table, count);
+    const std::vector<T> values = repeated(args.values, count + 1);
+    executor.for_ranges(args.num_rows / together, (count + 2) * width,
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t n = begin; n < end; ++n) {
+                            const int64_t at = n * width;
+                            quantize_row(args.rows + at, thresholds.data(), values.data(), count,
+                                         width, nullptr, args.digits + at, args.codes + at);
+                          }
+                        });
+    for (int64_t n = args.num_rows / together * together; n < args.num_rows; ++n) {
+      quantize_row(args.rows + n * dim, args.thresholds_table, args.values, count, dim, nullptr,
+                   args.digits + n * dim, args.codes + n * dim);
+    }
+    return;
+  }
   executor.for_ranges(args.num_rows, static_cast<int64_t>(args.rounds) * (count + 2) * dim,
                       [&](int64_t begin, int64_t end) {
                         std::vector<T> residual(dim);

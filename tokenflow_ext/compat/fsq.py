@@ -1,0 +1,380 @@
+"""Stands in for vector-quantize-pytorch's `FSQ` and `ResidualFSQ`, version 1.32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenflow_ext import scalar
+
+from ._codebook import zeros_for_padding
+from ._residual import Residual
+from ._scalar import Layout, orthogonal
+
+
+class FSQ(nn.Module):
+    """vector-quantize-pytorch's `FSQ` (arXiv 2309.15505) on the fused thresholds.
+
+    Args:
+        levels: of each channel; 2 only with `preserve_symmetry`.
+        dim: channels of the input, those of the codebooks by default.
+        num_codebooks: codebooks side by side, each with an index.
+        keep_num_codebooks_dim: whether indices have a dimension for one codebook too.
+        scale: kept, and of no effect, as in the original.
+        allowed_dtypes: what is computed in as it is; all else in float32.
+        channel_first: the input is [B, dim, ...] also with 3 dimensions.
+        projection_has_bias: of the projections where `dim` is another.
+        return_indices: otherwise indices are None.
+        force_quantization_f32: compute in float32 under autocast and for half precision.
+        preserve_symmetry: levels from -1 to 1 (arXiv 2411.19842, section 3.2).
+        noise_dropout: in training, the share of values that receive noise of [-1/2, 1/2].
+        bound_hard_clamp: cut numbers to [-1, 1] in place of tanh.
+        orthogonal_rotation: rotate the channels by a fixed random matrix.
+
+    Raises:
+        ValueError: options that exclude each other, or out of their range.
+        NotImplementedError: a hard clamp without preserve_symmetry, or quantization in half
+            precision.
+    """
+
+    orthogonal_rot: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        scale: float | None = None,
+        allowed_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+        channel_first: bool = False,
+        projection_has_bias: bool = True,
+        return_indices: bool = True,
+        force_quantization_f32: bool = True,
+        preserve_symmetry: bool = False,
+        noise_dropout: float = 0.0,
+        bound_hard_clamp: bool = False,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        if 2 in levels and not preserve_symmetry:
+            raise ValueError(f"levels of 2 need preserve_symmetry=True, got {list(levels)}")
+        if noise_dropout > 0 and not preserve_symmetry:
+            raise ValueError(f"noise_dropout={noise_dropout} needs preserve_symmetry=True")
+        if bound_hard_clamp and not preserve_symmetry:
+            raise NotImplementedError(
+                "FSQ does not support bound_hard_clamp=True without preserve_symmetry: its levels "
+                "would not be those that the clamp reaches"
+            )
+        if not force_quantization_f32 or any(
+            dtype not in (torch.float32, torch.float64) for dtype in allowed_dtypes
+        ):
+            raise NotImplementedError(
+                "FSQ does not support quantization in half precision, got "
+                f"force_quantization_f32={force_quantization_f32}, allowed_dtypes={allowed_dtypes}"
+            )
+        self.bound: scalar.Bound = "tanh"
+        if preserve_symmetry:
+            self.bound = "clamp" if bound_hard_clamp else "symmetric"
+        self.levels = tuple(int(count) for count in levels)
+        scalar.check_levels(self.levels, self.bound)
+        self.layout = Layout(
+            "FSQ",
+            dim,
+            len(self.levels),
+            num_codebooks,
+            keep_num_codebooks_dim,
+            channel_first or None,
+        )
+        self.scale = scale
+        self.preserve_symmetry = preserve_symmetry
+        self.noise_dropout = noise_dropout
+        self.bound_hard_clamp = bound_hard_clamp
+        self.allowed_dtypes = allowed_dtypes
+        self.return_indices = return_indices
+        self.codebook_dim = len(self.levels)
+        self.num_codebooks = num_codebooks
+        self.effective_codebook_dim = self.codebook_dim * num_codebooks
+        self.keep_num_codebooks_dim = self.layout.keep
+        self.channel_first = channel_first
+        self.dim = self.layout.dim
+        self.has_projections = self.dim != self.effective_codebook_dim
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.has_projections:
+            width, bias = self.effective_codebook_dim, projection_has_bias
+            self.project_in = nn.Linear(self.dim, width, bias=bias)
+            self.project_out = nn.Linear(width, self.dim, bias=bias)
+        if return_indices:
+            self.codebook_size = math.prod(self.levels)
+        self.orthogonal_rotation = orthogonal_rotation
+        if orthogonal_rotation:
+            self.register_buffer("orthogonal_rot", orthogonal(self.codebook_dim))
+        self._tables = scalar.TableCache(lambda: scalar.levels(self.levels, bound=self.bound), True)
+
+    @property
+    def implicit_codebook(self) -> Tensor:
+        """All codes, [codebook_size, codebook_dim]."""
+        return self._codes(torch.arange(self.codebook_size))
+
+    def indices_to_level_indices(self, indices: Tensor) -> Tensor:
+        """The level of each channel, [..., codebook_dim], of indices [...]."""
+        return scalar.unpack_digits(indices, self.levels)
+
+    def _codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        levels = self.indices_to_level_indices(indices)
+        values = self._tables.like(torch.empty((), dtype=dtype, device=indices.device)).values[0]
+        return values.gather(0, levels.reshape(-1, self.codebook_dim)).view(levels.shape)
+
+    def codes_to_indices(self, zhat: Tensor) -> Tensor:
+        """Indices [...] int32 of codes [..., codebook_dim].
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if zhat.shape[-1] != self.codebook_dim:
+            raise ValueError(
+                f"zhat must have {self.codebook_dim} channels, got {tuple(zhat.shape)}"
+            )
+        counts = torch.tensor(self.levels, device=zhat.device)
+        if self.preserve_symmetry:
+            digits = (zhat + 1) * (counts - 1) / 2
+        else:
+            digits = (zhat + 1) * (counts // 2)
+        return scalar.pack_digits(digits.round(), self.levels).int()
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """The output of indices: [B, N, dim] of [B, N], images [B, dim, ...] of [B, ...]."""
+        images = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
+        codes = self._codes(indices)
+        if self.orthogonal_rotation:
+            codes = codes @ self.orthogonal_rot.T
+        if self.keep_num_codebooks_dim:
+            codes = codes.flatten(-2)
+        codes = self.project_out(codes)
+        return codes.movedim(-1, 1) if images or self.channel_first else codes
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """Codes like z [..., codebook_dim], straight through the rounding."""
+        return self._quantize(z)[0]
+
+    def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        rows = z.reshape(-1, self.codebook_dim)
+        codes, digits = scalar.quantize_rows(rows, self._tables.like(rows))
+        codes = scalar.through_levels(z, codes.view(z.shape), self.levels, self.bound)
+        return codes, digits.view(z.shape)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantizes z.
+
+        Args:
+            z: [B, N, dim], or [B, dim, ...] with 4 or more dimensions or channel_first.
+
+        Returns:
+            quantized, like z, and indices int32: z without channels, and with a dimension for
+            several codebooks; None without return_indices.
+
+        Raises:
+            ValueError: another number of channels or dimensions.
+        """
+        rows = self.project_in(self.layout.rows(z))
+        rows = rows.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        if self.orthogonal_rotation:
+            rows = rows @ self.orthogonal_rot
+        given = rows.dtype
+        rows = rows if given in self.allowed_dtypes else rows.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            codes, digits = self._quantize(rows)
+            indices = None
+            if self.return_indices:
+                indices = scalar.pack_digits(digits, self.levels).int()
+            if self.training and self.noise_dropout:
+                noisy = torch.full_like(codes, self.noise_dropout).bernoulli_().bool()
+                noise = torch.rand_like(codes) - 0.5
+                codes = torch.where(noisy, codes + noise, codes).clamp(-1, 1)
+            if self.orthogonal_rotation:
+                codes = codes @ self.orthogonal_rot.T
+        out = self.project_out(codes.flatten(-2).to(given))
+        return self.layout.restore(out, z), self.layout.restore_indices(indices, z)
+
+
+class ResidualFSQ(Residual):
+    """vector-quantize-pytorch's `ResidualFSQ` on the fused thresholds: all layers in one call.
+
+    Layer k quantizes what the layers before left on a grid L^k times as fine (arXiv 2107.03312,
+    algorithm 1).
+
+    Args:
+        levels: of each channel.
+        num_quantizers: layers.
+        dim: channels of the input, those of the levels by default.
+        is_channel_first: the input is [B, dim, ...].
+        quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training,
+            leave out the layers after one that is drawn.
+        soft_clamp_input_value: the input is brought to within it by tanh; with a hard clamp
+            1 + 1 / (levels - 1), and no other.
+        bound_hard_clamp: as in `FSQ`.
+        kwargs: further arguments of `FSQ`.
+
+    Raises:
+        ValueError: options that exclude each other, or out of their range.
+        NotImplementedError: as `FSQ`.
+    """
+
+    scales: Tensor
+    soft_clamp_input_value: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[int],
+        num_quantizers: int,
+        dim: int | None = None,
+        is_channel_first: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | Sequence[float] | Tensor | None = None,
+        bound_hard_clamp: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if num_quantizers < 1:
+            raise ValueError(f"num_quantizers must be at least 1, got {num_quantizers}")
+        super().__init__(
+            num_quantizers,
+            quantize_dropout,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+        )
+        if "preserve_symmetry" in kwargs or "channel_first" in kwargs:
+            given = sorted({"preserve_symmetry", "channel_first"} & kwargs.keys())
+            raise TypeError(f"ResidualFSQ sets {' and '.join(given)} of its layers itself")
+        self.levels = tuple(int(count) for count in levels)
+        width = len(self.levels)
+        self.dim = width if dim is None else dim
+        self.has_projections = self.dim != width
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.has_projections:
+            self.project_in = nn.Linear(self.dim, width)
+            self.project_out = nn.Linear(width, self.dim)
+        self.is_channel_first = is_channel_first
+        self.layers = nn.ModuleList(
+            FSQ(
+                self.levels,
+                dim=width,
+                preserve_symmetry=True,
+                bound_hard_clamp=bound_hard_clamp,
+                **kwargs,
+            )
+            for _ in range(num_quantizers)
+        )
+        self.codebook_size = self._quantizers()[0].codebook_size
+        counts = torch.tensor(self.levels, dtype=torch.float32)
+        finer = counts ** -torch.arange(num_quantizers).unsqueeze(1)
+        self.register_buffer("scales", finer, persistent=False)
+        if bound_hard_clamp:
+            if soft_clamp_input_value is not None:
+                raise ValueError("soft_clamp_input_value is set by bound_hard_clamp=True")
+            soft_clamp_input_value = 1 + 1 / (counts - 1)
+        if soft_clamp_input_value is not None:
+            soft_clamp_input_value = torch.as_tensor(soft_clamp_input_value, dtype=torch.float32)
+        self.register_buffer("soft_clamp_input_value", soft_clamp_input_value, persistent=False)
+        bound = self._quantizers()[0].bound
+        self._tables = scalar.TableCache(
+            lambda: scalar.levels(self.levels, bound=bound, rounds=num_quantizers), True
+        )
+
+    def _quantizers(self) -> list[FSQ]:
+        return cast(list[FSQ], list(self.layers))
+
+    @property
+    def codebooks(self) -> Tensor:
+        """All codes of each layer before its scale, [Q, codebook_size, D]."""
+        return torch.stack([layer.implicit_codebook for layer in self._quantizers()])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes [Q, ..., D] of indices [..., Q], zeros where an index is -1; see `Residual`."""
+        codes = super().get_codes_from_indices(indices)
+        return codes * self.scales.view(self.num_quantizers, *[1] * (codes.dim() - 2), -1)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The output [..., dim] of indices [..., Q], channels last."""
+        return self.project_out(super().get_output_from_indices(indices))
+
+    def _decode(self, layer: nn.Module, index: Tensor) -> Tensor:
+        return zeros_for_padding(cast(FSQ, layer)._codes, index)
+
+    def forward(
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Quantizes x, layer by layer what the layers before left.
+
+        Args:
+            x: [B, ..., dim], or [B, dim, ...] with is_channel_first.
+            return_all_codes: also return the codes of each layer, [Q, B, ..., D].
+            rand_quantize_dropout_fixed_seed: decides which layers are dropped.
+
+        Returns:
+            quantized, like x, and indices, x without channels and with Q last (with
+            is_channel_first after the batch), int32, or int64 where layers are dropped (-1).
+
+        Raises:
+            ValueError: x has other channels.
+        """
+        channel = 1 if self.is_channel_first else -1
+        if x.dim() < 2 or x.shape[channel] != self.dim:
+            raise ValueError(
+                f"x must have {self.dim} channels in dimension {channel}, got {tuple(x.shape)}"
+            )
+        rows = self.project_in(x.movedim(channel, -1))
+        if self.soft_clamp_input_value is not None:
+            clamp = self.soft_clamp_input_value
+            rows = (rows / clamp).tanh() * clamp
+        last = self._last_layer(x.device, rand_quantize_dropout_fixed_seed)
+        with torch.autocast(x.device.type, enabled=False):
+            quantized, indices = self._all_layers(rows, last)
+        out = self.project_out(quantized)
+        if last + 1 < self.num_quantizers:
+            indices = F.pad(indices.long(), (0, self.num_quantizers - 1 - last), value=-1)
+        shown = indices.movedim(-1, 1) if self.is_channel_first else indices
+        results = (out.movedim(-1, channel), shown)
+        return (*results, self.get_codes_from_indices(indices)) if return_all_codes else results
+
+    def _all_layers(self, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """The sum of the codes of layers 0 to `last`, and their indices [..., last + 1]."""
+        first = self._quantizers()[0]
+        if first.orthogonal_rotation or (first.training and first.noise_dropout):
+            return self._one_by_one(rows, last)
+        flat = rows.reshape(-1, rows.shape[-1])
+        computed = flat if flat.dtype == torch.float64 else flat.float()
+        tables = self._tables.like(computed)
+        codes, digits = scalar.quantize_rows(
+            computed, scalar.Tables(*(table[: last + 1] for table in tables))
+        )
+        if torch.is_grad_enabled() and rows.requires_grad:
+            finer = self.scales[: last + 1].to(computed)
+            inputs = computed.unsqueeze(1) - (codes.cumsum(1) - codes)
+            scaled = scalar.through_levels(inputs / finer, codes / finer, self.levels, first.bound)
+            codes = scaled * finer
+        indices = scalar.pack_digits(digits, self.levels).int()
+        quantized = codes.sum(1).to(rows.dtype).view(rows.shape)
+        return quantized, indices.view(*rows.shape[:-1], last + 1)
+
+    def _one_by_one(self, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        quantized, residual, indices = torch.zeros_like(rows), rows, []
+        shape = (len(rows), -1, rows.shape[-1])
+        for layer, scale in zip(self._quantizers()[: last + 1], self.scales, strict=False):
+            codes, index = layer((residual / scale).reshape(shape))
+            codes = codes.view(rows.shape) * scale
+            residual, quantized = residual - codes.detach(), quantized + codes
+            indices.append(index.view(rows.shape[:-1]))
+        return quantized, torch.stack(indices, dim=-1)
