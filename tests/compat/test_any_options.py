@@ -139,6 +139,76 @@ HVQ_STEP = {
 }
 
 
+FSQ = {
+    "levels": st.sampled_from([[8, 6], (5, 4), [2, 3], [3, 3], [7]]),
+    "dim": st.sampled_from([None, 2, 6]),
+    "num_codebooks": st.sampled_from([1, 2]),
+    "keep_num_codebooks_dim": st.sampled_from([None, True, False]),
+    "scale": st.sampled_from([None, 2.0]),
+    "allowed_dtypes": st.sampled_from([(torch.float32,), (torch.float64,)]),
+    "channel_first": st.booleans(),
+    "projection_has_bias": st.booleans(),
+    "return_indices": st.booleans(),
+    "force_quantization_f32": st.booleans(),
+    "preserve_symmetry": st.booleans(),
+    "noise_dropout": st.sampled_from([0.0, 0.5]),
+    "bound_hard_clamp": st.booleans(),
+    "orthogonal_rotation": st.booleans(),
+}
+RFSQ = {
+    **{name: FSQ[name] for name in FSQ if name not in ("channel_first", "preserve_symmetry")},
+    "is_channel_first": st.booleans(),
+    "soft_clamp_input_value": st.sampled_from([None, 2.0, [1.5]]),
+    **{name: RVQ[name] for name in RVQ if name.startswith("quantize_dropout")},
+}
+LFQ = {
+    "dim": st.sampled_from([None, 3, 4]),
+    "codebook_size": st.sampled_from([8, 16]),
+    "entropy_loss_weight": st.sampled_from([0.1, 1.0, 0.0]),
+    "commitment_loss_weight": st.sampled_from([0.0, 0.5]),
+    "diversity_gamma": st.sampled_from([1.0, 0.3]),
+    "straight_through_activation": st.sampled_from([torch.nn.Identity(), torch.nn.Tanh()]),
+    "num_codebooks": st.sampled_from([1, 2]),
+    "keep_num_codebooks_dim": st.sampled_from([None, True, False]),
+    "codebook_scale": st.sampled_from([1.0, 0.5]),
+    "frac_per_sample_entropy": st.sampled_from([1.0, 0.5]),
+    "has_projections": st.sampled_from([None, True]),
+    "projection_has_bias": st.booleans(),
+    "soft_clamp_input_value": st.sampled_from([None, 1.0, 3.0]),
+    "cosine_sim_project_in": st.booleans(),
+    "cosine_sim_project_in_scale": st.sampled_from([None, 2.0]),
+    "channel_first": st.sampled_from([None, True, False]),
+    "experimental_softplus_entropy_loss": st.booleans(),
+    "entropy_loss_offset": st.sampled_from([5.0, 1.0]),
+    "spherical": st.booleans(),
+    "force_quantization_f32": st.booleans(),
+    "orthogonal_rotation": st.booleans(),
+}
+LFQ_STEP = {"inv_temperature": st.sampled_from([100.0, 10.0, 1.0])}
+RLFQ = {
+    **{name: LFQ[name] for name in LFQ if name not in ("dim", "codebook_size", "codebook_scale")},
+    **{name: RVQ[name] for name in RVQ if name.startswith("quantize_dropout")},
+}
+
+
+class Lossless(torch.nn.Module):
+    """A quantizer without a loss, with one of 0, and with indices where it has none."""
+
+    def __init__(self, quantizer: torch.nn.Module) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: torch.Tensor, **arguments) -> tuple:
+        quantized, indices, *more = self.quantizer(x, **arguments)
+        zero = torch.zeros(())
+        return quantized, zero if indices is None else indices, zero, *more
+
+
+def build(library: Any, name: str, options: dict[str, Any]) -> torch.nn.Module:
+    module = getattr(library, name)(**copy.deepcopy(options))
+    return Lossless(module) if name.endswith("FSQ") else module
+
+
 @st.composite
 def some(draw: DrawFn, options: dict[str, SearchStrategy]) -> dict[str, Any]:
     """A few of the options."""
@@ -152,8 +222,8 @@ def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape
     mask[:, ..., :1] = True
     try:
         torch.manual_seed(0)
-        other = getattr(theirs, name)(**copy.deepcopy(options))
-        probe = getattr(theirs, name)(**copy.deepcopy(options))
+        other = build(theirs, name, options)
+        probe = build(theirs, name, options)
         probe.load_state_dict(other.state_dict())
         arguments = [
             {**step, "mask": mask if step["mask"] else None} if "mask" in step else step
@@ -166,7 +236,7 @@ def check(name: str, options: dict[str, Any], steps: list[dict[str, Any]], shape
     except Exception:
         return  # theirs do not take it
     try:
-        ours = getattr(compat, name)(**copy.deepcopy(options))
+        ours = build(compat, name, options)
         ours.load_state_dict(other.state_dict())
         for number, step in enumerate(arguments):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(number))
@@ -274,3 +344,49 @@ def test_hierarchical_vq(options: dict[str, Any], steps: list[dict[str, Any]]) -
     shape = (2, DIM, *space) if options.get("channel_first", True) else (2, *space, DIM)
     scales = (1, 2, 4) if images else (1, 3, 8)
     check("HierarchicalVQ", {**sound_gradients(options), "scales": scales}, steps, shape, space)
+
+
+def laid_out(width: int, channel_first: bool, image: bool) -> tuple[int, ...]:
+    """The shape of an input of so many channels."""
+    if image:
+        return (2, width, 3, 4)
+    return (2, width, ROWS) if channel_first else (2, ROWS, width)
+
+
+@SETTINGS
+@given(options=some(FSQ), image=st.booleans())
+def test_fsq(options: dict[str, Any], image: bool) -> None:
+    options = {"levels": [8, 6], **options}
+    width = options.get("dim") or len(options["levels"]) * options.get("num_codebooks", 1)
+    check(
+        "FSQ", options, [{}], laid_out(width, options.get("channel_first", False), image), (ROWS,)
+    )
+
+
+@SETTINGS
+@given(options=some(RFSQ), steps=st.lists(some(RSIM_STEP), min_size=1, max_size=2))
+def test_residual_fsq(options: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    options = {"levels": [8, 6], "num_quantizers": 3, **options}
+    width = options.get("dim") or len(options["levels"])
+    shape = laid_out(width, options.get("is_channel_first", False), False)
+    check("ResidualFSQ", options, steps, shape, (ROWS,))
+
+
+@SETTINGS
+@given(options=some(LFQ), steps=st.lists(some(LFQ_STEP), min_size=1, max_size=2), i=st.booleans())
+def test_lfq(options: dict[str, Any], steps: list[dict[str, Any]], i: bool) -> None:
+    options = {"codebook_size": 8, **options}
+    width = (options["codebook_size"].bit_length() - 1) * options.get("num_codebooks", 1)
+    shape = laid_out(options.get("dim") or width, bool(options.get("channel_first")), i)
+    check("LFQ", options, steps, shape, (ROWS,))
+
+
+@SETTINGS
+@given(options=some(RLFQ), steps=st.lists(some(RSIM_STEP), min_size=1, max_size=2), i=st.booleans())
+def test_residual_lfq(options: dict[str, Any], steps: list[dict[str, Any]], i: bool) -> None:
+    options = {"dim": DIM, "codebook_size": 16, "num_quantizers": 3, **options}
+    if i or options.get("channel_first"):
+        options.pop("quantize_dropout", None)  # theirs fails at that
+    check(
+        "ResidualLFQ", options, steps, laid_out(DIM, bool(options.get("channel_first")), i), (ROWS,)
+    )

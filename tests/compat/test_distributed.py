@@ -10,8 +10,11 @@ import torch
 from torchrun import finish, group_threads, launch
 
 from tokenflow_ext.compat import (
+    LFQ,
     GroupedResidualVQ,
     HierarchicalVQ,
+    ResidualFSQ,
+    ResidualLFQ,
     ResidualSimVQ,
     ResidualVQ,
     VectorQuantize,
@@ -115,6 +118,16 @@ DRAWN = {
         lambda: ResidualSimVQ(dim=DIM, codebook_size=20, num_quantizers=4, quantize_dropout=True),
         SEQUENCE,
     ),
+    "dropout of levels": (
+        lambda: ResidualFSQ(levels=[5] * DIM, num_quantizers=4, quantize_dropout=True),
+        SEQUENCE,
+    ),
+    "dropout of signs": (
+        lambda: ResidualLFQ(
+            dim=DIM, codebook_size=1 << DIM, num_quantizers=4, quantize_dropout=True
+        ),
+        SEQUENCE,
+    ),
     "not finite, k-means and dead codes": (
         lambda: VectorQuantize(DIM, 20, kmeans_init=True, threshold_ema_dead_code=4),
         SEQUENCE,
@@ -144,7 +157,7 @@ def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.
         for change in changes:
             batch = change(batch)
         _, indices, *_ = module(batch.chunk(world)[rank])
-        if isinstance(module, (ResidualVQ, GroupedResidualVQ, ResidualSimVQ)):
+        if getattr(module, "quantize_dropout", False) or isinstance(module, GroupedResidualVQ):
             dropped.append((indices.flatten(0, -2) == -1).all(dim=0))
     state = {name: value.clone() for name, value in module.state_dict().items()}
     if dropped:
@@ -152,6 +165,19 @@ def train(case: tuple, rank: int, world: int, seed: int = 0) -> dict[str, torch.
     if hasattr(module, "skipped_rows"):
         state["skipped_rows"] = module.skipped_rows.clone()
     return state
+
+
+def entropies(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Entropies of LFQ on a share of a batch, and the gradient of its loss to that share."""
+    batch = torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(1))
+    share = batch.chunk(world)[rank].requires_grad_()
+    (*_, loss), parts = LFQ(dim=DIM)(share, inv_temperature=1.0, return_loss_breakdown=True)
+    (gradient,) = torch.autograd.grad(loss, share)
+    return {
+        "per_sample": parts.per_sample_entropy.detach(),
+        "batch": parts.batch_entropy.detach(),
+        "gradient": gradient,
+    }
 
 
 def refusals() -> dict[str, str]:
@@ -172,6 +198,7 @@ def main(folder: str) -> None:
         state = {name: train(case, rank, 2) for name, case in JOINED.items()}
         state |= {name: train(case, rank, 2, seed=1 + rank) for name, case in DRAWN.items()}
         state["refusals"] = refusals()
+        state["entropies"] = entropies(rank, 2)
         torch.save(state, Path(folder) / f"{rank}.pt")
     assert not group_threads(), group_threads()
 
@@ -200,6 +227,17 @@ def test_the_same_on_every_process(states: list[dict], name: str) -> None:
         assert torch.equal(value, second[key]), key
     changed = train(DRAWN[name], 0, 1)
     assert any(not torch.equal(first[key], value) for key, value in changed.items())
+
+
+def test_entropies_of_the_joint_batch(states: list[dict]) -> None:
+    """The mean choice is that of all processes, and so is the mean of their gradients."""
+    alone, shares = entropies(0, 1), [state["entropies"] for state in states]
+    for share in shares:
+        torch.testing.assert_close(share["batch"], alone["batch"])
+    mean = torch.stack([share["per_sample"] for share in shares]).mean()
+    torch.testing.assert_close(mean, alone["per_sample"])
+    joined = torch.cat([share["gradient"] for share in shares]) / 2
+    torch.testing.assert_close(joined, alone["gradient"], rtol=1e-4, atol=1e-7)
 
 
 def test_codebooks_that_drift_apart_are_refused(states: list[dict]) -> None:

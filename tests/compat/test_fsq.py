@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import vector_quantize_pytorch as original
@@ -18,6 +21,11 @@ OPTIONS: list[tuple[dict, tuple[int, ...]]] = [
     ({"levels": [7, 4], "num_codebooks": 3}, (2, 6, 4, 5)),
     ({"levels": [5, 5], "keep_num_codebooks_dim": True}, (2, 11, 2)),
     ({"levels": [5, 5], "channel_first": True}, (2, 2, 11)),
+    ({"levels": [5, 5], "channel_first": True}, (7, 2)),
+    ({"levels": [5, 5], "force_quantization_f32": False}, (2, 11, 2)),
+    ({"levels": [5, 5], "allowed_dtypes": (torch.float32,)}, (2, 11, 2)),
+    ({"levels": [8, 6]}, (2, 0, 2)),
+    ({"levels": [8, 6]}, (1, 331, 2)),
     ({"levels": [5, 5], "return_indices": False}, (2, 11, 2)),
     ({"levels": [2, 5, 4], "preserve_symmetry": True}, (2, 40, 3)),
     ({"levels": [5, 4], "preserve_symmetry": True, "bound_hard_clamp": True}, (2, 40, 2)),
@@ -34,6 +42,50 @@ def pair(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FSQ", {"levels": [4, 4], "dim": 5, "orthogonal_rotation": True}),
+        ("ResidualFSQ", {"levels": [4, 4], "dim": 5, "num_quantizers": 2}),
+    ],
+)
+def test_a_seed_gives_their_state(name: str, options: dict) -> None:
+    states = []
+    for library in (original, compat):
+        torch.manual_seed(3)
+        states.append(getattr(library, name)(**options).state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize("name", ["FSQ", "ResidualFSQ"])
+def test_copies_and_compilation(name: str) -> None:
+    options = {"levels": [5, 4], "dim": 6} | ({"num_quantizers": 2} if "R" in name else {})
+    module, x = getattr(compat, name)(**options), torch.randn(2, 9, 6)
+    # The first use of each: nothing is made before.
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    for other in (compiled, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        (mine, grads), (expected, their_grads) = both(other, module, x)
+        torch.testing.assert_close(mine, expected)
+        torch.testing.assert_close(grads, their_grads)
+
+
+def test_gradients_far_out_and_of_gradients() -> None:
+    ours, theirs = pair("FSQ", {"levels": [8, 5]})
+    x = torch.linspace(-12, 12, 2000, dtype=torch.float64).view(1, -1, 2)
+    (_, (mine,)), (_, (expected,)) = both(ours.double(), theirs.double(), x)
+    torch.testing.assert_close(mine, expected)
+    near = x[:, 400:600].clone().requires_grad_()
+    seconds = []
+    for module in (ours, theirs):
+        (grad,) = torch.autograd.grad(module(near)[0].pow(3).sum(), near, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.square().sum(), near)[0])
+    assert seconds[0].abs().sum() > 0
+    # Theirs has its constants in float32.
+    torch.testing.assert_close(*seconds, rtol=1e-5, atol=1e-6)
 
 
 def both(ours, theirs, x: Tensor, **arguments) -> list[tuple]:
@@ -135,31 +187,41 @@ RESIDUAL: list[tuple[dict, tuple[int, ...]]] = [
     ),
     ({"levels": [5, 5, 5], "num_quantizers": 2, "orthogonal_rotation": True}, (2, 20, 3)),
     ({"levels": [3, 3], "num_quantizers": 3, "noise_dropout": 0.3}, (2, 20, 2)),
+    ({"levels": [5, 5], "num_quantizers": 2, "keep_num_codebooks_dim": True}, (2, 20, 2)),
+    ({"levels": [5, 5], "num_quantizers": 2, "force_quantization_f32": False}, (2, 20, 2)),
+    ({"levels": [8, 8, 8, 6, 5], "num_quantizers": 3}, (1, 331, 5)),
+    ({"levels": [5, 5], "num_quantizers": 3}, (2, 0, 2)),
 ]
 
 
 @pytest.mark.parametrize(("options", "shape"), RESIDUAL)
 @pytest.mark.parametrize("training", [False, True])
-def test_residual(options: dict, shape: tuple, training: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_residual(options: dict, shape: tuple, training: bool, dtype: torch.dtype) -> None:
+    if options.get("noise_dropout"):
+        dtype = torch.float32  # theirs clamps values beyond 1 by its factors of float32
     ours, theirs = pair("ResidualFSQ", options)
     for module in (ours, theirs):
-        module.train(training)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    whole = not options.get("is_channel_first")  # theirs fails at that
+        module.train(training).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    whole = x.numel() > 0 and not options.get("is_channel_first")  # theirs fails at that
     (mine, my_grads), (others, their_grads) = both(ours, theirs, x, return_all_codes=whole)
-    assert torch.equal(mine[1].long(), others[1].long())
+    assert mine[1].dtype == others[1].dtype
+    assert torch.equal(mine[1], others[1])
     torch.testing.assert_close(mine[0], others[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(my_grads, their_grads, rtol=1e-4, atol=1e-4)
     if whole:
-        torch.testing.assert_close(mine[2], others[2])
+        torch.testing.assert_close(mine[2], others[2], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
             ours.get_output_from_indices(mine[1]),
             theirs.get_output_from_indices(others[1]),
             rtol=1e-5,
             atol=1e-5,
         )
-    torch.testing.assert_close(ours.codebooks, theirs.codebooks)
+    # In float64 theirs are those of float32.
+    torch.testing.assert_close(ours.codebooks, theirs.codebooks, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.scales, theirs.scales)
+    assert ours.half().codebooks.dtype == theirs.half().codebooks.dtype == torch.float16
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -173,7 +235,8 @@ def test_dropped_layers(seed: int) -> None:
     ours, theirs = pair("ResidualFSQ", options)
     x = torch.randn(2, 20, 2)
     (mine, _), (others, _) = both(ours, theirs, x, rand_quantize_dropout_fixed_seed=seed)
-    assert torch.equal(mine[1], others[1].long())
+    assert mine[1].dtype == others[1].dtype
+    assert torch.equal(mine[1], others[1])
     torch.testing.assert_close(mine[0], others[0])
     codes = ours.get_codes_from_indices(mine[1][..., :2])
     assert (codes[2:] == 0).all()
@@ -186,13 +249,7 @@ def test_dropped_layers(seed: int) -> None:
         ("FSQ", {"levels": [1, 5]}, ValueError, "levels must hold"),
         ("FSQ", {"levels": [5], "noise_dropout": 0.1}, ValueError, "noise_dropout=0.1 needs"),
         ("FSQ", {"levels": [5], "bound_hard_clamp": True}, NotImplementedError, "bound_hard_clamp"),
-        ("FSQ", {"levels": [5], "force_quantization_f32": False}, NotImplementedError, "half prec"),
-        (
-            "FSQ",
-            {"levels": [5], "allowed_dtypes": (torch.float16,)},
-            NotImplementedError,
-            "float16",
-        ),
+        ("FSQ", {"levels": [1 << 15] * 3}, ValueError, r"fewer than 2\^31 codes"),
         ("FSQ", {"levels": [5], "num_codebooks": 0}, ValueError, "num_codebooks of FSQ"),
         (
             "FSQ",
@@ -202,6 +259,19 @@ def test_dropped_layers(seed: int) -> None:
         ),
         ("FSQ", {"levels": [5], "dims": 3}, TypeError, "dims"),
         ("ResidualFSQ", {"levels": [5], "num_quantizers": 0}, ValueError, "num_quantizers"),
+        (
+            "ResidualFSQ",
+            {"levels": [5], "num_quantizers": 1, "num_codebooks": 2},
+            ValueError,
+            "num_codebooks of ResidualFSQ must be 1, got 2",
+        ),
+        (
+            "ResidualFSQ",
+            {"levels": [5], "num_quantizers": 1, "return_indices": False},
+            ValueError,
+            "return_indices of ResidualFSQ must be True",
+        ),
+        ("ResidualFSQ", {"levels": [5], "num_quantizers": 1, "dims": 3}, TypeError, "dims"),
         (
             "ResidualFSQ",
             {"levels": [5], "num_quantizers": 1, "soft_clamp_input_value": 2.0},
@@ -219,6 +289,27 @@ def test_dropped_layers(seed: int) -> None:
 def test_bad_options(name: str, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         getattr(compat, name)(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"force_quantization_f32": False},
+            "FSQ does not support force_quantization_f32=False for",
+        ),
+        ({"allowed_dtypes": (torch.float16,)}, "FSQ does not support allowed_dtypes="),
+    ],
+)
+def test_quantization_in_half_precision(options: dict, message: str) -> None:
+    x = torch.randn(2, 9, 1)
+    for module in (
+        compat.FSQ([5], **options),
+        compat.ResidualFSQ(levels=[5], num_quantizers=2, **options).half(),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            module(x.half())
+        assert module.float()(x)[1].shape[:2] == (2, 9)
 
 
 def test_bad_inputs() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import vector_quantize_pytorch as original
+from compat.helpers import largest_tensor
 from torch import Tensor, nn
 
 from tokenflow_ext import compat
@@ -19,6 +23,8 @@ OPTIONS: list[tuple[dict, tuple[int, ...]]] = [
     ({"dim": 5, "keep_num_codebooks_dim": True}, (2, 15, 5)),
     ({"dim": 5, "channel_first": True}, (2, 5, 15)),
     ({"dim": 5, "channel_first": False}, (2, 12, 5)),
+    ({"dim": 5, "channel_first": True}, (9, 5)),
+    ({"dim": 5, "force_quantization_f32": False, "commitment_loss_weight": 1.0}, (2, 12, 5)),
     ({"dim": 5, "spherical": True, "commitment_loss_weight": 1.0}, (2, 15, 5)),
     ({"dim": 5, "codebook_scale": 0.5, "soft_clamp_input_value": 2.0}, (2, 15, 5)),
     ({"dim": 5, "spherical": True, "codebook_scale": 0.5}, (2, 15, 5)),
@@ -48,6 +54,65 @@ def pair(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LFQ", {"dim": 7, "codebook_size": 16, "orthogonal_rotation": True}),
+        ("LFQ", {"dim": 7, "codebook_size": 16, "cosine_sim_project_in": True}),
+        ("ResidualLFQ", {"dim": 7, "codebook_size": 16, "num_quantizers": 2}),
+    ],
+)
+def test_a_seed_gives_their_state(name: str, options: dict) -> None:
+    states = []
+    for library in (original, compat):
+        torch.manual_seed(3)
+        states.append(getattr(library, name)(**options).state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize("name", ["LFQ", "ResidualLFQ"])
+def test_copies_and_compilation(name: str) -> None:
+    options = {"dim": 6, "codebook_size": 16} | ({"num_quantizers": 2} if "R" in name else {})
+    module, x = getattr(compat, name)(**options), torch.randn(2, 9, 6)
+    # The first use of each: nothing is made before.
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    for other in (compiled, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        mine, expected = both(other, module, x)
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_losses_in_float64(spherical: bool) -> None:
+    options = {"dim": 5, "spherical": spherical, "commitment_loss_weight": 0.5}
+    ours, theirs = pair("LFQ", options | {"force_quantization_f32": False})
+    x = 0.1 * torch.randn(2, 50, 5, dtype=torch.float64)
+    # So soft that no probability is below 1e-5, where the two differ.
+    arguments = {"inv_temperature": 1.0, "return_loss_breakdown": True}
+    mine, others = both(ours.double(), theirs.double(), x, **arguments)
+    assert mine[0][2].dtype == torch.float64
+    torch.testing.assert_close(mine, others, rtol=1e-9, atol=1e-9)
+
+
+def test_memory() -> None:
+    """No matrix of rows and codes, there or back: at most 2^(D / 2) numbers a row."""
+    module, x = compat.LFQ(dim=16), torch.randn(2, 64, 16, requires_grad=True)
+    with largest_tensor() as largest:
+        module(x).entropy_aux_loss.backward()
+    assert largest.numel <= max(128 << 8, 1 << 16)
+
+
+def test_channels_last_with_more_dimensions() -> None:
+    """Theirs fails at that; a row's codebooks are not mixed up with its place."""
+    options = {"codebook_size": 8, "num_codebooks": 2, "channel_first": False}
+    module, x = compat.LFQ(**options), torch.randn(2, 3, 4, 6)
+    image, rows = module(x), module(x.flatten(1, 2))
+    assert torch.equal(image.indices.flatten(1, 2), rows.indices)
+    assert torch.equal(image.quantized.flatten(1, 2), rows.quantized)
+    torch.testing.assert_close(image.entropy_aux_loss, rows.entropy_aux_loss)
 
 
 def both(ours, theirs, x: Tensor, **arguments) -> list[tuple]:
@@ -163,6 +228,10 @@ RESIDUAL: list[dict] = [
     {"dim": 7, "num_quantizers": 2, "codebook_size": 16, "commitment_loss_weight": 0.25},
     {"dim": 5, "num_quantizers": 3, "codebook_size": 32, "spherical": True},
     {"dim": 5, "num_quantizers": 2, "codebook_size": 32, "soft_clamp_input_value": 3.0},
+    {"dim": 5, "num_quantizers": 2, "codebook_size": 32, "orthogonal_rotation": True},
+    {"dim": 5, "num_quantizers": 2, "codebook_size": 32, "keep_num_codebooks_dim": True},
+    {"dim": 5, "num_quantizers": 3, "codebook_size": 32, "straight_through_activation": nn.Tanh()},
+    {"dim": 5, "num_quantizers": 2, "codebook_size": 32, "force_quantization_f32": False},
 ]
 
 
@@ -180,6 +249,43 @@ def test_residual(options: dict, training: bool) -> None:
         ours.get_output_from_indices(mine[0][1]), theirs.get_output_from_indices(others[0][1])
     )
     torch.testing.assert_close(ours.codebooks, theirs.codebooks)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("options", "shape"), [({}, (2, 4, 3, 5)), ({"channel_first": True}, (2, 4, 7))]
+)
+@pytest.mark.parametrize("spherical", [False, True])
+def test_residual_of_images(options: dict, shape: tuple, training: bool, spherical: bool) -> None:
+    options = {"dim": 4, "codebook_size": 16, "num_quantizers": 3, **options}
+    ours, theirs = pair("ResidualLFQ", options | {"spherical": spherical})
+    for module in (ours, theirs):
+        module.train(training)
+    check(*both(ours, theirs, torch.randn(shape)))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_dropped_layers_of_images(spherical: bool) -> None:
+    """Theirs fails at that; ours are those of the same rows."""
+    options = {"dim": 4, "codebook_size": 16, "num_quantizers": 4, "quantize_dropout": True}
+    module, x = compat.ResidualLFQ(**options, spherical=spherical), torch.randn(2, 4, 3, 5)
+    image = module(x, rand_quantize_dropout_fixed_seed=1)
+    rows = module(x.flatten(2).mT, rand_quantize_dropout_fixed_seed=1)
+    assert (image[1][..., 2:] == -1).all()
+    assert torch.equal(image[1].flatten(1, 2), rows[1])
+    assert torch.equal(image[0].flatten(2).mT, rows[0])
+    torch.testing.assert_close(image[2], rows[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_residual_in_other_precisions(dtype: torch.dtype, training: bool) -> None:
+    ours, theirs = pair("ResidualLFQ", {"dim": 4, "codebook_size": 16, "num_quantizers": 3})
+    x = torch.randn(2, 9, 4).to(dtype)
+    mine, others = ours.train(training)(x), theirs.train(training)(x)
+    assert mine[0].dtype == others[0].dtype == dtype
+    assert torch.equal(mine[1], others[1])
+    torch.testing.assert_close(mine[0], others[0])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -204,7 +310,6 @@ def test_dropped_layers(seed: int) -> None:
         ("LFQ", {"dim": 30}, NotImplementedError, r"codebook_size=2\*\*30"),
         ("LFQ", {"dim": 4, "frac_per_sample_entropy": 0}, ValueError, "frac_per_sample_entropy"),
         ("LFQ", {"dim": 4, "soft_clamp_input_value": 0.5}, ValueError, "soft_clamp_input_value"),
-        ("LFQ", {"dim": 4, "force_quantization_f32": False}, NotImplementedError, "float32"),
         (
             "LFQ",
             {"dim": 4, "codebook_size": 8, "has_projections": False},
@@ -236,5 +341,10 @@ def test_bad_inputs() -> None:
         ValueError, match="x must be floating-point with at least 3 dimensions and 5"
     ):
         compat.LFQ(dim=5)(torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match=r"x must have shape \[B, N, 5\]"):
+    with pytest.raises(ValueError, match="and 5 channels in dimension -1"):
         compat.ResidualLFQ(dim=5, num_quantizers=1, codebook_size=32)(torch.randn(2, 5))
+    with pytest.raises(ValueError, match=r"x must have shape \[B, N, 5\]"):
+        compat.ResidualLFQ(dim=5, num_quantizers=1, codebook_size=16)(torch.randn(2, 5))
+    message = "LFQ does not support force_quantization_f32=False for torch.bfloat16"
+    with pytest.raises(NotImplementedError, match=message):
+        compat.LFQ(dim=5, force_quantization_f32=False)(torch.randn(2, 3, 5).bfloat16())

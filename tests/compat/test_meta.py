@@ -27,6 +27,11 @@ BUILDERS = {
     "HierarchicalVQ": lambda: compat.HierarchicalVQ(
         dim=12, codebook_size=8, scales=(1, 2), accept_image_fmap=True
     ),
+    "FSQ": lambda: compat.FSQ([5, 5, 4], dim=12, orthogonal_rotation=True),
+    "ResidualFSQ": lambda: compat.ResidualFSQ(levels=[5, 5, 4], dim=12, num_quantizers=2),
+    "LFQ": lambda: compat.LFQ(dim=12, codebook_size=16, orthogonal_rotation=True),
+    "LFQ, cosine": lambda: compat.LFQ(dim=12, codebook_size=16, cosine_sim_project_in=True),
+    "ResidualLFQ": lambda: compat.ResidualLFQ(dim=12, codebook_size=16, num_quantizers=2),
     "TokenFlow": lambda: compat.VectorQuantizer(8, 12, 0.25, 0.0, True, True, split=[8, 4]),
     "VAR": lambda: compat.VectorQuantizer2(8, 12, True, v_patch_nums=(1, 2)),
     "LlamaGen": lambda: llamagen.VectorQuantizer(8, 12, 0.25, 0.0, True, True),
@@ -45,7 +50,7 @@ def test_reset_parameters_fills_what_to_empty_made(name: str) -> None:
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
     # Random, and what they are made into.
-    codes = {"embed", "embed_avg", "frozen_codebook"}
+    codes = {"embed", "embed_avg", "frozen_codebook", "orthogonal_rot"}
     for name_, parameter in module.named_parameters():
         assert bool(parameter.isfinite().all()), name_
     fresh = dict(BUILDERS[name]().named_buffers())
@@ -59,3 +64,15 @@ def test_reset_parameters_fills_what_to_empty_made(name: str) -> None:
     side = sides.get(name)
     x = torch.randn(2, 12, side, side) if side else torch.randn(2, 5, 12)
     assert bool(module(x)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["FSQ", "ResidualFSQ", "LFQ", "ResidualLFQ"])
+def test_scalar_codes_on_the_meta_device(name: str) -> None:
+    x = torch.randn(2, 5, 12)
+    with torch.device("meta"):
+        module = BUILDERS[name]()
+    expected = BUILDERS[name]()(x)
+    for part, other in zip(module(x.to("meta")), expected, strict=True):
+        assert (part.device.type, part.shape, part.dtype) == ("meta", other.shape, other.dtype)
+    codebook = {"FSQ": "implicit_codebook", "LFQ": "codebook"}.get(name, "codebooks")
+    assert getattr(module, codebook).is_meta

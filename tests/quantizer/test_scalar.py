@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -371,6 +373,51 @@ def test_flips() -> None:
     torch.testing.assert_close(quantizer.decode(out.indices), out.quantized)
     quantizer.eval()
     assert torch.equal(quantizer(h).indices, quantizer(h).indices)
+
+
+@pytest.mark.parametrize("bound", scalar.BOUNDS)
+@pytest.mark.parametrize("rows", [1, 7, 24])
+def test_gradient_of_rounds(bound: scalar.Bound, rows: int) -> None:
+    """Of every round that of its bound at what the rounds before left, first and second."""
+    counts, rounds = (5, 4, 3), 3
+    z = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
+    tables = scalar.as_computed(
+        scalar.levels(counts, bound=bound, rounds=rounds), z.dtype, inclusive=True
+    )
+    codes, _ = scalar.quantize_rows(z, tables)
+    finer = torch.tensor(counts, dtype=z.dtype) ** torch.arange(rounds).unsqueeze(1)
+    left = z.unsqueeze(1) - (codes.cumsum(1) - codes)
+    soft = (scalar.bounded(left * finer, counts, bound) / finer).sum(1)
+    weight = torch.randn_like(soft)
+    gradients = []
+    for value in (scalar.through_rounds(z, codes, counts, bound), soft):
+        (first,) = torch.autograd.grad((value * weight).sum(), z, create_graph=True)
+        once = torch.autograd.grad((value * weight).sum(), z, retain_graph=True)[0]
+        torch.testing.assert_close(once, first.detach())
+        second = torch.zeros_like(z)
+        if bound != "clamp":
+            (second,) = torch.autograd.grad(first.square().sum(), z)
+        gradients.append((first.detach(), second))
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(
+        scalar.through_rounds(z, codes, counts, bound).detach(), codes.sum(1)
+    )
+
+
+def test_tables_are_made_once_and_not_copied() -> None:
+    cache, like = scalar.TableCache(functools.partial(scalar.signs, 3), False), torch.zeros(1)
+    assert cache.like(like) is cache.like(like)
+    copied = pickle.loads(pickle.dumps(cache))
+    assert not copied._made
+    assert torch.equal(copied.like(like).values, cache.like(like).values)
+
+
+def test_rows_side_by_side() -> None:
+    for rows, dim in ((8192, 5), (331, 5), (12, 200), (0, 3), (7, 1)):
+        lines = scalar.side_by_side(rows, dim)
+        assert rows % lines == 0
+        assert lines == 1 or lines * dim <= 160
+    assert scalar.side_by_side(8192, 5) == 32
 
 
 def test_compiled() -> None:

@@ -1,13 +1,15 @@
-"""What the stand-ins for FSQ and LFQ share: layouts of inputs, and a rotation."""
+"""What the stand-ins for FSQ and LFQ share: layouts of inputs, and the dtype they compute in."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Layout:
     """How inputs [B, N, dim] and images [B, dim, ...] become rows, and back.
+
+    With channel_first an input may also be [B, dim].
 
     Args:
         owner: the class, for messages.
@@ -49,31 +51,59 @@ class Layout:
         """x as [B, N, dim].
 
         Raises:
-            ValueError: other channels, or fewer than 3 dimensions.
+            ValueError: other channels, or too few dimensions.
         """
-        channel = 1 if self.is_image(x) else -1
-        if x.dim() < 3 or x.shape[channel] != self.dim or not x.is_floating_point():
+        channel, least = (1 if self.is_image(x) else -1), (2 if self.channel_first else 3)
+        if x.dim() < least or x.shape[channel] != self.dim or not x.is_floating_point():
             raise ValueError(
-                f"x must be floating-point with at least 3 dimensions and {self.dim} channels in "
-                f"dimension {channel}, got {x.dtype} {tuple(x.shape)}"
+                f"x must be floating-point with at least {least} dimensions and {self.dim} "
+                f"channels in dimension {channel}, got {x.dtype} {tuple(x.shape)}"
             )
-        return x.movedim(channel, -1).flatten(1, -2) if channel == 1 else x
+        if x.dim() == 2:
+            return x.unsqueeze(1)
+        x = x.movedim(1, -1) if channel == 1 else x
+        return x.flatten(1, -2) if x.dim() > 3 else x
 
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
         """Rows [B, N, dim] like x."""
-        if not self.is_image(x):
-            return rows
-        return rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
+        image = self.is_image(x)
+        rows = rows.reshape(*self._space(x, image), rows.shape[-1])
+        return rows.movedim(-1, 1) if image else rows
 
     def restore_indices(self, indices: Tensor | None, x: Tensor) -> Tensor | None:
         """Indices [B, N, codebooks] like x without its channels."""
         if indices is None:
             return None
-        if self.is_image(x):
-            indices = indices.unflatten(1, x.shape[2:])
-        return indices if self.keep else indices.squeeze(-1)
+        space = self._space(x, self.is_image(x))
+        return indices.reshape(*space, *indices.shape[2:]) if self.keep else indices.reshape(space)
+
+    @staticmethod
+    def _space(x: Tensor, image: bool) -> tuple[int, ...]:
+        """The shape of x without its channels."""
+        return (x.shape[0], *x.shape[2:]) if image else tuple(x.shape[:-1])
 
 
-def orthogonal(width: int) -> Tensor:
-    """A random orthogonal matrix."""
-    return nn.init.orthogonal_(torch.empty(width, width))
+def computed(
+    owner: str, rows: Tensor, force: bool, allowed: tuple[torch.dtype, ...] = (torch.float32,)
+) -> Tensor:
+    """Rows in the dtype that they are quantized in: float32 where forced, but for dtypes allowed.
+
+    Raises:
+        NotImplementedError: that is half precision.
+    """
+    if force and rows.dtype not in allowed:
+        return rows.float()
+    if rows.dtype not in (torch.float32, torch.float64):
+        name, value = "force_quantization_f32", f"{force}"
+        if force:
+            name, value = "allowed_dtypes", str(allowed)
+        raise NotImplementedError(
+            f"{owner} does not support {name}={value} for {rows.dtype}: it quantizes in float32 "
+            "and float64"
+        )
+    return rows
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """No autocast on the device of a tensor."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from tokenflow_ext import scalar
 
 from ._codebook import zeros_for_padding
+from ._common import raise_unsupported
 from ._residual import Residual
-from ._scalar import Layout, orthogonal
+from ._scalar import Layout, computed, without_autocast
 
 
 class FSQ(nn.Module):
@@ -27,10 +29,11 @@ class FSQ(nn.Module):
         keep_num_codebooks_dim: whether indices have a dimension for one codebook too.
         scale: kept, and of no effect, as in the original.
         allowed_dtypes: what is computed in as it is; all else in float32.
-        channel_first: the input is [B, dim, ...] also with 3 dimensions.
+        channel_first: the input is [B, dim, ...] also with 2 or 3 dimensions.
         projection_has_bias: of the projections where `dim` is another.
         return_indices: otherwise indices are None.
-        force_quantization_f32: compute in float32 under autocast and for half precision.
+        force_quantization_f32: compute in float32 under autocast and for half precision. Without
+            it only float32 and float64 are quantized.
         preserve_symmetry: levels from -1 to 1 (arXiv 2411.19842, section 3.2).
         noise_dropout: in training, the share of values that receive noise of [-1/2, 1/2].
         bound_hard_clamp: cut numbers to [-1, 1] in place of tanh.
@@ -38,10 +41,13 @@ class FSQ(nn.Module):
 
     Raises:
         ValueError: options that exclude each other, or out of their range.
-        NotImplementedError: a hard clamp without preserve_symmetry, or quantization in half
-            precision.
+        NotImplementedError: a hard clamp without preserve_symmetry; in `forward`, quantization in
+            half precision.
     """
 
+    _levels: Tensor
+    _basis: Tensor
+    _like: Tensor
     orthogonal_rot: Tensor
 
     def __init__(
@@ -66,23 +72,22 @@ class FSQ(nn.Module):
             raise ValueError(f"levels of 2 need preserve_symmetry=True, got {list(levels)}")
         if noise_dropout > 0 and not preserve_symmetry:
             raise ValueError(f"noise_dropout={noise_dropout} needs preserve_symmetry=True")
-        if bound_hard_clamp and not preserve_symmetry:
-            raise NotImplementedError(
-                "FSQ does not support bound_hard_clamp=True without preserve_symmetry: its levels "
-                "would not be those that the clamp reaches"
+        if not preserve_symmetry:
+            raise_unsupported(
+                "FSQ",
+                "without preserve_symmetry the clamp does not reach the levels",
+                bound_hard_clamp=bound_hard_clamp,
             )
-        if not force_quantization_f32 or any(
-            dtype not in (torch.float32, torch.float64) for dtype in allowed_dtypes
-        ):
-            raise NotImplementedError(
-                "FSQ does not support quantization in half precision, got "
-                f"force_quantization_f32={force_quantization_f32}, allowed_dtypes={allowed_dtypes}"
-            )
-        self.bound: scalar.Bound = "tanh"
+        self._bound: scalar.Bound = "tanh"
         if preserve_symmetry:
-            self.bound = "clamp" if bound_hard_clamp else "symmetric"
+            self._bound = "clamp" if bound_hard_clamp else "symmetric"
         self.levels = tuple(int(count) for count in levels)
-        scalar.check_levels(self.levels, self.bound)
+        scalar.check_levels(self.levels, self._bound)
+        if return_indices and math.prod(self.levels) >= 1 << 31:
+            raise ValueError(
+                f"levels must have fewer than 2^31 codes for indices of int32, got "
+                f"{list(self.levels)}: give return_indices=False"
+            )
         self.layout = Layout(
             "FSQ",
             dim,
@@ -95,7 +100,8 @@ class FSQ(nn.Module):
         self.preserve_symmetry = preserve_symmetry
         self.noise_dropout = noise_dropout
         self.bound_hard_clamp = bound_hard_clamp
-        self.allowed_dtypes = allowed_dtypes
+        self.allowed_dtypes = tuple(allowed_dtypes)
+        self.force_quantization_f32 = force_quantization_f32
         self.return_indices = return_indices
         self.codebook_dim = len(self.levels)
         self.num_codebooks = num_codebooks
@@ -112,15 +118,33 @@ class FSQ(nn.Module):
             self.project_out = nn.Linear(width, self.dim, bias=bias)
         if return_indices:
             self.codebook_size = math.prod(self.levels)
+        for name in ("_levels", "_basis"):
+            part = torch.empty(self.codebook_dim, dtype=torch.int32)
+            self.register_buffer(name, part, persistent=False)
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # the module's dtype
         self.orthogonal_rotation = orthogonal_rotation
         if orthogonal_rotation:
-            self.register_buffer("orthogonal_rot", orthogonal(self.codebook_dim))
-        self._tables = scalar.TableCache(lambda: scalar.levels(self.levels, bound=self.bound), True)
+            self.register_buffer(
+                "orthogonal_rot", torch.empty(self.codebook_dim, self.codebook_dim)
+            )
+        make = functools.partial(scalar.levels, self.levels, bound=self._bound)
+        self._tables = scalar.TableCache(make, True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The rotation anew, and what the levels give. The projections reset themselves."""
+        below = torch.tensor([1, *self.levels[:-1]], device=self._levels.device)
+        self._levels.copy_(torch.tensor(self.levels))
+        self._basis.copy_(below.cumprod(0, dtype=torch.int32))
+        if self.orthogonal_rotation:
+            nn.init.orthogonal_(self.orthogonal_rot)
 
     @property
     def implicit_codebook(self) -> Tensor:
-        """All codes, [codebook_size, codebook_dim]."""
-        return self._codes(torch.arange(self.codebook_size))
+        """All codes, [codebook_size, codebook_dim]; none without return_indices."""
+        indices = torch.arange(self.codebook_size, device=self._levels.device)
+        return self._codes(indices, self._like.dtype)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """The level of each channel, [..., codebook_dim], of indices [...]."""
@@ -128,8 +152,10 @@ class FSQ(nn.Module):
 
     def _codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         levels = self.indices_to_level_indices(indices)
-        values = self._tables.like(torch.empty((), dtype=dtype, device=indices.device)).values[0]
-        return values.gather(0, levels.reshape(-1, self.codebook_dim)).view(levels.shape)
+        kept = dtype if dtype == torch.float64 else torch.float32
+        values = self._tables.like(torch.empty((), dtype=kept, device=indices.device)).values[0]
+        codes = values.gather(0, levels.reshape(-1, self.codebook_dim)).view(levels.shape)
+        return codes.to(dtype)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Indices [...] int32 of codes [..., codebook_dim].
@@ -156,18 +182,20 @@ class FSQ(nn.Module):
             codes = codes @ self.orthogonal_rot.T
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
+        if self.has_projections:
+            codes = codes.to(next(self.project_out.parameters()).dtype)
         codes = self.project_out(codes)
         return codes.movedim(-1, 1) if images or self.channel_first else codes
 
     def quantize(self, z: Tensor) -> Tensor:
         """Codes like z [..., codebook_dim], straight through the rounding."""
-        return self._quantize(z)[0]
+        return self._quantize(z.reshape(-1, self.codebook_dim))[0].view(z.shape)
 
-    def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        rows = z.reshape(-1, self.codebook_dim)
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and digits of rows [N, codebook_dim], like them."""
         codes, digits = scalar.quantize_rows(rows, self._tables.like(rows))
-        codes = scalar.through_levels(z, codes.view(z.shape), self.levels, self.bound)
-        return codes, digits.view(z.shape)
+        codes = scalar.through_levels(rows, codes.view(rows.shape), self.levels, self._bound)
+        return codes, digits.view(rows.shape)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantizes z.
@@ -181,25 +209,27 @@ class FSQ(nn.Module):
 
         Raises:
             ValueError: another number of channels or dimensions.
+            NotImplementedError: z would be quantized in half precision.
         """
         rows = self.project_in(self.layout.rows(z))
-        rows = rows.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        books = (*rows.shape[:2], self.num_codebooks)
+        flat = rows.reshape(-1, self.codebook_dim)
         if self.orthogonal_rotation:
-            rows = rows @ self.orthogonal_rot
-        given = rows.dtype
-        rows = rows if given in self.allowed_dtypes else rows.float()
-        with torch.autocast(rows.device.type, enabled=False):
-            codes, digits = self._quantize(rows)
+            flat = flat @ self.orthogonal_rot
+        given = flat.dtype
+        flat = computed("FSQ", flat, self.force_quantization_f32, self.allowed_dtypes)
+        with without_autocast(flat):
+            codes, digits = self._quantize(flat)
             indices = None
             if self.return_indices:
-                indices = scalar.pack_digits(digits, self.levels).int()
+                indices = scalar.pack_digits(digits, self.levels).int().view(books)
             if self.training and self.noise_dropout:
                 noisy = torch.full_like(codes, self.noise_dropout).bernoulli_().bool()
                 noise = torch.rand_like(codes) - 0.5
                 codes = torch.where(noisy, codes + noise, codes).clamp(-1, 1)
             if self.orthogonal_rotation:
                 codes = codes @ self.orthogonal_rot.T
-        out = self.project_out(codes.flatten(-2).to(given))
+        out = self.project_out(codes.to(given).view(rows.shape))
         return self.layout.restore(out, z), self.layout.restore_indices(indices, z)
 
 
@@ -254,8 +284,11 @@ class ResidualFSQ(Residual):
         if "preserve_symmetry" in kwargs or "channel_first" in kwargs:
             given = sorted({"preserve_symmetry", "channel_first"} & kwargs.keys())
             raise TypeError(f"ResidualFSQ sets {' and '.join(given)} of its layers itself")
-        self.levels = tuple(int(count) for count in levels)
-        width = len(self.levels)
+        for name, value in {"num_codebooks": 1, "return_indices": True}.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"{name} of ResidualFSQ must be {value}, got {kwargs[name]}")
+        self.levels = levels
+        width = len(levels)
         self.dim = width if dim is None else dim
         self.has_projections = self.dim != width
         self.project_in: nn.Module = nn.Identity()
@@ -266,7 +299,7 @@ class ResidualFSQ(Residual):
         self.is_channel_first = is_channel_first
         self.layers = nn.ModuleList(
             FSQ(
-                self.levels,
+                levels,
                 dim=width,
                 preserve_symmetry=True,
                 bound_hard_clamp=bound_hard_clamp,
@@ -275,20 +308,29 @@ class ResidualFSQ(Residual):
             for _ in range(num_quantizers)
         )
         self.codebook_size = self._quantizers()[0].codebook_size
-        counts = torch.tensor(self.levels, dtype=torch.float32)
-        finer = counts ** -torch.arange(num_quantizers).unsqueeze(1)
-        self.register_buffer("scales", finer, persistent=False)
         if bound_hard_clamp:
             if soft_clamp_input_value is not None:
                 raise ValueError("soft_clamp_input_value is set by bound_hard_clamp=True")
-            soft_clamp_input_value = 1 + 1 / (counts - 1)
+            soft_clamp_input_value = [1 + 1 / (count - 1) for count in levels]
+        if isinstance(soft_clamp_input_value, Tensor):
+            soft_clamp_input_value = soft_clamp_input_value.tolist()
+        self._soft_clamp = soft_clamp_input_value
+        clamp = None
         if soft_clamp_input_value is not None:
-            soft_clamp_input_value = torch.as_tensor(soft_clamp_input_value, dtype=torch.float32)
-        self.register_buffer("soft_clamp_input_value", soft_clamp_input_value, persistent=False)
-        bound = self._quantizers()[0].bound
-        self._tables = scalar.TableCache(
-            lambda: scalar.levels(self.levels, bound=bound, rounds=num_quantizers), True
-        )
+            clamp = torch.empty(torch.tensor(soft_clamp_input_value, device="cpu").shape)
+        self.register_buffer("scales", torch.empty(num_quantizers, width), persistent=False)
+        self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
+        self._tables: dict[int, scalar.TableCache] = {}  # by rows side by side
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The layers' scales and the clamp. The layers and the projections reset themselves."""
+        counts = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+        rounds = torch.arange(self.num_quantizers, device="cpu").unsqueeze(1)
+        self.scales.copy_(counts**-rounds)
+        if self.soft_clamp_input_value is not None:
+            self.soft_clamp_input_value.copy_(torch.tensor(self._soft_clamp, device="cpu"))
 
     def _quantizers(self) -> list[FSQ]:
         return cast(list[FSQ], list(self.layers))
@@ -308,7 +350,8 @@ class ResidualFSQ(Residual):
         return self.project_out(super().get_output_from_indices(indices))
 
     def _decode(self, layer: nn.Module, index: Tensor) -> Tensor:
-        return zeros_for_padding(cast(FSQ, layer)._codes, index)
+        decode = functools.partial(cast(FSQ, layer)._codes, dtype=self.scales.dtype)
+        return zeros_for_padding(decode, index)
 
     def forward(
         self,
@@ -325,10 +368,12 @@ class ResidualFSQ(Residual):
 
         Returns:
             quantized, like x, and indices, x without channels and with Q last (with
-            is_channel_first after the batch), int32, or int64 where layers are dropped (-1).
+            is_channel_first after the batch), int32, or int64 where layers are dropped (-1). With
+            keep_num_codebooks_dim there is a dimension of 1 before Q.
 
         Raises:
             ValueError: x has other channels.
+            NotImplementedError: x would be quantized in half precision.
         """
         channel = 1 if self.is_channel_first else -1
         if x.dim() < 2 or x.shape[channel] != self.dim:
@@ -340,9 +385,11 @@ class ResidualFSQ(Residual):
             clamp = self.soft_clamp_input_value
             rows = (rows / clamp).tanh() * clamp
         last = self._last_layer(x.device, rand_quantize_dropout_fixed_seed)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             quantized, indices = self._all_layers(rows, last)
         out = self.project_out(quantized)
+        if self._quantizers()[0].keep_num_codebooks_dim:
+            indices = indices.unsqueeze(-2)
         if last + 1 < self.num_quantizers:
             indices = F.pad(indices.long(), (0, self.num_quantizers - 1 - last), value=-1)
         shown = indices.movedim(-1, 1) if self.is_channel_first else indices
@@ -354,20 +401,36 @@ class ResidualFSQ(Residual):
         first = self._quantizers()[0]
         if first.orthogonal_rotation or (first.training and first.noise_dropout):
             return self._one_by_one(rows, last)
+        given = torch.promote_types(rows.dtype, self.scales.dtype)
         flat = rows.reshape(-1, rows.shape[-1])
-        computed = flat if flat.dtype == torch.float64 else flat.float()
-        tables = self._tables.like(computed)
+        if not first.force_quantization_f32:
+            flat = flat.to(given)
+        flat = computed("FSQ", flat, first.force_quantization_f32, first.allowed_dtypes)
+        # Rows are seldom wide: several are one for the inner loops, with the tables as often.
+        lines = scalar.side_by_side(len(flat), len(first.levels)) if flat.is_cpu else 1
+        counts = first.levels * lines
+        wide = flat.reshape(-1, len(counts))
+        tables = self._tables_of(lines).like(wide)
         codes, digits = scalar.quantize_rows(
-            computed, scalar.Tables(*(table[: last + 1] for table in tables))
+            wide, scalar.Tables(*(table[: last + 1] for table in tables))
         )
-        if torch.is_grad_enabled() and rows.requires_grad:
-            finer = self.scales[: last + 1].to(computed)
-            inputs = computed.unsqueeze(1) - (codes.cumsum(1) - codes)
-            scaled = scalar.through_levels(inputs / finer, codes / finer, self.levels, first.bound)
-            codes = scaled * finer
-        indices = scalar.pack_digits(digits, self.levels).int()
-        quantized = codes.sum(1).to(rows.dtype).view(rows.shape)
-        return quantized, indices.view(*rows.shape[:-1], last + 1)
+        quantized = scalar.through_rounds(wide, codes, counts, first._bound)
+        indices = scalar.pack_groups(digits, first.levels).int()
+        shape = rows.shape[:-1]
+        return quantized.to(given).view(rows.shape), indices.view(*shape, last + 1)
+
+    def _tables_of(self, lines: int) -> scalar.TableCache:
+        """The tables of so many rows side by side."""
+        if lines not in self._tables:
+            first = self._quantizers()[0]
+            make = functools.partial(
+                scalar.levels,
+                first.levels * lines,
+                bound=first._bound,
+                rounds=self.num_quantizers,
+            )
+            self._tables[lines] = scalar.TableCache(make, True)
+        return self._tables[lines]
 
     def _one_by_one(self, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
         quantized, residual, indices = torch.zeros_like(rows), rows, []
