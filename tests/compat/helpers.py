@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +25,13 @@ def same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
         torch.testing.assert_close(
             value, other[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def copies(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Compiled, copied and pickled before its first use, so that nothing is made before."""
+    yield torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    yield copy.deepcopy(module)
+    yield pickle.loads(pickle.dumps(module))
 
 
 def run(module: torch.nn.Module, x: Tensor, **arguments) -> tuple:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
-import vector_quantize_pytorch as original
+from compat.helpers import copies
+from compat.pairs import pair, same_seed
 from torch import Tensor
 
 from tokenflow_ext import compat
@@ -34,16 +32,6 @@ OPTIONS: list[tuple[dict, tuple[int, ...]]] = [
 ]
 
 
-def pair(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours and theirs with one state."""
-    torch.manual_seed(0)
-    theirs = getattr(original, name)(**options)
-    ours = getattr(compat, name)(**options)
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -52,22 +40,14 @@ def pair(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
     ],
 )
 def test_a_seed_gives_their_state(name: str, options: dict) -> None:
-    states = []
-    for library in (original, compat):
-        torch.manual_seed(3)
-        states.append(getattr(library, name)(**options).state_dict())
-    assert states[0].keys() == states[1].keys()
-    for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
+    same_seed(name, options)
 
 
 @pytest.mark.parametrize("name", ["FSQ", "ResidualFSQ"])
 def test_copies_and_compilation(name: str) -> None:
     options = {"levels": [5, 4], "dim": 6} | ({"num_quantizers": 2} if "R" in name else {})
     module, x = getattr(compat, name)(**options), torch.randn(2, 9, 6)
-    # The first use of each: nothing is made before.
-    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
-    for other in (compiled, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    for other in copies(module):
         (mine, grads), (expected, their_grads) = both(other, module, x)
         torch.testing.assert_close(mine, expected)
         torch.testing.assert_close(grads, their_grads)
