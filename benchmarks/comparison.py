@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import machine
 from tokenflow_ext.train.engine import checkpoint
 
@@ -56,6 +58,28 @@ def ending(facts: dict[str, Any]) -> list[str]:
         f"{facts['date']}",
         f"- `{facts['command']}`",
     ]
+
+
+def where(shared: dict[str, Any], device: str) -> dict[str, Any]:
+    """The processor or GPU that a comparison ran on, and torch's threads."""
+    name = torch.cuda.get_device_name() if device == "cuda" else shared["device"]["cpu"]
+    return {"machine": name, "threads": torch.get_num_threads()}
+
+
+def place(facts: dict[str, Any]) -> str:
+    """What `where` found and the load, in words."""
+    return (
+        f"{facts['machine']}, {facts['threads']} thread(s); load average before "
+        f"{facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}"
+    )
+
+
+def memory(row: dict[str, Any], digits: int) -> str:
+    """Peak memory of both sides in MiB, and ours over theirs; empty where it was not measured."""
+    if "memory" not in row:
+        return ""
+    ours, theirs = (row["memory"][name] / 2**20 for name in ("ours", "theirs"))
+    return f"{ours:.{digits}f} / {theirs:.{digits}f} MiB ({ours / max(theirs, 1e-9):.2f})"
 
 
 def now(shared: dict[str, Any], overrides: Sequence[str], **more: Any) -> dict[str, Any]:

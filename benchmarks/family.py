@@ -13,6 +13,7 @@ import copy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
             "original": f"{1e3 * row['theirs']:.1f} ms",
             "ours": f"{1e3 * row['ours']:.1f} ms",
             "original / ours": f"{row['ratio']:.2f}",
-            "peak memory, ours / original": _memory(row),
+            "peak memory, ours / original": comparison.memory(row, digits=1),
             "agreement": row["agreement"],
             "rounds": str(row["rounds"]),
         }
@@ -188,16 +189,10 @@ def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         "- the original's own form is re-derived in benchmarks/family_originals.py; FSQ and LFQ "
         f"stand beside vector-quantize-pytorch {facts['vector-quantize-pytorch']}",
-        f"- random codes and features, float32; {facts['machine']}, {facts['threads']} thread(s); "
-        f"load average before {facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
+        f"- random codes and features, float32; {comparison.place(facts)}",
         *comparison.ending(facts),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    ours, theirs = (row["memory"][name] / 2**20 for name in ("ours", "theirs"))
-    return f"{ours:.1f} / {theirs:.1f} MiB ({ours / max(theirs, 1e-9):.2f})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,24 +217,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in known.rows:
         for backward in (False, True):
             rows.append(compare(name, device, known.rounds, backward))
-            gpu = device == "cuda"
             facts = comparison.now(
                 shared,
                 [],
-                threads=torch.get_num_threads(),
-                machine=torch.cuda.get_device_name() if gpu else shared["device"]["cpu"],
+                **comparison.where(shared, device),
                 command=shlex.join(["python", "-m", "benchmarks.family", *given]),
-                **{"vector-quantize-pytorch": library_version()},
+                **{"vector-quantize-pytorch": version("vector-quantize-pytorch")},
             )
             comparison.write(known.out, as_markdown(rows, facts), facts, rows)
     print((known.out / "table.md").read_text())
-
-
-def library_version() -> str:
-    """The installed library's."""
-    from importlib.metadata import version
-
-    return version("vector-quantize-pytorch")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
             "released form": f"{row['theirs']:.3f} s",
             "ours": f"{row['ours']:.3f} s",
             "released / ours": f"{row['ratio']:.2f}",
-            "peak memory, ours / released": _memory(row),
+            "peak memory, ours / released": comparison.memory(row, digits=0),
             "agreement": row["agreement"],
             "rounds": str(row["rounds"]),
         }
@@ -169,18 +169,10 @@ def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         f"- VAR d{facts['depth']}, random weights, float32; the released form is re-derived in "
         "benchmarks/var_released.py",
-        f"- {facts['machine']}, {facts['threads']} thread(s); load average before "
-        f"{facts['load before'][0]:.1f}, after {facts['load after'][0]:.1f}",
+        f"- {comparison.place(facts)}",
         *comparison.ending(facts),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    if "memory" not in row:
-        return ""
-    ours, theirs = (row["memory"][name] / 2**20 for name in ("ours", "theirs"))
-    return f"{ours:.0f} / {theirs:.0f} MiB ({ours / max(theirs, 1e-9):.2f})"
 
 
 PARTS = ("generation", "quantizer", "training")
@@ -211,8 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shared,
             [],
             depth=known.depth,
-            threads=torch.get_num_threads(),
-            machine=torch.cuda.get_device_name() if device == "cuda" else shared["device"]["cpu"],
+            **comparison.where(shared, device),
             command=shlex.join(["python", "-m", "benchmarks.var", *given]),
         )
         comparison.write(known.out, as_markdown(rows, facts), facts, rows)
