@@ -11,7 +11,27 @@ from . import scalar
 
 
 @dataclass(frozen=True)
-class Table:
+class _Rows:
+    """Codes that are rows of a table: what `Table` and `Projected` share."""
+
+    size: int
+    dim: int
+    l2_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("size", "dim"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} of {type(self).__name__} must be at least 1, got {value}")
+
+    @property
+    def bits(self) -> float:
+        """Information of a token, in bits."""
+        return math.log2(self.size)
+
+
+@dataclass(frozen=True)
+class Table(_Rows):
     """A learned codebook (VQ-VAE, arXiv 1711.00937).
 
     Args:
@@ -24,22 +44,11 @@ class Table:
         ValueError: a number out of its range.
     """
 
-    size: int
-    dim: int
-    l2_norm: bool = False
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_positive(self, size=self.size, dim=self.dim)
-
-    @property
-    def bits(self) -> float:
-        """Information of a token, in bits."""
-        return math.log2(self.size)
 
 
 @dataclass(frozen=True)
-class Projected:
+class Projected(_Rows):
     """A frozen random table behind a learned linear layer (SimVQ, arXiv 2411.02038).
 
     Args:
@@ -52,18 +61,7 @@ class Projected:
         ValueError: a number out of its range.
     """
 
-    size: int
-    dim: int
-    l2_norm: bool = False
     bias: bool = True
-
-    def __post_init__(self) -> None:
-        _check_positive(self, size=self.size, dim=self.dim)
-
-    @property
-    def bits(self) -> float:
-        """Information of a token, in bits."""
-        return math.log2(self.size)
 
 
 @dataclass(frozen=True)
@@ -176,9 +174,3 @@ class Entropy:
 
 Code = Table | Projected | Signs | Levels
 BitOrder = Literal["little", "big"]
-
-
-def _check_positive(code: object, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} of {type(code).__name__} must be at least 1, got {value}")

@@ -1,11 +1,12 @@
-"""What the stand-ins share: unsupported options, checks of input, the dtype they compute in."""
+"""What the stand-ins share: unsupported options, checks of input, projections, the dtype they
+compute in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NEEDS_DISTANCES = "it needs the distance of every row to every code, which is never formed here"
 OTHER_RULE = (
@@ -51,3 +52,10 @@ def computable(tensor: Tensor) -> Tensor:
 def lens_to_mask(lens: Tensor, length: int, device: torch.device) -> Tensor:
     """[B, length] bool, True for the first `lens` [B] positions of each sequence."""
     return torch.arange(length, device=device) < torch.as_tensor(lens).to(device).unsqueeze(1)
+
+
+def projections(dim: int, width: int, bias: bool = True) -> tuple[nn.Module, nn.Module]:
+    """Linear layers from `dim` channels to `width` and back; none where the two are the same."""
+    if dim == width:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(dim, width, bias=bias), nn.Linear(width, dim, bias=bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenflow_ext import scalar
 
 from ._codebook import zeros_for_padding
-from ._common import raise_unsupported
+from ._common import projections, raise_unsupported
 from ._residual import Residual
 from ._scalar import Layout, computed, without_autocast
 
@@ -110,12 +110,9 @@ class FSQ(nn.Module):
         self.channel_first = channel_first
         self.dim = self.layout.dim
         self.has_projections = self.dim != self.effective_codebook_dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            width, bias = self.effective_codebook_dim, projection_has_bias
-            self.project_in = nn.Linear(self.dim, width, bias=bias)
-            self.project_out = nn.Linear(width, self.dim, bias=bias)
+        self.project_in, self.project_out = projections(
+            self.dim, self.effective_codebook_dim, projection_has_bias
+        )
         if return_indices:
             self.codebook_size = math.prod(self.levels)
         for name in ("_levels", "_basis"):
@@ -291,11 +288,7 @@ class ResidualFSQ(Residual):
         width = len(levels)
         self.dim = width if dim is None else dim
         self.has_projections = self.dim != width
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(self.dim, width)
-            self.project_out = nn.Linear(width, self.dim)
+        self.project_in, self.project_out = projections(self.dim, width)
         self.is_channel_first = is_channel_first
         self.layers = nn.ModuleList(
             FSQ(

@@ -16,6 +16,7 @@ from tokenflow_ext import scalar
 from tokenflow_ext.collectives import world_size
 
 from ._codebook import zeros_for_padding
+from ._common import projections
 from ._residual import Residual
 from ._scalar import Layout, computed, without_autocast
 
@@ -376,11 +377,7 @@ class ResidualLFQ(Residual):
         width = int(math.log2(codebook_size))
         self.dim = dim
         self.has_projections = width != dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(dim, width)
-            self.project_out = nn.Linear(width, dim)
+        self.project_in, self.project_out = projections(dim, width)
         self.layers = nn.ModuleList()
         clamp = soft_clamp_input_value
         for number in range(num_quantizers):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenflow_ext import ops
 
 from ._codebook import draw_seed, go_towards, shared_seed
-from ._common import NEEDS_DISTANCES, check_features, raise_unsupported, shown
+from ._common import NEEDS_DISTANCES, check_features, projections, raise_unsupported, shown
 from ._residual import Residual
 from .vector_quantize import VectorQuantize
 
@@ -107,11 +107,7 @@ class ResidualVQ(Residual):
         self.quant_grad_frac = quant_grad_frac
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.has_projections = self.codebook_dim != dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(dim, self.codebook_dim)
-            self.project_out = nn.Linear(self.codebook_dim, dim)
+        self.project_in, self.project_out = projections(dim, self.codebook_dim)
         self.layers = nn.ModuleList(
             VectorQuantize(
                 self.codebook_dim,

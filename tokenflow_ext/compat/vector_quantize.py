@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenflow_ext.collectives import all_reduce, world_size
 
 from ._codebook import Codebook, Weight, differentiated, go_towards, rotate, unit
-from ._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, raise_unsupported
+from ._common import NEEDS_DISTANCES, OTHER_RULE, lens_to_mask, projections, raise_unsupported
 
 
 class LossBreakdown(NamedTuple):
@@ -176,13 +176,9 @@ class VectorQuantize(nn.Module):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.route_gradients_to_input = route_gradients_to_input
         self.has_projections = inner != dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(dim, inner)
-            if layernorm_after_project_in:
-                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
-            self.project_out = nn.Linear(inner, dim)
+        self.project_in, self.project_out = projections(dim, inner)
+        if self.has_projections and layernorm_after_project_in:
+            self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
         self._codebook = Codebook(
             codebook_dim,
             codebook_size,
