@@ -230,9 +230,11 @@ class ScalarQuantizer(nn.Module):
         counts = [h * w for h, w in self._sizes]
         value = dim**-0.5 if self.code.spherical else 1.0
         values = [value * 0.5**number for number in self._rounds]
-        if loss.factorized and self.books == 1:
+        if loss.factorized:
             slopes = [4 * value / loss.temperature for value in values]
-            sample, bits = scalar.choice_of_signs(z, slopes, counts)
+            # The groups' choices are pooled.
+            groups = z.unflatten(-1, (self.books, dim)).transpose(1, 2).flatten(0, 1)
+            sample, bits = scalar.choice_of_signs(groups, slopes, counts)
             both = torch.stack([bits, 1 - bits])
             codebook = torch.special.entr(both).sum() / len(counts)
             return loss.weight * (sample.mean() - loss.gamma * codebook)
@@ -243,7 +245,6 @@ class ScalarQuantizer(nn.Module):
                 temperature=loss.temperature,
                 value=value,
                 eps=loss.eps,
-                factorized=loss.factorized,
             )
             total = total + found.per_sample - loss.gamma * found.codebook
         return loss.weight * total / len(counts)

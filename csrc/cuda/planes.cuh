@@ -5,9 +5,6 @@
 
 namespace tokenflow::cuda {
 
-// A sentence for people, or null where planes of `dim` channels are supported.
-const char* unsupported_planes(const Pyramid& pyramid, int dim);
-
 // Shared memory of a pass from scale `first` to `last`: sizes in elements over all of them.
 struct PlaneSizes {
   int coarse;  // codes of a scale, a channel

@@ -6,6 +6,7 @@
 #include "planes.cuh"
 #include "quantizer.h"
 #include "residual_pass.cuh"
+#include "scalar.h"
 
 namespace tokenflow::cuda {
 namespace {
