@@ -292,19 +292,13 @@ class Quantizer(nn.Module):
             TypeError, ValueError, RuntimeError: a wrong dtype or shape; the message names the
                 argument.
         """
-        if h.dim() != 4 or h.shape[1] != self.dim or h.numel() == 0:
-            raise ValueError(
-                f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
-            )
+        features = self._split(h)
         if self.errors == "running" and not self._is_var and h.shape[2:] != self.scales[0]:
             raise ValueError(
                 f"h must have the size of the scale, {self.scales[0]}, where errors='running', got "
                 f"{tuple(h.shape[2:])}"
             )
-        outputs = [
-            self._run(part, features)
-            for part, features in zip(self._parts, self._split(h), strict=True)
-        ]
+        outputs = [self._run(part, x) for part, x in zip(self._parts, features, strict=True)]
         losses: dict[str, Tensor] = {}
         for part, output in zip(self._parts, outputs, strict=True):
             # Means over groups: a part counts as often as it has groups.
@@ -319,7 +313,15 @@ class Quantizer(nn.Module):
         )
 
     def _split(self, h: Tensor) -> tuple[Tensor, ...]:
-        """Each part's channels."""
+        """Each part's channels.
+
+        Raises:
+            ValueError: h is not [B, D, H, W].
+        """
+        if h.dim() != 4 or h.shape[1] != self.dim or h.numel() == 0:
+            raise ValueError(
+                f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
+            )
         return h.split([part.dim for part in self._parts], dim=1)
 
     def _run(self, part: Part, h: Tensor) -> QuantizerResult:
@@ -434,10 +436,6 @@ class Quantizer(nn.Module):
         Raises:
             As `forward`.
         """
-        if h.dim() != 4 or h.shape[1] != self.dim or h.numel() == 0:
-            raise ValueError(
-                f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
-            )
         found = [part.encode(x) for part, x in zip(self._parts, self._split(h), strict=True)]
         return self._arrange(
             torch.cat([part if part.dim() == 3 else part.unsqueeze(1) for part in found], dim=1)

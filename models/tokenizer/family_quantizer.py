@@ -43,7 +43,7 @@ class FamilyQuantizer(Quantizer):
                 )
         self.codes_per_group = tuple(group.size for group in counted)
         self.num_codes = self.codebook_size = sum(self.codes_per_group)
-        self.tokens_per_scale = tuple(height * width for height, width in self.scales)
+        self.tokens_per_scale = tuple(self._steps())
         self.last_losses: dict[str, Tensor] = {}
 
     @property

@@ -216,8 +216,6 @@ class TokenizerTask(Task):
         every = codebook.restart_every
         if not every or step % every or step > codebook.restart_until * steps:
             return
-        if not self._codebooks:
-            return
         images = next(self.crops.batches(position)).to(self.group.device)
         rows = self.model.quantizer.rows(self._features(images))
         if codebook.restart_rows == "by_scale":
