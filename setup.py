@@ -63,7 +63,7 @@ def kernels() -> dict[str, Any]:
 
     csrc, flags = str(ROOT / "csrc"), kernel_build.read_flags(ROOT / "csrc/flags.txt")
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.c*"))
-    sets = [x for x in flags if x.startswith("avx") and platform.machine() in ("x86_64", "AMD64")]
+    sets = kernel_build.instruction_sets(cxx, flags, platform.machine())
     parts = {x: [file for file in files if file.endswith(f"_{x}.cpp")] for x in sets}
     facts = {
         "TOKENFLOW_TORCH_VERSION": torch.__version__,

@@ -139,6 +139,20 @@ def find_toolkit(environment: Mapping[str, str]) -> tuple[str, str] | tuple[None
     return None, None
 
 
+def instruction_sets(cxx: str, flags: Mapping[str, list[str]], machine: str) -> list[str]:
+    """Those in `flags` that are `machine`'s and that the compiler knows."""
+    if machine not in ("x86_64", "AMD64"):
+        return []
+    known = []
+    for name in sorted(flags.keys() - {"cxx", "nvcc"}):
+        probe = [cxx, *flags[name], "-fsyntax-only", "-x", "c++", "/dev/null"]
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            known.append(name)
+        else:
+            print(f"{cxx} does not know {name}: the kernels for it are left out")
+    return known
+
+
 def read_flags(path: Path) -> dict[str, list[str]]:
     """The compilers' flags by name, from lines such as ``avx2: -mavx2 -mfma``."""
     lines = [line.split(": ", 1) for line in path.read_text().splitlines() if line[:1].isalpha()]

@@ -17,20 +17,20 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "packing.h"
 
 namespace tokenflow::cpu {
 namespace {
 
 #if defined(__AVX512VNNI__)
-constexpr int kLanes = 16;
 constexpr int kTileRows = 12;
 constexpr int kRowLevels = 127;
+constexpr int kTimesFloat = 4;
 #else
-constexpr int kLanes = 8;
 constexpr int kTileRows = 4;
 // Two products of a code (at most 255) and a row meet in 16 bits: 2 * 255 * 63 < 2^15.
 constexpr int kRowLevels = 63;
+constexpr int kTimesFloat = 2;
 #endif
 
 // GCC keeps arrays of this type in registers; of __m512i it does not.
@@ -89,21 +89,14 @@ static inline Ints scaled_bias(const float* bias, float scale) {
 }
 #endif
 
-constexpr int kHalfLanes = kLanes / 2;
-typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double)), aligned(8)));
-typedef float HalfFloats __attribute__((vector_size(kHalfLanes * sizeof(float)), aligned(4)));
 typedef int32_t HalfInts __attribute__((vector_size(kHalfLanes * sizeof(int32_t)), aligned(4)));
 typedef int8_t HalfBytes __attribute__((vector_size(kHalfLanes), aligned(1)));
-
-static inline Doubles load_doubles(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(p), Doubles);
-}
 
 constexpr int kVectors = 2;  // of codes in a panel
 constexpr int kPanelWidth = kVectors * kLanes;
 constexpr int kCodeLevels = 127;
 constexpr int kCodeOffset = 128;
-static_assert(kBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
+static_assert(kMostBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
 
 // A row's step is never so fine that a bias exceeds this many units.
 constexpr double kLargestBias = 1 << 28;
@@ -118,68 +111,51 @@ size_t row_bytes(int dim) { return sizeof(int32_t) * quads_of(dim); }
 
 double step(double largest) { return largest > 0 ? largest / kCodeLevels : 1.0; }
 
-static inline double larger(double a, double b) { return a > b ? a : b; }
-
-void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
-                CodeBounds* bounds) {
-  const int dim = layout.dim;
-  float* bias_line = static_cast<float*>(packed);
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(bias_line + kPanelWidth);
-  if (dim % 4 != 0) std::memset(bytes, kCodeOffset, panel_bytes(dim) - sizeof(float) * kPanelWidth);
-  const double per_step = 1 / bounds->step;
-  for (int first = 0; first < kPanelWidth; first += kHalfLanes) {
-    Doubles bias = {}, squared_length = {}, squared_error = {};
-    for (int g = 0; g < layout.groups; ++g) {
-      Doubles squared = {}, scale = {};
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        const Doubles c = load_doubles(lines + d * kPanelWidth + first);
-        squared += c * c;
-      }
-      const double root = bounds->scale * __builtin_sqrt(layout.weight[g]);
-      for (int i = 0; i < kHalfLanes; ++i) {
-        scale[i] = root * inverse_norm(squared[i], layout.l2_norm);
-        bias[i] += group_bias(squared[i], layout, g);
-      }
-      squared_length += squared * scale * scale;
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        const Doubles exact = load_doubles(lines + d * kPanelWidth + first) * scale;
-        // Positive before the conversion cuts the fraction off; `step` keeps it within a byte.
-        const HalfInts value =
-            __builtin_convertvector(exact * per_step + (kCodeOffset + 0.5), HalfInts);
-        const Doubles error =
-            exact - (__builtin_convertvector(value, Doubles) - kCodeOffset) * bounds->step;
-        squared_error += error * error;
-        uint8_t* out = bytes + (d / 4 * kPanelWidth + first) * 4 + d % 4;
-        for (int i = 0; i < kHalfLanes; ++i) out[4 * i] = static_cast<uint8_t>(value[i]);
-      }
-    }
-    bias = bias * bounds->scale * bounds->scale;
-    for (int i = 0; i < kHalfLanes; ++i) {
-      bias_line[first + i] = static_cast<float>(bias[i]);
-      bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
-      bounds->error = larger(bounds->error, __builtin_sqrt(squared_error[i]));
-      bounds->bias = larger(bounds->bias, bias[i] < 0 ? -bias[i] : bias[i]);
-    }
+// Code `from` of a panel, as it was packed, is its code `to` as well.
+static inline void copy_code(uint8_t* bytes, int quads, int from, int to) {
+  for (int q = 0; q < quads; ++q, bytes += 4 * kPanelWidth) {
+    std::memcpy(bytes + 4 * to, bytes + 4 * from, 4);
   }
 }
 
-static inline double horizontal_sum(Doubles v) {
-  double sum = 0;
-  for (int i = 0; i < kHalfLanes; ++i) sum += v[i];
-  return sum;
-}
-
-// Channels of a row are scaled this many at a time.
-constexpr int kChunk = 64;
-
-// out = channels [first, first + kChunk) of a row times their group's scale, zeros past the end.
-static inline void scale_chunk(const float* row, const CodebookLayout& layout, const double* scale,
-                               int first, double* out) {
-  std::memset(out, 0, kChunk * sizeof(double));
-  for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g] > first ? layout.begin[g] : first;
-    const int end = layout.begin[g + 1] < first + kChunk ? layout.begin[g + 1] : first + kChunk;
-    for (int d = begin; d < end; ++d) out[d - first] = static_cast<double>(row[d]) * scale[g];
+void pack_panel(const float* codes, int count, const CodebookLayout& layout, void* packed,
+                CodeBounds* bounds) {
+  const int dim = layout.dim, quads = quads_of(dim);
+  float* bias_line = static_cast<float*>(packed);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(bias_line + kPanelWidth);
+  const double per_step = 1 / bounds->step;
+  Largest largest;
+  for (int lane = 0; lane < count; ++lane) {
+    const float* code = codes + static_cast<int64_t>(lane) * dim;
+    Lengths lengths;
+    measure(code, layout, *bounds, &lengths);
+    double exact[kChunk];
+    Doubles squared_error = {};
+    for (int first = 0; first < dim; first += kChunk) {
+      const int count = scale_chunk(code, layout, lengths.scale, first, exact);
+      uint8_t values[kChunk];
+      for (int i = 0; i < count; i += kHalfLanes) {
+        const Doubles c = *reinterpret_cast<const Doubles*>(exact + i);
+        // Positive before the conversion cuts the fraction off; `step` keeps it within a byte.
+        const HalfInts value =
+            __builtin_convertvector(c * per_step + (kCodeOffset + 0.5), HalfInts);
+        const Doubles error =
+            c - (__builtin_convertvector(value, Doubles) - kCodeOffset) * bounds->step;
+        squared_error += error * error;
+        *reinterpret_cast<HalfBytes*>(values + i) = __builtin_convertvector(value, HalfBytes);
+      }
+      uint8_t* out = bytes + first * kPanelWidth + 4 * lane;
+      for (int i = 0; i < count && first + i < dim; i += 4, out += 4 * kPanelWidth) {
+        std::memcpy(out, values + i, 4);
+      }
+    }
+    bias_line[lane] = static_cast<float>(lengths.bias);
+    largest.count(lengths, horizontal_sum(squared_error));
+  }
+  largest.raise(bounds);
+  for (int lane = count; lane < kPanelWidth; ++lane) {
+    bias_line[lane] = bias_line[count - 1];
+    copy_code(bytes, quads, count - 1, lane);
   }
 }
 
@@ -189,31 +165,19 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
   int8_t* bytes = static_cast<int8_t*>(tile);
   for (int r = 0; r < count; ++r) {
     const float* row = rows + static_cast<int64_t>(r) * dim;
-    double scale[kMaxGroups], exact[kChunk];
-    double total = 0, squared_length = 0;
-    for (int g = 0; g < layout.groups; ++g) {
-      const int end = layout.begin[g + 1];
-      Doubles squares = {};
-      int d = layout.begin[g];
-      for (; d + kHalfLanes <= end; d += kHalfLanes) {
-        const Doubles z = load_doubles(row + d);
-        squares += z * z;
-      }
-      const double squared = horizontal_sum(squares) + squared_norm(row, d, end);
-      scale[g] =
-          bounds.scale * __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
-      total += squared;
-      squared_length += squared * scale[g] * scale[g];
-    }
-    if (!__builtin_isfinite(total)) {
+    Lengths lengths;
+    measure(row, layout, bounds, &lengths);
+    if (!__builtin_isfinite(lengths.squared)) {
       for (int q = 0; q < quads_of(dim); ++q) std::memset(bytes + 4 * (q * count + r), 0, 4);
       scales[r] = {__builtin_nanf(""), 0};
       continue;
     }
+    double exact[kChunk];
+    int in_chunk = 0;
     Doubles largest = {};
     for (int first = 0; first < dim; first += kChunk) {
-      scale_chunk(row, layout, scale, first, exact);
-      for (int i = 0; i < kChunk; i += kHalfLanes) {
+      in_chunk = scale_chunk(row, layout, lengths.scale, first, exact);
+      for (int i = 0; i < in_chunk; i += kHalfLanes) {
         const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
         largest = z > largest ? z : largest;
         largest = -z > largest ? -z : largest;
@@ -225,9 +189,9 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double per_unit = 1 / unit;
     Doubles squared_error = {}, packed_length = {};
     for (int first = 0; first < dim; first += kChunk) {
-      if (dim > kChunk) scale_chunk(row, layout, scale, first, exact);
+      if (dim > kChunk) in_chunk = scale_chunk(row, layout, lengths.scale, first, exact);
       int8_t values[kChunk];
-      for (int i = 0; i < kChunk; i += kHalfLanes) {
+      for (int i = 0; i < in_chunk; i += kHalfLanes) {
         const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
         // Positive before the conversion cuts the fraction off.
         const HalfInts value =
@@ -245,7 +209,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double bias_units = bounds.bias * bias_scale;
     const double bound = (__builtin_sqrt(horizontal_sum(squared_error)) * bounds.norm +
                           __builtin_sqrt(horizontal_sum(packed_length)) * bounds.error +
-                          packed_distance_error(dim, squared_length, bounds)) *
+                          packed_distance_error(dim, lengths.squared_scaled, bounds)) *
                              bias_scale +
                          // The bias in float32, its product with bias_scale, then an integer.
                          bias_units * (bounds.has_bias ? 0x1p-22 : 1.0) + 1 +
@@ -368,9 +332,9 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
 }  // namespace
 
 const CoarseScoreKernels& TOKENFLOW_COARSE_SCORE_KERNELS() {
-  static constexpr CoarseScoreKernels kernels = {kPanelWidth, kTileRows,  panel_bytes,
-                                                 row_bytes,   step,       pack_panel,
-                                                 pack_tile,   score_tile, scan_block};
+  static constexpr CoarseScoreKernels kernels = {kPanelWidth, kTileRows,  kTimesFloat, panel_bytes,
+                                                 row_bytes,   step,       pack_panel,  pack_tile,
+                                                 nullptr,     score_tile, nullptr,     scan_block};
   return kernels;
 }
 

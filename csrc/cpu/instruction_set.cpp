@@ -5,17 +5,40 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tokenflow::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "amx"};
+
+// AMX and AVX-512 in bfloat16, and the system's leave to use the former.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  if ((a & kAvx512Bf16) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // <asm/prctl.h>
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 InstructionSet best_available() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-    return __builtin_cpu_supports("avx512vnni") ? InstructionSet::kAvx512Vnni
-                                                : InstructionSet::kAvx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return InstructionSet::kAvx512;
+    return has_amx() ? InstructionSet::kAmx : InstructionSet::kAvx512Vnni;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
 #endif

@@ -11,8 +11,9 @@
 
 namespace tokenflow::cpu {
 
-// Codes get their coarse scores in blocks of this many; a row keeps one maximum for each block.
-constexpr int kBlockCodes = 256;
+// Codes get their coarse scores in blocks of at most this many, whole panels each; a row keeps one
+// maximum for each block.
+constexpr int kMostBlockCodes = 256;
 
 // Alignment of packed codes and rows.
 constexpr size_t kAlignment = 64;
@@ -47,24 +48,29 @@ struct RowScale {
 // `margin` below the row's best cannot hold the nearest code.
 struct CoarseScoreKernels {
   int panel_width;  // codes in a panel
-  int tile_rows;    // rows in a full tile
+  int tile_rows;    // rows in a full tile; every tile has room for as many
+  int times_float;  // about how many times as fast as scores in float32
 
   size_t (*panel_bytes)(int dim);
   size_t (*row_bytes)(int dim);
   // The step that packs numbers up to `largest` in magnitude.
   double (*step)(double largest);
 
-  // Packs a panel of codes given as lines [dim][panel_width] and raises `bounds` to cover them.
-  void (*pack_panel)(const float* lines, const CodebookLayout& layout, void* packed,
+  // Packs a panel of `count` (at most panel_width) codes [count, dim] and raises `bounds` to cover
+  // them. The codes that a panel lacks are copies of the last one: they change no maximum.
+  void (*pack_panel)(const float* codes, int count, const CodebookLayout& layout, void* packed,
                      CodeBounds* bounds);
   // Packs `count` (at most tile_rows) rows into a tile. The margin of a row that is not finite, or
   // so long beside the codes that float64 tells none of them apart, need not be finite either.
   void (*pack_tile)(const float* rows, int count, const CodebookLayout& layout,
                     const CodeBounds& bounds, void* tile, RowScale* scales);
+  // `begin` comes before score_tile on a thread and `end` after; both may be null.
+  void (*begin)(int dim);
   // block_max[r * stride] = the largest coarse score of tile row r in `num_panels` panels.
-  // Integers leave the biases out unless `has_bias`.
+  // Integers and bfloat16 leave the biases out unless `has_bias`.
   void (*score_tile)(const void* tile, int count, int dim, const RowScale* scales, bool has_bias,
                      const void* panels, int64_t num_panels, float* block_max, int64_t stride);
+  void (*end)();
   // The codes of a block (counted from its first) whose coarse score for tile row r is at least
   // `threshold`, in ascending order; returns how many.
   int (*scan_block)(const void* tile, int count, int r, int dim, const RowScale* scales,
@@ -101,6 +107,9 @@ struct KernelTable {
   // Scores (common/codebook.h) in float64 of some codes for a row that is normalised already.
   void (*scores)(const double* unit_row, const float* codebook, const CodebookLayout& layout,
                  const int64_t* codes, int64_t count, double* scores);
+  // The largest magnitude, for numbers that are finite, and whether they are.
+  float (*largest_magnitude)(const float* values, int64_t count);
+  bool (*all_finite)(const float* values, int64_t count);
 };
 
 const KernelTable& portable_kernels();
@@ -110,5 +119,7 @@ const KernelTable& avx512_kernels();
 // Scores in 8-bit integers: coarser, with a wider margin, and faster.
 const CoarseScoreKernels& int8_coarse_score_avx2();
 const CoarseScoreKernels& int8_coarse_score_avx512vnni();
+// In bfloat16 by AMX; null where the compiler knows no AMX.
+const CoarseScoreKernels* bf16_coarse_score_amx();
 
 }  // namespace tokenflow::cpu

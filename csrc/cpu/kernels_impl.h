@@ -8,12 +8,12 @@
 // Coarse scores, the loop that takes nearly all the time: a tile of rows is held against a panel of
 // codes, `kTileRows` x 2 vectors of scores in registers, one fused multiply-add a score and
 // channel. The argmax is not carried along: each row keeps one maximum for each block of
-// kBlockCodes codes, and the blocks that may hold the nearest code are scanned again (search.cpp).
+// codes, and the blocks that may hold the nearest code are scanned again (search.cpp).
 #include <cstdint>
 #include <cstring>
 
 #include "../common/normalize.h"
-#include "kernels.h"
+#include "packing.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -23,17 +23,12 @@ namespace tokenflow::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
 constexpr int kTileRows = 12;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kTileRows = 6;
 #else
-constexpr int kLanes = 4;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kPanelWidth = 2 * kLanes;
-static_assert(kBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
+static_assert(kMostBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -72,21 +67,6 @@ static inline float horizontal_maximum(Vector v) {
 #endif
 }
 
-// Half as many doubles fill a vector.
-constexpr int kHalfLanes = kLanes / 2;
-typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double)), aligned(8)));
-typedef float HalfVector __attribute__((vector_size(kHalfLanes * sizeof(float)), aligned(4)));
-
-static inline Doubles load_doubles(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Doubles);
-}
-
-static inline void store_floats(Doubles v, float* p) {
-  *reinterpret_cast<HalfVector*>(p) = __builtin_convertvector(v, HalfVector);
-}
-
-static inline double larger(double a, double b) { return a > b ? a : b; }
-
 // A panel: the biases, then [dim][kPanelWidth]. A tile: [dim][rows].
 size_t panel_bytes(int dim) { return sizeof(float) * kPanelWidth * (dim + 1); }
 
@@ -94,61 +74,45 @@ size_t row_bytes(int dim) { return sizeof(float) * dim; }
 
 double step(double) { return 1.0; }
 
-void pack_panel(const float* lines, const CodebookLayout& layout, void* packed,
-                CodeBounds* bounds) {
-  float* bias_line = static_cast<float*>(packed);
-  float* out = bias_line + kPanelWidth;
-  for (int first = 0; first < kPanelWidth; first += kHalfLanes) {
-    Doubles bias = {}, squared_length = {};
-    for (int g = 0; g < layout.groups; ++g) {
-      Doubles squared = {}, scale = {};
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        const Doubles c = load_doubles(lines + d * kPanelWidth + first);
-        squared += c * c;
-      }
-      for (int i = 0; i < kHalfLanes; ++i) {
-        scale[i] = bounds->scale * __builtin_sqrt(layout.weight[g]) *
-                   inverse_norm(squared[i], layout.l2_norm);
-        bias[i] += group_bias(squared[i], layout, g);
-      }
-      squared_length += squared * scale * scale;
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        const int at = d * kPanelWidth + first;
-        store_floats(load_doubles(lines + at) * scale, out + at);
-      }
-    }
-    bias = bias * bounds->scale * bounds->scale;
-    store_floats(bias, bias_line + first);
-    for (int i = 0; i < kHalfLanes; ++i) {
-      bounds->norm = larger(bounds->norm, __builtin_sqrt(squared_length[i]));
-      bounds->bias = larger(bounds->bias, bias[i] < 0 ? -bias[i] : bias[i]);
+// out = a vector times its groups' scales, channels `stride` apart.
+static inline void store_scaled(const float* vector, const CodebookLayout& layout,
+                                const Lengths& lengths, int64_t stride, float* out) {
+  for (int g = 0; g < layout.groups; ++g) {
+    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+      out[d * stride] = static_cast<float>(static_cast<double>(vector[d]) * lengths.scale[g]);
     }
   }
 }
 
+void pack_panel(const float* codes, int count, const CodebookLayout& layout, void* packed,
+                CodeBounds* bounds) {
+  float* biases = static_cast<float*>(packed);
+  Largest largest;
+  for (int lane = 0; lane < kPanelWidth; ++lane) {
+    const float* code = codes + static_cast<int64_t>(lane < count ? lane : count - 1) * layout.dim;
+    Lengths lengths;
+    measure(code, layout, *bounds, &lengths);
+    store_scaled(code, layout, lengths, kPanelWidth, biases + kPanelWidth + lane);
+    biases[lane] = static_cast<float>(lengths.bias);
+    largest.count(lengths, 0);
+  }
+  largest.raise(bounds);
+}
+
 void pack_tile(const float* rows, int count, const CodebookLayout& layout, const CodeBounds& bounds,
                void* tile, RowScale* scales) {
-  float* packed = static_cast<float*>(tile);
   for (int r = 0; r < count; ++r) {
     const float* row = rows + static_cast<int64_t>(r) * layout.dim;
-    double squared_length = 0;
-    for (int g = 0; g < layout.groups; ++g) {
-      const double squared = squared_norm(row, layout.begin[g], layout.begin[g + 1]);
-      const double scale =
-          bounds.scale * __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
-      squared_length += squared * scale * scale;
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        packed[static_cast<int64_t>(d) * count + r] =
-            static_cast<float>(static_cast<double>(row[d]) * scale);
-      }
-    }
+    Lengths lengths;
+    measure(row, layout, bounds, &lengths);
+    store_scaled(row, layout, lengths, count, static_cast<float*>(tile) + r);
     // Where scaled numbers underflow in float32, the distance's error is beyond theirs: the largest
     // of the codes, or a row of unit length, is at least 1/2.
-    scales[r].margin =
-        static_cast<float>(2 * (score_error_bound(layout.dim, __builtin_sqrt(squared_length),
-                                                  bounds.norm, bounds.bias) +
-                                packed_distance_error(layout.dim, squared_length, bounds)));
-    scales[r].bias_scale = 1;
+    const double squared = lengths.squared_scaled;
+    const double bound =
+        score_error_bound(layout.dim, __builtin_sqrt(squared), bounds.norm, bounds.bias) +
+        packed_distance_error(layout.dim, squared, bounds);
+    scales[r] = {static_cast<float>(2 * bound), 1};
   }
 }
 
@@ -252,7 +216,19 @@ int near_blocks(const float* block_max, int count, float margin, int* blocks, fl
   const float least = *threshold = best - margin;
   if (!__builtin_isfinite(least)) return 0;
   int found = 0;
-  for (b = 0; b < count; ++b) {
+  b = 0;
+#if defined(__AVX512F__) || defined(__AVX2__)
+  for (; b + kLanes <= count; b += kLanes) {
+#if defined(__AVX512F__)
+    unsigned near = _mm512_cmp_ps_mask(load(block_max + b), broadcast(least), _CMP_GE_OQ);
+#else
+    unsigned near = static_cast<unsigned>(
+        _mm256_movemask_ps(_mm256_cmp_ps(load(block_max + b), broadcast(least), _CMP_GE_OQ)));
+#endif
+    for (; near != 0; near &= near - 1) blocks[found++] = b + __builtin_ctz(near);
+  }
+#endif
+  for (; b < count; ++b) {
     blocks[found] = b;  // overwritten unless it counts: no branch to predict
     found += block_max[b] >= least;
   }
@@ -324,10 +300,24 @@ static inline void fill_zero(T* to, int64_t count) {
 }
 
 template <typename T>
-static inline bool all_finite(const T* values, int64_t count) {
+bool all_finite(const T* values, int64_t count) {
   int bad = 0;
   for (int64_t i = 0; i < count; ++i) bad |= !(values[i] - values[i] == 0);
   return bad == 0;
+}
+
+float largest_magnitude(const float* values, int64_t count) {
+  // Magnitudes are ordered as their bit patterns are, and a maximum of integers needs no order.
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    __builtin_memcpy(&bits, values + i, sizeof(bits));
+    bits &= INT32_MAX;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  __builtin_memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
 }
 
 // The averages of `pool` that are not finite once more, with sums in float64: sums of numbers close
@@ -483,12 +473,14 @@ constexpr PlaneKernels<T> plane_kernels() {
 
 const KernelTable& TOKENFLOW_KERNEL_TABLE() {
   static constexpr KernelTable table = {
-      {kPanelWidth, kTileRows, panel_bytes, row_bytes, step, pack_panel, pack_tile, score_tile,
-       scan_block},
+      {kPanelWidth, kTileRows, 1, panel_bytes, row_bytes, step, pack_panel, pack_tile, nullptr,
+       score_tile, nullptr, scan_block},
       plane_kernels<float>(),
       plane_kernels<double>(),
       near_blocks,
       scores,
+      largest_magnitude,
+      all_finite<float>,
   };
   return table;
 }

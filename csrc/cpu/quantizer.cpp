@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../common/normalize.h"
@@ -73,6 +74,9 @@ int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
   const int64_t codes = all_codes(layout);
   std::atomic<int64_t> first{codes};
   executor.for_ranges(codes, layout.dim, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (kernels().all_finite(codebook + begin * layout.dim, (end - begin) * layout.dim)) return;
+    }
     for (int64_t i = begin; i < end; ++i) {
       // x * 0 is NaN for a NaN or an infinity and 0 otherwise; one test a row.
       T sum = 0;

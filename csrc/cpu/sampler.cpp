@@ -12,6 +12,7 @@ namespace {
 SampleRow sample_row() {
 #if defined(__x86_64__)
   switch (detect_instruction_set()) {
+    case InstructionSet::kAmx:
     case InstructionSet::kAvx512Vnni:
     case InstructionSet::kAvx512:
       return sample_row_avx512;

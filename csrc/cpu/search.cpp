@@ -22,22 +22,25 @@ constexpr int kMostInt8Channels = 32768;
 // one is not worth counting.
 constexpr double kLeastBias = 0x1p-40;
 
-// Integers are tried on this many rows before what they leave to look at again is judged.
+// Scores coarser than float32 are tried on this many rows before what they leave to look at again
+// is judged.
 constexpr int64_t kTrialRows = 64;
 
-const CoarseScoreKernels* int8_coarse_score(int dim) {
-  if (dim > kMostInt8Channels) return nullptr;
+// Codes in a block. A block that may hold the nearest code is scanned row by row, at a third of the
+// speed of scoring: beside few codes that is much, beside many it is the maxima of small blocks.
+int block_codes(int64_t codes) { return codes < 4096 ? 64 : codes < 16384 ? 128 : kMostBlockCodes; }
+
+// The fastest coarse scores of this machine.
+const CoarseScoreKernels& fastest_coarse_score(int dim) {
 #if defined(__x86_64__)
-  switch (detect_instruction_set()) {
-    case InstructionSet::kAvx512Vnni:
-      return &int8_coarse_score_avx512vnni();
-    case InstructionSet::kAvx2:
-      return &int8_coarse_score_avx2();
-    default:
-      break;
+  const InstructionSet set = detect_instruction_set();
+  if (set == InstructionSet::kAmx && bf16_coarse_score_amx()) return *bf16_coarse_score_amx();
+  if (dim <= kMostInt8Channels) {
+    if (set >= InstructionSet::kAvx512Vnni) return int8_coarse_score_avx512vnni();
+    if (set == InstructionSet::kAvx2) return int8_coarse_score_avx2();
   }
 #endif
-  return nullptr;
+  return kernels().coarse_score;
 }
 
 // Threads raise a maximum together.
@@ -51,7 +54,7 @@ bool is_zero(const float* row, int dim) {
   return std::all_of(row, row + dim, [](float value) { return value == 0; });
 }
 
-std::unique_ptr<std::byte[], void (*)(std::byte*)> allocate(size_t bytes) {
+AlignedBytes allocate(size_t bytes) {
   return {static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(kAlignment))),
           [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
 }
@@ -61,6 +64,7 @@ std::unique_ptr<std::byte[], void (*)(std::byte*)> allocate(size_t bytes) {
 const KernelTable& kernels() {
 #if defined(__x86_64__)
   switch (detect_instruction_set()) {
+    case InstructionSet::kAmx:
     case InstructionSet::kAvx512Vnni:
     case InstructionSet::kAvx512:
       return avx512_kernels();
@@ -96,18 +100,23 @@ struct Searcher<float>::Tiles {
 
 // A thread's own memory, kept from call to call.
 struct Searcher<float>::Scratch {
-  std::vector<std::byte> tiles;
+  AlignedBytes tiles = allocate(0);
+  size_t tile_bytes = 0;
   std::vector<RowScale> scales;
-  std::vector<float> block_max, lines;
+  std::vector<float> block_max;
   std::vector<int64_t> candidates;
 
   Tiles pack(const Searcher& searcher, const float* rows, int64_t num_rows) {
     const CoarseScoreKernels& coarse = *searcher.packed_.coarse;
     const CodebookLayout& layout = searcher.layout_;
     const size_t row_bytes = coarse.row_bytes(layout.dim);
-    if (tiles.size() < num_rows * row_bytes) tiles.resize(num_rows * row_bytes);
+    const int64_t padded = ceil_div(num_rows, coarse.tile_rows) * coarse.tile_rows;
+    if (tile_bytes < padded * row_bytes) {
+      tile_bytes = padded * row_bytes;
+      tiles = allocate(tile_bytes);
+    }
     if (scales.size() < static_cast<size_t>(num_rows)) scales.resize(num_rows);
-    const Tiles packed = {rows, num_rows, tiles.data(), scales.data(), row_bytes, coarse.tile_rows};
+    const Tiles packed = {rows, num_rows, tiles.get(), scales.data(), row_bytes, coarse.tile_rows};
     for (int64_t t = 0; t < packed.num_tiles(); ++t) {
       coarse.pack_tile(rows + packed.first_row(t) * layout.dim, packed.count(t), layout,
                        searcher.packed_.bounds, packed.tile(t),
@@ -127,24 +136,30 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
     : layout_(layout),
       codebook_(codebook),
       executor_(executor),
-      packed_(pack(int8_coarse_score(layout.dim) ? *int8_coarse_score(layout.dim)
-                                                 : kernels().coarse_score)),
-      int8_(packed_.coarse != &kernels().coarse_score) {}
+      block_codes_(block_codes(layout.codes)),
+      packed_(pack(fastest_coarse_score(layout.dim))) {}
 
 // A bound of the numbers among the codes, normalised and times the square root of the weight.
 double Searcher<float>::largest_entry() const {
   std::atomic<double> largest{0};
+  bool same_weight = true;
   for (int g = 0; g < layout_.groups; ++g) {
     if (layout_.l2_norm) raise(largest, std::sqrt(layout_.weight[g]));
+    same_weight &= layout_.weight[g] == layout_.weight[0];
   }
   if (layout_.l2_norm) return largest;
-  executor_.for_ranges(layout_.codes, layout_.dim, [&](int64_t begin, int64_t end) {
+  const int64_t dim = layout_.dim;
+  executor_.for_ranges(layout_.codes, dim, [&](int64_t begin, int64_t end) {
+    if (same_weight) {
+      const float most = kernels().largest_magnitude(codebook_ + begin * dim, (end - begin) * dim);
+      raise(largest, static_cast<double>(most) * std::sqrt(layout_.weight[0]));
+      return;
+    }
     for (int g = 0; g < layout_.groups; ++g) {
+      const int first = layout_.begin[g], count = layout_.begin[g + 1] - first;
       float most = 0;
       for (int64_t i = begin; i < end; ++i) {
-        for (int d = layout_.begin[g]; d < layout_.begin[g + 1]; ++d) {
-          most = std::max(most, std::abs(codebook_[i * layout_.dim + d]));
-        }
+        most = std::max(most, kernels().largest_magnitude(codebook_ + i * dim + first, count));
       }
       raise(largest, static_cast<double>(most) * std::sqrt(layout_.weight[g]));
     }
@@ -163,16 +178,12 @@ Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) 
   packed.bounds.step = coarse.step(largest);
   std::atomic<double> norm{0}, error{0}, bias{0};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
-    std::vector<float>& lines = scratch().lines;
-    lines.resize(static_cast<size_t>(width) * dim);
     CodeBounds bounds = packed.bounds;
     for (int64_t p = begin; p < end; ++p) {
-      for (int lane = 0; lane < width; ++lane) {
-        // A missing code of the last panel is a copy of the last one: it changes no maximum.
-        const float* code = codebook_ + std::min(p * width + lane, layout_.codes - 1) * dim;
-        for (int d = 0; d < dim; ++d) lines[d * width + lane] = code[d];
-      }
-      coarse.pack_panel(lines.data(), layout_, packed.panels.get() + p * panel_bytes, &bounds);
+      const int64_t first = p * width;
+      const int count = static_cast<int>(std::min<int64_t>(width, layout_.codes - first));
+      coarse.pack_panel(codebook_ + first * dim, count, layout_,
+                        packed.panels.get() + p * panel_bytes, &bounds);
     }
     raise(norm, bounds.norm);
     raise(error, bounds.error);
@@ -187,16 +198,15 @@ Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) 
 
 void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {
   int64_t done = 0;
-  if (int8_ && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
+  const int faster = packed_.coarse->times_float;
+  if (faster > 1 && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
   search_some(rows, done, indices);
-  if (int8_ && rows_seen_ >= kTrialRows) {
-    const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
-    // Integers take a quarter to a half of the time of float32, and a block scanned again three
-    // times as much as a block scored; comparing a code in float64 takes as long as scoring 64.
-    if (4 * blocks_scanned_ > rows_seen_ * blocks ||
-        64 * codes_compared_ > rows_seen_ * layout_.codes) {
+  if (faster > 1 && rows_seen_ >= kTrialRows) {
+    // In units of one code's score in float32: scanning a code again takes about one, and comparing
+    // it in float64 16. Scores in float32 leave a block to scan.
+    const int64_t saved = rows_seen_ * (layout_.codes - layout_.codes / faster + block_codes_);
+    if (block_codes_ * blocks_scanned_ + 16 * codes_compared_ > saved) {
       packed_ = pack(kernels().coarse_score);
-      int8_ = false;
     }
   }
   search_some(rows + done * layout_.dim, num_rows - done, indices + done);
@@ -204,7 +214,7 @@ void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indic
 
 void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* indices) {
   if (num_rows == 0) return;
-  const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
+  const int64_t blocks = num_blocks();
   const int64_t workers = std::max(1, executor_.workers);
   const int64_t tile_rows = packed_.coarse->tile_rows;
 
@@ -239,8 +249,9 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
 // block_max [rows, blocks] for some blocks.
 void Searcher<float>::score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
                                    float* block_max) const {
-  const int64_t block_panels = kBlockCodes / packed_.coarse->panel_width;
-  const int64_t blocks = ceil_div(layout_.codes, kBlockCodes);
+  const int64_t block_panels = block_codes_ / packed_.coarse->panel_width;
+  const int64_t blocks = num_blocks();
+  if (packed_.coarse->begin) packed_.coarse->begin(layout_.dim);
   for (int64_t b = first_block; b < end_block; ++b) {
     const int64_t panel = b * block_panels;
     for (int64_t t = 0; t < tiles.num_tiles(); ++t) {
@@ -251,12 +262,13 @@ void Searcher<float>::score_blocks(const Tiles& tiles, int64_t first_block, int6
                                  block_max + tiles.first_row(t) * blocks + b, blocks);
     }
   }
+  if (packed_.coarse->end) packed_.coarse->end();
 }
 
 void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
   const int dim = layout_.dim;
-  const int blocks = static_cast<int>(ceil_div(layout_.codes, kBlockCodes));
-  const int64_t block_panels = kBlockCodes / packed_.coarse->panel_width;
+  const int blocks = static_cast<int>(num_blocks());
+  const int64_t block_panels = block_codes_ / packed_.coarse->panel_width;
   std::vector<int64_t>& candidates = scratch().candidates;
   std::vector<int> near(blocks);
   int64_t scanned = 0, compared = 0;
@@ -280,7 +292,7 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
       for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
     }
     for (int k = 0; k < found; ++k) {
-      int codes[kBlockCodes];
+      int codes[kMostBlockCodes];
       const int64_t panel = near[k] * block_panels;
       const int count = packed_.coarse->scan_block(
           tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
@@ -288,7 +300,7 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
           packed_.panels.get() + panel * packed_.panel_bytes,
           std::min(block_panels, packed_.num_panels - panel), threshold, codes);
       for (int i = 0; i < count; ++i) {
-        const int64_t code = int64_t{near[k]} * kBlockCodes + codes[i];
+        const int64_t code = int64_t{near[k]} * block_codes_ + codes[i];
         if (code < layout_.codes) candidates.push_back(code);
       }
     }

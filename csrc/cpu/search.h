@@ -12,16 +12,19 @@
 
 namespace tokenflow::cpu {
 
+using AlignedBytes = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+
 // The kernels of the instruction set in use.
 const KernelTable& kernels();
 
 template <typename T>
 class Searcher;
 
-// float32: a tile of rows gets its coarse scores with every code \(CoarseScoreKernels\), in 8-bit
-// integers where the machine is fast at them. What is kept of the scores is one maximum for a row
-// and kBlockCodes codes. Codes of the blocks that may hold the nearest one are scored again; of
-// those that may be it, nearly always one to five, the distance in float64 decides.
+// float32: a tile of rows gets its coarse scores with every code (CoarseScoreKernels), in
+// bfloat16 or 8-bit integers where the machine is fast at them. What is kept of the scores is one
+// maximum for a row and a block of codes. Codes of the blocks that may hold the nearest one are
+// scored again; of those that may be it, nearly always one to five, the distance in float64
+// decides.
 template <>
 class Searcher<float> {
  public:
@@ -34,7 +37,7 @@ class Searcher<float> {
  private:
   struct Packed {
     const CoarseScoreKernels* coarse;
-    std::unique_ptr<std::byte[], void (*)(std::byte*)> panels;
+    AlignedBytes panels;
     size_t panel_bytes;
     int64_t num_panels;
     CodeBounds bounds;
@@ -45,6 +48,7 @@ class Searcher<float> {
   Packed pack(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
   double largest_entry() const;
+  int64_t num_blocks() const { return ceil_div(layout_.codes, int64_t{block_codes_}); }
   void score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
                     float* block_max) const;
   void refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices);
@@ -54,9 +58,9 @@ class Searcher<float> {
   const CodebookLayout& layout_;
   const float* codebook_;
   const Executor& executor_;
+  const int block_codes_;
   Packed packed_;
-  bool int8_;  // packed_ holds integers
-  // Whether integers pay: what scoring in them has left to look at again so far.
+  // Whether scores coarser than float32 pay: what they have left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
 };
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
 
 namespace {
@@ -59,6 +60,11 @@ double score(const float* row, const float* code, const CodebookLayout& layout) 
   return total;
 }
 
+unsigned char* aligned(std::vector<unsigned char>& memory) {
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (kAlignment - address % kAlignment) % kAlignment;
+}
+
 struct Scorer {
   std::string name;
   const CoarseScoreKernels* kernels;
@@ -76,6 +82,9 @@ std::vector<Scorer> scorers() {
     all.push_back({"avx512", &avx512_kernels().coarse_score});
     if (__builtin_cpu_supports("avx512vnni")) {
       all.push_back({"int8 avx512vnni", &int8_coarse_score_avx512vnni()});
+    }
+    if (detect_instruction_set() == InstructionSet::kAmx && bf16_coarse_score_amx()) {
+      all.push_back({"bf16 amx", bf16_coarse_score_amx()});
     }
   }
 #endif
@@ -102,27 +111,29 @@ void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
     }
   }
   const size_t panel_bytes = coarse.panel_bytes(dim);
-  std::vector<unsigned char> panels(layout.codes * panel_bytes);
+  std::vector<unsigned char> memory(layout.codes * panel_bytes + kAlignment);
+  unsigned char* panels = aligned(memory);
   int exponent = 0;
   const double below_one = std::frexp(largest, &exponent);
   CodeBounds bounds = {std::ldexp(1.0, -exponent), coarse.step(below_one), 0, 0, 0, true};
-  std::vector<float> lines(dim * width);
   for (int64_t i = 0; i < layout.codes; ++i) {
-    for (int d = 0; d < dim; ++d) std::fill_n(&lines[d * width], width, codebook[i * dim + d]);
-    coarse.pack_panel(lines.data(), layout, panels.data() + i * panel_bytes, &bounds);
+    coarse.pack_panel(&codebook[i * dim], 1, layout, panels + i * panel_bytes, &bounds);
   }
   bounds.has_bias = has_bias;
-  std::vector<unsigned char> tile(coarse.tile_rows * coarse.row_bytes(dim));
+  std::vector<unsigned char> tile_memory(coarse.tile_rows * coarse.row_bytes(dim) + kAlignment);
+  unsigned char* tile = aligned(tile_memory);
   std::vector<RowScale> scales(coarse.tile_rows);
 
   for (int first = 0; first < count; first += coarse.tile_rows) {
     const int some = std::min(coarse.tile_rows, count - first);
-    coarse.pack_tile(rows.data() + first * dim, some, layout, bounds, tile.data(), scales.data());
+    coarse.pack_tile(rows.data() + first * dim, some, layout, bounds, tile, scales.data());
     std::vector<float> scores(some * layout.codes);
+    if (coarse.begin) coarse.begin(dim);
     for (int64_t i = 0; i < layout.codes; ++i) {
-      coarse.score_tile(tile.data(), some, dim, scales.data(), has_bias,
-                        panels.data() + i * panel_bytes, 1, scores.data() + i, layout.codes);
+      coarse.score_tile(tile, some, dim, scales.data(), has_bias, panels + i * panel_bytes, 1,
+                        scores.data() + i, layout.codes);
     }
+    if (coarse.end) coarse.end();
     for (int r = 0; r < some; ++r) {
       // Whatever is added to all scores of a row alike does not matter.
       double low = std::numeric_limits<double>::infinity(), high = -low;
@@ -140,17 +151,19 @@ void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
       if (compares_all) continue;
 
       // A scan finds, in order, the codes whose score reaches the threshold. Integers beyond 2^24
-      // are rounded where they are kept as maxima.
+      // are rounded where they are kept as maxima, and bfloat16 is summed in another order.
       const float* mine = &scores[r * layout.codes];
       std::vector<float> sorted(mine, mine + layout.codes);
       std::sort(sorted.begin(), sorted.end());
       const float threshold = sorted[layout.codes / 2];
       const float largest = std::max(std::abs(sorted.front()), std::abs(sorted.back()));
-      const float slack = largest < 0x1p24f ? 0.0f : largest * 0x1p-23f;
-      const int64_t block = std::min<int64_t>(layout.codes, kBlockCodes / width);
-      int codes[kBlockCodes];
-      const int found = coarse.scan_block(tile.data(), some, r, dim, scales.data(), has_bias,
-                                          panels.data(), block, threshold, codes);
+      const float slack = scorer.name == "bf16 amx" ? scales[r].margin
+                          : largest < 0x1p24f       ? 0.0f
+                                                    : largest * 0x1p-23f;
+      const int64_t block = std::min<int64_t>(layout.codes, kMostBlockCodes / width);
+      int codes[kMostBlockCodes];
+      const int found = coarse.scan_block(tile, some, r, dim, scales.data(), has_bias, panels,
+                                          block, threshold, codes);
       bool ok = std::is_sorted(codes, codes + found);
       for (int i = 0; i < block * width; ++i) {
         const bool is_found = std::binary_search(codes, codes + found, i);
@@ -158,6 +171,40 @@ void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
                              : mine[i / width] < threshold + slack);
       }
       expect(ok, where + ": scan_block");
+    }
+  }
+}
+
+// A panel of few codes is one whose last codes are copies, and a maximum is over all of it.
+void test_partial_panel(const Scorer& scorer) {
+  const CoarseScoreKernels& coarse = *scorer.kernels;
+  for (const int dim : {1, 7, 40, 129}) {
+    const CodebookLayout layout = test::make_layout(coarse.panel_width, {dim}, false, {1.0});
+    const std::vector<float> codes = rows_of(coarse.panel_width, dim, 0), row = rows_of(1, dim, 0);
+    const size_t bytes = coarse.panel_bytes(dim);
+    for (const int count : {1, 2, coarse.panel_width - 1, coarse.panel_width}) {
+      std::vector<unsigned char> memory((coarse.panel_width + 1) * bytes + kAlignment);
+      unsigned char* panels = aligned(memory);
+      CodeBounds bounds = {0x1p-4, coarse.step(1.0), 0, 0, 0, true};
+      coarse.pack_panel(codes.data(), count, layout, panels, &bounds);
+      CodeBounds alone = bounds;
+      for (int i = 0; i < count; ++i) {
+        coarse.pack_panel(&codes[i * dim], 1, layout, panels + (i + 1) * bytes, &alone);
+      }
+      expect(alone.norm == bounds.norm && alone.error == bounds.error && alone.bias == bounds.bias,
+             scorer.name + ": bounds cover every code of a panel");
+      std::vector<unsigned char> tile_memory(coarse.tile_rows * coarse.row_bytes(dim) + kAlignment);
+      std::vector<RowScale> scales(1);
+      coarse.pack_tile(row.data(), 1, layout, bounds, aligned(tile_memory), scales.data());
+      std::vector<float> maxima(count + 1);
+      if (coarse.begin) coarse.begin(dim);
+      for (int i = 0; i <= count; ++i) {
+        coarse.score_tile(aligned(tile_memory), 1, dim, scales.data(), true, panels + i * bytes, 1,
+                          &maxima[i], 1);
+      }
+      if (coarse.end) coarse.end();
+      expect(maxima[0] == *std::max_element(maxima.begin() + 1, maxima.end()),
+             scorer.name + ": a panel of " + std::to_string(count) + " codes");
     }
   }
 }
@@ -219,10 +266,12 @@ void test_scores(const KernelTable& table, const std::string& name) {
 
 int main() {
   const std::vector<std::pair<std::vector<int>, std::vector<double>>> groups = {
-      {{1}, {1.0}},          {{32, 8}, {1.0, 1.0}}, {{5, 3, 2}, {1.0, 0.25, 3.0}}, {{17}, {2.0}},
-      {{70, 5}, {0.5, 4.0}}, {{3, 4}, {1.0, 0.0}},  {{64, 64}, {1.0, 1.0}},
+      {{1}, {1.0}},           {{32, 8}, {1.0, 1.0}},   {{5, 3, 2}, {1.0, 0.25, 3.0}},
+      {{17}, {2.0}},          {{70, 5}, {0.5, 4.0}},   {{3, 4}, {1.0, 0.0}},
+      {{64, 64}, {1.0, 1.0}}, {{256, 44}, {1.0, 2.0}},
   };
   for (const Scorer& scorer : scorers()) {
+    test_partial_panel(scorer);
     for (const auto& [dims, weights] : groups) {
       for (const bool l2_norm : {true, false}) {
         const CodebookLayout layout = test::make_layout(40, dims, l2_norm, weights);

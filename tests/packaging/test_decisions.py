@@ -133,6 +133,16 @@ class TestFlags:
         expected = {"cxx": ["-O3", "-Wall"], "nvcc": ["-Xcompiler", "-fPIC,-Wall"]}
         assert kernel_build.read_flags(path) == expected
 
+    def test_instruction_sets_are_those_the_compiler_knows(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cxx = kernel_build.find_compiler(os.environ)
+        flags = {"cxx": ["-O3"], "nvcc": ["--none"], "plain": ["-O1"], "newer": ["-mno-such-set"]}
+        assert kernel_build.instruction_sets(cxx, flags, "x86_64") == ["plain"]
+        said = capsys.readouterr().out.splitlines()
+        assert said == [f"{cxx} does not know newer: the kernels for it are left out"]
+        assert kernel_build.instruction_sets(cxx, flags, "aarch64") == []
+
     @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
     def test_cmake_reads_the_same(self, tmp_path: Path) -> None:
         flags = kernel_build.read_flags(ROOT / "csrc" / "flags.txt")
