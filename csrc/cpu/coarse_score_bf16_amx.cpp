@@ -55,12 +55,13 @@ struct Rounded {
 
 // Writes the pairs of channels of a vector `stride` further each.
 static inline Rounded pack_vector(const float* vector, const CodebookLayout& layout,
-                                  const Lengths& lengths, uint32_t* out, int64_t stride) {
+                                  const Lengths& lengths, const double* centre, uint32_t* out,
+                                  int64_t stride) {
   Doubles packed = {}, error = {};
   for (int first = 0; first < layout.dim; first += kChunk) {
     double exact[kChunk];
     uint16_t halves[kChunk];
-    const int count = scale_chunk(vector, layout, lengths.scale, first, exact);
+    const int count = scale_chunk(vector, layout, lengths.scale, centre, first, exact);
     for (int i = 0; i < count; i += kHalfLanes) {
       const Doubles values = *reinterpret_cast<const Doubles*>(exact + i);
       const HalfWords bits =
@@ -91,7 +92,7 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
     Lengths lengths;
     measure(code, layout, *bounds, &lengths);
     const Rounded rounded =
-        pack_vector(code, layout, lengths,
+        pack_vector(code, layout, lengths, bounds->centre,
                     pairs + i / kLanes * pairs_of(layout.dim) * kLanes + i % kLanes, kLanes);
     biases[i] = static_cast<float>(lengths.bias);
     largest.count(lengths, rounded.error);
@@ -109,7 +110,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     uint32_t* pairs = reinterpret_cast<uint32_t*>(static_cast<char*>(tile) + r * bytes);
     Lengths lengths;
     measure(row, layout, bounds, &lengths);
-    const Rounded rounded = pack_vector(row, layout, lengths, pairs, 1);
+    const Rounded rounded = pack_vector(row, layout, lengths, bounds.centre, pairs, 1);
     const double packed = __builtin_sqrt(rounded.packed);
     const double magnitudes = packed * (bounds.norm + bounds.error) + bounds.bias;
     // A sum takes two steps for a pair, each rounded by at most 2^-24 of all magnitudes; 2^-23 is
@@ -117,7 +118,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double bound = __builtin_sqrt(rounded.error) * bounds.norm + packed * bounds.error +
                          (dim + 8) * 0x1p-23 * magnitudes + (dim + 8) * 0x1p-125 +
                          (bounds.has_bias ? 0 : bounds.bias) +
-                         packed_distance_error(dim, lengths.squared_scaled, bounds);
+                         packed_distance_error(dim, lengths.length, bounds);
     // Sums that may be beyond float32 tell nothing.
     const float margin = !__builtin_isfinite(lengths.squared) ? __builtin_nanf("")
                          : !(magnitudes < 0x1p120)            ? __builtin_inff()

@@ -132,7 +132,7 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
     double exact[kChunk];
     Doubles squared_error = {};
     for (int first = 0; first < dim; first += kChunk) {
-      const int count = scale_chunk(code, layout, lengths.scale, first, exact);
+      const int count = scale_chunk(code, layout, lengths.scale, bounds->centre, first, exact);
       uint8_t values[kChunk];
       for (int i = 0; i < count; i += kHalfLanes) {
         const Doubles c = *reinterpret_cast<const Doubles*>(exact + i);
@@ -176,7 +176,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     int in_chunk = 0;
     Doubles largest = {};
     for (int first = 0; first < dim; first += kChunk) {
-      in_chunk = scale_chunk(row, layout, lengths.scale, first, exact);
+      in_chunk = scale_chunk(row, layout, lengths.scale, bounds.centre, first, exact);
       for (int i = 0; i < in_chunk; i += kHalfLanes) {
         const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
         largest = z > largest ? z : largest;
@@ -189,7 +189,8 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double per_unit = 1 / unit;
     Doubles squared_error = {}, packed_length = {};
     for (int first = 0; first < dim; first += kChunk) {
-      if (dim > kChunk) in_chunk = scale_chunk(row, layout, lengths.scale, first, exact);
+      if (dim > kChunk)
+        in_chunk = scale_chunk(row, layout, lengths.scale, bounds.centre, first, exact);
       int8_t values[kChunk];
       for (int i = 0; i < in_chunk; i += kHalfLanes) {
         const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
@@ -209,7 +210,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const double bias_units = bounds.bias * bias_scale;
     const double bound = (__builtin_sqrt(horizontal_sum(squared_error)) * bounds.norm +
                           __builtin_sqrt(horizontal_sum(packed_length)) * bounds.error +
-                          packed_distance_error(dim, lengths.squared_scaled, bounds)) *
+                          packed_distance_error(dim, lengths.length, bounds)) *
                              bias_scale +
                          // The bias in float32, its product with bias_scale, then an integer.
                          bias_units * (bounds.has_bias ? 0x1p-22 : 1.0) + 1 +

@@ -21,19 +21,27 @@ constexpr size_t kAlignment = 64;
 // What coarse scores need to know of the codebook. Its codes c, and the rows z, are normalised and
 // each scaled by the square root of the weight and by `scale`; `packed` is what became of them.
 // Biases are those of such codes.
+//
+// A centre m may be taken from all of them first, so that codes that lie close together are told
+// apart: <z, c> is <z - m, c - m> + <m, c - m>, and <z, m>, which is the same for all codes. Norms
+// are then those of c - m, and a bias is that of c plus <m, c - m>, less the bias of m.
 struct CodeBounds {
-  double scale;   // a power of two, which brings the largest number among the codes below 1
-  double step;    // value of one unit of a packed number
-  double norm;    // largest |c|
-  double error;   // largest |c - packed|
-  double bias;    // largest |bias|
-  bool has_bias;  // whether scores count the biases; if not, the margin covers them
+  double scale;       // a power of two, which brings the largest number among the codes below 1
+  double step;        // value of one unit of a packed number
+  double norm;        // largest |c|
+  double error;       // largest |c - packed|
+  double bias;        // largest |bias|
+  bool has_bias;      // whether scores count the biases; if not, the margin covers them
+  double length = 0;  // largest |c|, whatever was taken from it
+  const double* centre = nullptr;  // [dim] or null
+  double centre_bias = 0;
 };
 
-// `distance_error` in units of the packed numbers, which the margins count.
+// `distance_error` in units of the packed numbers, which the margins count. It leaves more than
+// dim 2^-53 of the squares for taking the centre away.
 TOKENFLOW_HOST_DEVICE double packed_distance_error(int dim, double squared_length,
                                                    const CodeBounds& bounds) {
-  return distance_error(dim, squared_length + bounds.norm * bounds.norm,
+  return distance_error(dim, squared_length + bounds.length * bounds.length,
                         bounds.scale * bounds.scale);
 }
 

@@ -74,12 +74,14 @@ size_t row_bytes(int dim) { return sizeof(float) * dim; }
 
 double step(double) { return 1.0; }
 
-// out = a vector times its groups' scales, channels `stride` apart.
+// out = a vector times its groups' scales and less the centre, channels `stride` apart.
 static inline void store_scaled(const float* vector, const CodebookLayout& layout,
-                                const Lengths& lengths, int64_t stride, float* out) {
+                                const Lengths& lengths, const double* centre, int64_t stride,
+                                float* out) {
   for (int g = 0; g < layout.groups; ++g) {
     for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      out[d * stride] = static_cast<float>(static_cast<double>(vector[d]) * lengths.scale[g]);
+      const double value = static_cast<double>(vector[d]) * lengths.scale[g];
+      out[d * stride] = static_cast<float>(centre ? value - centre[d] : value);
     }
   }
 }
@@ -92,7 +94,7 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
     const float* code = codes + static_cast<int64_t>(lane < count ? lane : count - 1) * layout.dim;
     Lengths lengths;
     measure(code, layout, *bounds, &lengths);
-    store_scaled(code, layout, lengths, kPanelWidth, biases + kPanelWidth + lane);
+    store_scaled(code, layout, lengths, bounds->centre, kPanelWidth, biases + kPanelWidth + lane);
     biases[lane] = static_cast<float>(lengths.bias);
     largest.count(lengths, 0);
   }
@@ -105,13 +107,12 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
     const float* row = rows + static_cast<int64_t>(r) * layout.dim;
     Lengths lengths;
     measure(row, layout, bounds, &lengths);
-    store_scaled(row, layout, lengths, count, static_cast<float*>(tile) + r);
+    store_scaled(row, layout, lengths, bounds.centre, count, static_cast<float*>(tile) + r);
     // Where scaled numbers underflow in float32, the distance's error is beyond theirs: the largest
     // of the codes, or a row of unit length, is at least 1/2.
-    const double squared = lengths.squared_scaled;
     const double bound =
-        score_error_bound(layout.dim, __builtin_sqrt(squared), bounds.norm, bounds.bias) +
-        packed_distance_error(layout.dim, squared, bounds);
+        score_error_bound(layout.dim, __builtin_sqrt(lengths.norm), bounds.norm, bounds.bias) +
+        packed_distance_error(layout.dim, lengths.length, bounds);
     scales[r] = {static_cast<float>(2 * bound), 1};
   }
 }

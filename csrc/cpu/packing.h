@@ -47,29 +47,33 @@ static inline double larger(double a, double b) { return a > b ? a : b; }
 struct Lengths {
   double scale[kMaxGroups];  // of each group, to be packed
   double squared;            // as it is
-  double squared_scaled;     // times the scales
-  double bias;               // of a code, scaled
+  double length;             // squared, times the scales
+  double norm;               // squared, without the centre
+  double bias;               // of a code, as it is packed
 };
 
-// The largest of a panel's codes; of lengths and errors the squares.
-struct Largest {
-  double length = 0, error = 0, bias = 0;
-
-  void count(const Lengths& lengths, double squared_error) {
-    length = larger(length, lengths.squared_scaled);
-    error = larger(error, squared_error);
-    bias = larger(bias, lengths.bias < 0 ? -lengths.bias : lengths.bias);
-  }
-  void raise(CodeBounds* bounds) const {
-    bounds->norm = larger(bounds->norm, __builtin_sqrt(length));
-    bounds->error = larger(bounds->error, __builtin_sqrt(error));
-    bounds->bias = larger(bounds->bias, bias);
-  }
+// Squared length of a vector times the scales and less the centre, and its product with the centre.
+struct Centred {
+  double norm;
+  double with_centre;
 };
+
+static inline Centred measure_centred(const float* vector, const CodebookLayout& layout,
+                                      const double* scale, const double* centre) {
+  Centred sums = {0, 0};
+  for (int g = 0; g < layout.groups; ++g) {
+    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+      const double value = static_cast<double>(vector[d]) * scale[g] - centre[d];
+      sums.norm += value * value;
+      sums.with_centre += value * centre[d];
+    }
+  }
+  return sums;
+}
 
 static inline void measure(const float* vector, const CodebookLayout& layout,
                            const CodeBounds& bounds, Lengths* lengths) {
-  lengths->squared = lengths->squared_scaled = lengths->bias = 0;
+  lengths->squared = lengths->length = lengths->bias = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const int end = layout.begin[g + 1];
     Doubles squares = {};
@@ -83,19 +87,43 @@ static inline void measure(const float* vector, const CodebookLayout& layout,
         bounds.scale * __builtin_sqrt(layout.weight[g]) * inverse_norm(squared, layout.l2_norm);
     lengths->scale[g] = scale;
     lengths->squared += squared;
-    lengths->squared_scaled += squared * scale * scale;
+    lengths->length += squared * scale * scale;
     lengths->bias += group_bias(squared, layout, g);
   }
   lengths->bias *= bounds.scale * bounds.scale;
+  lengths->norm = lengths->length;
+  if (bounds.centre) {
+    const Centred sums = measure_centred(vector, layout, lengths->scale, bounds.centre);
+    lengths->norm = sums.norm;
+    lengths->bias += sums.with_centre - bounds.centre_bias;
+  }
 }
+
+// The largest of a panel's codes; of norms, lengths and errors the squares.
+struct Largest {
+  double norm = 0, length = 0, error = 0, bias = 0;
+
+  void count(const Lengths& lengths, double squared_error) {
+    norm = larger(norm, lengths.norm);
+    length = larger(length, lengths.length);
+    error = larger(error, squared_error);
+    bias = larger(bias, lengths.bias < 0 ? -lengths.bias : lengths.bias);
+  }
+  void raise(CodeBounds* bounds) const {
+    bounds->norm = larger(bounds->norm, __builtin_sqrt(norm));
+    bounds->length = larger(bounds->length, __builtin_sqrt(length));
+    bounds->error = larger(bounds->error, __builtin_sqrt(error));
+    bounds->bias = larger(bounds->bias, bias);
+  }
+};
 
 // Channels of a vector are scaled this many at a time.
 constexpr int kChunk = 64;
 
-// out = channels [first, first + kChunk) of a vector times their group's scale, and zeros up to a
-// whole number of kHalfLanes. Returns how many there are with these.
+// out = channels [first, first + kChunk) of a vector times their group's scale and less the centre,
+// and zeros up to a whole number of kHalfLanes. Returns how many there are with these.
 static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
-                              const double* scale, int first, double* out) {
+                              const double* scale, const double* centre, int first, double* out) {
   const int last = layout.dim - first < kChunk ? layout.dim : first + kChunk;
   for (int g = 0; g < layout.groups; ++g) {
     const int begin = layout.begin[g] > first ? layout.begin[g] : first;
@@ -103,6 +131,7 @@ static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
     for (int d = begin; d < end; ++d) out[d - first] = static_cast<double>(vector[d]) * scale[g];
   }
   int count = last - first;
+  for (int i = 0; centre && i < count; ++i) out[i] -= centre[first + i];
   for (; count % kHalfLanes != 0; ++count) out[count] = 0;
   return count;
 }

@@ -1,8 +1,13 @@
 #include "search.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <map>
 #include <new>
+#include <numeric>
+#include <utility>
 
 #include "../common/normalize.h"
 #include "instruction_set.h"
@@ -50,8 +55,62 @@ void raise(std::atomic<double>& to, double value) {
   }
 }
 
+// Where more codes than this come near to a row they are a crowd. Comparing as many takes about as
+// long as scoring the codebook.
+int64_t crowd(int64_t codes) { return 64 + codes / 256; }
+
+// A row's index while it is not known.
+constexpr int64_t kCrowded = -1;
+
+// Codes whose lengths are within a factor of 8 are a class, and so many of one are compared without
+// a search.
+constexpr int kClassOctaves = 3;
+constexpr size_t kFewCodes = 16;
+
 bool is_zero(const float* row, int dim) {
   return std::all_of(row, row + dim, [](float value) { return value == 0; });
+}
+
+// Ascending numbers of the codes that equal none before them: the others are never the nearest.
+std::vector<int64_t> different_codes(const float* codebook, int64_t codes, int dim) {
+  std::vector<int64_t> table(size_t{2} << (64 - __builtin_clzll(codes)), -1), numbers;
+  for (int64_t i = 0; i < codes; ++i) {
+    const float* code = codebook + i * dim;
+    uint64_t hash = 0;
+    for (int d = 0; d < dim; ++d) {
+      const float value = code[d] + 0.0f;  // -0 is 0
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 29;
+    }
+    for (size_t at = hash & (table.size() - 1);; at = (at + 1) & (table.size() - 1)) {
+      if (table[at] < 0) {
+        table[at] = i;
+        numbers.push_back(i);
+        break;
+      }
+      if (std::equal(code, code + dim, codebook + table[at] * dim)) break;
+    }
+  }
+  return numbers;
+}
+
+// The mean of up to kMeanCodes codes, normalised and times the square roots of the weights.
+std::vector<double> mean_of_some(const CodebookLayout& layout, const float* codebook) {
+  constexpr int64_t kMeanCodes = 1024;
+  const int64_t count = std::min(layout.codes, kMeanCodes);
+  std::vector<double> mean(layout.dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* code = codebook + i * layout.codes / count * layout.dim;
+    for (int g = 0; g < layout.groups; ++g) {
+      const int begin = layout.begin[g], end = layout.begin[g + 1];
+      const double scale = std::sqrt(layout.weight[g]) *
+                           inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
+      for (int d = begin; d < end; ++d) mean[d] += static_cast<double>(code[d]) * scale / count;
+    }
+  }
+  return mean;
 }
 
 AlignedBytes allocate(size_t bytes) {
@@ -131,17 +190,52 @@ Searcher<float>::Scratch& Searcher<float>::scratch() {
   return scratch;
 }
 
+struct Searcher<float>::Class {
+  std::vector<int64_t> numbers;  // of its codes in the codebook, ascending
+  CodebookLayout layout;
+  std::vector<float> codes;
+  std::unique_ptr<Searcher> searcher;
+};
+
 Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
                           const Executor& executor)
+    : Searcher(layout, codebook, executor, Level::kPlain) {}
+
+Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
+                          const Executor& executor, Level level)
     : layout_(layout),
       codebook_(codebook),
       executor_(executor),
       block_codes_(block_codes(layout.codes)),
-      packed_(pack(fastest_coarse_score(layout.dim))) {}
+      level_(level),
+      centre_(level == Level::kPlain ? std::vector<double>() : mean_of_some(layout, codebook)),
+      packed_(pack(level == Level::kLast ? kernels().coarse_score
+                                         : fastest_coarse_score(layout.dim))) {}
 
-// A bound of the numbers among the codes, normalised and times the square root of the weight.
+Searcher<float>::~Searcher() = default;
+
+// A bound of the numbers among the codes, normalised, times the square root of the weight and less
+// the centre.
 double Searcher<float>::largest_entry() const {
   std::atomic<double> largest{0};
+  if (!centre_.empty()) {
+    executor_.for_ranges(layout_.codes, 2 * layout_.dim, [&](int64_t begin, int64_t end) {
+      double most = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        const float* code = codebook_ + i * layout_.dim;
+        for (int g = 0; g < layout_.groups; ++g) {
+          const int first = layout_.begin[g], last = layout_.begin[g + 1];
+          const double scale = std::sqrt(layout_.weight[g]) *
+                               inverse_norm(squared_norm(code, first, last), layout_.l2_norm);
+          for (int d = first; d < last; ++d) {
+            most = std::max(most, std::abs(static_cast<double>(code[d]) * scale - centre_[d]));
+          }
+        }
+      }
+      raise(largest, most * (1 + 0x1p-40));  // packing may round otherwise
+    });
+    return largest;
+  }
   bool same_weight = true;
   for (int g = 0; g < layout_.groups; ++g) {
     if (layout_.l2_norm) raise(largest, std::sqrt(layout_.weight[g]));
@@ -171,12 +265,20 @@ Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) 
   const int dim = layout_.dim, width = coarse.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
   const size_t panel_bytes = coarse.panel_bytes(dim);
-  Packed packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}};
+  Packed packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}, {}};
   int exponent = 0;
   const double largest = std::frexp(largest_entry(), &exponent);
   packed.bounds.scale = std::ldexp(1.0, -exponent);
   packed.bounds.step = coarse.step(largest);
-  std::atomic<double> norm{0}, error{0}, bias{0};
+  if (!centre_.empty()) {
+    packed.centre = centre_;
+    for (double& value : packed.centre) value *= packed.bounds.scale;
+    packed.bounds.centre = packed.centre.data();
+    if (layout_.metric != Metric::kDot && !layout_.l2_norm) {
+      for (const double value : packed.centre) packed.bounds.centre_bias -= 0.5 * value * value;
+    }
+  }
+  std::atomic<double> norm{0}, length{0}, error{0}, bias{0};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
     CodeBounds bounds = packed.bounds;
     for (int64_t p = begin; p < end; ++p) {
@@ -186,10 +288,12 @@ Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) 
                         packed.panels.get() + p * panel_bytes, &bounds);
     }
     raise(norm, bounds.norm);
+    raise(length, bounds.length);
     raise(error, bounds.error);
     raise(bias, bounds.bias);
   });
   packed.bounds.norm = norm;
+  packed.bounds.length = length;
   packed.bounds.error = error;
   packed.bounds.bias = bias;
   packed.bounds.has_bias = bias > kLeastBias;
@@ -201,7 +305,10 @@ void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indic
   const int faster = packed_.coarse->times_float;
   if (faster > 1 && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
   search_some(rows, done, indices);
-  if (faster > 1 && rows_seen_ >= kTrialRows) {
+  if (2 * std::count(indices, indices + done, kCrowded) > done) {
+    std::fill(indices + done, indices + num_rows, kCrowded);
+    done = num_rows;
+  } else if (faster > 1 && rows_seen_ >= kTrialRows) {
     // In units of one code's score in float32: scanning a code again takes about one, and comparing
     // it in float64 16. Scores in float32 leave a block to scan.
     const int64_t saved = rows_seen_ * (layout_.codes - layout_.codes / faster + block_codes_);
@@ -210,6 +317,99 @@ void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indic
     }
   }
   search_some(rows + done * layout_.dim, num_rows - done, indices + done);
+  search_crowded(rows, num_rows, indices);
+}
+
+// The rows whose index is not known yet.
+void Searcher<float>::search_crowded(const float* rows, int64_t num_rows, int64_t* indices) {
+  const int dim = layout_.dim;
+  std::vector<int64_t> numbers;
+  std::vector<float> crowded;
+  for (int64_t n = 0; n < num_rows; ++n) {
+    if (indices[n] != kCrowded) continue;
+    const float* row = rows + n * dim;
+    if (is_zero(row, dim)) {
+      if (nearest_to_zero_ < 0) nearest_to_zero_ = nearest_to_zero();
+      indices[n] = nearest_to_zero_;
+      continue;
+    }
+    numbers.push_back(n);
+    crowded.insert(crowded.end(), row, row + dim);
+  }
+  if (numbers.empty()) return;
+  if (classes_.empty()) set_classes();
+  const auto count = static_cast<int64_t>(numbers.size());
+  std::vector<std::vector<int64_t>> found(classes_.size());
+  for (size_t c = 0; c < classes_.size(); ++c) {
+    found[c].resize(count);
+    classes_[c]->searcher->search(crowded.data(), count, found[c].data());
+  }
+  executor_.for_ranges(count, 64 * dim, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::vector<int64_t> candidates = few_;
+      for (size_t c = 0; c < classes_.size(); ++c) {
+        candidates.push_back(classes_[c]->numbers[found[c][i]]);
+      }
+      std::sort(candidates.begin(), candidates.end());
+      indices[numbers[i]] =
+          candidates.size() == 1 ? candidates[0] : nearest_of(crowded.data() + i * dim, candidates);
+    }
+  });
+}
+
+int64_t Searcher<float>::codes_compared() const {
+  int64_t compared = codes_compared_;
+  for (const auto& one : classes_) compared += one->searcher->codes_compared();
+  return compared;
+}
+
+void Searcher<float>::set_classes() {
+  const int dim = layout_.dim;
+  std::map<int, std::vector<int64_t>> by_length;
+  if (level_ == Level::kCentred) {
+    by_length[0].resize(layout_.codes);
+    std::iota(by_length[0].begin(), by_length[0].end(), 0);
+  } else {
+    for (const int64_t i : different_codes(codebook_, layout_.codes, dim)) {
+      double squared = 0;
+      for (int g = 0; g < layout_.groups && !layout_.l2_norm; ++g) {
+        squared += layout_.weight[g] *
+                   squared_norm(codebook_ + i * dim, layout_.begin[g], layout_.begin[g + 1]);
+      }
+      const int exponent = squared > 0 ? std::ilogb(squared) : -2048;
+      by_length[(exponent + 2048) / (2 * kClassOctaves)].push_back(i);
+    }
+  }
+  for (auto& [length, numbers] : by_length) {
+    if (by_length.size() > 1 && numbers.size() <= kFewCodes) {
+      few_.insert(few_.end(), numbers.begin(), numbers.end());
+      continue;
+    }
+    auto one = std::make_unique<Class>();
+    one->numbers = std::move(numbers);
+    one->layout = layout_;
+    one->layout.codes = static_cast<int64_t>(one->numbers.size());
+    one->codes.reserve(one->numbers.size() * dim);
+    for (const int64_t i : one->numbers) {
+      one->codes.insert(one->codes.end(), codebook_ + i * dim, codebook_ + (i + 1) * dim);
+    }
+    one->searcher.reset(new Searcher(one->layout, one->codes.data(), executor_,
+                                     level_ == Level::kPlain ? Level::kCentred : Level::kLast));
+    classes_.push_back(std::move(one));
+  }
+}
+
+// A row of zeros is as far from all codes of unit length, but for rounding.
+int64_t Searcher<float>::nearest_to_zero() const {
+  if (layout_.metric == Metric::kDot) return 0;  // all tie
+  const std::vector<float> zeros(layout_.dim);
+  std::vector<double> distances(layout_.codes);
+  executor_.for_ranges(layout_.codes, 8 * layout_.dim, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      distances[i] = distance(zeros.data(), codebook_ + i * layout_.dim, layout_);
+    }
+  });
+  return std::min_element(distances.begin(), distances.end()) - distances.begin();
 }
 
 void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* indices) {
@@ -275,8 +475,8 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
   for (int64_t n = 0; n < tiles.num_rows; ++n) {
     const float* row = tiles.rows + n * dim;
     const int64_t t = n / tiles.tile_rows;
-    if (layout_.metric == Metric::kDot && is_zero(row, dim)) {
-      indices[n] = 0;  // all codes tie
+    if ((layout_.metric == Metric::kDot || layout_.l2_norm) && is_zero(row, dim)) {
+      indices[n] = kCrowded;  // see nearest_to_zero
       continue;
     }
     float threshold;
@@ -291,7 +491,8 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
       // The row is too long for scores in float32: every code is compared.
       for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
     }
-    for (int k = 0; k < found; ++k) {
+    const size_t most = level_ == Level::kLast ? layout_.codes : crowd(layout_.codes);
+    for (int k = 0; k < found && candidates.size() <= most; ++k) {
       int codes[kMostBlockCodes];
       const int64_t panel = near[k] * block_panels;
       const int count = packed_.coarse->scan_block(
@@ -304,9 +505,11 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
         if (code < layout_.codes) candidates.push_back(code);
       }
     }
-    indices[n] = candidates.size() == 1 ? candidates[0] : nearest_of(row, candidates);
     scanned += found;
     compared += static_cast<int64_t>(candidates.size());
+    indices[n] = candidates.size() > most ? kCrowded
+                 : candidates.size() == 1 ? candidates[0]
+                                          : nearest_of(row, candidates);
   }
   rows_seen_ += tiles.num_rows;
   blocks_scanned_ += scanned;
@@ -330,8 +533,8 @@ int64_t Searcher<float>::nearest_of(const float* row,
   kernels().scores(unit.data(), codebook_, layout_, candidates.data(),
                    static_cast<int64_t>(candidates.size()), scores.data());
   // The definition decides between scores that are closer than their rounding and its own.
-  const double code_length = packed_.bounds.norm / packed_.bounds.scale;
-  const double bias = packed_.bounds.bias / packed_.bounds.scale / packed_.bounds.scale;
+  const double code_length = packed_.bounds.length / packed_.bounds.scale;
+  const double bias = 0.5 * code_length * code_length;  // at most
   const double threshold =
       *std::max_element(scores.begin(), scores.end()) -
       (layout_.dim + 16) * 0x1p-50 * (std::sqrt(squared_length) * code_length + bias) -

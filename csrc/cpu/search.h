@@ -25,14 +25,22 @@ class Searcher;
 // maximum for a row and a block of codes. Codes of the blocks that may hold the nearest one are
 // scored again; of those that may be it, nearly always one to five, the distance in float64
 // decides.
+//
+// Rows that so many codes come near to that comparing them would take longer than all the rest go
+// another way (`search_crowded`): copies of a code are left out, codes of very different lengths
+// are searched apart, and their mean is taken from those that lie close together.
 template <>
 class Searcher<float> {
  public:
   // codebook [codes, dim]: one, if there are several.
   Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor);
+  ~Searcher();
 
   // indices[n] = the nearest code of rows[n], 0 for a row that is not finite.
   void search(const float* rows, int64_t num_rows, int64_t* indices);
+
+  // How many codes so far came so near to a row that more than a coarse score had to decide.
+  int64_t codes_compared() const;
 
  private:
   struct Packed {
@@ -41,12 +49,23 @@ class Searcher<float> {
     size_t panel_bytes;
     int64_t num_panels;
     CodeBounds bounds;
+    std::vector<double> centre;  // of the bounds
   };
   struct Tiles;
   struct Scratch;
+  struct Class;
+
+  // Each for the rows that the one before it has too many candidates for: the codes as they are;
+  // those of a class, around their mean; the same in float32, whatever it takes.
+  enum class Level { kPlain, kCentred, kLast };
+  Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor,
+           Level level);
 
   Packed pack(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
+  void search_crowded(const float* rows, int64_t num_rows, int64_t* indices);
+  void set_classes();
+  int64_t nearest_to_zero() const;
   double largest_entry() const;
   int64_t num_blocks() const { return ceil_div(layout_.codes, int64_t{block_codes_}); }
   void score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
@@ -59,9 +78,15 @@ class Searcher<float> {
   const float* codebook_;
   const Executor& executor_;
   const int block_codes_;
+  const Level level_;
+  const std::vector<double> centre_;  // before the scale; empty: none
   Packed packed_;
   // Whether scores coarser than float32 pay: what they have left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
+  // For crowded rows, made when first wanted.
+  std::vector<std::unique_ptr<Class>> classes_;
+  std::vector<int64_t> few_;  // codes of classes too small to be searched
+  int64_t nearest_to_zero_ = -1;
 };
 
 // float64: the definition itself, over rows and codes normalised once.

@@ -93,7 +93,7 @@ std::vector<Scorer> scorers() {
 
 void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
                  const std::vector<float>& codebook, const std::vector<float>& rows,
-                 const std::string& name, bool has_bias = true) {
+                 const std::string& name, bool has_bias = true, double centre_size = 0) {
   const CoarseScoreKernels& coarse = *scorer.kernels;
   const int dim = layout.dim, width = coarse.panel_width;
   const int count = static_cast<int>(rows.size()) / dim;
@@ -115,7 +115,16 @@ void test_scorer(const Scorer& scorer, const CodebookLayout& layout,
   unsigned char* panels = aligned(memory);
   int exponent = 0;
   const double below_one = std::frexp(largest, &exponent);
-  CodeBounds bounds = {std::ldexp(1.0, -exponent), coarse.step(below_one), 0, 0, 0, true};
+  const double step = coarse.step(below_one + centre_size);
+  CodeBounds bounds = {std::ldexp(1.0, -exponent), step, 0, 0, 0, true};
+  // What is taken away need not be the middle of anything.
+  std::uniform_real_distribution<double> uniform(-centre_size, centre_size);
+  std::vector<double> centre(dim);
+  for (double& value : centre) value = uniform(generator);
+  if (centre_size > 0) {
+    bounds.centre = centre.data();
+    bounds.centre_bias = uniform(generator);
+  }
   for (int64_t i = 0; i < layout.codes; ++i) {
     coarse.pack_panel(&codebook[i * dim], 1, layout, panels + i * panel_bytes, &bounds);
   }
@@ -284,6 +293,8 @@ int main() {
                     name + ", many lengths");
         test_scorer(scorer, layout, rows_of(40, dim, 0), rows_of(30, dim, 3),
                     name + ", biases left out", false);
+        test_scorer(scorer, layout, rows_of(40, dim, 1), rows_of(30, dim, 1), name + ", a centre",
+                    true, 0.3);
         for (const double codes : {-44, -30, -20, -12, 12, 20, 37}) {
           const std::string size = ", codes of 10^" + std::to_string(static_cast<int>(codes));
           const std::vector<float> some = rows_of(40, dim, 0.3, codes);

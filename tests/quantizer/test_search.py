@@ -71,6 +71,35 @@ def test_crowded_low_dimensions(device: str, dims: list[int]) -> None:
         assert_nearest(indices, rows, codebook, dims, weights, l2_norm)
 
 
+@st.composite
+def _crowds(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, 7] and codes [K, 7]: copies, classes of lengths, and both within a little ball."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows = torch.randn(draw(st.integers(1, 120)), 7, generator=generator)
+    codes = torch.randn(draw(st.integers(1, 700)), 7, generator=generator)
+    kept = draw(st.integers(1, len(codes)))
+    codes = codes[torch.randint(kept, (len(codes),), generator=generator)]
+    decades = draw(st.sampled_from([0.0, 0.0, 1.0, 4.0]))
+    codes *= 10 ** (decades * torch.randn(len(codes), 1, generator=generator))
+    spread, centre = draw(st.sampled_from([1.0, 1e-2, 1e-4])), 5 * torch.randn(7)
+    codes = centre + spread * codes if spread < 1 else codes
+    rows = centre + spread * rows if spread < 1 and draw(st.booleans()) else rows
+    rows[torch.rand(len(rows), generator=generator) < 0.1] = 0
+    return rows, codes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=150)
+@given(crowd=_crowds(), l2_norm=st.booleans())
+def test_crowds(device: str, crowd: tuple[torch.Tensor, torch.Tensor], l2_norm: bool) -> None:
+    """Where many codes come near to a row, the lowest of equal ones is chosen too."""
+    rows, codes = crowd
+    indices = nearest_code(rows.to(device), codes.to(device), [4, 3], [1.0, 0.5], l2_norm).cpu()
+    assert_nearest(indices, rows, codes, [4, 3], [1.0, 0.5], l2_norm)
+    first = (codes[indices, None] == codes).all(dim=2).int().argmax(dim=1)
+    assert torch.equal(indices, first)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize("l2_norm", [True, False])
