@@ -86,8 +86,9 @@ struct CoarseScoreKernels {
                     int* codes);
 };
 
+// Loops along the channels of rows and planes.
 template <typename T>
-struct PlaneKernels {
+struct ChannelKernels {
   // [dim, positions] <-> [positions, dim].
   void (*to_channels_last)(const T* planes, int dim, int64_t positions, T* out);
   void (*to_channels_first)(const T* plane, int dim, int64_t positions, T* out);
@@ -101,12 +102,16 @@ struct PlaneKernels {
   // rows = transpose of upsample applied to grad_plane [to, dim]; same scratch.
   void (*upsample_transpose)(const T* grad_plane, int dim, Extent from, Extent to,
                              Upsampling upsampling, T* scratch, T* grad_rows);
+  // Digits and values of a row of `dim` channels (common/scalar_args.h), with `count` thresholds
+  // [count, dim], values [count + 1, dim] and digits to invert, or null.
+  void (*quantize_scalars)(const T* row, const T* thresholds, const T* values, int count, int dim,
+                           const bool* flips, int16_t* digits, T* codes);
 };
 
 struct KernelTable {
   CoarseScoreKernels coarse_score;
-  PlaneKernels<float> plane_float;
-  PlaneKernels<double> plane_double;
+  ChannelKernels<float> channels_float;
+  ChannelKernels<double> channels_double;
   // The blocks that may hold a row's nearest code, those whose maximum is within `margin` of the
   // largest, in ascending order; returns how many, and the least maximum that counts. It is not
   // finite, and no block is returned, where the maxima or the margin are not.

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "../common/normalize.h"
+#include "../common/scalar_args.h"
 #include "packing.h"
 
 #if defined(__AVX2__)
@@ -464,10 +465,57 @@ void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, Up
   }
 }
 
+// Numbers of a vector's size, and whole numbers of theirs.
 template <typename T>
-constexpr PlaneKernels<T> plane_kernels() {
-  return {to_channels_last<T>,   to_channels_first<T>, pool<T>,
-          pool_transpose_add<T>, upsample<T>,          upsample_transpose<T>};
+struct VectorOf;
+
+template <>
+struct VectorOf<float> {
+  typedef float Numbers __attribute__((vector_size(kLanes * 4), aligned(4)));
+  typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+  typedef int16_t Digits __attribute__((vector_size(kLanes * 2), aligned(2)));
+};
+
+template <>
+struct VectorOf<double> {
+  typedef double Numbers __attribute__((vector_size(kHalfLanes * 8), aligned(8)));
+  typedef int64_t Integers __attribute__((vector_size(kHalfLanes * 8)));
+  typedef int16_t Digits __attribute__((vector_size(kHalfLanes * 2), aligned(2)));
+};
+
+template <typename T>
+void quantize_scalars(const T* row, const T* thresholds, const T* values, int count, int dim,
+                      const bool* flips, int16_t* digits, T* codes) {
+  using Numbers = typename VectorOf<T>::Numbers;
+  using Integers = typename VectorOf<T>::Integers;
+  using Digits = typename VectorOf<T>::Digits;
+  constexpr int kWidth = sizeof(Numbers) / sizeof(T);
+  int d = 0;
+  for (; d + kWidth <= dim && !flips; d += kWidth) {
+    const Numbers numbers = *reinterpret_cast<const Numbers*>(row + d);
+    Integers digit = {};
+    Numbers code = *reinterpret_cast<const Numbers*>(values + d);
+    for (int i = 0; i < count; ++i) {
+      const int64_t line = static_cast<int64_t>(i) * dim + d;
+      const Integers exceeds = numbers > *reinterpret_cast<const Numbers*>(thresholds + line);
+      digit -= exceeds;
+      code = exceeds ? *reinterpret_cast<const Numbers*>(values + line + dim) : code;
+    }
+    *reinterpret_cast<Digits*>(digits + d) = __builtin_convertvector(digit, Digits);
+    *reinterpret_cast<Numbers*>(codes + d) = code;
+  }
+  for (; d < dim; ++d) {
+    int digit = digit_of(row[d], thresholds + d, count, dim);
+    if (flips) digit ^= flips[d];
+    digits[d] = static_cast<int16_t>(digit);
+    codes[d] = values[static_cast<int64_t>(digit) * dim + d];
+  }
+}
+
+template <typename T>
+constexpr ChannelKernels<T> channel_kernels() {
+  return {to_channels_last<T>,   to_channels_first<T>, pool<T>, pool_transpose_add<T>, upsample<T>,
+          upsample_transpose<T>, quantize_scalars<T>};
 }
 
 }  // namespace
@@ -476,8 +524,8 @@ const KernelTable& TOKENFLOW_KERNEL_TABLE() {
   static constexpr KernelTable table = {
       {kPanelWidth, kTileRows, 1, panel_bytes, row_bytes, step, pack_panel, pack_tile, nullptr,
        score_tile, nullptr, scan_block},
-      plane_kernels<float>(),
-      plane_kernels<double>(),
+      channel_kernels<float>(),
+      channel_kernels<double>(),
       near_blocks,
       scores,
       largest_magnitude,

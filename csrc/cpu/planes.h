@@ -13,11 +13,11 @@
 namespace tokenflow::cpu {
 
 template <typename T>
-const PlaneKernels<T>& plane_kernels() {
+const ChannelKernels<T>& channel_kernels() {
   if constexpr (std::is_same_v<T, float>) {
-    return kernels().plane_float;
+    return kernels().channels_float;
   } else {
-    return kernels().plane_double;
+    return kernels().channels_double;
   }
 }
 
@@ -30,7 +30,7 @@ class Planes {
       : pyramid_(pyramid),
         dim_(dim),
         executor_(executor),
-        plane_(plane_kernels<T>()),
+        plane_(channel_kernels<T>()),
         full_{pyramid.height, pyramid.width} {
     for (int s = 0; s < pyramid.num_scales; ++s) {
       const Extent e = pyramid.extent[s];
@@ -107,7 +107,7 @@ class Planes {
   const Pyramid& pyramid_;
   const int dim_;
   const Executor& executor_;
-  const PlaneKernels<T>& plane_;
+  const ChannelKernels<T>& plane_;
   const Extent full_;
   int64_t scratch_size_ = 0;
 };

@@ -1,37 +1,19 @@
 #include "scalar.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "planes.h"
 
 namespace tokenflow::cpu {
-namespace {
-
-// Digits and values of one row of `dim` channels. The channels are the inner loop: it has no
-// branch, and its vectors are as wide as the compiler's.
-template <typename T>
-void quantize_row(const T* row, const T* thresholds, const T* values, int count, int dim,
-                  const bool* flips, int16_t* digits, T* codes) {
-  std::fill_n(digits, dim, int16_t{0});
-  for (int i = 0; i < count; ++i) {
-    const T* line = thresholds + static_cast<int64_t>(i) * dim;
-    for (int d = 0; d < dim; ++d) digits[d] += row[d] > line[d];
-  }
-  if (flips) {
-    for (int d = 0; d < dim; ++d) digits[d] ^= flips[d];
-  }
-  for (int d = 0; d < dim; ++d) codes[d] = values[static_cast<int64_t>(digits[d]) * dim + d];
-}
-
-}  // namespace
-
 template <typename T>
 void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
   const int64_t tokens = tokens_per_image(pyramid);
   const int dim = args.layout.dim, count = args.layout.thresholds;
   const Planes<T> planes(pyramid, dim, executor);
+  const auto quantize = channel_kernels<T>().quantize_scalars;
   planes.each_map(2, [&](int64_t b, T* scratch) {
     thread_local std::vector<T> residual, sum;
     residual.resize(planes.plane_size());
@@ -45,9 +27,9 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
       const int64_t round = args.layout.round[s];
       for (int64_t n = 0; n < area(pyramid.extent[s]); ++n) {
         const int64_t at = first + n * dim;
-        quantize_row(args.rows + at, args.thresholds + round * count * dim,
-                     args.values + round * (count + 1) * dim, count, dim,
-                     args.flips ? args.flips + at : nullptr, args.digits + at, codes + n * dim);
+        quantize(args.rows + at, args.thresholds + round * count * dim,
+                 args.values + round * (count + 1) * dim, count, dim,
+                 args.flips ? args.flips + at : nullptr, args.digits + at, codes + n * dim);
       }
       planes.add(codes, s, scratch, sum.data(), residual.data());
     }
@@ -55,56 +37,81 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
   });
 }
 
+// Rows are seldom wide: several are one for the inner loops, with the tables as often. So many that
+// they are whole vectors, and 64 channels or more.
+static int rows_together(int dim, int count) {
+  constexpr int kWidth = 64, kVector = 16, kMostEntries = 1 << 16;
+  if (dim >= kWidth) return 1;
+  const int whole = kVector / std::gcd(kVector, dim);
+  const int together = (kWidth + whole * dim - 1) / (whole * dim) * whole;
+  return int64_t{count} * together * dim > kMostEntries ? 1 : together;
+}
+
 template <typename T>
 void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor) {
   const int dim = args.dim, count = args.thresholds;
-  if (args.rounds == 1) {
-    // Rows are seldom wide: several are one for the inner loops, with the tables as often.
-    constexpr int kWidth = 64;
-    const int together = std::max(1, kWidth / dim), width = together * dim;
-    const auto repeated = [&](const T* table, int lines) {
-      std::vector<T> out;
-      for (int i = 0; i < lines * together; ++i) {
-        const T* line = table + static_cast<int64_t>(i / together) * dim;
-        out.insert(out.end(), line, line + dim);
-      }
-      return out;
-    };
-    const std::vector<T> thresholds = repeated(args.thresholds_table, count);
-    const std::vector<T> values = repeated(args.values, count + 1);
-    executor.for_ranges(args.num_rows / together, (count + 2) * width,
-                        [&](int64_t begin, int64_t end) {
-                          for (int64_t n = begin; n < end; ++n) {
-                            const int64_t at = n * width;
-                            quantize_row(args.rows + at, thresholds.data(), values.data(), count,
-                                         width, nullptr, args.digits + at, args.codes + at);
-                          }
-                        });
-    for (int64_t n = args.num_rows / together * together; n < args.num_rows; ++n) {
-      quantize_row(args.rows + n * dim, args.thresholds_table, args.values, count, dim, nullptr,
-                   args.digits + n * dim, args.codes + n * dim);
+  const int64_t rounds = args.rounds;
+  const auto quantize = channel_kernels<T>().quantize_scalars;
+  const int together = rows_together(dim, count), width = together * dim;
+  const auto repeated = [&](const T* table, int64_t lines) {
+    std::vector<T> out;
+    out.reserve(lines * width);
+    for (int64_t i = 0; i < lines * together; ++i) {
+      const T* line = table + i / together * dim;
+      out.insert(out.end(), line, line + dim);
     }
-    return;
+    return out;
+  };
+  const std::vector<T> thresholds = repeated(args.thresholds_table, rounds * count);
+  const std::vector<T> values = repeated(args.values, rounds * (count + 1));
+  const int64_t blocks = args.num_rows / together;
+  executor.for_ranges(blocks, rounds * (count + 2) * width, [&](int64_t begin, int64_t end) {
+    if (rounds == 1) {
+      for (int64_t at = begin * width; at < end * width; at += width) {
+        quantize(args.rows + at, thresholds.data(), values.data(), count, width, nullptr,
+                 args.digits + at, args.codes + at);
+      }
+      return;
+    }
+    std::vector<T> rest(width), codes(width);
+    std::vector<int16_t> digits(width);
+    for (int64_t block = begin; block < end; ++block) {
+      std::copy_n(args.rows + block * width, width, rest.data());
+      for (int64_t r = 0; r < rounds; ++r) {
+        quantize(rest.data(), thresholds.data() + r * count * width,
+                 values.data() + r * (count + 1) * width, count, width, nullptr, digits.data(),
+                 codes.data());
+        for (int i = 0; i < width; ++i) rest[i] -= codes[i];
+        for (int row = 0; row < together; ++row) {
+          const int64_t at = ((block * together + row) * rounds + r) * dim;
+          std::copy_n(codes.data() + row * dim, dim, args.codes + at);
+          std::copy_n(digits.data() + row * dim, dim, args.digits + at);
+        }
+      }
+    }
+  });
+  std::vector<T> rest(dim);
+  for (int64_t n = blocks * together; n < args.num_rows; ++n) {
+    std::copy_n(args.rows + n * dim, dim, rest.data());
+    for (int64_t r = 0; r < rounds; ++r) {
+      const int64_t at = (n * rounds + r) * dim;
+      quantize(rest.data(), args.thresholds_table + r * count * dim,
+               args.values + r * (count + 1) * dim, count, dim, nullptr, args.digits + at,
+               args.codes + at);
+      for (int d = 0; d < dim; ++d) rest[d] -= args.codes[at + d];
+    }
   }
-  executor.for_ranges(args.num_rows, static_cast<int64_t>(args.rounds) * (count + 2) * dim,
-                      [&](int64_t begin, int64_t end) {
-                        std::vector<T> residual(dim);
-                        for (int64_t n = begin; n < end; ++n) {
-                          std::copy_n(args.rows + n * dim, dim, residual.data());
-                          for (int64_t r = 0; r < args.rounds; ++r) {
-                            const int64_t at = (n * args.rounds + r) * dim;
-                            quantize_row(residual.data(), args.thresholds_table + r * count * dim,
-                                         args.values + r * (count + 1) * dim, count, dim, nullptr,
-                                         args.digits + at, args.codes + at);
-                            for (int d = 0; d < dim; ++d) residual[d] -= args.codes[at + d];
-                          }
-                        }
-                      });
 }
 
 void pack_digits(const PackDigitsArgs& args, const Executor& executor) {
   executor.for_ranges(
       args.batch * args.tokens, args.groups * args.dim, [&](int64_t begin, int64_t end) {
+        if (args.groups == 1) {  // tokens lie as their indices do
+          for (int64_t n = begin; n < end; ++n) {
+            args.indices[n] = tokenflow::pack_digits(args, args.digits + n * args.dim);
+          }
+          return;
+        }
         for (int64_t n = begin; n < end; ++n) {
           const int64_t b = n / args.tokens, t = n % args.tokens;
           for (int g = 0; g < args.groups; ++g) {

@@ -95,7 +95,7 @@ double dot(const std::vector<T>& a, const std::vector<T>& b) {
   return sum;
 }
 
-void test_adjoints(const PlaneKernels<double>& plane, const char* name) {
+void test_adjoints(const ChannelKernels<double>& plane, const char* name) {
   const int dim = 5;
   for (const Extent full : {Extent{7, 7}, Extent{4, 9}, Extent{1, 6}}) {
     for (const Extent grid : {Extent{1, 1}, Extent{3, 2}, Extent{7, 7}, Extent{9, 4}}) {
@@ -190,13 +190,13 @@ int run_all() {
   test_geometry();
   test_executor();
   test_search();
-  test_adjoints(portable_kernels().plane_double, "adjoints (portable)");
+  test_adjoints(portable_kernels().channels_double, "adjoints (portable)");
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    test_adjoints(avx2_kernels().plane_double, "adjoints (avx2)");
+    test_adjoints(avx2_kernels().channels_double, "adjoints (avx2)");
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-    test_adjoints(avx512_kernels().plane_double, "adjoints (avx512)");
+    test_adjoints(avx512_kernels().channels_double, "adjoints (avx512)");
   }
 #endif
   if (failures == 0) std::printf("ok\n");
