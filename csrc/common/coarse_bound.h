@@ -36,6 +36,11 @@
 //      it, for which two more of the (width + 8) are counted.
 //
 // With E the sum of the four, the code that float64 picks has S_i >= max S - 2 E.
+//
+// Codes that lie close together are packed without a centre m, and the rows then too: <z, c> is
+// <z - m, c - m> + <m, c - m>, and <z, m>, which is the same for all codes. So z - m, c - m and
+// bias + <m, c - m> less the bias of m take the places of z, c and the bias above. Taking the
+// centre away rounds by 2^-53 (|c| + |m|), for which distance_error has room.
 #pragma once
 
 #include <cmath>
@@ -59,7 +64,7 @@ constexpr int kSmallestFactorExponent = -24;
 // A code that must not win: -2^15 against the 2^15 of every row, below every other score.
 constexpr float kExclusion = 32768.0f;
 
-// The largest length and |bias| of the codes that are finite.
+// The largest length and |bias| of the codes that get a coarse score, as they are packed.
 struct CodebookRange {
   double length;
   double bias;
@@ -143,11 +148,11 @@ TOKENFLOW_HOST_DEVICE float bias_factor(const RowExponents& exponents, const Cod
 // A bound that was measured in float64, rounded up.
 TOKENFLOW_HOST_DEVICE float round_up(double x) { return static_cast<float>(x) * 1.000001f; }
 
-// Part 3 for a row of this length.
-TOKENFLOW_HOST_DEVICE float coarse_distance_error(int dim, double length,
+// Part 3 for a row of this length and codes of up to this length, both as they are.
+TOKENFLOW_HOST_DEVICE float coarse_distance_error(int dim, double length, double code_length,
                                                   const RowExponents& exponents,
                                                   const CodebookRange& range) {
-  const double squares = length * length + range.length * range.length;
+  const double squares = length * length + code_length * code_length;
   return round_up(
       ldexp(distance_error(dim, squares), exponents.length + code_exponents(range).length));
 }
@@ -160,9 +165,10 @@ TOKENFLOW_HOST_DEVICE float coarse_distance_error(int dim, double length,
 // |z| |c| <= squares / 2, and so do weights, lengths and their reciprocals together: (dim + 8)
 // 2^-53 `squares` in all, a quarter of distance_error. With E' = 1.25 distance_error, which bounds
 // what lies between this score and the rounded distance, the code that float64 distances pick has
-// s_i >= max s - 2 E'. This is 2 E' and a little more for a row of this length.
-TOKENFLOW_HOST_DEVICE double score_margin(int dim, double length, const CodebookRange& range) {
-  return 3 * distance_error(dim, length * length + range.length * range.length);
+// s_i >= max s - 2 E'. This is 2 E' and a little more for a row of this length and codes of up to
+// this length.
+TOKENFLOW_HOST_DEVICE double score_margin(int dim, double length, double code_length) {
+  return 3 * distance_error(dim, length * length + code_length * code_length);
 }
 
 // E for a row, with operands of `width` columns.

@@ -96,6 +96,8 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value
   return atomicAdd(address, value);
 }
 
+__device__ __forceinline__ void atomic_max(int* address, int value) { atomicMax(address, value); }
+
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   // Two's complement addition is the same for both signs.
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
@@ -122,6 +124,15 @@ __device__ __forceinline__ void atomic_max_not_negative(double* address, double 
 }
 
 // --- Half precision and tensor cores ---
+
+// The number itself, of which the compiler knows nothing: what is computed from it stays where it
+// is needed and holds no register before.
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
 
 // The nearest half, ties to even.
 __device__ __forceinline__ uint16_t to_half(float value) {

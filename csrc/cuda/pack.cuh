@@ -58,11 +58,43 @@ __device__ __forceinline__ int operand_word(int64_t n, int half) {
   return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
 }
 
+// Codes whose lengths are within kBinOctaves powers of two; all zero before they are measured.
+struct LengthBin {
+  double length;  // the largest
+  double bias;    // likewise, of |bias|
+  int count;
+};
+
+constexpr int kBinOctaves = 3;
+constexpr int kLengthBins = 128;
+
+// Bins 3 to 104 hold what float32 holds; the lowest one codes of no length, too.
+__device__ __forceinline__ int length_bin(double length) {
+  if (!(length > 0)) return 0;
+  int exponent = 0;
+  (void)frexp(length, &exponent);
+  const int bin = (exponent + 160) / kBinOctaves;
+  return bin < 0 ? 0 : (bin < kLengthBins ? bin : kLengthBins - 1);
+}
+
+// A few codes that are much longer than all others get no coarse score: they would loosen the bound
+// of the others. Every row looks at them in float64.
+constexpr int kMostOutliers = kWarpSize;
+
 // What coarse scores need to know of a whole codebook; all zero before it is packed.
 struct CodebookSummary {
   CodebookRange range;
+  double length;      // largest of the codes that get a coarse score, as they are
+  double any_length;  // of all that are finite
+  double centre_bias;
   CoarseCodeBounds bounds;
+  int has_centre;  // whether the centre is taken away (coarse_bound.h)
+  int num_outliers;
+  int outliers[kMostOutliers];
 };
+
+// What becomes of a code, once its length is known: the number of its bin at first.
+constexpr unsigned char kNoCoarseScore = 255, kCoarseScore = 254;
 
 // The nearest of some codes to a row.
 struct NearestOfSome {
@@ -72,12 +104,24 @@ struct NearestOfSome {
 
 // Codebooks, each padded to whole tiles.
 struct PackedCodes {
-  uint4* fragments;  // missing codes of the last tile, and codes that are not finite, never win
+  uint4* fragments;  // codes without a coarse score, and missing ones of the last tile, never win
   double* inverse_norms;  // [books, codes, groups]: reciprocal lengths
   double* bias;           // [books, codes], see codebook.h; -infinity for a code that is not finite
+  unsigned char* fate;    // [books, codes]
+  double* centre;         // [books, dim]
   NearestOfSome* to_zero;    // [books, padded / 32] of each 32 codes: the nearest to a row of zeros
   CodebookSummary* summary;  // [books]
+  LengthBin* bins;           // [books, kLengthBins]
+  int* first_of_hash;        // [books, hash_slots]: codes - the lowest code, or 0
 };
+
+// Slots for the codes' hashes, a power of two. Two different codes may share one: copies of the
+// second are then not seen as such, and only cost time.
+__host__ __device__ __forceinline__ int64_t hash_slots(const CodebookLayout& layout) {
+  int64_t slots = 2;
+  while (slots < 2 * layout.codes) slots *= 2;
+  return slots;
+}
 
 // Rows of each codebook, padded alike.
 struct PackedRows {
@@ -85,6 +129,7 @@ struct PackedRows {
   double* inverse_norms;    // [books, padded, groups]
   CoarseRowBounds* bounds;  // [books, padded]
   const CodebookSummary* codes;
+  const double* centre;  // [books, dim], see the codes'
 };
 
 // Where row n of a codebook lies among all tokens of a scale.
@@ -117,9 +162,14 @@ inline int64_t packed_vectors(int64_t padded, int dim) {
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
   const int64_t padded = layout.books * padded_codes(layout), codes = all_codes(layout);
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
-          workspace.take<double>(codes * layout.groups), workspace.take<double>(codes),
+          workspace.take<double>(codes * layout.groups),
+          workspace.take<double>(codes),
+          workspace.take<unsigned char>(codes),
+          workspace.take<double>(layout.books * layout.dim),
           workspace.take<NearestOfSome>(padded / kWarpSize),
-          workspace.take<CodebookSummary>(layout.books)};
+          workspace.take<CodebookSummary>(layout.books),  // from here on zero at first
+          workspace.take<LengthBin>(layout.books * kLengthBins),
+          workspace.take<int>(layout.books * hash_slots(layout))};
 }
 
 // For `num_rows` rows of each codebook.
@@ -129,7 +179,7 @@ inline PackedRows take_packed_rows(Workspace& workspace, const CodebookLayout& l
   const int64_t padded = layout.books * padded_rows(num_rows);
   return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
           workspace.take<double>(padded * layout.groups), workspace.take<CoarseRowBounds>(padded),
-          codes.summary};
+          codes.summary, codes.centre};
 }
 
 // inverse_norms [books, codes, groups]: reciprocal lengths of the codebooks' rows.
@@ -196,21 +246,43 @@ __device__ __forceinline__ VectorSize measure_vector(const float* vector,
   return {sqrt(square), bias, true};
 }
 
+// Of a vector normalised by groups and times the square roots of the weights, without the centre.
+struct CentredVector {
+  double square;       // its length squared
+  double with_centre;  // its product with the centre
+};
+
+// By kPackLanes lanes, the same in each of them.
+__device__ __forceinline__ CentredVector measure_centred(const float* vector,
+                                                         const CodebookLayout& layout,
+                                                         const double* inverse_norms,
+                                                         const double* centre) {
+  double square = 0, with_centre = 0;
+  for (int g = 0; g < layout.groups; ++g) {
+    const double factor = sqrt(layout.weight[g]) * inverse_norms[g];
+    for (int d = layout.begin[g] + lane_index() % kPackLanes; d < layout.begin[g + 1];
+         d += kPackLanes) {
+      const double value = static_cast<double>(vector[d]) * factor - centre[d];
+      square += value * value;
+      with_centre += value * centre[d];
+    }
+  }
+  return {sum_over_lanes<kPackLanes>(square), sum_over_lanes<kPackLanes>(with_centre)};
+}
+
 // Lengths in scaled units, as packed and of the difference from the exact vector; upper bounds.
 struct PackedLengths {
   float packed;
   float error;
 };
 
-// Writes vector n, normalised by groups and times the square roots of the weights and 2^exponent; a
-// vector that is not `finite` as zeros. `inverse_norms` are those of measure_vector,
-// written by this lane. The lengths are in every lane.
+// Writes vector n, normalised by groups, times the square roots of the weights, less `centre`
+// unless that is null, and times 2^exponent; a vector that does not count as zeros. `inverse_norms`
+// are those of measure_vector, written by this lane. The lengths are in every lane.
 template <Operand kOperand>
-__device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool finite,
-                                                     const CodebookLayout& layout,
-                                                     const double* inverse_norms, int exponent,
-                                                     const SpareColumns& spare, int64_t n,
-                                                     uint4* fragments) {
+__device__ __forceinline__ PackedLengths pack_vector(
+    const float* vector, bool counts, const CodebookLayout& layout, const double* inverse_norms,
+    const double* centre, int exponent, const SpareColumns& spare, int64_t n, uint4* fragments) {
   const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
   unsigned* words =
       reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
@@ -231,8 +303,9 @@ __device__ __forceinline__ PackedLengths pack_vector(const float* vector, bool f
     const double factor = sqrt(layout.weight[g]) * power * inverse_norms[g];
     for (; column(i) < end; ++i) {
       // The product is rounded to float32 before it is rounded to half: see coarse_packed_lengths.
-      const float value =
-          finite ? static_cast<float>(static_cast<double>(vector[column(i)]) * factor) : 0.0f;
+      double exact = static_cast<double>(vector[column(i)]) * factor;
+      if (centre) exact -= centre[column(i)] * power;
+      const float value = counts ? static_cast<float>(exact) : 0.0f;
       const uint16_t half = to_half(value);
       const float rounded = from_half(half);
       packed += rounded * rounded;
@@ -255,17 +328,22 @@ __device__ __forceinline__ void pack_row(const float* row, bool exists,
                                          const PackedRows& packed) {
   double* inverse_norms = packed.inverse_norms + n * layout.groups;
   const VectorSize size = measure_vector(row, layout, inverse_norms);
-  const CodebookRange range = packed.codes[book].range;
-  const RowExponents exponents = row_exponents(size.length, range);
+  const CodebookSummary& codes = packed.codes[book];
+  const CodebookRange range = codes.range;
+  const double* centre = codes.has_centre ? packed.centre + book * layout.dim : nullptr;
+  double length = size.length;
+  if (centre) length = sqrt(measure_centred(row, layout, inverse_norms, centre).square);
+  const RowExponents exponents = row_exponents(length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);
   const PackedLengths lengths = pack_vector<Operand::kRows>(
-      row, exists && size.finite, layout, inverse_norms, exponents.length,
+      row, exists && size.finite, layout, inverse_norms, centre, exponents.length,
       {{half, half}, to_half(kExclusion)}, n, packed.fragments);
   if (exists && lane_index() % kPackLanes == 0) {
-    packed.bounds[n] = {size.finite ? lengths.packed : NAN, lengths.error, factor,
-                        coarse_distance_error(layout.dim, size.length, exponents, range),
-                        score_margin(layout.dim, size.length, range)};
+    packed.bounds[n] = {
+        size.finite ? lengths.packed : NAN, lengths.error, factor,
+        coarse_distance_error(layout.dim, size.length, codes.length, exponents, range),
+        score_margin(layout.dim, size.length, codes.length)};
   }
 }
 

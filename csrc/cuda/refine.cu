@@ -17,8 +17,12 @@ __device__ __forceinline__ double negative_infinity() { return -static_cast<doub
 // A row that is looked at by a warp.
 struct Row {
   const float* values;
-  const double* inverse_norms;  // [groups]
-  double margin;                // see score_margin
+  int64_t packed;  // its number among the packed rows
+  double margin;   // see score_margin
+
+  __device__ __forceinline__ double inverse_norm(const SearchArgs& args, int group) const {
+    return args.packed.inverse_norms[packed * args.layout.groups + group];
+  }
 };
 
 // The codebook whose codes the block's rows are compared with. It is asked for where it is needed,
@@ -132,7 +136,7 @@ __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, 
     double sum = 0;
 #pragma unroll 1
     for (int g = 0; g < layout.groups; ++g) {
-      const double scale = layout.weight[g] * row.inverse_norms[g] * inverse_norms[g];
+      const double scale = layout.weight[g] * row.inverse_norm(args, g) * inverse_norms[g];
       double dot = 0;
 #pragma unroll 4
       for (int d = layout.begin[g] + team_lane; d < layout.begin[g + 1]; d += kTeamLanes) {
@@ -159,12 +163,43 @@ __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, 
   }
 }
 
+// score_margin where the outliers' lengths count too, from the row's own: it has the row's length.
+// An inner product is rounded in proportion to |z| |c| alone.
+__device__ __forceinline__ double outlier_margin(const SearchArgs& args, double margin) {
+  const CodebookLayout& layout = args.layout;
+  const double square = margin / (3 * distance_error(layout.dim, 1));
+  const double longest = args.codes.summary[book_of_block()].any_length;
+  const double squares = layout.metric == Metric::kDot ? 2 * sqrt(square) * longest + square
+                                                       : square + longest * longest;
+  return 3 * distance_error(layout.dim, squares);
+}
+
+// The score of an outlier in float64, by a lane alone.
+__device__ __forceinline__ double outlier_score(const SearchArgs& args, const Row& row, int code) {
+  const CodebookLayout& layout = args.layout;
+  const int64_t number = code_of_block(layout, code);
+  const float* values = args.codebook + number * layout.dim;
+  double score = args.codes.bias[number];
+#pragma unroll 1
+  for (int g = 0; g < layout.groups; ++g) {
+    double dot = 0;
+#pragma unroll 1
+    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
+      dot += static_cast<double>(row.values[d]) * static_cast<double>(values[d]);
+    }
+    score += dot * layout.weight[g] * row.inverse_norm(args, g) *
+             args.codes.inverse_norms[number * layout.groups + g];
+  }
+  return score;
+}
+
 // Coarse scores of a tile again with packed row n, in float32: a quad sums the columns of a code
 // that its lanes hold. A bit for each of the codes tile * kTileCodes + quad_vector() + 32 i that
 // may be the nearest.
 __device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t n, int tile,
                                                  float threshold) {
   constexpr int kFragments = kTileFragments / 2;  // at a time, to save registers
+  n = opaque(n);                                  // likewise: this is seldom wanted
   const int steps = operand_steps(args.layout.dim);
   const uint4* codes = args.codes.fragments +
                        fragment_index(book_of_block() * padded_codes(args.layout) +
@@ -215,7 +250,8 @@ __device__ __forceinline__ double row_squared_error(const SearchArgs& args, cons
 #pragma unroll 1
     for (int d = layout.begin[g] + lane_index(); d < layout.begin[g + 1]; d += kWarpSize) {
       const float q = static_cast<float>(static_cast<double>(code[d]) * code_scales[g]);
-      const float z = static_cast<float>(static_cast<double>(row.values[d]) * row.inverse_norms[g]);
+      const float z =
+          static_cast<float>(static_cast<double>(row.values[d]) * row.inverse_norm(args, g));
       const double difference = static_cast<double>(q) - static_cast<double>(z);
       sum += difference * difference;
     }
@@ -280,8 +316,7 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
     return;
   }
   const CoarseRowBounds bounds = args.packed.bounds[packed];
-  const Row row = {args.rows + token() * layout.dim,
-                   args.packed.inverse_norms + packed * layout.groups, bounds.score_margin};
+  Row row = {args.rows + token() * layout.dim, packed, bounds.score_margin};
   NearestCandidate nearest;
   const int num_records = static_cast<int>(runs.num_records);
   const ScoreRecord* records =
@@ -291,29 +326,53 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
   for (int r = lane; r < num_records; r += kWarpSize) best = fmaxf(best, records[r].best);
   best = max_over_warp(best, 1);
   const bool decidable = fabsf(bounds.length) < infinity() && best > kExcludedScore;
-  if (decidable && bounds.length == 0 && is_zero(row.values, layout.dim)) {
+  const auto may_be_zero = [&] {
+    return bounds.length == 0 || args.codes.summary[book_of_block()].has_centre;
+  };
+  if (decidable && may_be_zero() && is_zero(row.values, layout.dim)) {
     nearest.index = nearest_to_zero(args);
   } else if (decidable) {
     const float threshold =
         best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns, bounds,
                                       args.codes.summary[book_of_block()].bounds);
+    // At last the outliers, which are seldom near: each lane has one.
+    bool have_outliers = args.codes.summary[book_of_block()].num_outliers > 0;
 #pragma unroll 1
-    for (int r0 = 0; r0 < num_records; r0 += kWarpSize) {
+    for (int r0 = 0; r0 < num_records || have_outliers; r0 += kWarpSize) {
       const bool exists = r0 + lane < num_records;
       const ScoreRecord record = records[exists ? r0 + lane : 0];
-      const unsigned whole = ballot(record.runner_up >= threshold);
+      unsigned whole = ballot(record.runner_up >= threshold);
+      unsigned near = ballot(exists && record.best >= threshold);
+      int outlier = -1;
+      if (r0 >= num_records) {
+        have_outliers = false;
+        whole = 0;
+        row.margin = outlier_margin(args, row.margin);
+        const CodebookSummary& codes = args.codes.summary[book_of_block()];
+        double score = negative_infinity();
+        if (lane < codes.num_outliers) {
+          outlier = codes.outliers[lane];
+          score = outlier_score(args, row, outlier);
+        }
+        const double most = max_over_warp(score, 1);
+        if (!(score >= (most > nearest.score ? most : nearest.score) - row.margin)) outlier = -1;
+        near = ballot(outlier >= 0) != 0 ? 1u : 0u;
+      }
 #pragma unroll 1
-      for (unsigned near = ballot(exists && record.best >= threshold); near != 0;
-           near &= near - 1) {
+      for (; near != 0; near &= near - 1) {
         const int from = lowest_bit(near);
         const int tag = shuffle(tag_of(record.best), from);
         const bool rescore = (whole >> from & 1u) != 0;
         int tile = (r0 + from) * runs.record_tiles;
         const int left = num_tiles(layout) - tile;
         const int last_tile = tile + (left < runs.record_tiles ? left : runs.record_tiles);
-        // Lanes 0 to 3 hold the group's codes, or all lanes those of each tile.
+        // Lanes 0 to 3 hold the group's codes, or all lanes those of each tile, or an outlier.
         int first = tile * kTileCodes + group_code(tag, lane % kGroupCodes);
         unsigned codes = lane < kGroupCodes ? 1u : 0u;
+        if (r0 >= num_records) {
+          first = outlier;
+          codes = outlier >= 0 ? 1u : 0u;
+        }
         do {
           if (rescore) {
             first = tile * kTileCodes + quad_vector();

@@ -124,6 +124,15 @@ int main() {
   {  // Rows, round by round.
     const Floats rows = random_floats(300 * 3, 7), values = random_floats(2 * 5 * 3, 8);
     Floats thresholds = random_floats(2 * 4 * 3, 9);
+    for (int i = 0; i < 2 * 3; ++i) {  // a channel's are ascending
+      float* of_channel = thresholds.data() + i / 3 * 12 + i % 3;
+      for (int a = 0; a < 4; ++a) {
+        for (int b = a + 1; b < 4; ++b) {
+          if (of_channel[3 * b] < of_channel[3 * a])
+            std::swap(of_channel[3 * a], of_channel[3 * b]);
+        }
+      }
+    }
     Floats codes = poisoned<float>(300 * 2 * 3), wanted_codes = codes;
     Digits digits = poisoned<int16_t>(300 * 2 * 3), wanted_digits = digits;
     ScalarRowsArgs<float> args = {

@@ -68,6 +68,7 @@ struct Stages {
   cuda::PackedRows rows;
   cuda::ScoreRecord* records;
   int64_t num_records, record_codes;
+  int64_t work, refine_work;  // warp operations, of all stages and of the last
   Indices indices;
 
   // Scores and refines as for a device of so many multiprocessors, or with so many tiles of codes
@@ -80,6 +81,7 @@ struct Stages {
       rows = cuda::take_packed_rows(memory, layout, num_rows, codes);
     });
     take([&](cuda::Workspace& memory) { records = cuda::take_records(memory, layout, num_rows); });
+    work = -emulation::warp_operations();
     CHECK(cuda::launch_pack(layout, codebook.data(), codes, row_values.data(),
                             {num_rows, 0, num_rows, 1}, num_rows, rows, nullptr) == cudaSuccess,
           "pack");
@@ -104,7 +106,10 @@ struct Stages {
     num_records = runs.num_records;
     record_codes = int64_t{runs.record_tiles} * 128;
     CHECK(cuda::launch_coarse_score(args, 0, num_rows, runs, nullptr) == cudaSuccess, "scores");
+    refine_work = -emulation::warp_operations();
     CHECK(cuda::launch_refine(args, 0, num_rows, runs, nullptr) == cudaSuccess, "refine");
+    refine_work += emulation::warp_operations();
+    work += emulation::warp_operations();
   }
 
   // Memory of its own for each, so that its end is guarded.
@@ -157,6 +162,9 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
                    const Floats& row_values, double* needed = nullptr, int tiles_per_block = 0) {
   const Stages stages(layout, codebook, row_values, 4, tiles_per_block);
   const CodebookRange range = stages.codes.summary->range;
+  const bool has_centre = stages.codes.summary->has_centre != 0;
+  const Vector centre = has_centre ? Vector(stages.codes.centre, stages.codes.centre + layout.dim)
+                                   : Vector(layout.dim);
   const auto weighted = [&](const float* values) {
     Vector vector = normalized(values, layout);
     for (int g = 0; g < layout.groups; ++g) {
@@ -179,6 +187,8 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
     codes.push_back(weighted(codebook.data() + i * layout.dim));
     long double bias = -0.5L * dot(codes.back(), codes.back());
     for (int g = 0; layout.l2_norm && g < layout.groups; ++g) bias += 0.5L * layout.weight[g];
+    if (layout.metric == Metric::kDot) bias = 0;
+    if (has_centre) bias -= stages.codes.summary->centre_bias;
     biases.push_back(bias);
     packed_codes.emplace_back();
     for (int k = 0; k < columns; ++k) {
@@ -188,8 +198,10 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
   double share = 0, most = 0;
   for (int64_t n = 0; n < stages.num_rows; ++n) {
     const Vector row = weighted(row_values.data() + n * layout.dim);
+    Vector centred = row;
+    for (int d = 0; d < layout.dim; ++d) centred[d] -= centre[d];
     const RowExponents exponents =
-        row_exponents(std::sqrt(static_cast<double>(dot(row, row))), range);
+        row_exponents(std::sqrt(static_cast<double>(dot(centred, centred))), range);
     const long double unit = std::ldexp(1.0L, exponents.length + code_exponents(range).length);
     Floats packed;
     for (int k = 0; k < columns; ++k) {
@@ -198,7 +210,11 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
     const double bound = stages.bound(n);
     std::vector<long double> scores;
     for (int64_t i = 0; i < layout.codes; ++i) {
-      const long double exact = unit * (dot(row, codes[i]) + biases[i]);
+      if (stages.codes.fate[i] != cuda::kCoarseScore) {
+        scores.push_back(-INFINITY);
+        continue;
+      }
+      const long double exact = unit * (dot(row, codes[i]) - dot(row, centre) + biases[i]);
       scores.push_back(exact);
       float up = 0, down = 0;
       for (int k = 0; k < columns; ++k) up = add_cut(up, packed[k], packed_codes[i][k]);
@@ -221,7 +237,9 @@ double check_bound(const char* name, const CodebookLayout& layout, const Floats&
         long double& most = group.count(i) ? best : others;
         most = std::max(most, scores[i]);
       }
-      CHECK(std::fabs(got.best - best) <= bound && others <= got.best + bound,
+      CHECK(std::isfinite(static_cast<double>(best))
+                ? std::fabs(got.best - best) <= bound && others <= got.best + bound
+                : got.best < -0x1p29f,
             "%s: row %ld, record %ld: %g, not %g", name, static_cast<long>(n), static_cast<long>(r),
             static_cast<double>(got.best), static_cast<double>(best));
       CHECK(std::isfinite(static_cast<double>(others)) ? std::fabs(got.runner_up - others) <= bound
@@ -259,6 +277,94 @@ void random_case(const char* name, int64_t codes, const std::vector<int>& dims, 
   compare((std::string(name) + ", inner product").c_str(), layout, codebook, rows);
 }
 
+// Codebooks in which many codes come near to every row take at most twice the work of any other.
+void check_crowds() {
+  constexpr int kDim = 40, kCodes = 1200, kRows = 96;
+  const Floats gaussian = random_floats(kCodes * kDim, 600),
+               rows = random_floats(kRows * kDim, 601);
+  struct Case {
+    std::string name;
+    Floats codes, rows;
+  };
+  std::vector<Case> cases = {{"ordinary", gaussian, rows}};
+  const auto add = [&](const char* name) -> Case& {
+    cases.push_back({name, gaussian, rows});
+    return cases.back();
+  };
+  const auto scale = [](Floats& values, int64_t i, float factor) {
+    for (int d = 0; d < kDim; ++d) values[i * kDim + d] *= factor;
+  };
+  Floats& equal = add("equal codes").codes;
+  for (size_t i = kDim; i < equal.size(); ++i) equal[i] = equal[i % kDim];
+  Floats& nearly = add("nearly all equal").codes;
+  for (size_t i = 0; i < nearly.size(); ++i) {
+    if (i / kDim % 97 != 5) nearly[i] = nearly[i % kDim];
+  }
+  Floats& pairs = add("every code twice").codes;
+  std::copy_n(pairs.begin(), pairs.size() / 2, pairs.begin() + kCodes / 2 * kDim);
+  Floats& zeros = add("codes of zeros").codes;
+  for (size_t i = kDim * 10; i < zeros.size(); ++i) zeros[i] = i % 2 ? 0.0f : -0.0f;
+  Floats& undefined = add("half of the codes not numbers").codes;
+  for (int64_t i = 0; i < kCodes; i += 2) {
+    undefined[i * kDim + i % kDim] = std::numeric_limits<float>::quiet_NaN();
+  }
+  Floats& zero_rows = add("rows of zeros").rows;
+  std::fill(zero_rows.begin(), zero_rows.begin() + kRows / 2 * kDim, 0.0f);
+  for (const float factor : {100.0f, 1e6f, 1e15f}) scale(add("a giant").codes, 700, factor);
+  Floats& giants = add("many giants").codes;
+  for (int i = 0; i < 30; ++i) scale(giants, 40 * i + i, i % 2 ? 1e4f : 1e2f);
+  const Floats centre = random_floats(kDim, 602);
+  for (const float spread : {1e-1f, 1e-2f, 1e-3f, 1e-4f}) {
+    for (const bool of_rows : {false, true}) {
+      Case& one = add(of_rows ? "rows and codes close together" : "codes close together");
+      for (size_t i = 0; i < one.codes.size(); ++i) {
+        one.codes[i] = centre[i % kDim] + spread * one.codes[i];
+      }
+      for (size_t i = 0; i < one.rows.size() && of_rows; ++i) {
+        one.rows[i] = centre[i % kDim] + spread * one.rows[i];
+      }
+    }
+  }
+  for (const Metric metric : {Metric::kSquaredL2, Metric::kDot}) {
+    for (const bool l2_norm : {true, false}) {
+      CodebookLayout layout = make_layout(kCodes, {32, 8}, l2_norm, {1.0, 0.5});
+      layout.metric = metric;
+      double work = 0, refine_work = 0;
+      for (const Case& one : cases) {
+        const std::string name = one.name + (l2_norm ? ", unit groups" : "") +
+                                 (metric == Metric::kDot ? ", inner product" : "");
+        const Stages stages(layout, one.codes, one.rows, 4);
+        if (work == 0) {
+          work = static_cast<double>(stages.work);
+          refine_work = static_cast<double>(stages.refine_work);
+        }
+        const double all = static_cast<double>(stages.work) / work;
+        const double refine = static_cast<double>(stages.refine_work) / refine_work;
+        CHECK(all <= 1.5 && refine <= 2.5, "%s: %.2f times the usual work, refine %.2f times",
+              name.c_str(), all, refine);
+        for (int n = 0; n < kRows; ++n) {
+          double best = std::numeric_limits<double>::infinity();
+          int64_t wanted = 0;
+          for (int64_t i = 0; i < kCodes; ++i) {
+            const double d = tokenflow::distance(one.rows.data() + n * kDim,
+                                                 one.codes.data() + i * kDim, layout);
+            if (!(d < best)) continue;
+            best = d;
+            wanted = i;
+          }
+          CHECK(stages.indices[n] == wanted, "%s: row %d takes %ld, not %ld", name.c_str(), n,
+                static_cast<long>(stages.indices[n]), static_cast<long>(wanted));
+        }
+        CodebookLayout some = layout;
+        some.codes = 300;
+        if (one.name == "half of the codes not numbers") continue;
+        check_bound(name.c_str(), some, Floats(one.codes.begin(), one.codes.begin() + 300 * kDim),
+                    Floats(one.rows.begin(), one.rows.begin() + 10 * kDim));
+      }
+    }
+  }
+}
+
 // By the inner product: codes of any length, equal ones, and rows and codes of zeros.
 void check_inner_product() {
   CodebookLayout layout = make_layout(300, {20, 4}, false, {1.0, 0.5});
@@ -287,6 +393,7 @@ void check_inner_product() {
 
 int main() {
   check_inner_product();
+  check_crowds();
   random_case("TokenFlow's groups", 300, {32, 8}, true, {1.0, 1.0}, 131, 1);
   random_case("weights", 257, {5, 3, 2}, true, {1.0, 0.25, 3.0}, 17, 2);
   random_case("no normalisation", 128, {7}, false, {}, 33, 3);
@@ -435,7 +542,13 @@ int main() {
   }
   {  // Only the row is rounded, or only the codes, and all in the direction of the sum.
     const CodebookLayout layout = make_layout(3, {40}, false);
-    const Floats round(3 * 40, 1.0f), between(3 * 40, 1.0f + 0.99f / 2048);
+    Floats round(3 * 40, 1.0f), between(3 * 40, 1.0f + 0.99f / 2048);
+    for (Floats* values : {&round, &between}) {  // all different, around zero
+      for (int d = 0; d < 40; ++d) {
+        (*values)[40 + d] *= -1;
+        (*values)[80 + d] = 0;
+      }
+    }
     double needed = 0;
     check_bound("rounded rows", layout, round, between, &needed);
     CHECK(needed > 0.5, "%g of the bound needed", needed);

@@ -142,7 +142,7 @@ struct Machine {
 
   Order order = Order::kForward;
   std::mt19937 random;
-  int64_t launches = 0;
+  int64_t launches = 0, warp_operations = 0;
   std::map<const void*, size_t> allowed;
 };
 
@@ -296,6 +296,8 @@ void set_order(Order order, unsigned seed) {
 
 int64_t launches() { return machine().launches; }
 
+int64_t warp_operations() { return machine().warp_operations; }
+
 const Dim3& current_thread() { return machine().current->index; }
 const Dim3& current_block() { return machine().current->block->index; }
 void* shared_memory() { return machine().current->block->shared.get(); }
@@ -373,6 +375,7 @@ const unsigned char* post(unsigned mask, const char* operation, const void* valu
   fiber.state = State::kAtWarpOperation;
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
+    ++m.warp_operations;
     for (unsigned i = warp_index * kWarp; i < (warp_index + 1) * kWarp; ++i) {
       fiber.block->fibers[i].state = State::kReady;
     }

@@ -36,6 +36,10 @@ void set_order(Order order, unsigned seed = 0);
 // Kernels launched since the start of the program.
 int64_t launches();
 
+// What whole warps did together since then, shuffles and ballots and products of tensor cores: what
+// a kernel's time follows where that depends on the data.
+int64_t warp_operations();
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
