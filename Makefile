@@ -31,7 +31,7 @@ TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help train train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report docs lint \
-	format cpp cuda-compile sass setup clean FORCE
+	format cpp cpp-aarch64 cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -51,7 +51,8 @@ help:
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
 	@echo 'make docs          the documentation as a site, in build/docs/index.html'
 	@echo 'make lint          check style and types; make format mends the style'
-	@echo 'make cpp           build the C++ library without torch and run its tests'
+	@echo 'make cpp           build the C++ library without torch and run its tests; make cpp-aarch64 the'
+	@echo '                   same for aarch64 (needs g++-aarch64-linux-gnu and qemu-user)'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
 	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory)'
@@ -139,6 +140,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+cpp-aarch64:
+	$(CMAKE) -S . -B build/aarch64 -DTOKENFLOW_WERROR=ON -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		'-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu'
+	$(CMAKE) --build build/aarch64 --parallel $(JOBS)
+	cd build/aarch64 && ctest --output-on-failure --parallel $(JOBS)
 
 cpp:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON

@@ -44,7 +44,8 @@ def kernels() -> dict[str, Any]:
         fix = "Fix: pip install torch, or leave out --no-build-isolation"
         raise kernel_build.BuildError(f"{sys.executable} has no torch. {fix}") from error
     kernel_build.check_torch(torch.__version__)
-    env, cores = os.environ, len(os.sched_getaffinity(0))
+    env, mac = os.environ, sys.platform == "darwin"
+    cores = os.cpu_count() or 1 if mac else len(os.sched_getaffinity(0))
     cxx = kernel_build.find_compiler(env)
     jobs = kernel_build.job_limit(cores, kernel_build.available_memory(), env.get("MAX_JOBS"))
     home, nvcc = kernel_build.find_toolkit(env)
@@ -87,7 +88,7 @@ def kernels() -> dict[str, Any]:
         define_macros=[("TORCH_TARGET_VERSION", abi)]
         + [("USE_CUDA", None), ("TOKENFLOW_WITH_CUDA", None)] * cuda,
         extra_compile_args={"cxx": flags["cxx"], "nvcc": [*flags["nvcc"], f"-ccbin={cxx}"]},
-        extra_link_args=["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"],
+        extra_link_args=[] if mac else ["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )
     # Of torch the C shim alone, of CUDA the static runtime: all else ties a library to a version.
@@ -99,7 +100,8 @@ def kernels() -> dict[str, Any]:
             # flags.txt is all: Python's own flags may ask for another compiler or processor.
             names = ("compiler_so", "compiler_so_cxx", "compiler_cxx", "linker_exe_cxx")
             self.compiler.set_executables(**dict.fromkeys(names, cxx))
-            self.compiler.set_executables(linker_so_cxx=f"{cxx} -shared")
+            linker = f"{cxx} -shared" + " -undefined dynamic_lookup" * mac
+            self.compiler.set_executables(linker_so_cxx=linker)
             super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:

@@ -101,6 +101,8 @@ def job_limit(cores: int, memory: int, setting: str | None = None) -> int:
 
 def available_memory() -> int:
     """Bytes free for new processes: the machine's, or the container's where that is less."""
+    if not Path("/proc/meminfo").exists():  # macOS: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
     with suppress(OSError, ValueError):  # no control group, or "max" where it has no limit
         limit, used = (Path(f"/sys/fs/cgroup/memory.{x}").read_text() for x in ("max", "current"))
@@ -141,10 +143,10 @@ def find_toolkit(environment: Mapping[str, str]) -> tuple[str, str] | tuple[None
 
 def instruction_sets(cxx: str, flags: Mapping[str, list[str]], machine: str) -> list[str]:
     """Those in `flags` that are `machine`'s and that the compiler knows."""
-    if machine not in ("x86_64", "AMD64"):
-        return []
+    here = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}.get(machine)
+    of = {"portable": here, "dotprod": "arm", "cxx": None, "nvcc": None}
     known = []
-    for name in sorted(flags.keys() - {"cxx", "nvcc"}):
+    for name in sorted(name for name in flags if here and of.get(name, "x86") == here):
         probe = [cxx, *flags[name], "-fsyntax-only", "-x", "c++", "/dev/null"]
         if subprocess.run(probe, capture_output=True).returncode == 0:
             known.append(name)

@@ -1,5 +1,5 @@
-// Body of coarse_score_int8_avx2.cpp and coarse_score_int8_avx512vnni.cpp: coarse scores in
-// 8-bit integers.
+// Body of coarse_score_int8_avx2.cpp, coarse_score_int8_avx512vnni.cpp and
+// coarse_score_int8_dotprod.cpp: coarse scores in 8-bit integers.
 // TOKENFLOW_COARSE_SCORE_KERNELS names the function that the including file defines. Internal
 // linkage, as in kernels_impl.h.
 //
@@ -10,9 +10,14 @@
 //
 // where the integer sum is exact. |e| and |a Z| are measured for every row, max |c| and max |f|
 // over the codes, so the bound follows what rounding really did. The bias, if any code has one that
-// matters, is rounded to units of a b. Codes are stored with 128 added, as unsigned bytes, which is
-// what the instructions multiply with signed ones; it adds 128 sum Z to every score of a row alike.
+// matters, is rounded to units of a b. On x86 codes are stored with 128 added, as unsigned bytes,
+// which is what the instructions multiply with signed ones; it adds 128 sum Z to every score of a
+// row alike.
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -26,6 +31,10 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kRowLevels = 127;
 constexpr int kTimesFloat = 4;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kTileRows = 8;
+constexpr int kRowLevels = 127;
+constexpr int kTimesFloat = 3;
 #else
 constexpr int kTileRows = 4;
 // Two products of a code (at most 255) and a row meet in 16 bits: 2 * 255 * 63 < 2^15.
@@ -56,9 +65,36 @@ static inline Ints dot4(Ints sum, Ints codes, Ints row) {
 
 static inline unsigned at_least(Ints a, Ints b) { return _mm512_cmpge_epi32_mask(raw(a), raw(b)); }
 
+constexpr int kCodeOffset = 128;
+
 static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(
       _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(scale))));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+static inline int32x4_t raw(Ints a) { return reinterpret_cast<int32x4_t>(a); }
+
+static inline Ints maximum(Ints a, Ints b) {
+  return reinterpret_cast<Ints>(vmaxq_s32(raw(a), raw(b)));
+}
+
+static inline int32_t horizontal_maximum(Ints a) { return vmaxvq_s32(raw(a)); }
+
+static inline Ints dot4(Ints sum, Ints codes, Ints row) {
+  return reinterpret_cast<Ints>(
+      vdotq_s32(raw(sum), reinterpret_cast<int8x16_t>(codes), reinterpret_cast<int8x16_t>(row)));
+}
+
+static inline unsigned at_least(Ints a, Ints b) {
+  unsigned mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (a[i] >= b[i] ? 1u : 0u) << i;
+  return mask;
+}
+
+constexpr int kCodeOffset = 0;
+
+static inline Ints scaled_bias(const float* bias, float scale) {
+  return reinterpret_cast<Ints>(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(bias), scale)));
 }
 #else
 static inline __m256i raw(Ints a) { return reinterpret_cast<__m256i>(a); }
@@ -83,6 +119,8 @@ static inline unsigned at_least(Ints a, Ints b) {
   return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less))) & 0xffu;
 }
 
+constexpr int kCodeOffset = 128;
+
 static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(
       _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(bias), _mm256_set1_ps(scale))));
@@ -95,7 +133,6 @@ typedef int8_t HalfBytes __attribute__((vector_size(kHalfLanes), aligned(1)));
 constexpr int kVectors = 2;  // of codes in a panel
 constexpr int kPanelWidth = kVectors * kLanes;
 constexpr int kCodeLevels = 127;
-constexpr int kCodeOffset = 128;
 static_assert(kMostBlockCodes % kPanelWidth == 0, "a block is a whole number of panels");
 
 // A row's step is never so fine that a bias exceeds this many units.
@@ -123,6 +160,7 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
   const int dim = layout.dim, quads = quads_of(dim);
   float* bias_line = static_cast<float*>(packed);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(bias_line + kPanelWidth);
+  constexpr int kPositive = kCodeLevels + 1;
   const double per_step = 1 / bounds->step;
   Largest largest;
   for (int lane = 0; lane < count; ++lane) {
@@ -138,11 +176,11 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
         const Doubles c = *reinterpret_cast<const Doubles*>(exact + i);
         // Positive before the conversion cuts the fraction off; `step` keeps it within a byte.
         const HalfInts value =
-            __builtin_convertvector(c * per_step + (kCodeOffset + 0.5), HalfInts);
-        const Doubles error =
-            c - (__builtin_convertvector(value, Doubles) - kCodeOffset) * bounds->step;
+            __builtin_convertvector(c * per_step + (kPositive + 0.5), HalfInts) - kPositive;
+        const Doubles error = c - __builtin_convertvector(value, Doubles) * bounds->step;
         squared_error += error * error;
-        *reinterpret_cast<HalfBytes*>(values + i) = __builtin_convertvector(value, HalfBytes);
+        *reinterpret_cast<HalfBytes*>(values + i) =
+            __builtin_convertvector(value + kCodeOffset, HalfBytes);
       }
       uint8_t* out = bytes + first * kPanelWidth + 4 * lane;
       for (int i = 0; i < count && first + i < dim; i += 4, out += 4 * kPanelWidth) {

@@ -9,16 +9,20 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace tokenflow::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "amx", "dotprod"};
 
+#if defined(__x86_64__)
 // AMX and AVX-512 in bfloat16, and the system's leave to use the former.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
@@ -32,6 +36,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 InstructionSet best_available() {
 #if defined(__x86_64__)
@@ -42,6 +47,11 @@ InstructionSet best_available() {
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
 #endif
+#if defined(__aarch64__) && defined(__APPLE__)
+  return InstructionSet::kDotprod;  // every one has it
+#elif defined(__aarch64__) && defined(__linux__)
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) return InstructionSet::kDotprod;
+#endif
   return InstructionSet::kPortable;
 }
 
@@ -51,6 +61,8 @@ InstructionSet choose() {
   if (!wanted || *wanted == '\0') return best;
   std::string supported;
   for (int i = 0; i <= static_cast<int>(best); ++i) {
+    const bool is_arm = static_cast<InstructionSet>(i) == InstructionSet::kDotprod;
+    if (i > 0 && is_arm != (best == InstructionSet::kDotprod)) continue;  // another processor's
     if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<InstructionSet>(i);
     supported += (i ? ", " : "") + std::string(kNames[i]);
   }

@@ -132,6 +132,7 @@ const KernelTable& avx512_kernels();
 // Scores in 8-bit integers: coarser, with a wider margin, and faster.
 const CoarseScoreKernels& int8_coarse_score_avx2();
 const CoarseScoreKernels& int8_coarse_score_avx512vnni();
+const CoarseScoreKernels& int8_coarse_score_dotprod();  // of NEON
 // In bfloat16 by AMX; null where the compiler knows no AMX.
 const CoarseScoreKernels* bf16_coarse_score_amx();
 

@@ -121,7 +121,7 @@ struct Largest {
 constexpr int kChunk = 64;
 
 // out = channels [first, first + kChunk) of a vector times their group's scale and less the centre,
-// and zeros up to a whole number of kHalfLanes. Returns how many there are with these.
+// and zeros up to a whole number of kHalfLanes and of 4. Returns how many there are with these.
 static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
                               const double* scale, const double* centre, int first, double* out) {
   const int last = layout.dim - first < kChunk ? layout.dim : first + kChunk;
@@ -132,7 +132,7 @@ static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
   }
   int count = last - first;
   for (int i = 0; centre && i < count; ++i) out[i] -= centre[first + i];
-  for (; count % kHalfLanes != 0; ++count) out[count] = 0;
+  for (; count % (kHalfLanes < 4 ? 4 : kHalfLanes) != 0; ++count) out[count] = 0;
   return count;
 }
 

@@ -44,6 +44,10 @@ const CoarseScoreKernels& fastest_coarse_score(int dim) {
     if (set >= InstructionSet::kAvx512Vnni) return int8_coarse_score_avx512vnni();
     if (set == InstructionSet::kAvx2) return int8_coarse_score_avx2();
   }
+#elif defined(__aarch64__)
+  if (detect_instruction_set() == InstructionSet::kDotprod && dim <= kMostInt8Channels) {
+    return int8_coarse_score_dotprod();
+  }
 #endif
   return kernels().coarse_score;
 }

@@ -7,7 +7,7 @@ library=$1
 symbols=$(nm -C --defined-only "$library")
 grep -q '_avx2\.cpp\.o:' <<<"$symbols" || { echo "no *_avx2 object in $library"; exit 1; }
 weak=$(awk '/\.o:$/ { object = $0; next }
-            object ~ /_(avx2|avx512|avx512vnni|amx)\.cpp\.o:$/ && $2 ~ /^[WwVvu]$/ { print object, $0 }' <<<"$symbols")
+            object ~ /_(avx2|avx512|avx512vnni|amx|dotprod)\.cpp\.o:$/ && $2 ~ /^[WwVvu]$/ { print object, $0 }' <<<"$symbols")
 if [[ -n $weak ]]; then
   printf 'weak symbols in objects of one instruction set:\n%s\n' "$weak"
   exit 1

@@ -87,6 +87,10 @@ std::vector<Scorer> scorers() {
       all.push_back({"bf16 amx", bf16_coarse_score_amx()});
     }
   }
+#elif defined(__aarch64__)
+  if (detect_instruction_set() == InstructionSet::kDotprod) {
+    all.push_back({"int8 dotprod", &int8_coarse_score_dotprod()});
+  }
 #endif
   return all;
 }

@@ -152,9 +152,11 @@ class TestFlags:
             Path(entry["file"]).name: entry["command"].split()
             for entry in json.loads((tmp_path / "compile_commands.json").read_text())
         }
-        x86 = platform.machine() in ("x86_64", "AMD64")
+        cxx = kernel_build.find_compiler(os.environ)
+        here = kernel_build.instruction_sets(cxx, flags, platform.machine())
         for name in (path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")):
-            instruction_set = flags.get(name[:-4].rpartition("_")[2], []) if x86 else []
+            suffix = name[:-4].rpartition("_")[2]
+            instruction_set = flags[suffix] if suffix in here else []
             found = commands[name]
             assert {*flags["cxx"], *instruction_set} <= {*found}
             machine = {flag for flag in instruction_set if flag.startswith("-m")}

@@ -12,7 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from kernel_build import read_flags
+from kernel_build import find_compiler, instruction_sets, read_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,10 +198,11 @@ class TestArguments:
             for path in (unpacked / "csrc" / folder).glob("*.cpp")
         }
         assert {name for name in found if name.endswith(".cpp")} == sources
-        x86 = platform.machine() in ("x86_64", "AMD64")
+        here = instruction_sets(find_compiler(os.environ), flags, platform.machine())
         for name in sources:
             assert {*flags["cxx"]} <= {*found[name]}
-            instruction_set = flags.get(name[:-4].rpartition("_")[2], []) if x86 else []
+            suffix = name[:-4].rpartition("_")[2]
+            instruction_set = flags[suffix] if suffix in here else []
             machine = {flag for flag in instruction_set if flag.startswith("-m")}
             assert {flag for flag in found[name] if flag.startswith("-m")} == machine, name
         assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in found["schema.cpp"]

@@ -88,7 +88,14 @@ class TestBuildInfo:
         major, minor = map(int, info["torch"].split(".")[:2])
         assert (major, minor) >= (2, 10)
         assert info["torch_running"] == torch.__version__
-        assert info["cpu_instruction_set"] in ("portable", "avx2", "avx512", "avx512_vnni", "amx")
+        assert info["cpu_instruction_set"] in (
+            "portable",
+            "avx2",
+            "avx512",
+            "avx512_vnni",
+            "amx",
+            "dotprod",
+        )
         assert re.match(r"(gcc|clang) \d+", info["compiler"])
         assert Path(info["library"]).is_file()
         if info["cuda"] is None:

@@ -263,7 +263,9 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(alone, nearest_code(rows, codebook, [32, 8]))
 
 
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_vnni", "amx"])
+@pytest.mark.parametrize(
+    "instruction_set", ["portable", "avx2", "avx512", "avx512_vnni", "amx", "dotprod"]
+)
 def test_every_instruction_set(instruction_set: str) -> None:
     """The same check in a process that is held to one instruction set."""
     program = """
