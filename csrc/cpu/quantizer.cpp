@@ -17,10 +17,12 @@ namespace {
 template <typename T>
 class Searchers {
  public:
-  Searchers(const CodebookLayout& layout, const T* codebook, const Executor& executor) {
+  // For about so many rows of each.
+  Searchers(const CodebookLayout& layout, const T* codebook, const Executor& executor,
+            int64_t rows) {
     for (int64_t book = 0; book < layout.books; ++book) {
       searchers_.push_back(std::make_unique<Searcher<T>>(
-          layout, codebook + book * layout.codes * layout.dim, executor));
+          layout, codebook + book * layout.codes * layout.dim, executor, rows));
     }
   }
 
@@ -93,7 +95,7 @@ int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
 
 template <typename T>
 void nearest_code(const NearestCodeArgs<T>& args, const Executor& executor) {
-  Searchers<T> searchers(args.layout, args.codebook, executor);
+  Searchers<T> searchers(args.layout, args.codebook, executor, args.num_rows);
   for (int64_t book = 0; book < args.layout.books; ++book) {
     searchers[book].search(args.rows + book * args.num_rows * args.layout.dim, args.num_rows,
                            args.indices + book * args.num_rows);
@@ -110,7 +112,7 @@ void quantize(const QuantizeArgs<T>& args, const Executor& executor) {
   const ResidualPass<T> pass(pyramid, args.layout, args.codebook, executor);
   const int64_t plane = pass.plane_size();
   const int64_t books = args.layout.books, maps = pass.maps_per_book();
-  Searchers<T> searchers(args.layout, args.codebook, executor);
+  Searchers<T> searchers(args.layout, args.codebook, executor, maps * tokens);
   std::vector<T> residual(pyramid.batch * plane), sum(pyramid.batch * plane), rows, next_rows;
   std::vector<int64_t> found;
   std::vector<double> error(pyramid.batch);

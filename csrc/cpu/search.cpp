@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <list>
 #include <map>
+#include <mutex>
 #include <new>
 #include <numeric>
 #include <utility>
@@ -26,6 +28,9 @@ constexpr int kMostInt8Channels = 32768;
 // Normalised codes have a bias of float64's rounding, but for those without a length. So small a
 // one is not worth counting.
 constexpr double kLeastBias = 0x1p-40;
+
+// Beside no more rows than this, packing the codes is a good part of a search.
+constexpr int64_t kFewRows = 1024;
 
 // Scores coarser than float32 are tried on this many rows before what they leave to look at again
 // is judged.
@@ -170,7 +175,7 @@ struct Searcher<float>::Scratch {
   std::vector<int64_t> candidates;
 
   Tiles pack(const Searcher& searcher, const float* rows, int64_t num_rows) {
-    const CoarseScoreKernels& coarse = *searcher.packed_.coarse;
+    const CoarseScoreKernels& coarse = *searcher.packed_->coarse;
     const CodebookLayout& layout = searcher.layout_;
     const size_t row_bytes = coarse.row_bytes(layout.dim);
     const int64_t padded = ceil_div(num_rows, coarse.tile_rows) * coarse.tile_rows;
@@ -182,7 +187,7 @@ struct Searcher<float>::Scratch {
     const Tiles packed = {rows, num_rows, tiles.get(), scales.data(), row_bytes, coarse.tile_rows};
     for (int64_t t = 0; t < packed.num_tiles(); ++t) {
       coarse.pack_tile(rows + packed.first_row(t) * layout.dim, packed.count(t), layout,
-                       searcher.packed_.bounds, packed.tile(t),
+                       searcher.packed_->bounds, packed.tile(t),
                        scales.data() + packed.first_row(t));
     }
     return packed;
@@ -201,20 +206,117 @@ struct Searcher<float>::Class {
   std::unique_ptr<Searcher> searcher;
 };
 
-Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
-                          const Executor& executor)
-    : Searcher(layout, codebook, executor, Level::kPlain) {}
+// The last few codebooks that were searched with few rows, as they were packed and as they are: a
+// codebook is compared with its copy before what was packed of it is used again. It is kept the
+// second time it seems to be the same, so that one in training is not copied at every step.
+class PackedCodebooks {
+ public:
+  using Packed = Searcher<float>::Packed;
+
+  static PackedCodebooks& instance() {
+    static PackedCodebooks all;
+    return all;
+  }
+
+  // What pack() returns, or returned for the same codes and kernels.
+  template <typename Pack>
+  std::shared_ptr<const Packed> get(const CodebookLayout& layout, const float* codebook,
+                                    const CoarseScoreKernels& coarse, const Pack& pack) {
+    const size_t count = static_cast<size_t>(layout.codes) * layout.dim;
+    if (count > kMostNumbers) return pack();
+    const uint64_t fingerprint = fingerprint_of(codebook, count);
+    const auto matches = [&](const Entry& entry) {
+      return entry.fingerprint == fingerprint && entry.coarse == &coarse &&
+             same_layout(entry.layout, layout);
+    };
+    std::shared_ptr<const Codes> codes;
+    std::shared_ptr<const Packed> packed;
+    bool seen = false;
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      const auto entry = std::find_if(entries_.begin(), entries_.end(), matches);
+      if (entry != entries_.end()) {
+        seen = true;
+        codes = entry->codes;
+        packed = entry->packed;
+        entries_.splice(entries_.begin(), entries_, entry);  // the last used
+      }
+    }
+    if (packed && std::memcmp(codes->data(), codebook, count * sizeof(float)) == 0) return packed;
+    packed = pack();
+    codes = seen ? std::make_shared<const Codes>(codebook, codebook + count) : nullptr;
+    const std::lock_guard<std::mutex> guard(lock_);
+    entries_.remove_if(matches);
+    entries_.push_front({layout, &coarse, fingerprint, codes, codes ? packed : nullptr});
+    size_t numbers = 0;
+    for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
+      numbers += entry->codes ? entry->codes->size() : kMostNumbers / kMostEntries;
+      if (numbers > kMostNumbers) {  // the longest unused
+        entries_.erase(entry, entries_.end());
+        break;
+      }
+    }
+    return packed;
+  }
+
+ private:
+  using Codes = std::vector<float>;
+  static constexpr size_t kMostEntries = 64;
+  static constexpr size_t kMostNumbers = size_t{1} << 21;  // 8 MiB in all, and as much packed
+
+  struct Entry {
+    CodebookLayout layout;
+    const CoarseScoreKernels* coarse;
+    uint64_t fingerprint;
+    std::shared_ptr<const Codes> codes;
+    std::shared_ptr<const Packed> packed;
+  };
+
+  // Of a few numbers and the place: enough to tell what is worth comparing.
+  static uint64_t fingerprint_of(const float* codebook, size_t count) {
+    uint64_t hash = reinterpret_cast<uintptr_t>(codebook);
+    constexpr size_t kNumbers = 64;
+    for (size_t i = 0; i < kNumbers; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, codebook + i * count / kNumbers, sizeof(bits));
+      hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+
+  static bool same_layout(const CodebookLayout& a, const CodebookLayout& b) {
+    return a.codes == b.codes && a.dim == b.dim && a.groups == b.groups && a.l2_norm == b.l2_norm &&
+           a.metric == b.metric && std::equal(a.begin, a.begin + a.groups, b.begin) &&
+           std::equal(a.weight, a.weight + a.groups, b.weight);
+  }
+
+  std::mutex lock_;
+  std::list<Entry> entries_;  // the last used first
+};
 
 Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
-                          const Executor& executor, Level level)
+                          const Executor& executor, int64_t rows)
+    : Searcher(layout, codebook, executor, Level::kPlain, rows) {}
+
+Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
+                          const Executor& executor, Level level, int64_t rows)
     : layout_(layout),
       codebook_(codebook),
       executor_(executor),
       block_codes_(block_codes(layout.codes)),
       level_(level),
       centre_(level == Level::kPlain ? std::vector<double>() : mean_of_some(layout, codebook)),
-      packed_(pack(level == Level::kLast ? kernels().coarse_score
-                                         : fastest_coarse_score(layout.dim))) {}
+      packed_() {
+  const CoarseScoreKernels& coarse =
+      level == Level::kLast ? kernels().coarse_score : fastest_coarse_score(layout.dim);
+  if (level == Level::kPlain && rows <= kFewRows) {
+    packed_ =
+        PackedCodebooks::instance().get(layout, codebook, coarse, [&] { return pack(coarse); });
+  } else {
+    packed_ = pack(coarse);
+  }
+}
 
 Searcher<float>::~Searcher() = default;
 
@@ -265,7 +367,8 @@ double Searcher<float>::largest_entry() const {
   return largest;
 }
 
-Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) const {
+std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::pack(
+    const CoarseScoreKernels& coarse) const {
   const int dim = layout_.dim, width = coarse.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
   const size_t panel_bytes = coarse.panel_bytes(dim);
@@ -301,12 +404,12 @@ Searcher<float>::Packed Searcher<float>::pack(const CoarseScoreKernels& coarse) 
   packed.bounds.error = error;
   packed.bounds.bias = bias;
   packed.bounds.has_bias = bias > kLeastBias;
-  return packed;
+  return std::make_shared<const Packed>(std::move(packed));
 }
 
 void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {
   int64_t done = 0;
-  const int faster = packed_.coarse->times_float;
+  const int faster = packed_->coarse->times_float;
   if (faster > 1 && rows_seen_ < kTrialRows) done = std::min(num_rows, kTrialRows);
   search_some(rows, done, indices);
   if (2 * std::count(indices, indices + done, kCrowded) > done) {
@@ -398,7 +501,7 @@ void Searcher<float>::set_classes() {
       one->codes.insert(one->codes.end(), codebook_ + i * dim, codebook_ + (i + 1) * dim);
     }
     one->searcher.reset(new Searcher(one->layout, one->codes.data(), executor_,
-                                     level_ == Level::kPlain ? Level::kCentred : Level::kLast));
+                                     level_ == Level::kPlain ? Level::kCentred : Level::kLast, 0));
     classes_.push_back(std::move(one));
   }
 }
@@ -420,7 +523,7 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
   if (num_rows == 0) return;
   const int64_t blocks = num_blocks();
   const int64_t workers = std::max(1, executor_.workers);
-  const int64_t tile_rows = packed_.coarse->tile_rows;
+  const int64_t tile_rows = packed_->coarse->tile_rows;
 
   if (num_rows >= kFewestRows * workers || workers == 1) {
     const int64_t share = ceil_div(num_rows, 8 * workers);
@@ -453,26 +556,26 @@ void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* 
 // block_max [rows, blocks] for some blocks.
 void Searcher<float>::score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
                                    float* block_max) const {
-  const int64_t block_panels = block_codes_ / packed_.coarse->panel_width;
+  const int64_t block_panels = block_codes_ / packed_->coarse->panel_width;
   const int64_t blocks = num_blocks();
-  if (packed_.coarse->begin) packed_.coarse->begin(layout_.dim);
+  if (packed_->coarse->begin) packed_->coarse->begin(layout_.dim);
   for (int64_t b = first_block; b < end_block; ++b) {
     const int64_t panel = b * block_panels;
     for (int64_t t = 0; t < tiles.num_tiles(); ++t) {
-      packed_.coarse->score_tile(tiles.tile(t), tiles.count(t), layout_.dim,
-                                 tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
-                                 packed_.panels.get() + panel * packed_.panel_bytes,
-                                 std::min(block_panels, packed_.num_panels - panel),
-                                 block_max + tiles.first_row(t) * blocks + b, blocks);
+      packed_->coarse->score_tile(tiles.tile(t), tiles.count(t), layout_.dim,
+                                  tiles.scales + tiles.first_row(t), packed_->bounds.has_bias,
+                                  packed_->panels.get() + panel * packed_->panel_bytes,
+                                  std::min(block_panels, packed_->num_panels - panel),
+                                  block_max + tiles.first_row(t) * blocks + b, blocks);
     }
   }
-  if (packed_.coarse->end) packed_.coarse->end();
+  if (packed_->coarse->end) packed_->coarse->end();
 }
 
 void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
   const int dim = layout_.dim;
   const int blocks = static_cast<int>(num_blocks());
-  const int64_t block_panels = block_codes_ / packed_.coarse->panel_width;
+  const int64_t block_panels = block_codes_ / packed_->coarse->panel_width;
   std::vector<int64_t>& candidates = scratch().candidates;
   std::vector<int> near(blocks);
   int64_t scanned = 0, compared = 0;
@@ -499,11 +602,11 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
     for (int k = 0; k < found && candidates.size() <= most; ++k) {
       int codes[kMostBlockCodes];
       const int64_t panel = near[k] * block_panels;
-      const int count = packed_.coarse->scan_block(
+      const int count = packed_->coarse->scan_block(
           tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
-          tiles.scales + tiles.first_row(t), packed_.bounds.has_bias,
-          packed_.panels.get() + panel * packed_.panel_bytes,
-          std::min(block_panels, packed_.num_panels - panel), threshold, codes);
+          tiles.scales + tiles.first_row(t), packed_->bounds.has_bias,
+          packed_->panels.get() + panel * packed_->panel_bytes,
+          std::min(block_panels, packed_->num_panels - panel), threshold, codes);
       for (int i = 0; i < count; ++i) {
         const int64_t code = int64_t{near[k]} * block_codes_ + codes[i];
         if (code < layout_.codes) candidates.push_back(code);
@@ -537,7 +640,7 @@ int64_t Searcher<float>::nearest_of(const float* row,
   kernels().scores(unit.data(), codebook_, layout_, candidates.data(),
                    static_cast<int64_t>(candidates.size()), scores.data());
   // The definition decides between scores that are closer than their rounding and its own.
-  const double code_length = packed_.bounds.length / packed_.bounds.scale;
+  const double code_length = packed_->bounds.length / packed_->bounds.scale;
   const double bias = 0.5 * code_length * code_length;  // at most
   const double threshold =
       *std::max_element(scores.begin(), scores.end()) -
@@ -568,7 +671,7 @@ int64_t Searcher<float>::nearest_of(const float* row,
 // ---------------------------------------------------------------------------------------------
 
 Searcher<double>::Searcher(const CodebookLayout& layout, const double* codebook,
-                           const Executor& executor)
+                           const Executor& executor, int64_t /*rows*/)
     : layout_(layout), executor_(executor), codes_(layout.codes * layout.dim) {
   executor.for_ranges(layout.codes, layout.dim, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

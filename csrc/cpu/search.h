@@ -32,8 +32,11 @@ class Searcher;
 template <>
 class Searcher<float> {
  public:
-  // codebook [codes, dim]: one, if there are several.
-  Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor);
+  // codebook [codes, dim]: one, if there are several. Beside so few rows that packing the codes
+  // would take long, what an earlier searcher packed of the same codes is used (see
+  // PackedCodebooks).
+  Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor,
+           int64_t rows);
   ~Searcher();
 
   // indices[n] = the nearest code of rows[n], 0 for a row that is not finite.
@@ -43,6 +46,7 @@ class Searcher<float> {
   int64_t codes_compared() const;
 
  private:
+  friend class PackedCodebooks;
   struct Packed {
     const CoarseScoreKernels* coarse;
     AlignedBytes panels;
@@ -59,9 +63,9 @@ class Searcher<float> {
   // those of a class, around their mean; the same in float32, whatever it takes.
   enum class Level { kPlain, kCentred, kLast };
   Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor,
-           Level level);
+           Level level, int64_t rows);
 
-  Packed pack(const CoarseScoreKernels& coarse) const;
+  std::shared_ptr<const Packed> pack(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
   void search_crowded(const float* rows, int64_t num_rows, int64_t* indices);
   void set_classes();
@@ -80,7 +84,7 @@ class Searcher<float> {
   const int block_codes_;
   const Level level_;
   const std::vector<double> centre_;  // before the scale; empty: none
-  Packed packed_;
+  std::shared_ptr<const Packed> packed_;
   // Whether scores coarser than float32 pay: what they have left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
   // For crowded rows, made when first wanted.
@@ -93,7 +97,8 @@ class Searcher<float> {
 template <>
 class Searcher<double> {
  public:
-  Searcher(const CodebookLayout& layout, const double* codebook, const Executor& executor);
+  Searcher(const CodebookLayout& layout, const double* codebook, const Executor& executor,
+           int64_t rows);
 
   void search(const double* rows, int64_t num_rows, int64_t* indices);
 

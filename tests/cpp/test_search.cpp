@@ -49,7 +49,7 @@ int64_t nearest(const float* row, const std::vector<float>& codes, const Codeboo
 double check(const std::string& name, CodebookLayout layout, const std::vector<float>& codes,
              const std::vector<float>& rows, int workers) {
   const cpu::Executor executor = cpu::thread_executor(workers);
-  cpu::Searcher<float> searcher(layout, codes.data(), executor);
+  cpu::Searcher<float> searcher(layout, codes.data(), executor, 1 << 20);
   const auto count = static_cast<int64_t>(rows.size()) / kDim;
   std::vector<int64_t> indices(count);
   searcher.search(rows.data(), count, indices.data());
@@ -81,7 +81,31 @@ void collapse(std::vector<float>& vectors, float spread) {
   }
 }
 
+// What was packed is used again while the codes are the same, and no longer.
+void check_kept_codes() {
+  const cpu::Executor executor = cpu::thread_executor(1);
+  const CodebookLayout layout = test::make_layout(kCodes, kDims, false, {1.0, 0.5});
+  std::vector<float> codes = gaussian(kCodes);
+  const std::vector<float> rows = gaussian(5);
+  std::uniform_int_distribution<size_t> somewhere(0, codes.size() - 1);
+  for (int turn = 0; turn < 60; ++turn) {
+    if (turn % 4 == 3) codes[somewhere(generator)] = 0.3f * static_cast<float>(turn);
+    if (turn % 8 == 7) {  // a new nearest code for one of them, lower than the last
+      std::copy_n(rows.begin() + turn / 8 % 5 * kDim, kDim,
+                  codes.begin() + (kCodes - 1 - 11 * turn) * kDim);
+    }
+    int64_t indices[5];
+    cpu::Searcher<float>(layout, codes.data(), executor, 5).search(rows.data(), 5, indices);
+    for (int n = 0; n < 5; ++n) {
+      if (indices[n] == nearest(&rows[n * kDim], codes, layout)) continue;
+      std::printf("FAILED: codes that changed, turn %d\n", turn);
+      ++failures;
+    }
+  }
+}
+
 int run_all() {
+  check_kept_codes();
   // A crowd is given up beyond 64 + codes / 256 candidates and a block, at two levels.
   const double crowds = 2 * (64 + kCodes / 256 + 64);
   std::vector<Case> cases = {
