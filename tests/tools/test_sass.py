@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sass import objects
+from sass import objects, protocols
 from sass.__main__ import main
 from sass.control_flow import find_loops, hot_loop
 from sass.disassembly import Instruction, parse_sass
@@ -336,6 +336,69 @@ class TestKernel:
                 assert blocks_resident(sm, 32, 16, budget) >= blocks
                 if budget < sm.shared_bytes_block:
                     assert blocks_resident(sm, 32, 16, budget + 128) < blocks
+
+
+ARRIVAL = """
+    STG.E [R2.64], R4
+    MEMBAR.SC.GPU
+    ATOMG.E.ADD.STRONG.GPU PT, R12, [R12.64], R11
+    MEMBAR.SC.GPU
+    LDG.E R4, [R2.64]
+    EXIT
+"""
+FENCE = "    MEMBAR.SC.GPU\n"
+COPIES = """
+    LDGSTS.E.BYPASS.128 [R4], [R8.64]
+    LDGDEPBAR
+    LDGSTS.E.BYPASS.128 [R4], [R8.64]
+    LDGDEPBAR
+    DEPBAR.LE SB0, 0x1
+    LDGDEPBAR
+    EXIT
+"""
+
+
+class TestProtocols:
+    """What is wrong with a kernel whose threads tell each other something."""
+
+    def test_in_order(self) -> None:
+        assert protocols.problems("sum_segments_kernel", code_of(ARRIVAL)) == []
+        assert protocols.problems("coarse_score_kernel<3, 4>", code_of(COPIES)) == []
+        assert protocols.problems("any_kernel", code_of("    EXIT\n")) == []
+
+    @pytest.mark.parametrize(
+        ("old", "new", "said"),
+        [
+            (FENCE + "    ATOMG", "    ATOMG", "writes and its arrival"),
+            (FENCE + "    ATOMG", FENCE + "    STG.E [R2.64], R5\n    ATOMG", "and its arrival"),
+            (FENCE + "    LDG", "    LDG", "what the last block reads"),
+            (FENCE + "    LDG", "    LDG.E R9, [R2.64]\n" + FENCE + "    LDG", "last block reads"),
+            ("ATOMG.E.ADD.STRONG.GPU PT, R12,", "RED.E.ADD.STRONG.GPU", "no atomic"),
+            ("LDG.E R4", "LDG.E.CONSTANT R4", "1 loads by the cache for constants"),
+        ],
+    )
+    def test_last_block(self, old: str, new: str, said: str) -> None:
+        assert old in ARRIVAL
+        found = protocols.problems("sum_segments_kernel", code_of(ARRIVAL.replace(old, new)))
+        assert len(found) == 1
+        assert said in found[0]
+
+    def test_loads_of_what_a_pass_writes(self) -> None:
+        code = code_of("    LDG.E.CONSTANT R4, [R2.64]\n    EXIT\n")
+        assert "cache for constants" in protocols.problems("residual_pass_kernel", code)[0]
+        assert protocols.problems("measure_kernel", code) == []
+
+    @pytest.mark.parametrize(
+        ("old", "new", "said"),
+        [
+            ("SB0, 0x1", "SB0, 0x2", "leaves 2 of 2"),
+            ("SB0, 0x1", "SB0, 0x0", "leaves 0 of 2"),
+            ("DEPBAR.LE SB0, 0x1", "NOP", "nobody waits"),
+        ],
+    )
+    def test_copies(self, old: str, new: str, said: str) -> None:
+        text = COPIES.replace(old, new)
+        assert said in protocols.problems("any_kernel", code_of(text))[0]
 
 
 class TestDocument:

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="fail where a kernel spills, has a stack frame or touches local memory",
+        help="fail where a kernel spills, has a stack frame or touches local memory, or where its "
+        "fences, loads or asynchronous copies are not as they must be",
     )
     options = parser.parse_args(arguments)
     try:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         counts = Counter(kernel.architecture for kernel in kernels)
         found = ", ".join(f"{number} kernels for {name}" for name, number in counts.items())
-        print(f"{found}: no stack frame, spill or local memory access")
+        print(f"{found}: no stack frame, spill or local memory access; fences and copies in order")
     elif options.markdown:
         print(markdown)
     elif not options.write:

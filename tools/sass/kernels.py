@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
+from . import protocols
 from .control_flow import Loop, find_loops, hot_loop
 from .disassembly import KINDS, Code
 from .occupancy import (
@@ -36,6 +37,7 @@ class Kernel:
     local_loads: int
     loops: int
     hot_loop: Loop | None = None
+    protocol: tuple[str, ...] = ()  # what is wrong with fences, loads and copies
 
     @property
     def multiprocessor(self) -> Multiprocessor | None:
@@ -58,8 +60,8 @@ class Kernel:
         return blocks * round_up(self.threads, WARP) / sm.threads
 
     def problem(self) -> str | None:
-        """What the kernel keeps in local memory, or None."""
-        parts = []
+        """What the kernel keeps in local memory or does against a protocol, or None."""
+        parts = list(self.protocol)
         if self.stack:
             parts.append(f"a stack frame of {self.stack} bytes")
         if self.spill_stores or self.spill_loads:
@@ -77,6 +79,7 @@ class Kernel:
     def as_json(self) -> dict[str, object]:
         """All numbers, for `--json`."""
         record = asdict(self)
+        del record["protocol"]
         record |= {"blocks": self.blocks, "occupancy": self.occupancy}
         if (loop := self.hot_loop) is not None:
             sm, work = self.multiprocessor, loop.multiply_adds
@@ -171,4 +174,5 @@ def make_kernel(
         local_loads=len(loads),
         loops=len(loops),
         hot_loop=hot_loop(loops),
+        protocol=tuple(protocols.problems(name, code)),
     )
