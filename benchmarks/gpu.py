@@ -230,19 +230,22 @@ def odd(settings: Settings) -> Lines:
     rows, codes = settings.randn(8192, DIM), settings.randn(settings.codes, DIM)
     if settings.device == "cpu":
         rows = rows[:512]
-    zero, giant, collapsed, missing = rows.clone(), codes.clone(), codes.clone(), codes.clone()
+    zero, giant, copies, missing = rows.clone(), codes.clone(), codes.clone(), codes.clone()
     zero[::100] = 0
     giant[5] *= 100
-    collapsed[len(codes) // 100 :] = codes[:1]
+    copies[len(codes) // 100 :] = codes[:1]
+    near = codes[:1] + 1e-3 * codes
     missing[::2] = float("nan")
     equal = codes[:1].expand_as(codes).contiguous()
     unit = {"dims": DIMS}
     raw: dict[str, Any] = {"l2_norm": False}
     cases = {
         "a hundredth of the rows zero": (zero, codes, unit),
-        "99% of the codes equal": (rows, collapsed, unit),
+        "99% of the codes equal": (rows, copies, unit),
         "all codes equal": (rows, equal, unit),
         "one code 100 times as long, without l2_norm": (rows, giant, raw),
+        "codes close together": (rows, near, unit),
+        "codes and rows close together, without l2_norm": (codes[:1] + 1e-3 * rows, near, raw),
     }
     if settings.device == "cuda":
         cases["half of the codes NaN"] = (rows, missing, unit)

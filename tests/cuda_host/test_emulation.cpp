@@ -112,19 +112,24 @@ void check_products() {
       }
     }
   });
-  // What does not fit beside the largest is cut: 2^24 + 3/2 + 3/2 is 2^24 + 2 (3 cut to even), and
-  // of the second group of eight, 3/4 on top of that is lost.
+  // What does not fit beside the largest, 2^24, is cut from each addend: 5/2, 5/2 and 7/2 count 2
+  // each, and 7/4 nothing.
   std::fill(a.begin(), a.end(), 0.0f);
   std::fill(b.begin(), b.end(), 1.0f);
   std::fill(sum.begin(), sum.end(), 16777216.0f);
   for (int i = 0; i < 16; ++i) {
-    a[i * 16] = a[i * 16 + 7] = 1.5f;
-    a[i * 16 + 8] = 1.75f;
+    a[i * 16] = a[i * 16 + 7] = 2.5f;
+    a[i * 16 + 8] = 3.5f;
+    a[i * 16 + 15] = 1.75f;
   }
-  CHECK(launch(product_kernel, dim3(1), 32, 0, nullptr, a.data(), b.data(), sum.data(),
-               out.data()) == cudaSuccess,
-        "launch");
-  for (const float value : out) CHECK(value == 16777218.0f, "%.9g", static_cast<double>(value));
+  test::in_every_order([&](const char* order) {
+    CHECK(launch(product_kernel, dim3(1), 32, 0, nullptr, a.data(), b.data(), sum.data(),
+                 out.data()) == cudaSuccess,
+          "launch");
+    for (const float value : out) {
+      CHECK(value == 16777222.0f, "%s: %.9g", order, static_cast<double>(value));
+    }
+  });
 }
 
 enum class Mistake { kNone, kNoWait, kWaitForTooFew, kNoBarrier, kTooEarly };
@@ -219,8 +224,8 @@ int main() {
   // What a kernel may have is shared by all threads: no launch leaves less than another needs.
   for (const size_t kibibytes : {60, 50}) {
     CHECK(launch(shared_memory_kernel, dim3(1), 32, kibibytes * 1024, nullptr) == cudaSuccess &&
-              emulation::allowed_shared_bytes(
-                  reinterpret_cast<const void*>(shared_memory_kernel)) == kMaxSharedBytesPerBlock,
+              emulation::allowed_shared_bytes(reinterpret_cast<const void*>(
+                  shared_memory_kernel)) == static_cast<size_t>(max_shared_bytes_per_block),
           "a launch with %zu KiB sets the kernel's limit to the most there is", kibibytes);
   }
 

@@ -218,5 +218,9 @@ int main() {
              {{1200, 0.8}, {1200, 0.8, 0.05}, {1, 0}});
   check_rows("without keys or list", LogitType::kFloat, 20001, 1, false, 3, false, {{9000, 0.7}});
   check_row_arguments();
+  // As much shared memory as an H100 has: the keys of 32,768 codes fit.
+  max_shared_bytes_per_block = kMostSharedBytes;
+  check_rows("large, with keys", LogitType::kBFloat16, 32768, 1, true, 0, true, {{1200, 0.8}});
+  check_rows("large, with keys", LogitType::kFloat, 50000, 1, false, 0, false, {{0, 0.5}});
   return 0;
 }

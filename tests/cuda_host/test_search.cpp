@@ -279,7 +279,7 @@ void random_case(const char* name, int64_t codes, const std::vector<int>& dims, 
 
 // Codebooks in which many codes come near to every row take at most twice the work of any other.
 void check_crowds() {
-  constexpr int kDim = 40, kCodes = 1200, kRows = 96;
+  constexpr int kDim = 40, kCodes = 1200, kRows = 48;
   const Floats gaussian = random_floats(kCodes * kDim, 600),
                rows = random_floats(kRows * kDim, 601);
   struct Case {

@@ -40,7 +40,7 @@ struct cudaLaunchConfig_t {
 };
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > kMaxSharedBytesPerBlock) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > max_shared_bytes_per_block) return cudaErrorInvalidValue;
   ::emulation::allow_shared_bytes(kernel, static_cast<size_t>(bytes));
   return cudaSuccess;
 }

@@ -11,8 +11,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 
-// The least of the devices that the kernels are built for.
-constexpr int kMaxSharedBytesPerBlock = 99 * 1024;
+// Shared memory that a block may have: the least of the devices that the kernels are built for.
+// Tests change it.
+constexpr int kLeastSharedBytes = 99 * 1024, kMostSharedBytes = 227 * 1024;
+inline int max_shared_bytes_per_block = kLeastSharedBytes;
 constexpr int kMultiprocessors = 2;
 
 struct CUstream_st;
@@ -26,7 +28,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kMaxSharedBytesPerBlock;
+  *value =
+      attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : max_shared_bytes_per_block;
   return cudaSuccess;
 }
 

@@ -417,6 +417,21 @@ struct HalfTable {
 
 const HalfTable half_table;
 
+// Hardware brings addends to the exponent of the largest and cuts what does not fit in its 24 bits.
+double cut_to_largest(const double* addends, int count) {
+  double largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(addends[i]));
+  double total = 0;
+  if (!(largest > 0 && largest < INFINITY)) {
+    for (int i = 0; i < count; ++i) total += addends[i];
+    return total;
+  }
+  const int last_bit = std::ilogb(largest) - 23;
+  const double up = std::ldexp(1.0, -last_bit), down = std::ldexp(1.0, last_bit);
+  for (int i = 0; i < count; ++i) total += std::trunc(addends[i] * up) * down;
+  return total;
+}
+
 float cut_to_float(double value) {
   const float nearest = static_cast<float>(value);
   const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
@@ -442,18 +457,21 @@ void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2
   Lane lanes[kWarp];
   std::memcpy(lanes, post(0xffffffffu, "mma", &mine, sizeof(mine)), sizeof(lanes));
   const int row = lane() / 4, column = lane() % 4 * 2;
+  const Order order = machine().order;
+  const int group = order == Order::kForward ? 16 : (order == Order::kReverse ? 4 : 8);
   for (int i = 0; i < 4; ++i) {
     const Lane* a = &lanes[row * 4];
     const Lane* b = &lanes[(column + i % 2) * 4];
-    for (int half = 0; half < 2; ++half) {
-      double total = sum[i];
-      for (int t = 0; t < 4; ++t) {
-        const float* left = a[t].words[2 * half + i / 2];
-        const float* right = b[t].words[4 + half];
-        total += static_cast<double>(left[0]) * static_cast<double>(right[0]);
-        total += static_cast<double>(left[1]) * static_cast<double>(right[1]);
+    double addends[17];  // the sum so far and a group of products
+    for (int first = 0; first < 16; first += group) {
+      addends[0] = sum[i];
+      for (int k = 0; k < group; ++k) {
+        const int half = (first + k) / 8, t = (first + k) % 8 / 2;
+        const float left = a[t].words[2 * half + i / 2][k % 2];
+        const float right = b[t].words[4 + half][k % 2];
+        addends[1 + k] = static_cast<double>(left) * static_cast<double>(right);
       }
-      sum[i] = cut_to_float(total);
+      sum[i] = cut_to_float(cut_to_largest(addends, 1 + group));
     }
   }
 }

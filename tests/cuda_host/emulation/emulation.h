@@ -89,8 +89,9 @@ inline unsigned ballot(unsigned mask, bool predicate) {
 uint16_t to_half(float value);
 float from_half(uint16_t half);
 
-// The fragments of mma.m16n8k16 with halves and float32 sums. Groups of eight products and the sum
-// so far are added exactly and then cut to float32, the coarser way in which hardware may round.
+// The fragments of mma.m16n8k16 with halves and float32 sums. Of groups of 16 products (forward), 4
+// (reverse) or 8 (shuffled) and the sum so far each is cut to the last bit of the largest, and the
+// sum to float32: what different hardware does, at its coarsest.
 void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                           unsigned b0, unsigned b1);
 
