@@ -68,8 +68,8 @@ void raise(std::atomic<double>& to, double value) {
 // long as scoring the codebook.
 int64_t crowd(int64_t codes) { return 64 + codes / 256; }
 
-// A row's index while it is not known.
-constexpr int64_t kCrowded = -1;
+// A row's index while it is not known: it has too many candidates, or is zero and all are.
+constexpr int64_t kCrowded = -1, kZeroRow = -2;
 
 // Codes whose lengths are within a factor of 8 are a class, and so many of one are compared without
 // a search.
@@ -307,15 +307,14 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
       block_codes_(block_codes(layout.codes)),
       level_(level),
       centre_(level == Level::kPlain ? std::vector<double>() : mean_of_some(layout, codebook)),
-      packed_() {
-  const CoarseScoreKernels& coarse =
-      level == Level::kLast ? kernels().coarse_score : fastest_coarse_score(layout.dim);
-  if (level == Level::kPlain && rows <= kFewRows) {
-    packed_ =
-        PackedCodebooks::instance().get(layout, codebook, coarse, [&] { return pack(coarse); });
-  } else {
-    packed_ = pack(coarse);
-  }
+      is_kept_(level == Level::kPlain && rows <= kFewRows),
+      packed_(packed_for(level == Level::kLast ? kernels().coarse_score
+                                               : fastest_coarse_score(layout.dim))) {}
+
+std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::packed_for(
+    const CoarseScoreKernels& coarse) const {
+  if (!is_kept_) return pack(coarse);
+  return PackedCodebooks::instance().get(layout_, codebook_, coarse, [&] { return pack(coarse); });
 }
 
 Searcher<float>::~Searcher() = default;
@@ -420,7 +419,7 @@ void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indic
     // it in float64 16. Scores in float32 leave a block to scan.
     const int64_t saved = rows_seen_ * (layout_.codes - layout_.codes / faster + block_codes_);
     if (block_codes_ * blocks_scanned_ + 16 * codes_compared_ > saved) {
-      packed_ = pack(kernels().coarse_score);
+      packed_ = packed_for(kernels().coarse_score);
     }
   }
   search_some(rows + done * layout_.dim, num_rows - done, indices + done);
@@ -433,13 +432,12 @@ void Searcher<float>::search_crowded(const float* rows, int64_t num_rows, int64_
   std::vector<int64_t> numbers;
   std::vector<float> crowded;
   for (int64_t n = 0; n < num_rows; ++n) {
-    if (indices[n] != kCrowded) continue;
-    const float* row = rows + n * dim;
-    if (is_zero(row, dim)) {
+    if (indices[n] == kZeroRow) {
       if (nearest_to_zero_ < 0) nearest_to_zero_ = nearest_to_zero();
       indices[n] = nearest_to_zero_;
-      continue;
     }
+    if (indices[n] != kCrowded) continue;
+    const float* row = rows + n * dim;
     numbers.push_back(n);
     crowded.insert(crowded.end(), row, row + dim);
   }
@@ -583,7 +581,7 @@ void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, in
     const float* row = tiles.rows + n * dim;
     const int64_t t = n / tiles.tile_rows;
     if ((layout_.metric == Metric::kDot || layout_.l2_norm) && is_zero(row, dim)) {
-      indices[n] = kCrowded;  // see nearest_to_zero
+      indices[n] = kZeroRow;
       continue;
     }
     float threshold;

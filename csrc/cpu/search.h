@@ -66,6 +66,7 @@ class Searcher<float> {
            Level level, int64_t rows);
 
   std::shared_ptr<const Packed> pack(const CoarseScoreKernels& coarse) const;
+  std::shared_ptr<const Packed> packed_for(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
   void search_crowded(const float* rows, int64_t num_rows, int64_t* indices);
   void set_classes();
@@ -84,6 +85,7 @@ class Searcher<float> {
   const int block_codes_;
   const Level level_;
   const std::vector<double> centre_;  // before the scale; empty: none
+  const bool is_kept_;                // whether what is packed is kept for later searchers
   std::shared_ptr<const Packed> packed_;
   // Whether scores coarser than float32 pay: what they have left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
