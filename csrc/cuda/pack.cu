@@ -194,7 +194,7 @@ struct LengthCut {
 //
 // Grid: a thread for every code of the padded codebooks; what the measuring found must be there.
 // Bytes: 4 dim a code, twice for copies. Bound by float64 divisions.
-__global__ void __launch_bounds__(kPackThreads, 8)
+__global__ void __launch_bounds__(kPackThreads, 6)
     judge_kernel(const __grid_constant__ CodebookLayout layout, const float* codebook,
                  const __grid_constant__ PackedCodes codes) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;

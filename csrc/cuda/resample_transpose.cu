@@ -114,7 +114,7 @@ struct PoolTransposeShared {
 // Shared memory: the tile and the bins, 21 KiB. Bytes: 4 dim (rows, each once for every position in
 // its bin, from the caches) and 4 dim height width written; bound by the caches.
 template <BinShare kShare>
-__global__ void __launch_bounds__(kTransposeThreads)
+__global__ void __launch_bounds__(kTransposeThreads, 4)
     pool_transpose_kernel(const __grid_constant__ PoolTransposeArgs<float> args) {
   const Pyramid& pyramid = args.pyramid;
   PoolTransposeShared& shared = *shared_memory<PoolTransposeShared>();

@@ -28,7 +28,7 @@ static_assert(kUnroll % kGroups == 0, "a group's codes are those of a remainder"
 //   4. A scan in order of the positions finds the code where the running sum passes the random
 //   number.
 template <LogitType kType, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kThreads == 256 ? 4 : 1)
     sample_kernel(const __grid_constant__ SampleArgs args, bool keeps_keys) {
   SamplerShared<kThreads>& shared = *shared_memory<SamplerShared<kThreads>>();
   uint32_t* row_keys = reinterpret_cast<uint32_t*>(&shared + 1);
