@@ -95,6 +95,12 @@ TOKENFLOW_HOST_DEVICE double group_bias(double squared_norm, const CodebookLayou
   return 0.5 * layout.weight[g] * (1.0 - squared_norm * scale * scale);
 }
 
+// Bias of a vector whose length, with the weights, squared is this, and which is not normalised
+// further: that of a centre which is taken from all codes.
+TOKENFLOW_HOST_DEVICE double centre_bias(double square, const CodebookLayout& layout) {
+  return layout.metric == Metric::kDot || layout.l2_norm ? 0.0 : -0.5 * square;
+}
+
 // What a channel adds to a group's distance.
 TOKENFLOW_HOST_DEVICE double channel_distance(double row, double code, Metric metric) {
   if (metric == Metric::kDot) return -product(row, code);

@@ -15,8 +15,6 @@
 #include "packing.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include <immintrin.h>
-
 #include <cstring>
 
 namespace tokenflow::cpu {
@@ -171,6 +169,20 @@ static inline Floats maxima_of(const Floats (&v)[16]) {
                        _mm512_shuffle_ps(two[0], two[1], 0xee));
 }
 
+// A step of `rows` times the four vectors of `codes`, in tiles that only literals can name.
+#define TOKENFLOW_MULTIPLY_STEP(row_tile, code_tile) \
+  do {                                               \
+    _tile_loadd(row_tile, rows, row_stride);         \
+    _tile_loadd(code_tile, codes, 64);               \
+    _tile_dpbf16ps(0, row_tile, code_tile);          \
+    _tile_loadd(code_tile, codes + vector, 64);      \
+    _tile_dpbf16ps(1, row_tile, code_tile);          \
+    _tile_loadd(code_tile, codes + 2 * vector, 64);  \
+    _tile_dpbf16ps(2, row_tile, code_tile);          \
+    _tile_loadd(code_tile, codes + 3 * vector, 64);  \
+    _tile_dpbf16ps(3, row_tile, code_tile);          \
+  } while (false)
+
 void score_tile(const void* tile, int count, int dim, const RowScale*, bool has_bias,
                 const void* panels, int64_t num_panels, float* block_max, int64_t stride) {
   const int steps = steps_of(dim);
@@ -197,27 +209,11 @@ void score_tile(const void* tile, int count, int dim, const RowScale*, bool has_
       _tile_zero(3);
     }
     for (int s = 0; s + 1 < steps; ++s) {
-      _tile_loadd(6, rows, row_stride);
-      _tile_loadd(4, codes, 64);
-      _tile_dpbf16ps(0, 6, 4);
-      _tile_loadd(4, codes + vector, 64);
-      _tile_dpbf16ps(1, 6, 4);
-      _tile_loadd(4, codes + 2 * vector, 64);
-      _tile_dpbf16ps(2, 6, 4);
-      _tile_loadd(4, codes + 3 * vector, 64);
-      _tile_dpbf16ps(3, 6, 4);
+      TOKENFLOW_MULTIPLY_STEP(6, 4);
       rows += 64;
       codes += kStepPairs * kLanes;
     }
-    _tile_loadd(7, rows, row_stride);
-    _tile_loadd(5, codes, 64);
-    _tile_dpbf16ps(0, 7, 5);
-    _tile_loadd(5, codes + vector, 64);
-    _tile_dpbf16ps(1, 7, 5);
-    _tile_loadd(5, codes + 2 * vector, 64);
-    _tile_dpbf16ps(2, 7, 5);
-    _tile_loadd(5, codes + 3 * vector, 64);
-    _tile_dpbf16ps(3, 7, 5);
+    TOKENFLOW_MULTIPLY_STEP(7, 5);
     _tile_stored(0, scores[0], 64);
     _tile_stored(1, scores[1], 64);
     _tile_stored(2, scores[2], 64);
@@ -234,6 +230,8 @@ void score_tile(const void* tile, int count, int dim, const RowScale*, bool has_
   _mm512_store_ps(maxima, maxima_of(best));
   for (int r = 0; r < count; ++r) block_max[r * stride] = maxima[r % 4 * 4 + r / 4];
 }
+
+#undef TOKENFLOW_MULTIPLY_STEP
 
 int scan_block(const void* tile, int, int r, int dim, const RowScale*, bool has_bias,
                const void* panels, int64_t num_panels, float threshold, int* codes) {

@@ -31,15 +31,18 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kRowLevels = 127;
 constexpr int kTimesFloat = 4;
+constexpr int kCodeOffset = 128;
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int kTileRows = 8;
 constexpr int kRowLevels = 127;
 constexpr int kTimesFloat = 3;
+constexpr int kCodeOffset = 0;
 #else
 constexpr int kTileRows = 4;
 // Two products of a code (at most 255) and a row meet in 16 bits: 2 * 255 * 63 < 2^15.
 constexpr int kRowLevels = 63;
 constexpr int kTimesFloat = 2;
+constexpr int kCodeOffset = 128;
 #endif
 
 // GCC keeps arrays of this type in registers; of __m512i it does not.
@@ -65,8 +68,6 @@ static inline Ints dot4(Ints sum, Ints codes, Ints row) {
 
 static inline unsigned at_least(Ints a, Ints b) { return _mm512_cmpge_epi32_mask(raw(a), raw(b)); }
 
-constexpr int kCodeOffset = 128;
-
 static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(
       _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(scale))));
@@ -90,8 +91,6 @@ static inline unsigned at_least(Ints a, Ints b) {
   for (int i = 0; i < kLanes; ++i) mask |= (a[i] >= b[i] ? 1u : 0u) << i;
   return mask;
 }
-
-constexpr int kCodeOffset = 0;
 
 static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(bias), scale)));
@@ -118,8 +117,6 @@ static inline unsigned at_least(Ints a, Ints b) {
   const __m256i less = _mm256_cmpgt_epi32(raw(b), raw(a));
   return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less))) & 0xffu;
 }
-
-constexpr int kCodeOffset = 128;
 
 static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(

@@ -106,6 +106,7 @@ struct ChannelKernels {
   // [count, dim], values [count + 1, dim] and digits to invert, or null.
   void (*quantize_scalars)(const T* row, const T* thresholds, const T* values, int count, int dim,
                            const bool* flips, int16_t* digits, T* codes);
+  bool (*all_finite)(const T* values, int64_t count);
 };
 
 struct KernelTable {
@@ -120,9 +121,8 @@ struct KernelTable {
   // Scores (common/codebook.h) in float64 of some codes for a row that is normalised already.
   void (*scores)(const double* unit_row, const float* codebook, const CodebookLayout& layout,
                  const int64_t* codes, int64_t count, double* scores);
-  // The largest magnitude, for numbers that are finite, and whether they are.
+  // The largest magnitude, for numbers that are finite.
   float (*largest_magnitude)(const float* values, int64_t count);
-  bool (*all_finite)(const float* values, int64_t count);
 };
 
 const KernelTable& portable_kernels();

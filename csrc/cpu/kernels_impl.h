@@ -58,6 +58,19 @@ static inline Vector maximum(Vector a, Vector b) {
 #endif
 }
 
+// A bit for each lane of v that is at least x.
+static inline unsigned at_least(Vector v, float x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, broadcast(x), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, broadcast(x), _CMP_GE_OQ)));
+#else
+  unsigned mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (v[i] >= x ? 1u : 0u) << i;
+  return mask;
+#endif
+}
+
 static inline float horizontal_maximum(Vector v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(v);
@@ -79,10 +92,11 @@ double step(double) { return 1.0; }
 static inline void store_scaled(const float* vector, const CodebookLayout& layout,
                                 const Lengths& lengths, const double* centre, int64_t stride,
                                 float* out) {
-  for (int g = 0; g < layout.groups; ++g) {
-    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      const double value = static_cast<double>(vector[d]) * lengths.scale[g];
-      out[d * stride] = static_cast<float>(centre ? value - centre[d] : value);
+  for (int first = 0; first < layout.dim; first += kChunk) {
+    double exact[kChunk];
+    scale_chunk(vector, layout, lengths.scale, centre, first, exact);
+    for (int i = 0; i < kChunk && first + i < layout.dim; ++i, out += stride) {
+      *out = static_cast<float>(exact[i]);
     }
   }
 }
@@ -218,18 +232,10 @@ int near_blocks(const float* block_max, int count, float margin, int* blocks, fl
   const float least = *threshold = best - margin;
   if (!__builtin_isfinite(least)) return 0;
   int found = 0;
-  b = 0;
-#if defined(__AVX512F__) || defined(__AVX2__)
-  for (; b + kLanes <= count; b += kLanes) {
-#if defined(__AVX512F__)
-    unsigned near = _mm512_cmp_ps_mask(load(block_max + b), broadcast(least), _CMP_GE_OQ);
-#else
-    unsigned near = static_cast<unsigned>(
-        _mm256_movemask_ps(_mm256_cmp_ps(load(block_max + b), broadcast(least), _CMP_GE_OQ)));
-#endif
+  for (b = 0; b + kLanes <= count; b += kLanes) {
+    unsigned near = at_least(load(block_max + b), least);
     for (; near != 0; near &= near - 1) blocks[found++] = b + __builtin_ctz(near);
   }
-#endif
   for (; b < count; ++b) {
     blocks[found] = b;  // overwritten unless it counts: no branch to predict
     found += block_max[b] >= least;
@@ -474,6 +480,7 @@ struct VectorOf<float> {
   typedef float Numbers __attribute__((vector_size(kLanes * 4), aligned(4)));
   typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
   typedef int16_t Digits __attribute__((vector_size(kLanes * 2), aligned(2)));
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
 };
 
 template <>
@@ -481,6 +488,7 @@ struct VectorOf<double> {
   typedef double Numbers __attribute__((vector_size(kHalfLanes * 8), aligned(8)));
   typedef int64_t Integers __attribute__((vector_size(kHalfLanes * 8)));
   typedef int16_t Digits __attribute__((vector_size(kHalfLanes * 2), aligned(2)));
+  typedef uint8_t Bytes __attribute__((vector_size(kHalfLanes), aligned(1)));
 };
 
 template <typename T>
@@ -489,15 +497,21 @@ void quantize_scalars(const T* row, const T* thresholds, const T* values, int co
   using Numbers = typename VectorOf<T>::Numbers;
   using Integers = typename VectorOf<T>::Integers;
   using Digits = typename VectorOf<T>::Digits;
+  using Bytes = typename VectorOf<T>::Bytes;
   constexpr int kWidth = sizeof(Numbers) / sizeof(T);
   int d = 0;
-  for (; d + kWidth <= dim && !flips; d += kWidth) {
+  for (; d + kWidth <= dim; d += kWidth) {
     const Numbers numbers = *reinterpret_cast<const Numbers*>(row + d);
-    Integers digit = {};
+    Integers digit = {}, inverted = {};  // there is one threshold where any is inverted
+    if (flips) {
+      const Bytes bytes = *reinterpret_cast<const Bytes*>(flips + d);
+      inverted = -__builtin_convertvector(bytes, Integers);
+    }
     Numbers code = *reinterpret_cast<const Numbers*>(values + d);
     for (int i = 0; i < count; ++i) {
       const int64_t line = static_cast<int64_t>(i) * dim + d;
-      const Integers exceeds = numbers > *reinterpret_cast<const Numbers*>(thresholds + line);
+      const Integers exceeds =
+          (numbers > *reinterpret_cast<const Numbers*>(thresholds + line)) ^ inverted;
       digit -= exceeds;
       code = exceeds ? *reinterpret_cast<const Numbers*>(values + line + dim) : code;
     }
@@ -514,8 +528,9 @@ void quantize_scalars(const T* row, const T* thresholds, const T* values, int co
 
 template <typename T>
 constexpr ChannelKernels<T> channel_kernels() {
-  return {to_channels_last<T>,   to_channels_first<T>, pool<T>, pool_transpose_add<T>, upsample<T>,
-          upsample_transpose<T>, quantize_scalars<T>};
+  return {to_channels_last<T>,   to_channels_first<T>, pool<T>,
+          pool_transpose_add<T>, upsample<T>,          upsample_transpose<T>,
+          quantize_scalars<T>,   all_finite<T>};
 }
 
 }  // namespace
@@ -529,7 +544,6 @@ const KernelTable& TOKENFLOW_KERNEL_TABLE() {
       near_blocks,
       scores,
       largest_magnitude,
-      all_finite<float>,
   };
   return table;
 }

@@ -52,23 +52,23 @@ struct Lengths {
   double bias;               // of a code, as it is packed
 };
 
-// Squared length of a vector times the scales and less the centre, and its product with the centre.
-struct Centred {
-  double norm;
-  double with_centre;
-};
+// Channels of a vector are scaled this many at a time.
+constexpr int kChunk = 64;
 
-static inline Centred measure_centred(const float* vector, const CodebookLayout& layout,
-                                      const double* scale, const double* centre) {
-  Centred sums = {0, 0};
+// out = channels [first, first + kChunk) of a vector times their group's scale and less the centre,
+// and zeros up to a whole number of kHalfLanes and of 4. Returns how many there are with these.
+static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
+                              const double* scale, const double* centre, int first, double* out) {
+  const int last = layout.dim - first < kChunk ? layout.dim : first + kChunk;
   for (int g = 0; g < layout.groups; ++g) {
-    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      const double value = static_cast<double>(vector[d]) * scale[g] - centre[d];
-      sums.norm += value * value;
-      sums.with_centre += value * centre[d];
-    }
+    const int begin = layout.begin[g] > first ? layout.begin[g] : first;
+    const int end = layout.begin[g + 1] < last ? layout.begin[g + 1] : last;
+    for (int d = begin; d < end; ++d) out[d - first] = static_cast<double>(vector[d]) * scale[g];
   }
-  return sums;
+  int count = last - first;
+  for (int i = 0; centre && i < count; ++i) out[i] -= centre[first + i];
+  for (; count % (kHalfLanes < 4 ? 4 : kHalfLanes) != 0; ++count) out[count] = 0;
+  return count;
 }
 
 static inline void measure(const float* vector, const CodebookLayout& layout,
@@ -93,9 +93,16 @@ static inline void measure(const float* vector, const CodebookLayout& layout,
   lengths->bias *= bounds.scale * bounds.scale;
   lengths->norm = lengths->length;
   if (bounds.centre) {
-    const Centred sums = measure_centred(vector, layout, lengths->scale, bounds.centre);
-    lengths->norm = sums.norm;
-    lengths->bias += sums.with_centre - bounds.centre_bias;
+    lengths->norm = 0;
+    lengths->bias -= bounds.centre_bias;
+    for (int first = 0; first < layout.dim; first += kChunk) {
+      double exact[kChunk];
+      scale_chunk(vector, layout, lengths->scale, bounds.centre, first, exact);
+      for (int i = 0; i < kChunk && first + i < layout.dim; ++i) {
+        lengths->norm += exact[i] * exact[i];
+        lengths->bias += exact[i] * bounds.centre[first + i];
+      }
+    }
   }
 }
 
@@ -116,25 +123,6 @@ struct Largest {
     bounds->bias = larger(bounds->bias, bias);
   }
 };
-
-// Channels of a vector are scaled this many at a time.
-constexpr int kChunk = 64;
-
-// out = channels [first, first + kChunk) of a vector times their group's scale and less the centre,
-// and zeros up to a whole number of kHalfLanes and of 4. Returns how many there are with these.
-static inline int scale_chunk(const float* vector, const CodebookLayout& layout,
-                              const double* scale, const double* centre, int first, double* out) {
-  const int last = layout.dim - first < kChunk ? layout.dim : first + kChunk;
-  for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g] > first ? layout.begin[g] : first;
-    const int end = layout.begin[g + 1] < last ? layout.begin[g + 1] : last;
-    for (int d = begin; d < end; ++d) out[d - first] = static_cast<double>(vector[d]) * scale[g];
-  }
-  int count = last - first;
-  for (int i = 0; centre && i < count; ++i) out[i] -= centre[first + i];
-  for (; count % (kHalfLanes < 4 ? 4 : kHalfLanes) != 0; ++count) out[count] = 0;
-  return count;
-}
 
 }  // namespace
 }  // namespace tokenflow::cpu

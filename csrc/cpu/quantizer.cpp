@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "../common/normalize.h"
@@ -76,9 +75,8 @@ int64_t first_nonfinite_code(const CodebookLayout& layout, const T* codebook,
   const int64_t codes = all_codes(layout);
   std::atomic<int64_t> first{codes};
   executor.for_ranges(codes, layout.dim, [&](int64_t begin, int64_t end) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (kernels().all_finite(codebook + begin * layout.dim, (end - begin) * layout.dim)) return;
-    }
+    const int64_t numbers = (end - begin) * layout.dim;
+    if (channel_kernels<T>().all_finite(codebook + begin * layout.dim, numbers)) return;
     for (int64_t i = begin; i < end; ++i) {
       // x * 0 is NaN for a NaN or an infinity and 0 otherwise; one test a row.
       T sum = 0;

@@ -7,6 +7,20 @@
 #include "planes.h"
 
 namespace tokenflow::cpu {
+namespace {
+
+// Rows are seldom wide: several are one for the inner loops, with the tables as often. So many that
+// they are whole vectors, and 64 channels or more.
+int rows_together(int dim, int count) {
+  constexpr int kWidth = 64, kVector = 16, kMostEntries = 1 << 16;
+  if (dim >= kWidth) return 1;
+  const int whole = kVector / std::gcd(kVector, dim);
+  const int together = (kWidth + whole * dim - 1) / (whole * dim) * whole;
+  return int64_t{count} * together * dim > kMostEntries ? 1 : together;
+}
+
+}  // namespace
+
 template <typename T>
 void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor) {
   const Pyramid& pyramid = args.pyramid;
@@ -37,16 +51,6 @@ void scalar_quantize(const ScalarQuantizeArgs<T>& args, const Executor& executor
   });
 }
 
-// Rows are seldom wide: several are one for the inner loops, with the tables as often. So many that
-// they are whole vectors, and 64 channels or more.
-static int rows_together(int dim, int count) {
-  constexpr int kWidth = 64, kVector = 16, kMostEntries = 1 << 16;
-  if (dim >= kWidth) return 1;
-  const int whole = kVector / std::gcd(kVector, dim);
-  const int together = (kWidth + whole * dim - 1) / (whole * dim) * whole;
-  return int64_t{count} * together * dim > kMostEntries ? 1 : together;
-}
-
 template <typename T>
 void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor) {
   const int dim = args.dim, count = args.thresholds;
@@ -64,43 +68,36 @@ void scalar_rows(const ScalarRowsArgs<T>& args, const Executor& executor) {
   };
   const std::vector<T> thresholds = repeated(args.thresholds_table, rounds * count);
   const std::vector<T> values = repeated(args.values, rounds * (count + 1));
-  const int64_t blocks = args.num_rows / together;
-  executor.for_ranges(blocks, rounds * (count + 2) * width, [&](int64_t begin, int64_t end) {
-    if (rounds == 1) {
-      for (int64_t at = begin * width; at < end * width; at += width) {
-        quantize(args.rows + at, thresholds.data(), values.data(), count, width, nullptr,
-                 args.digits + at, args.codes + at);
-      }
-      return;
-    }
+  // Rows [first, last), so many at a time.
+  const auto quantize_rows = [&](int64_t first, int64_t last, int at_once, const T* thresholds,
+                                 const T* values) {
+    const int width = at_once * dim;
     std::vector<T> rest(width), codes(width);
     std::vector<int16_t> digits(width);
-    for (int64_t block = begin; block < end; ++block) {
-      std::copy_n(args.rows + block * width, width, rest.data());
+    for (int64_t n = first; n < last; n += at_once) {
+      if (rounds == 1) {
+        quantize(args.rows + n * dim, thresholds, values, count, width, nullptr,
+                 args.digits + n * dim, args.codes + n * dim);
+        continue;
+      }
+      std::copy_n(args.rows + n * dim, width, rest.data());
       for (int64_t r = 0; r < rounds; ++r) {
-        quantize(rest.data(), thresholds.data() + r * count * width,
-                 values.data() + r * (count + 1) * width, count, width, nullptr, digits.data(),
-                 codes.data());
+        quantize(rest.data(), thresholds + r * count * width, values + r * (count + 1) * width,
+                 count, width, nullptr, digits.data(), codes.data());
         for (int i = 0; i < width; ++i) rest[i] -= codes[i];
-        for (int row = 0; row < together; ++row) {
-          const int64_t at = ((block * together + row) * rounds + r) * dim;
+        for (int row = 0; row < at_once; ++row) {
+          const int64_t at = ((n + row) * rounds + r) * dim;
           std::copy_n(codes.data() + row * dim, dim, args.codes + at);
           std::copy_n(digits.data() + row * dim, dim, args.digits + at);
         }
       }
     }
+  };
+  const int64_t blocks = args.num_rows / together;
+  executor.for_ranges(blocks, rounds * (count + 2) * width, [&](int64_t begin, int64_t end) {
+    quantize_rows(begin * together, end * together, together, thresholds.data(), values.data());
   });
-  std::vector<T> rest(dim);
-  for (int64_t n = blocks * together; n < args.num_rows; ++n) {
-    std::copy_n(args.rows + n * dim, dim, rest.data());
-    for (int64_t r = 0; r < rounds; ++r) {
-      const int64_t at = (n * rounds + r) * dim;
-      quantize(rest.data(), args.thresholds_table + r * count * dim,
-               args.values + r * (count + 1) * dim, count, dim, nullptr, args.digits + at,
-               args.codes + at);
-      for (int d = 0; d < dim; ++d) rest[d] -= args.codes[at + d];
-    }
-  }
+  quantize_rows(blocks * together, args.num_rows, 1, args.thresholds_table, args.values);
 }
 
 void pack_digits(const PackDigitsArgs& args, const Executor& executor) {

@@ -4,10 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <list>
 #include <map>
-#include <mutex>
-#include <new>
 #include <numeric>
 #include <utility>
 
@@ -105,26 +102,27 @@ std::vector<int64_t> different_codes(const float* codebook, int64_t codes, int d
   return numbers;
 }
 
+// visit(d, value) for each channel of a code, normalised and times the square root of the weight.
+template <typename Visit>
+void each_weighted(const CodebookLayout& layout, const float* code, const Visit& visit) {
+  for (int g = 0; g < layout.groups; ++g) {
+    const int begin = layout.begin[g], end = layout.begin[g + 1];
+    const double scale =
+        std::sqrt(layout.weight[g]) * inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
+    for (int d = begin; d < end; ++d) visit(d, static_cast<double>(code[d]) * scale);
+  }
+}
+
 // The mean of up to kMeanCodes codes, normalised and times the square roots of the weights.
 std::vector<double> mean_of_some(const CodebookLayout& layout, const float* codebook) {
   constexpr int64_t kMeanCodes = 1024;
   const int64_t count = std::min(layout.codes, kMeanCodes);
   std::vector<double> mean(layout.dim);
   for (int64_t i = 0; i < count; ++i) {
-    const float* code = codebook + i * layout.codes / count * layout.dim;
-    for (int g = 0; g < layout.groups; ++g) {
-      const int begin = layout.begin[g], end = layout.begin[g + 1];
-      const double scale = std::sqrt(layout.weight[g]) *
-                           inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
-      for (int d = begin; d < end; ++d) mean[d] += static_cast<double>(code[d]) * scale / count;
-    }
+    each_weighted(layout, codebook + i * layout.codes / count * layout.dim,
+                  [&](int d, double value) { mean[d] += value / count; });
   }
   return mean;
-}
-
-AlignedBytes allocate(size_t bytes) {
-  return {static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(kAlignment))),
-          [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
 }
 
 }  // namespace
@@ -206,95 +204,6 @@ struct Searcher<float>::Class {
   std::unique_ptr<Searcher> searcher;
 };
 
-// The last few codebooks that were searched with few rows, as they were packed and as they are: a
-// codebook is compared with its copy before what was packed of it is used again. It is kept the
-// second time it seems to be the same, so that one in training is not copied at every step.
-class PackedCodebooks {
- public:
-  using Packed = Searcher<float>::Packed;
-
-  static PackedCodebooks& instance() {
-    static PackedCodebooks all;
-    return all;
-  }
-
-  // What pack() returns, or returned for the same codes and kernels.
-  template <typename Pack>
-  std::shared_ptr<const Packed> get(const CodebookLayout& layout, const float* codebook,
-                                    const CoarseScoreKernels& coarse, const Pack& pack) {
-    const size_t count = static_cast<size_t>(layout.codes) * layout.dim;
-    if (count > kMostNumbers) return pack();
-    const uint64_t fingerprint = fingerprint_of(codebook, count);
-    const auto matches = [&](const Entry& entry) {
-      return entry.fingerprint == fingerprint && entry.coarse == &coarse &&
-             same_layout(entry.layout, layout);
-    };
-    std::shared_ptr<const Codes> codes;
-    std::shared_ptr<const Packed> packed;
-    bool seen = false;
-    {
-      const std::lock_guard<std::mutex> guard(lock_);
-      const auto entry = std::find_if(entries_.begin(), entries_.end(), matches);
-      if (entry != entries_.end()) {
-        seen = true;
-        codes = entry->codes;
-        packed = entry->packed;
-        entries_.splice(entries_.begin(), entries_, entry);  // the last used
-      }
-    }
-    if (packed && std::memcmp(codes->data(), codebook, count * sizeof(float)) == 0) return packed;
-    packed = pack();
-    codes = seen ? std::make_shared<const Codes>(codebook, codebook + count) : nullptr;
-    const std::lock_guard<std::mutex> guard(lock_);
-    entries_.remove_if(matches);
-    entries_.push_front({layout, &coarse, fingerprint, codes, codes ? packed : nullptr});
-    size_t numbers = 0;
-    for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
-      numbers += entry->codes ? entry->codes->size() : kMostNumbers / kMostEntries;
-      if (numbers > kMostNumbers) {  // the longest unused
-        entries_.erase(entry, entries_.end());
-        break;
-      }
-    }
-    return packed;
-  }
-
- private:
-  using Codes = std::vector<float>;
-  static constexpr size_t kMostEntries = 64;
-  static constexpr size_t kMostNumbers = size_t{1} << 21;  // 8 MiB in all, and as much packed
-
-  struct Entry {
-    CodebookLayout layout;
-    const CoarseScoreKernels* coarse;
-    uint64_t fingerprint;
-    std::shared_ptr<const Codes> codes;
-    std::shared_ptr<const Packed> packed;
-  };
-
-  // Of a few numbers and the place: enough to tell what is worth comparing.
-  static uint64_t fingerprint_of(const float* codebook, size_t count) {
-    uint64_t hash = reinterpret_cast<uintptr_t>(codebook);
-    constexpr size_t kNumbers = 64;
-    for (size_t i = 0; i < kNumbers; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, codebook + i * count / kNumbers, sizeof(bits));
-      hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 32;
-    }
-    return hash;
-  }
-
-  static bool same_layout(const CodebookLayout& a, const CodebookLayout& b) {
-    return a.codes == b.codes && a.dim == b.dim && a.groups == b.groups && a.l2_norm == b.l2_norm &&
-           a.metric == b.metric && std::equal(a.begin, a.begin + a.groups, b.begin) &&
-           std::equal(a.weight, a.weight + a.groups, b.weight);
-  }
-
-  std::mutex lock_;
-  std::list<Entry> entries_;  // the last used first
-};
-
 Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
                           const Executor& executor, int64_t rows)
     : Searcher(layout, codebook, executor, Level::kPlain, rows) {}
@@ -311,7 +220,7 @@ Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
       packed_(packed_for(level == Level::kLast ? kernels().coarse_score
                                                : fastest_coarse_score(layout.dim))) {}
 
-std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::packed_for(
+std::shared_ptr<const PackedCodebook> Searcher<float>::packed_for(
     const CoarseScoreKernels& coarse) const {
   if (!is_kept_) return pack(coarse);
   return PackedCodebooks::instance().get(layout_, codebook_, coarse, [&] { return pack(coarse); });
@@ -327,15 +236,9 @@ double Searcher<float>::largest_entry() const {
     executor_.for_ranges(layout_.codes, 2 * layout_.dim, [&](int64_t begin, int64_t end) {
       double most = 0;
       for (int64_t i = begin; i < end; ++i) {
-        const float* code = codebook_ + i * layout_.dim;
-        for (int g = 0; g < layout_.groups; ++g) {
-          const int first = layout_.begin[g], last = layout_.begin[g + 1];
-          const double scale = std::sqrt(layout_.weight[g]) *
-                               inverse_norm(squared_norm(code, first, last), layout_.l2_norm);
-          for (int d = first; d < last; ++d) {
-            most = std::max(most, std::abs(static_cast<double>(code[d]) * scale - centre_[d]));
-          }
-        }
+        each_weighted(layout_, codebook_ + i * layout_.dim, [&](int d, double value) {
+          most = std::max(most, std::abs(value - centre_[d]));
+        });
       }
       raise(largest, most * (1 + 0x1p-40));  // packing may round otherwise
     });
@@ -366,12 +269,13 @@ double Searcher<float>::largest_entry() const {
   return largest;
 }
 
-std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::pack(
+std::shared_ptr<const PackedCodebook> Searcher<float>::pack(
     const CoarseScoreKernels& coarse) const {
   const int dim = layout_.dim, width = coarse.panel_width;
   const int64_t num_panels = ceil_div(layout_.codes, width);
   const size_t panel_bytes = coarse.panel_bytes(dim);
-  Packed packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {}, {}};
+  PackedCodebook packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {},
+                           {}};
   int exponent = 0;
   const double largest = std::frexp(largest_entry(), &exponent);
   packed.bounds.scale = std::ldexp(1.0, -exponent);
@@ -380,9 +284,9 @@ std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::pack(
     packed.centre = centre_;
     for (double& value : packed.centre) value *= packed.bounds.scale;
     packed.bounds.centre = packed.centre.data();
-    if (layout_.metric != Metric::kDot && !layout_.l2_norm) {
-      for (const double value : packed.centre) packed.bounds.centre_bias -= 0.5 * value * value;
-    }
+    const double square =
+        std::inner_product(packed.centre.begin(), packed.centre.end(), packed.centre.begin(), 0.0);
+    packed.bounds.centre_bias = centre_bias(square, layout_);
   }
   std::atomic<double> norm{0}, length{0}, error{0}, bias{0};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
@@ -403,7 +307,7 @@ std::shared_ptr<const Searcher<float>::Packed> Searcher<float>::pack(
   packed.bounds.error = error;
   packed.bounds.bias = bias;
   packed.bounds.has_bias = bias > kLeastBias;
-  return std::make_shared<const Packed>(std::move(packed));
+  return std::make_shared<const PackedCodebook>(std::move(packed));
 }
 
 void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {

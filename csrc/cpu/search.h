@@ -9,10 +9,9 @@
 #include "../common/codebook.h"
 #include "executor.h"
 #include "kernels.h"
+#include "packed_codebook.h"
 
 namespace tokenflow::cpu {
-
-using AlignedBytes = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
 
 // The kernels of the instruction set in use.
 const KernelTable& kernels();
@@ -46,15 +45,6 @@ class Searcher<float> {
   int64_t codes_compared() const;
 
  private:
-  friend class PackedCodebooks;
-  struct Packed {
-    const CoarseScoreKernels* coarse;
-    AlignedBytes panels;
-    size_t panel_bytes;
-    int64_t num_panels;
-    CodeBounds bounds;
-    std::vector<double> centre;  // of the bounds
-  };
   struct Tiles;
   struct Scratch;
   struct Class;
@@ -65,8 +55,8 @@ class Searcher<float> {
   Searcher(const CodebookLayout& layout, const float* codebook, const Executor& executor,
            Level level, int64_t rows);
 
-  std::shared_ptr<const Packed> pack(const CoarseScoreKernels& coarse) const;
-  std::shared_ptr<const Packed> packed_for(const CoarseScoreKernels& coarse) const;
+  std::shared_ptr<const PackedCodebook> pack(const CoarseScoreKernels& coarse) const;
+  std::shared_ptr<const PackedCodebook> packed_for(const CoarseScoreKernels& coarse) const;
   void search_some(const float* rows, int64_t num_rows, int64_t* indices);
   void search_crowded(const float* rows, int64_t num_rows, int64_t* indices);
   void set_classes();
@@ -86,7 +76,7 @@ class Searcher<float> {
   const Level level_;
   const std::vector<double> centre_;  // before the scale; empty: none
   const bool is_kept_;                // whether what is packed is kept for later searchers
-  std::shared_ptr<const Packed> packed_;
+  std::shared_ptr<const PackedCodebook> packed_;
   // Whether scores coarser than float32 pay: what they have left to look at again so far.
   std::atomic<int64_t> rows_seen_{0}, blocks_scanned_{0}, codes_compared_{0};
   // For crowded rows, made when first wanted.
