@@ -96,8 +96,6 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value
   return atomicAdd(address, value);
 }
 
-__device__ __forceinline__ void atomic_max(int* address, int value) { atomicMax(address, value); }
-
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   // Two's complement addition is the same for both signs.
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
@@ -107,6 +105,8 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
 __device__ __forceinline__ void atomic_add(float* address, float value) {
   atomicAdd(address, value);
 }
+
+__device__ __forceinline__ void atomic_max(int* address, int value) { atomicMax(address, value); }
 
 // Maximum of numbers that are not negative: their bit patterns are ordered as integers, and the
 // result does not depend on the order of arrival. What is there already can only grow, so an older
@@ -123,8 +123,6 @@ __device__ __forceinline__ void atomic_max_not_negative(double* address, double 
   }
 }
 
-// --- Half precision and tensor cores ---
-
 // The number itself, of which the compiler knows nothing: what is computed from it stays where it
 // is needed and holds no register before.
 __device__ __forceinline__ int64_t opaque(int64_t value) {
@@ -133,6 +131,8 @@ __device__ __forceinline__ int64_t opaque(int64_t value) {
 #endif
   return value;
 }
+
+// --- Half precision and tensor cores ---
 
 // The nearest half, ties to even.
 __device__ __forceinline__ uint16_t to_half(float value) {

@@ -102,8 +102,7 @@ __device__ __forceinline__ void find_centre(const CodebookLayout& layout, const 
   if (thread == 0 && finite * square > 0.75 * squares) {
     CodebookSummary& summary = codes.summary[book];
     summary.has_centre = 1;
-    const bool has_bias = layout.metric != Metric::kDot && !layout.l2_norm;
-    summary.centre_bias = has_bias ? -0.5 * square : 0.0;
+    summary.centre_bias = centre_bias(square, layout);
   }
 }
 
@@ -242,19 +241,14 @@ __global__ void __launch_bounds__(kPackThreads, 6)
   if (padded.exists) codes.fate[padded.number] = counts ? kCoarseScore : kNoCoarseScore;
 
   if (summary.has_centre) {
-    const double* inverse_norms = codes.inverse_norms + padded.number * layout.groups;
-    const double* centre = codes.centre + padded.book * layout.dim;
     double square = 0, bias = 0;
-#pragma unroll 1
-    for (int g = 0; g < layout.groups && counts; ++g) {
-      const double factor = sqrt(layout.weight[g]) * inverse_norms[g];
-      for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-        const double value = static_cast<double>(code[d]) * factor - centre[d];
-        square += value * value;
-        bias += value * centre[d];
-      }
+    if (counts) {
+      const CentredVector centred =
+          measure_centred<1>(code, layout, codes.inverse_norms + padded.number * layout.groups,
+                             codes.centre + padded.book * layout.dim);
+      square = centred.square;
+      bias = codes.bias[padded.number] + centred.with_centre - summary.centre_bias;
     }
-    if (counts) bias += codes.bias[padded.number] - summary.centre_bias;
     // Packing sums in another order.
     square = max_over_warp(square, 1) * (1 + 0x1p-40);
     bias = max_over_warp(fabs(bias), 1) * (1 + 0x1p-30);
@@ -298,7 +292,7 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
   const double* centre = summary.has_centre ? codes.centre + code.book * layout.dim : nullptr;
   double bias = codes.bias[code.number];
   if (centre) {
-    bias += measure_centred(vector, layout, inverse_norms, centre).with_centre;
+    bias += measure_centred<kPackLanes>(vector, layout, inverse_norms, centre).with_centre;
     bias -= summary.centre_bias;
   }
 

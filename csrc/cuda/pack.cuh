@@ -252,7 +252,8 @@ struct CentredVector {
   double with_centre;  // its product with the centre
 };
 
-// By kPackLanes lanes, the same in each of them.
+// By kLanes neighbouring lanes, the same in each of them.
+template <int kLanes>
 __device__ __forceinline__ CentredVector measure_centred(const float* vector,
                                                          const CodebookLayout& layout,
                                                          const double* inverse_norms,
@@ -260,14 +261,13 @@ __device__ __forceinline__ CentredVector measure_centred(const float* vector,
   double square = 0, with_centre = 0;
   for (int g = 0; g < layout.groups; ++g) {
     const double factor = sqrt(layout.weight[g]) * inverse_norms[g];
-    for (int d = layout.begin[g] + lane_index() % kPackLanes; d < layout.begin[g + 1];
-         d += kPackLanes) {
+    for (int d = layout.begin[g] + lane_index() % kLanes; d < layout.begin[g + 1]; d += kLanes) {
       const double value = static_cast<double>(vector[d]) * factor - centre[d];
       square += value * value;
       with_centre += value * centre[d];
     }
   }
-  return {sum_over_lanes<kPackLanes>(square), sum_over_lanes<kPackLanes>(with_centre)};
+  return {sum_over_lanes<kLanes>(square), sum_over_lanes<kLanes>(with_centre)};
 }
 
 // Lengths in scaled units, as packed and of the difference from the exact vector; upper bounds.
@@ -332,7 +332,7 @@ __device__ __forceinline__ void pack_row(const float* row, bool exists,
   const CodebookRange range = codes.range;
   const double* centre = codes.has_centre ? packed.centre + book * layout.dim : nullptr;
   double length = size.length;
-  if (centre) length = sqrt(measure_centred(row, layout, inverse_norms, centre).square);
+  if (centre) length = sqrt(measure_centred<kPackLanes>(row, layout, inverse_norms, centre).square);
   const RowExponents exponents = row_exponents(length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);

@@ -114,6 +114,28 @@ __device__ __forceinline__ NearestCandidate nearer(const SearchArgs& args, const
   return nearest;
 }
 
+// The score in float64 of code `number` among those of all, by kLanes neighbouring lanes.
+template <int kLanes>
+__device__ __forceinline__ double exact_score(const SearchArgs& args, const Row& row,
+                                              int64_t number) {
+  const CodebookLayout& layout = args.layout;
+  const float* values = args.codebook + number * layout.dim;
+  const double* inverse_norms = args.codes.inverse_norms + number * layout.groups;
+  const double bias = args.codes.bias[number];
+  double sum = 0;
+#pragma unroll 1
+  for (int g = 0; g < layout.groups; ++g) {
+    const double scale = layout.weight[g] * row.inverse_norm(args, g) * inverse_norms[g];
+    double dot = 0;
+#pragma unroll 4
+    for (int d = layout.begin[g] + lane_index() % kLanes; d < layout.begin[g + 1]; d += kLanes) {
+      dot += static_cast<double>(row.values[d]) * static_cast<double>(values[d]);
+    }
+    sum += dot * scale;
+  }
+  return sum_over_lanes<kLanes>(sum) + bias;
+}
+
 // Looks at the codes that each lane has in `codes`, a bit for code first + 32 i: a team takes one
 // at a time, of the first lanes that have any.
 __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, int first,
@@ -130,21 +152,7 @@ __device__ __forceinline__ void look_at(const SearchArgs& args, const Row& row, 
     if (count_bits(lanes & ((1u << lane_index()) - 1)) < kGroupCodes) codes &= codes - 1;
     const bool exists = rest != 0 && code < layout.codes;
     const int64_t looked_at = code_of_block(layout, exists ? code : 0);
-    const float* values = args.codebook + looked_at * layout.dim;
-    const double* inverse_norms = args.codes.inverse_norms + looked_at * layout.groups;
-    const double bias = args.codes.bias[looked_at];
-    double sum = 0;
-#pragma unroll 1
-    for (int g = 0; g < layout.groups; ++g) {
-      const double scale = layout.weight[g] * row.inverse_norm(args, g) * inverse_norms[g];
-      double dot = 0;
-#pragma unroll 4
-      for (int d = layout.begin[g] + team_lane; d < layout.begin[g + 1]; d += kTeamLanes) {
-        dot += static_cast<double>(row.values[d]) * static_cast<double>(values[d]);
-      }
-      sum += dot * scale;
-    }
-    double score = sum_over_lanes<kTeamLanes>(sum) + bias;
+    double score = exact_score<kTeamLanes>(args, row, looked_at);
     if (!exists || !(score > negative_infinity())) score = negative_infinity();  // or NaN
     const double best = max_over_warp(score, kTeamLanes);
     if (best == negative_infinity()) continue;
@@ -172,25 +180,6 @@ __device__ __forceinline__ double outlier_margin(const SearchArgs& args, double 
   const double squares = layout.metric == Metric::kDot ? 2 * sqrt(square) * longest + square
                                                        : square + longest * longest;
   return 3 * distance_error(layout.dim, squares);
-}
-
-// The score of an outlier in float64, by a lane alone.
-__device__ __forceinline__ double outlier_score(const SearchArgs& args, const Row& row, int code) {
-  const CodebookLayout& layout = args.layout;
-  const int64_t number = code_of_block(layout, code);
-  const float* values = args.codebook + number * layout.dim;
-  double score = args.codes.bias[number];
-#pragma unroll 1
-  for (int g = 0; g < layout.groups; ++g) {
-    double dot = 0;
-#pragma unroll 1
-    for (int d = layout.begin[g]; d < layout.begin[g + 1]; ++d) {
-      dot += static_cast<double>(row.values[d]) * static_cast<double>(values[d]);
-    }
-    score += dot * layout.weight[g] * row.inverse_norm(args, g) *
-             args.codes.inverse_norms[number * layout.groups + g];
-  }
-  return score;
 }
 
 // Coarse scores of a tile again with packed row n, in float32: a quad sums the columns of a code
@@ -352,7 +341,7 @@ __global__ void __launch_bounds__(kRefineThreads, 5)
         double score = negative_infinity();
         if (lane < codes.num_outliers) {
           outlier = codes.outliers[lane];
-          score = outlier_score(args, row, outlier);
+          score = exact_score<1>(args, row, code_of_block(layout, outlier));
         }
         const double most = max_over_warp(score, 1);
         if (!(score >= (most > nearest.score ? most : nearest.score) - row.margin)) outlier = -1;
