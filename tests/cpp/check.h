@@ -1,10 +1,11 @@
-// What the C++ tests share: a check that ends the program, and codebook layouts.
+// What the C++ tests share: a check that ends the program, codebook layouts, and the nearest code.
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <limits>
 #include <vector>
 
 #include "common/codebook.h"
@@ -49,6 +50,21 @@ inline tokenflow::CodebookLayout make_layout(int64_t codes, const std::vector<in
   }
   layout.begin[dims.size()] = layout.dim;
   return layout;
+}
+
+// The code of the smallest `distance`, the lowest of equal ones; 0 where none is less than
+// infinity.
+inline int64_t nearest_by_distance(const float* row, const std::vector<float>& codes,
+                                   const tokenflow::CodebookLayout& layout) {
+  double least = std::numeric_limits<double>::infinity();
+  int64_t index = 0;
+  for (int64_t i = 0; i < layout.codes; ++i) {
+    const double d = tokenflow::distance(row, codes.data() + i * layout.dim, layout);
+    if (!(d < least)) continue;
+    least = d;
+    index = i;
+  }
+  return index;
 }
 
 }  // namespace test

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -32,19 +31,6 @@ std::vector<float> gaussian(int64_t count) {
   return values;
 }
 
-int64_t nearest(const float* row, const std::vector<float>& codes, const CodebookLayout& layout) {
-  double least = std::numeric_limits<double>::infinity();
-  int64_t index = 0;
-  for (int64_t i = 0; i < layout.codes; ++i) {
-    const double d = distance(row, &codes[i * layout.dim], layout);
-    if (d < least) {
-      least = d;
-      index = i;
-    }
-  }
-  return index;
-}
-
 // Returns how many codes were compared for a row on average.
 double check(const std::string& name, CodebookLayout layout, const std::vector<float>& codes,
              const std::vector<float>& rows, int workers) {
@@ -54,7 +40,7 @@ double check(const std::string& name, CodebookLayout layout, const std::vector<f
   std::vector<int64_t> indices(count);
   searcher.search(rows.data(), count, indices.data());
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t expected = nearest(&rows[n * kDim], codes, layout);
+    const int64_t expected = test::nearest_by_distance(&rows[n * kDim], codes, layout);
     if (indices[n] == expected) continue;
     std::printf("FAILED: %s: row %d has code %d, not %d\n", name.c_str(), static_cast<int>(n),
                 static_cast<int>(indices[n]), static_cast<int>(expected));
@@ -97,7 +83,7 @@ void check_kept_codes() {
     int64_t indices[5];
     cpu::Searcher<float>(layout, codes.data(), executor, 5).search(rows.data(), 5, indices);
     for (int n = 0; n < 5; ++n) {
-      if (indices[n] == nearest(&rows[n * kDim], codes, layout)) continue;
+      if (indices[n] == test::nearest_by_distance(&rows[n * kDim], codes, layout)) continue;
       std::printf("FAILED: codes that changed, turn %d\n", turn);
       ++failures;
     }

@@ -343,15 +343,7 @@ void check_crowds() {
         CHECK(all <= 1.5 && refine <= 2.5, "%s: %.2f times the usual work, refine %.2f times",
               name.c_str(), all, refine);
         for (int n = 0; n < kRows; ++n) {
-          double best = std::numeric_limits<double>::infinity();
-          int64_t wanted = 0;
-          for (int64_t i = 0; i < kCodes; ++i) {
-            const double d = tokenflow::distance(one.rows.data() + n * kDim,
-                                                 one.codes.data() + i * kDim, layout);
-            if (!(d < best)) continue;
-            best = d;
-            wanted = i;
-          }
+          const int64_t wanted = nearest_by_distance(one.rows.data() + n * kDim, one.codes, layout);
           CHECK(stages.indices[n] == wanted, "%s: row %d takes %ld, not %ld", name.c_str(), n,
                 static_cast<long>(stages.indices[n]), static_cast<long>(wanted));
         }
@@ -454,14 +446,7 @@ int main() {
       std::fill_n(rows.end() - kDim, kDim, 0.0f);  // as far from all codes of unit length
       Indices wanted;
       for (int n = 0; n < kRows; ++n) {
-        double best = std::numeric_limits<double>::infinity();
-        wanted.push_back(0);
-        for (int i = 0; i < 1200; ++i) {
-          const double d =
-              tokenflow::distance(rows.data() + n * kDim, codebook.data() + i * kDim, layout);
-          if (d < best) wanted.back() = i;
-          best = std::min(best, d);
-        }
+        wanted.push_back(nearest_by_distance(rows.data() + n * kDim, codebook, layout));
       }
       for (const int tiles_per_block : {1, 2, 4, 8}) {
         in_every_order([&](const char* order) {
