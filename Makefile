@@ -189,8 +189,9 @@ $(WHEEL): $(PACKAGE_SOURCES) | $(VENV)/.torch
 	$(PIP) wheel -c $(VENV)/constraints.txt --no-deps --wheel-dir $(@D) .
 	touch $@
 
+COMMA := ,
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
-EXTRAS := [train,gguf,lora,eval,dev,docs]
+EXTRAS := [train,gguf,lora,eval,dev,docs$(if $(SET),,$(COMMA)ray)]
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch $(if $(SHARED),$(WHEEL))
 	$(if $(SHARED),$(PIP) uninstall -qy tokenflow_ext)
 	$(PIP) install -c $(VENV)/constraints.txt \

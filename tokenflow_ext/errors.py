@@ -54,7 +54,9 @@ class DataError(TokenFlowError, RuntimeError):
 
 
 class BrokenImageError(DataError):
-    """Bytes that are there but are no image that can be decoded."""
+    """Bytes that are there but are no image that can be decoded; ``why`` says it without a name."""
+
+    why = ""
 
 
 def printable(text: str | os.PathLike[str]) -> str:

@@ -85,7 +85,6 @@ def read_text(path: Path, error: Callable[[str], Exception], limit: int | None =
         error: no regular file, one that cannot be read, more bytes than ``limit`` (None: any
             number), or bytes that are no UTF-8.
     """
-    path = Path(path)
     check_regular(path, error)
     try:
         with path.open("rb") as file:

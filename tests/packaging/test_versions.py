@@ -45,7 +45,7 @@ def requirements() -> dict[str, tuple[str, str]]:
     for line in (line for lines in lists for line in lines):
         if line.startswith("tokenflow_ext["):
             continue
-        match = re.fullmatch(r"([\w.-]+)(>=|==)([\w.]+)", line)
+        match = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?(>=|==)([\w.]+)", line)
         assert match, f"{line!r} has no lower bound"
         assert found.setdefault(canonical(match[1]), (match[2], match[3])) == (match[2], match[3])
     return found

@@ -83,6 +83,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """``--limit``, ``--batch-size``, ``--workers``, ``--device`` of a command over many images."""
     parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
     add_batch_size(parser, 32)
+    add_workers(parser)
+    add_device(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """``--workers``."""
     parser.add_argument(
         "--workers",
         type=int,
@@ -90,7 +96,6 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode images, each [%(default)s]",
     )
-    add_device(parser)
 
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:

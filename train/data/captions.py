@@ -10,7 +10,6 @@ NAME.png), a folder of WebDataset shards (``*.tar``), a folder that ``tokenflow 
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from tokenflow_ext.train.config import CaptionConfig
 from . import crops, tokens, webdataset
 from .crops import Kept, Rounds, counted_rng
 from .image_files import find_images, list_images, read_square, to_square, to_tensor
+from .places import exists, is_file, is_remote, lexists, place, relative, remote_files
 from .text_files import (
     METADATA,
     DataError,
@@ -116,12 +116,13 @@ def _keys_found(counts: Counter[str]) -> str:
     )
 
 
-def _beside(path: Path, keys: Sequence[str], seen: Counter[str]) -> tuple[str, str]:
+def _beside(
+    path: Path, keys: Sequence[str], seen: Counter[str], there: Callable[[Path], bool]
+) -> tuple[str, str]:
     """:func:`find_caption` of NAME.txt and, where that gives none, NAME.json beside a picture."""
     text, listing = path.with_suffix(".txt"), path.with_suffix(".json")
-    # (os.path says no where a name is too long to be one; Path raises.)
-    txt = read_text(text) if os.path.isfile(text) else None
-    if (txt is not None and _text(txt)) or not os.path.isfile(listing):
+    txt = read_text(text) if there(text) else None
+    if (txt is not None and _text(txt)) or not there(listing):
         return find_caption(txt, None, keys)
     entry = read_json(listing)
     seen.update(list(entry) if isinstance(entry, dict) else [])
@@ -135,8 +136,9 @@ def _described(root: Path, keys: Sequence[str], seen: Counter[str]) -> dict[Path
         seen: counts the keys of JSON objects.
     """
     file = root / METADATA
-    if not os.path.lexists(file):
-        return {path: _beside(path, keys, seen) for path in list_images(root)}
+    if not lexists(file):
+        there = set(remote_files(root)).__contains__ if is_remote(root) else is_file
+        return {path: _beside(path, keys, seen, there) for path in list_images(root)}
     found: dict[Path, tuple[str, str]] = {}
     left = Tally(file)
     for path, entry in metadata_entries(root, '{"file_name": ..., "text": ...}'):
@@ -169,7 +171,7 @@ def list_captions(
     """
     seen: Counter[str] = Counter()
     without = Tally(folder)
-    described = _described(Path(folder), keys, seen)
+    described = _described(place(folder), keys, seen)
     for path, (caption, why) in described.items():
         if not caption:
             without.add(f"pictures {why}", path)
@@ -236,7 +238,7 @@ class Pictures:
         for path, (caption, why) in sorted(_described(folder, keys, seen).items()):
             if not caption:
                 left.add(f"pictures {why}", path)
-            elif not os.path.exists(path):
+            elif not exists(path):
                 left.add("pictures that are named but not there", path)
             else:
                 pairs.append((path, caption))
@@ -267,7 +269,7 @@ class Pictures:
     def listing(self) -> Iterator[str]:
         """Everything there is by name."""
         for path, caption in self.pairs:
-            yield f"{os.path.relpath(path, self.folder)} {caption}"
+            yield f"{relative(path, self.folder)} {caption}"
 
 
 class Tokens:

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -487,8 +487,17 @@ def read_batches(
         options: the DataLoader's.
     """
     joined = functools.partial(_collate, collate)
+    yield from raised(DataLoader(_OrError(dataset), collate_fn=joined, **options))
+
+
+def raised(batches: Iterable[Any]) -> Iterator[Any]:
+    """What a DataLoader gives, until a DataError comes in the place of a batch, or a worker ends.
+
+    Raises:
+        DataError: in both cases.
+    """
     try:
-        for batch in DataLoader(_OrError(dataset), collate_fn=joined, **options):
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch

@@ -6,7 +6,8 @@ import functools
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tokenflow_ext.errors import BrokenImageError as BrokenImageError
 from tokenflow_ext.models.metrics import to_uint8
 
+from .places import is_folder, is_remote, place, read_bytes, relative, remote_files
 from .text_files import METADATA, DataError, Tally, check_file, reason
 
 # What turns a picture upright, by its orientation tag.
@@ -89,40 +91,42 @@ def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[l
     Raises:
         DataError: no such folder, or one that cannot be read.
     """
-    root = Path(folder)
-    if not root.is_dir():
+    root = place(folder)
+    if not is_folder(root):
         raise DataError(f"no folder at {root}")
+    if is_remote(root):
+        return _find_remote(root, shards)
     around, seen, found, left = set(root.resolve().parents), set(), [], Tally(root)
     folders = [root]
     links: list[Path] = []
     while folders or links:
-        place = folders.pop() if folders else links.pop(0)
+        here = folders.pop() if folders else links.pop(0)
         try:
-            if place.resolve() in around:
-                left.add("links to a folder around it", place)
+            if here.resolve() in around:
+                left.add("links to a folder around it", here)
                 continue
-            state = place.stat()
+            state = here.stat()
             if (state.st_dev, state.st_ino) in seen:
-                left.add("further links to a folder", place)
+                left.add("further links to a folder", here)
                 continue
             seen.add((state.st_dev, state.st_ino))
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except (OSError, RuntimeError) as error:
-            if place == root:
+            if here == root:
                 raise DataError(f"cannot read {root}: {reason(error)}") from error
-            left.add(f"folders that cannot be read, {reason(error)}", place)
+            left.add(f"folders that cannot be read, {reason(error)}", here)
             continue
         for entry in entries:
-            path, suffix = place / entry.name, Path(entry.name).suffix.lower()
+            path, suffix = here / entry.name, Path(entry.name).suffix.lower()
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
+                folder_here, is_file = entry.is_dir(), entry.is_file()
             except OSError:  # a link to itself
-                is_folder = is_file = False
+                folder_here = is_file = False
             if entry.name.startswith("."):
                 left.add("hidden", path)
-            elif is_folder:
+            elif folder_here:
                 (links if entry.is_symlink() else folders).append(path)
-            elif entry.name == METADATA and place != root:
+            elif entry.name == METADATA and here != root:
                 left.add(f"{METADATA} that are not in the folder itself", path)
             elif suffix in suffixes():
                 if is_file:
@@ -130,10 +134,30 @@ def find_images(folder: str | os.PathLike[str], shards: bool = False) -> tuple[l
                 else:
                     left.add("links to nothing, pipes or devices", path)
             elif suffix not in (".txt", ".json", ".jsonl") and not (
-                shards and place == root and is_file and entry.name.endswith(".tar")
+                shards and here == root and is_file and entry.name.endswith(".tar")
             ):
                 left.add(f"{suffix or 'other'} files", path)
     return sorted(found), left
+
+
+def _find_remote(root: Path, shards: bool) -> tuple[list[Path], Tally]:
+    """:func:`find_images` of a URL, where there are no links."""
+    found, left = [], Tally(root)
+    for path in remote_files(root):
+        name = PurePosixPath(relative(path, root))
+        suffix = name.suffix.lower()
+        if any(part.startswith(".") for part in name.parts):
+            left.add("hidden", path)
+        elif name.name == METADATA:
+            if name.parts[1:]:
+                left.add(f"{METADATA} that are not in the folder itself", path)
+        elif suffix in suffixes():
+            found.append(path)
+        elif suffix not in (".txt", ".json", ".jsonl") and not (
+            shards and not name.parts[1:] and suffix == ".tar"
+        ):
+            left.add(f"{suffix or 'other'} files", path)
+    return found, left
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -149,8 +173,11 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> Im
 
     Raises:
         BrokenImageError: naming the file, where it is no image that can be read.
+        DataError: a URL that cannot be read.
     """
-    name = os.fspath(path)
+    name = str(path)
+    if content is None and is_remote(path):
+        content = read_bytes(cast(Path, path))
     try:
         if content is None:
             check_file(path)
@@ -164,9 +191,15 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> Im
                 raise
             return _decode(io.BytesIO(bare))
     except UnidentifiedImageError as error:
-        raise BrokenImageError(f"cannot read the image {name}: of no known format") from error
+        raise _broken(name, "of no known format") from error
     except Exception as error:  # whatever a decoder meets in bytes that anybody can write
-        raise BrokenImageError(f"cannot read the image {name}: {reason(error)}") from error
+        raise _broken(name, reason(error)) from error
+
+
+def _broken(name: str, why: str) -> BrokenImageError:
+    error = BrokenImageError(f"cannot read the image {name}: {why}")
+    error.why = why
+    return error
 
 
 def _decode(source: str | os.PathLike[str] | io.BytesIO) -> Image.Image:

@@ -9,7 +9,6 @@ wrote.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from . import crops, tokens, webdataset
 from .captions import Form, evenly
 from .crops import Kept, Rounds, counted_rng
 from .image_files import list_images, open_image, read_square, to_square, to_tensor
+from .places import lexists, relative
 from .text_files import (
     METADATA,
     DataError,
@@ -84,7 +84,7 @@ def described(root: Path, keys: Sequence[str]) -> dict[Path, tuple[str, str]]:
         DataError: it cannot be read.
     """
     found: dict[Path, tuple[str, str]] = {}
-    if not os.path.lexists(root / METADATA):
+    if not lexists(root / METADATA):
         return found
     for path, entry in metadata_entries(root, '{"file_name": ..., "label": ...}'):
         if any(entry.get(key) is not None for key in keys):
@@ -163,7 +163,7 @@ class Pictures:
         self.paths: list[Path] = []
         self.labels: list[str] = []
         for path in sorted(list_images(folder)):
-            name = path.relative_to(folder).as_posix()
+            name = relative(path, folder)
             label, why = known.get(path) or find_label(None, config.label_keys, name)
             if label:
                 self.paths.append(path)
@@ -196,7 +196,7 @@ class Pictures:
     def listing(self) -> Iterator[str]:
         """Everything there is by name."""
         for path, label in zip(self.paths, self.labels, strict=True):
-            yield f"{os.path.relpath(path, self.folder)} {label}"
+            yield f"{relative(path, self.folder)} {label}"
 
 
 class Tokens:

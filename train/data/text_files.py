@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -54,7 +54,12 @@ def require_file(path: str | os.PathLike[str]) -> None:
         if not os.access(path, os.R_OK):
             raise OSError("no permission to read it")
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise DataError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    """A path as it is: it may be a URL's (:mod:`.places`), which pathlib would not keep."""
+    return Path(path) if isinstance(path, str) else cast(Path, path)
 
 
 def reason(error: BaseException) -> str:
@@ -69,7 +74,7 @@ def inside(root: str | os.PathLike[str], name: Any) -> Path:
         ValueError: no name, an absolute path, or one with ``..``: a listing reads nothing outside
             its folder.
     """
-    return files.inside(Path(root), name, "the listing", ValueError)
+    return files.inside(_path(root), name, "the listing", ValueError)
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         DataError: naming the file.
     """
-    return files.read_text(Path(path), DataError, limit=None)
+    return files.read_text(_path(path), DataError, limit=None)
 
 
 def decode(content: bytes, name: str) -> str:
@@ -121,7 +126,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         DataError: naming the file.
     """
-    return files.read_json(Path(path), DataError)
+    return files.read_json(_path(path), DataError)
 
 
 def json_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -140,7 +145,7 @@ def json_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[in
                 raise ValueError(f"a {type(entry).__name__}")
         except ValueError as error:
             raise DataError(
-                f"{os.fspath(path)}, line {number}: expected {expected}, got {line[:80]} ({error})"
+                f"{path}, line {number}: expected {expected}, got {line[:80]} ({error})"
             ) from error
         yield number, entry
 
@@ -157,13 +162,13 @@ class Tally:
     """
 
     def __init__(self, where: str | os.PathLike[str], everyone: bool = False) -> None:
-        self.where, self.everyone = os.fspath(where), everyone
+        self.where, self.everyone = str(where), everyone
         self.total, self._said = 0, 0
         self._reasons: dict[str, tuple[int, str]] = {}
 
     def add(self, why: str, example: str | os.PathLike[str], count: int = 1) -> None:
         """Count what was left out for the reason ``why``."""
-        before, first = self._reasons.get(why, (0, os.fspath(example)))
+        before, first = self._reasons.get(why, (0, str(example)))
         self._reasons[why] = (before + count, first)
         self.total += count
 

@@ -3,44 +3,45 @@
     index.json                  written last
     tokens-00000.safetensors    "tokens", int32 [n, L], one row an image
     tokens-00000.json           the images' names, captions and labels, same order
-    unfinished.json             there until index.json is: what the tokens are made of
+    tokens-00000.done.json      until index.json is there: the shard is finished, and its digests
+    unfinished.json             until index.json is there: what the tokens are made of
+
+In the layout "webdataset" shards are tar files: KEY.tokens.npy, int32 [L], with the source's
+KEY.txt, KEY.json and KEY.cls as they were.
 
 Each file appears whole. A folder without index.json is not finished, and is gone on with only by
-the same tokenizer on the same data.
+the same tokenizer on the same data (:mod:`tokenflow_ext.train.corpus`). Folders may be URLs
+(:mod:`.places`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.models.serialization.files import (
-    OutputError,
-    remove_parts,
-    utf8_name,
-    write_file,
-)
+from tokenflow_ext.models.serialization.files import shown, utf8_name
 
-from .outputs import Outputs, check_folder, check_new_folder, json_text
+from .places import is_file, is_remote, lexists, names, read_bytes, reading
 from .text_files import DataError, inside, read_json, require_file
 
-FORMAT, VERSION = "tokenflow-tokens", 1
+FORMAT = "tokenflow-tokens"
+#: Layouts of a shard, with the version of the format that has them first.
+LAYOUTS = {"safetensors": 1, "webdataset": 2}
 INDEX, UNFINISHED = "index.json", "unfinished.json"
-#: The keys that say what tokens are made of: two folders that agree in them hold the same tokens.
-_MADE_OF = ("tokenizer_sha256", "data_sha256", "shard_size")
+#: What the tokens of an image are called in a tar file.
+MEMBER = "tokens.npy"
 # Parts of a tokenizer that tokens do not depend on: a decoder may be trained after them.
 _DECODERS = ("decoder.", "post_quant_conv.", "semantic_decoder.", "decode_task_layer.")
 _STATISTICS = ("quantizer.usage_ema", "quantizer.codebook_sums")
@@ -65,22 +66,6 @@ def fingerprint(model: TokenFlowTokenizer) -> str:
     return sha.hexdigest()
 
 
-def data_digest(
-    root: Path, captions: dict[Path, str | None], labels: Mapping[Path, str] | None = None
-) -> str:
-    """SHA-256 of the names, sizes, times, captions and labels of pictures below ``root``."""
-    sha = hashlib.sha256()
-    for path, caption in sorted(captions.items()):
-        try:
-            found = path.stat()
-            facts = [found.st_size, found.st_mtime_ns]
-        except OSError:  # said when it is to be read
-            facts = []
-        label = [labels[path]] if labels and path in labels else []
-        sha.update(json.dumps([os.path.relpath(path, root), facts, caption, *label]).encode())
-    return sha.hexdigest()
-
-
 def facts(model: TokenFlowTokenizer, place: Path) -> dict[str, Any]:
     """What must be known of tokens to use them.
 
@@ -91,7 +76,7 @@ def facts(model: TokenFlowTokenizer, place: Path) -> dict[str, Any]:
     quantizer = model.quantizer
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1,
         "tokenizer": str(place),
         "image_size": model.config.image_size,
         "codebook_size": quantizer.codebook_size,
@@ -101,135 +86,23 @@ def facts(model: TokenFlowTokenizer, place: Path) -> dict[str, Any]:
 
 
 def encoded(tokens: Tensor, about: dict[str, Any]) -> bytes:
-    """Tokens [n, L] as a safetensors file, with facts about them as its metadata."""
+    """Tokens [n, L] as a safetensors file, with facts about them as its metadata: the same bytes
+    for the same tokens (safetensors orders metadata by chance)."""
     metadata = {key: json.dumps(value) for key, value in about.items()}
-    return save({"tokens": tokens.to(torch.int32).contiguous()}, metadata=metadata)
+    content = save({"tokens": tokens.to(torch.int32).contiguous()}, metadata=metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
-# -- writing --------------------------------------------------------------------------------------
-
-
-def check_target(folder: Path) -> None:
-    """That tokens can be written into ``folder``: a new or empty one, or one of tokens.
-
-    Raises:
-        OutputError: naming what is in the way.
-    """
-    if any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
-        check_folder(folder)
-    else:
-        check_new_folder(folder)
-
-
-@dataclass
-class Shard:
-    """One shard of a folder that is being written."""
-
-    folder: Path
-    number: int
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Of its two files."""
-        stem = f"tokens-{self.number:05d}"
-        return {"tokens": f"{stem}.safetensors", "rows": f"{stem}.json"}
-
-    def written(self) -> list[dict[str, Any]] | None:
-        """Its rows, where an earlier run wrote both files."""
-        paths = [self.folder / name for name in self.names.values()]
-        if not all(path.is_file() for path in paths):
-            return None
-        rows = read_json(paths[1])
-        if not isinstance(rows, list) or _shape(paths[0])[0] != len(rows):
-            raise DataError(f"{paths[0]} and {paths[1].name} do not fit together: remove both")
-        return rows
-
-    def write(self, tokens: Tensor, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-        """Write its two files."""
-        names = self.names
-        write_file(self.folder / names["tokens"], encoded(tokens, about), overwrite=True)
-        write_file(self.folder / names["rows"], json_text(rows, indent=0), overwrite=True)
-
-
-@contextmanager
-def writing(folder: Path, about: dict[str, Any]) -> Iterator[bool]:
-    """Write shards of tokens into ``folder``, alone; its index afterwards (:func:`finish`).
-
-    Yields whether the folder holds just these tokens already, finished.
-
-    Args:
-        about: :func:`facts`, and the keys that say what the tokens are made of.
-
-    Raises:
-        OutputError: the folder holds other things, other tokens, or another process writes there.
-        DataError: it is finished, and a shard is damaged or gone.
-    """
-    check_target(folder)
-    if (folder / INDEX).is_file():
-        _check_same(folder / INDEX, about)
-        _check_shards(folder, _read_index(folder / INDEX))
-        (folder / UNFINISHED).unlink(missing_ok=True)  # of a run that ended right after its index
-        yield True
-        return
-    marker = folder / UNFINISHED
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Not through a link, which would lead to a file of somebody's.
-        handle = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise OutputError(f"cannot write {marker}: {error.strerror}") from error
-    with open(handle, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends
-        except OSError as error:
-            raise OutputError(
-                f"cannot lock {marker}: {error.strerror} (another process writes into {folder}?)"
-            ) from error
-        if _shards(folder):
-            _check_same(marker, about)
-        else:  # nothing was begun that could be gone on with
-            file.truncate(0)
-            file.write(json_text(about, indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        remove_parts(folder)
-        try:
-            yield False
-        finally:
-            if not _shards(folder):
-                marker.unlink(missing_ok=True)
-
-
-def _check_same(path: Path, about: dict[str, Any]) -> None:
-    """That a folder's tokens, finished or begun, are made of the same."""
-    try:
-        found = read_json(path)
-    except DataError as error:
-        raise OutputError(f"{error}: name another --out") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise OutputError(f"{path} is not of `tokenflow tokenize`: name another --out")
-    words = {
-        "tokenizer_sha256": "of another tokenizer",
-        "data_sha256": "of other pictures or captions",
-        "shard_size": "in shards of another size",
-    }
-    for key, what in words.items():
-        if found.get(key) != about[key]:
-            raise OutputError(
-                f"{path.parent} holds tokens {what} ({key} {found.get(key)}, now {about[key]}): "
-                "name another --out, or remove it"
-            )
-
-
-def finish(folder: Path, index: dict[str, Any]) -> Path:
-    """Write the index, with which the folder is finished; returns its path."""
-    path = Outputs(folder).write_json(INDEX, index)
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return path
-
-
-def _shards(folder: Path) -> list[Path]:
-    return list(folder.glob("tokens-*.safetensors"))
+def shard_names(found: Sequence[str]) -> list[str]:
+    """Those of shards among the names in a folder."""
+    return [
+        name
+        for name in found
+        if name.startswith("tokens-") and name.endswith((".safetensors", ".tar"))
+    ]
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -241,9 +114,9 @@ def is_tokens(folder: Path) -> bool:
     Raises:
         DataError: it does, but they are not finished.
     """
-    if (folder / INDEX).is_file():
+    if is_file(folder / INDEX):
         return True
-    if (folder / UNFINISHED).exists() or _shards(folder):
+    if lexists(folder / UNFINISHED) or (not is_remote(folder) and shard_names(names(folder))):
         raise DataError(
             f"the tokens in {folder} are not finished, there is no {INDEX}: run the same "
             "`tokenflow tokenize` again"
@@ -299,7 +172,7 @@ def read_rows(
     path = folder / INDEX
     if not is_tokens(folder):
         raise DataError(f"no tokens in {folder}: {path} is missing")
-    index = _read_index(path)
+    index = read_index(path)
     if index["scales"] != [list(size) for size in scales]:
         raise DataError(
             f"{folder} holds tokens of the scales {index['scales']}, the tokenizer has "
@@ -316,12 +189,11 @@ def read_rows(
             f"{folder} holds tokens of another tokenizer, {index['tokenizer']} "
             f"(SHA-256 {known[:16]}, this one's is {mine[:16]})"
         )
-    _check_shards(folder, index)
+    check_shards(folder, index)
     tokens, found = [], []
     for shard in index["shards"]:
         found += _rows(folder / shard["rows"], shard["count"])
-        with utf8_name(folder / shard["tokens"]) as name, safe_open(name, framework="pt") as file:
-            tokens.append(file.get_tensor("tokens"))
+        tokens.append(_load(folder / shard["tokens"], _shape_of(shard, index)))
         least, most = int(tokens[-1].min()), int(tokens[-1].max())
         if least < 0 or most >= codebook_size:
             raise DataError(
@@ -331,17 +203,68 @@ def read_rows(
     return tokens, found
 
 
-def _check_shards(folder: Path, index: dict[str, Any]) -> None:
-    """That the files hold as much as the index says."""
-    length = sum(rows * columns for rows, columns in index["scales"])
+def check_shards(folder: Path, index: dict[str, Any]) -> None:
+    """That the files are there, and hold as much as the index says where a header tells.
+
+    Raises:
+        DataError: naming the file.
+    """
     for shard in index["shards"]:
-        expected = (shard["count"], length)
-        if (found := _shape(folder / shard["tokens"])) != expected:
-            raise DataError(
-                f"{folder / shard['tokens']} holds tokens {list(found)}, {INDEX} says "
-                f"{list(expected)}"
-            )
-        require_file(folder / shard["rows"])
+        path = folder / shard["tokens"]
+        if is_remote(path) or path.suffix == ".tar":
+            _require(path)
+        else:
+            _check_shape(path, _shape(path), _shape_of(shard, index))
+        _require(folder / shard["rows"])
+
+
+def _require(path: Path) -> None:
+    if not is_remote(path):
+        require_file(path)
+    elif not is_file(path):
+        raise DataError(f"cannot read {path}: it is missing")
+
+
+def _shape_of(shard: dict[str, Any], index: dict[str, Any]) -> tuple[int, int]:
+    """What the index says of a shard's tokens."""
+    return shard["count"], sum(rows * columns for rows, columns in index["scales"])
+
+
+def _check_shape(path: Path, found: tuple[int, ...], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise DataError(f"{path} holds tokens {list(found)}, {INDEX} says {list(expected)}")
+
+
+def _load(path: Path, expected: tuple[int, int]) -> Tensor:
+    """A shard's tokens, [n, L] of that shape.
+
+    Raises:
+        DataError: naming the file.
+    """
+    if path.suffix == ".tar":
+        tokens = _load_tar(path)
+    elif is_remote(path):
+        with reading(path):
+            tokens = load(read_bytes(path))["tokens"]
+    else:  # by its header, which was checked
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
+            tokens = file.get_tensor("tokens")
+    _check_shape(path, tuple(tokens.shape), expected)
+    if tokens.is_floating_point():
+        raise DataError(f"{path}: tokens must be whole numbers, got {tokens.dtype}")
+    return tokens
+
+
+def _load_tar(path: Path) -> Tensor:
+    """The tokens in a tar file, in its order."""
+    rows = []
+    with reading(path), tarfile.open(fileobj=io.BytesIO(read_bytes(path)), mode="r:") as archive:
+        for member in archive:
+            if member.name.endswith(f".{MEMBER}") and (file := archive.extractfile(member)):
+                rows.append(np.load(io.BytesIO(file.read()), allow_pickle=False))
+        if not rows:
+            raise ValueError(f"no member is called KEY.{MEMBER}")
+        return torch.from_numpy(np.stack(rows))
 
 
 def _rows(path: Path, count: int) -> list[dict[str, Any]]:
@@ -357,14 +280,20 @@ def _rows(path: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
     """The index, every entry of the type and range it must have."""
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path} is not what `tokenflow tokenize` writes")
-    if index.get("version") != VERSION:
+    layout = index.get("layout", "safetensors")
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise DataError(
-            f"{path} has version {index.get('version')!r}; this release reads version {VERSION}"
+            f"{path} has the layout {shown(layout)}; this release knows {list(LAYOUTS)}"
+        )
+    if index.get("version") != LAYOUTS[layout]:
+        raise DataError(
+            f"{path} has version {index.get('version')!r}; this release reads version "
+            f"{LAYOUTS[layout]} of the layout {layout}"
         )
 
     def number(value: Any) -> bool:
@@ -401,8 +330,8 @@ def _read_index(path: Path) -> dict[str, Any]:
     for key, (right, what) in wanted.items():
         if not right(index.get(key)):
             raise DataError(f"{path}: {key} must be {what}, got {str(index.get(key))[:80]}")
-    names = [shard["tokens"] for shard in index["shards"]]
-    if len(set(names)) < len(names):
+    named = [shard["tokens"] for shard in index["shards"]]
+    if len(set(named)) < len(named):
         raise DataError(f"{path} names a shard twice")
     return index
 

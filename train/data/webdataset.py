@@ -24,6 +24,7 @@ from PIL import Image
 from . import crops
 from .crops import Picture, counted_rng
 from .image_files import BrokenImageError, find_images, open_image, suffixes
+from .places import is_file, names
 from .text_files import DataError, Tally, check_file, decode, parse_json, reason
 
 _DESCRIPTIONS = (".txt", ".json", ".cls")
@@ -194,21 +195,23 @@ def read_members(path: Path, left: Tally | None = None) -> list[Member]:
     return members
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a place is called as an uncompressed tar file is."""
+    return path.suffix == ".tar"
+
+
 def list_shards(folder: Path) -> list[Path]:
     """The shards in a folder by name; none where it holds something else.
 
     Raises:
         DataError: compressed shards, or a folder that cannot be read.
     """
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {reason(error)}") from error
-    found = [folder / name for name in names if name.endswith(".tar")]
-    found = [path for path in found if path.is_file()]
-    if not found and any(".tar." in name or name.endswith(".tgz") for name in names):
+    found = [name for name in names(folder) if not name.startswith(".")]
+    shards = [folder / name for name in found if name.endswith(".tar")]
+    shards = [path for path in shards if is_file(path)]
+    if not shards and any(".tar." in name or name.endswith(".tgz") for name in found):
         raise DataError(f"{folder} holds compressed shards: decompress them, pictures are anyway")
-    return found
+    return shards
 
 
 def beside(folder: Path) -> int:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,12 @@ class Launcher:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def processes(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Processes]:
     """Join the group that torchrun's environment variables describe (none: a single process).
 
     Args:
         device: see :func:`find_device`; gloo joins CPUs, nccl CUDA devices.
+        timeout: how long a process waits for the others; None is torch's own.
 
     Raises:
         ConfigError: no such device.
@@ -181,7 +183,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     # Its functions have the group as a default argument: the one that is there when it is loaded.
     # Loaded later (by torch._dynamo, which DDP loads), it would keep the group for ever.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     group = Processes(rank, world, place)
     try:
         yield group
