@@ -4,7 +4,7 @@ lost anew on other machines."""
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ def run_units(job: Job, corpus: Corpus, workers: int | None) -> Done:
         rows = ray.data.from_items(
             [{"unit": pickle.dumps(unit)} for unit in todo], override_num_blocks=len(todo)
         ).map(
-            _Worker,
+            cast(Any, _Worker),  # which Ray makes an actor of
             fn_constructor_args=(job, "cuda" if gpus else "cpu"),
             compute=ray.data.ActorPoolStrategy(size=count),
             num_cpus=1,

@@ -22,8 +22,6 @@ from tokenflow_ext.train.data.labels import described, find_label
 from tokenflow_ext.train.data.outputs import distinct_names
 from tokenflow_ext.train.data.places import (
     expand,
-    is_folder,
-    is_remote,
     open_place,
     place,
     reading,
@@ -31,7 +29,7 @@ from tokenflow_ext.train.data.places import (
     state,
 )
 from tokenflow_ext.train.data.text_files import METADATA, DataError, Tally, decode, parse_json, say
-from tokenflow_ext.train.data.webdataset import is_shard, list_shards
+from tokenflow_ext.train.data.webdataset import find_shards
 
 from .writing import Row
 
@@ -99,26 +97,17 @@ def open_corpus(
     """
     units: list[Unit] = []
     sha = hashlib.sha256()
-    shards: list[Path] = []
-    folders: list[Path] = []
     for source in sources:
-        for text in expand(source):
-            path = place(text)
-            if is_shard(path) and (is_remote(path) or not is_folder(path)):
-                found = [path]
-            elif is_folder(path):
-                found = list_shards(path)
-                if not found:
-                    folders.append(path)
-                    units += _pictures(path, len(units), shard_size, keys, webdataset, sha)
-            else:
-                raise DataError(f"no folder at {text}, and no shard (.tar)")
-            for shard in found:
-                sha.update(json.dumps([shard.name, state(shard)]).encode())
-                units.append(Unit(len(units), tar=str(shard)))
-            shards += found
-    for listed in (shards, folders):
-        if twice := sorted({str(path) for path in listed if listed.count(path) > 1}):
+        shards = find_shards(source)
+        for shard in shards:
+            sha.update(json.dumps([shard.name, state(shard)]).encode())
+            units.append(Unit(len(units), tar=str(shard)))
+        for text in [] if shards else expand(source):
+            units += _pictures(place(text), len(units), shard_size, keys, webdataset, sha)
+    tars = [unit.tar for unit in units if unit.tar]
+    first = [unit.pictures[0].place for unit in units if unit.pictures]
+    for named in (tars, first):
+        if twice := sorted({text for text in named if named.count(text) > 1}):
             raise DataError(f"{twice[0]} is named twice")
     return Corpus(list(sources), units, sha.hexdigest())
 

@@ -318,7 +318,7 @@ class Tokens:
 
 
 class Shards(webdataset.Shards):
-    """The pairs in a folder of WebDataset shards: pictures with a caption in ``.txt`` or ``.json``.
+    """The pairs in WebDataset shards: pictures with a caption in ``.txt`` or ``.json``.
 
     Others are left out, those whose description cannot be read too.
 
@@ -330,14 +330,14 @@ class Shards(webdataset.Shards):
 
     def __init__(
         self,
-        folder: Path,
+        source: str | Path,
         size: int,
         streams: tuple[int, int],
         joint: int,
         seed: int,
         keys: Sequence[str] = CaptionConfig.caption_keys,
     ) -> None:
-        super().__init__(webdataset.list_shards(folder), streams, joint, seed)
+        super().__init__(webdataset.find_shards(source), streams, joint, seed)
         self.size, self.keys = size, keys
         self._seen: Counter[str] = Counter()  # keys of descriptions without a caption
 
@@ -479,21 +479,17 @@ def open_source(
     Raises:
         DataError: see the classes.
     """
-    folder = Path(path)
     if choice is None:
         choice = Choice(config.match, config.unseen, config.limit)
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}")
+    folder = place(path)
     if tokens.is_tokens(folder):
         return Tokens(folder, form.scales, form.codebook_size, choice, form.tokenizer)
-    if webdataset.list_shards(folder):
+    if webdataset.find_shards(path):
         if choice != _ALL:
-            raise DataError(
-                f"data.match, unseen and limit are not for shards, which {folder} holds"
-            )
+            raise DataError(f"data.match, unseen and limit are not for shards, which {path} holds")
         across, along = config.streams
-        source = Shards(folder, form.image_size, (across, along), joint, seed, config.caption_keys)
-        source.beside = webdataset.beside(folder)
+        source = Shards(path, form.image_size, (across, along), joint, seed, config.caption_keys)
+        source.beside = webdataset.beside(path)
         return source
     return Pictures(folder, form.image_size, choice, config.caption_keys, config.cache)
 

@@ -38,6 +38,7 @@ from . import crops, tokens, webdataset
 from .captions import Form, evenly
 from .crops import Kept, counted_rng, draw_round
 from .image_files import open_image
+from .places import expand, is_file, place
 from .text_files import DataError, Tally, decode, inside, json_lines, parse_json, read_json
 
 if TYPE_CHECKING:
@@ -393,7 +394,7 @@ class ListedShards(webdataset.Shards):
 
     def __init__(
         self,
-        folder: Path,
+        source: str | Path,
         writer: Writer,
         length: int,
         size: int,
@@ -402,7 +403,7 @@ class ListedShards(webdataset.Shards):
         joint: int,
         seed: int,
     ) -> None:
-        super().__init__(webdataset.list_shards(folder), streams, joint, seed)
+        super().__init__(webdataset.find_shards(source), streams, joint, seed)
         self.writer, self.length, self.size, self.pad = writer, length, size, pad
 
     def select(
@@ -536,26 +537,21 @@ def open_source(
     Raises:
         DataError: see the classes.
     """
-    place = Path(path)
-    if place.is_dir():
+    if _shards(path):
         if choice is not None:
-            raise DataError(f"{place} holds shards, of which all are read: none can be held out")
+            raise DataError(f"{path} holds shards, of which all are read: none can be held out")
         if images is not None or known is not None:
-            raise DataError(f"{place} holds shards, which have their pictures inside")
-        if not webdataset.list_shards(place):
-            raise DataError(f"{place} is a folder without shards: name the file of conversations")
+            raise DataError(f"{path} holds shards, which have their pictures inside")
         across, along = config.streams
         return ListedShards(
-            place, writer, config.length, form.image_size, config.pad, (across, along), joint, seed
+            path, writer, config.length, form.image_size, config.pad, (across, along), joint, seed
         )
-    if not place.is_file():
-        raise DataError(f"no conversations at {place}")
     named = None
     if known is not None:
-        named = tokens.read_by_name(Path(known), form.scales, form.codebook_size, form.tokenizer)
+        named = tokens.read_by_name(place(known), form.scales, form.codebook_size, form.tokenizer)
     return Listed(
-        place,
-        None if images is None else Path(images),
+        place(path),
+        None if images is None else place(images),
         writer,
         config.length,
         form.image_size,
@@ -564,6 +560,27 @@ def open_source(
         config.cache,
         choice,
     )
+
+
+def _shards(path: str | Path) -> list[Path]:
+    """The shards that ``path`` means; none where it is a file of conversations.
+
+    Raises:
+        DataError: neither.
+    """
+    if (
+        len(expand(str(path))) == 1
+        and is_file(file := place(path))
+        and not webdataset.is_shard(file)
+    ):
+        return []
+    try:
+        shards = webdataset.find_shards(path)
+    except DataError as error:
+        raise DataError(f"no conversations at {path}: {error}") from error
+    if not shards:
+        raise DataError(f"{path} is a folder without shards: name the file of conversations")
+    return shards
 
 
 def texts(path: str | Path, count: int, form: str, system: str | None = None) -> list[str]:
@@ -576,17 +593,15 @@ def texts(path: str | Path, count: int, form: str, system: str | None = None) ->
     Raises:
         DataError: nothing there that can be read.
     """
-    place = Path(path)
     said: list[Any] = []
-    if place.is_dir():
-        for shard in webdataset.list_shards(place):
-            for member in webdataset.read_members(shard):
-                if member.json is not None and len(said) < count:
-                    said.append(_entry(shard, member))
-    elif place.is_file():
-        said = [entry for _, entry in zip(range(count), entries(place), strict=False)]
-        said = [entry for _, entry in said]
-    parsed = [parse(entry, 0, place.is_dir())[0] for entry in said]
+    shards = _shards(path)
+    for shard in shards:
+        for member in webdataset.read_members(shard):
+            if member.json is not None and len(said) < count:
+                said.append(_entry(shard, member))
+    if not shards:
+        said = [entry for _, (_, entry) in zip(range(count), entries(place(path)), strict=False)]
+    parsed = [parse(entry, 0, bool(shards))[0] for entry in said]
     written = [
         part.text.replace(IMAGE, "")
         for found in parsed
@@ -594,7 +609,7 @@ def texts(path: str | Path, count: int, form: str, system: str | None = None) ->
         for part in pieces(found.turns, form, "", system)
     ]
     if not written:
-        raise DataError(f"no conversations at {place}")
+        raise DataError(f"no conversations at {path}")
     return written
 
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenflow_ext.train.config import DataConfig
 
 from .image_files import BrokenImageError, list_images, open_image, to_tensor
+from .places import is_remote, place, read_range, relative
 from .text_files import DataError, Tally, inside, json_lines, reason
 
 # Where a large image set is not at hand, this vertical band of every photograph is held out: off
@@ -155,6 +156,8 @@ def read_span(path: Path, span: tuple[int, int]) -> bytes:
         DataError: a file that cannot be read or ends before.
     """
     offset, size = span
+    if is_remote(path):
+        return read_range(path, offset, size)
     try:
         with path.open("rb") as file:
             # Before anything is allocated: a header may claim any size.
@@ -233,7 +236,7 @@ def read_weights(file: str | Path, root: str | Path) -> dict[Path, float]:
     expected = '{"file_name": ..., "weight": number >= 0}'
     for number, entry in json_lines(file, expected):
         try:
-            path, weight = inside(root, entry["file_name"]), checked_weight(entry["weight"])
+            path, weight = inside(place(root), entry["file_name"]), checked_weight(entry["weight"])
             if found.setdefault(path, weight) != weight:
                 raise ValueError("it has another weight already")
         except (ValueError, KeyError) as error:
@@ -338,9 +341,12 @@ class PictureSet:
 
 def listing(pictures: list[Picture]) -> Iterator[str]:
     """Each picture by its name, wherever the folder lies that holds them all."""
-    root = os.path.commonpath([p.path.parent for p in pictures])
+    local = [p.path.parent for p in pictures if not is_remote(p.path)]
+    root = Path(os.path.commonpath(local)) if local else Path()
     for picture in pictures:
-        yield f"{os.path.relpath(picture.path, root)} {picture.member} {picture.boxes}"
+        path = picture.path
+        name = str(path) if is_remote(path) else relative(path, root)
+        yield f"{name} {picture.member} {picture.boxes}"
 
 
 class RandomCrops(Dataset[Any]):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenflow_ext.train.config import DataConfig
 
 from . import crops
 from .crops import Picture, PictureSet, Source
 from .image_files import list_images
 from .text_files import DataError
-from .webdataset import Shards, beside, first_pictures, list_shards
+from .webdataset import Shards, beside, find_shards, first_pictures
 
 
 def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list[Picture]]:
@@ -25,7 +23,7 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
     Raises:
         DataError: nothing that can be read, or settings that are for data of another kind.
     """
-    paths = [] if config.path is None else list_shards(_folder(config.path))
+    paths = [] if config.path is None else find_shards(config.path)
     if paths:
         if config.weights is not None:
             raise DataError(
@@ -43,7 +41,7 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
         across, along = config.streams
         shards = Shards(paths, (across, along), joint, seed, weight_key=config.weight_key)
         if config.path is not None:
-            shards.beside = beside(Path(config.path))
+            shards.beside = beside(config.path)
         return shards, held_out
     if config.weight_key:
         raise DataError(
@@ -66,19 +64,12 @@ def open_images(config: DataConfig, joint: int, seed: int) -> tuple[Source, list
     return source, _held_out(config) or held_out
 
 
-def _folder(path: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}")
-    return folder
-
-
 def _held_out(config: DataConfig) -> list[Picture]:
     """The pictures that ``config.held_out`` names, if it names any."""
     if config.held_out is None:
         return []
-    paths = list_shards(_folder(config.held_out))
+    paths = find_shards(config.held_out)
     if paths:
-        beside(Path(config.held_out))
+        beside(config.held_out)
         return first_pictures(paths, config.held_out_crops)
     return [Picture(path) for path in list_images(config.held_out)]

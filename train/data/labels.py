@@ -26,7 +26,7 @@ from . import crops, tokens, webdataset
 from .captions import Form, evenly
 from .crops import Kept, Rounds, counted_rng
 from .image_files import list_images, open_image, read_square, to_square, to_tensor
-from .places import lexists, relative
+from .places import lexists, place, relative
 from .text_files import (
     METADATA,
     DataError,
@@ -210,14 +210,14 @@ class Tokens:
         read, rows = tokens.read_rows(folder, form.scales, form.codebook_size, form.tokenizer)
         left, kept = Tally(folder), []
         self.labels: list[str] = []
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             name = str(row.get("image") or "")
             label, why = find_label(row, config.label_keys, name)
             if label:
-                kept.append(place)
+                kept.append(number)
                 self.labels.append(label)
             else:
-                left.add(f"rows {why}", name or f"row {place}")
+                left.add(f"rows {why}", name or f"row {number}")
         if not kept:
             raise DataError(f"no row of the tokens in {folder} has a class ({left})")
         left.say(f"{len(kept)} rows with classes; left out")
@@ -237,13 +237,15 @@ class Tokens:
 
 
 class Shards(webdataset.Shards):
-    """The pictures with a class in a folder of WebDataset shards; others are left out."""
+    """The pictures with a class in WebDataset shards; others are left out."""
 
     wanted = "with a class"
 
-    def __init__(self, folder: Path, size: int, joint: int, seed: int, config: LabelConfig) -> None:
+    def __init__(
+        self, source: str | Path, size: int, joint: int, seed: int, config: LabelConfig
+    ) -> None:
         across, along = config.streams
-        super().__init__(webdataset.list_shards(folder), (across, along), joint, seed)
+        super().__init__(webdataset.find_shards(source), (across, along), joint, seed)
         self.size, self.resize, self.keys = size, config.resize, config.label_keys
 
     def select(
@@ -324,7 +326,7 @@ class Labelled(Dataset[Any]):
         count: int = 0,
     ) -> None:
         self.config, self.seed, self.size = config, seed, form.image_size
-        self.source = _open(Path(path), form, config, joint, seed)
+        self.source = _open(path, form, config, joint, seed)
         self.classes = classes or self._find_classes(path, count)
         self.numbers: list[int] = []
         if not isinstance(self.source, Shards):
@@ -399,19 +401,18 @@ class Labelled(Dataset[Any]):
 
 
 def _open(
-    folder: Path, form: Form, config: LabelConfig, joint: int, seed: int
+    path: str | Path, form: Form, config: LabelConfig, joint: int, seed: int
 ) -> Pictures | Tokens | Shards:
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}")
+    folder = place(path)
     if tokens.is_tokens(folder):
         if config.resize != 1 or config.flip:
             raise DataError(
                 f"data.resize and data.flip are for pictures, and {folder} holds tokens"
             )
         return Tokens(folder, form, config)
-    if webdataset.list_shards(folder):
-        source = Shards(folder, form.image_size, joint, seed, config)
-        source.beside = webdataset.beside(folder)
+    if webdataset.find_shards(path):
+        source = Shards(path, form.image_size, joint, seed, config)
+        source.beside = webdataset.beside(path)
         return source
     return Pictures(folder, form.image_size, config)
 

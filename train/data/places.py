@@ -206,6 +206,25 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes of a URL's file, of which they are one request.
+
+    Raises:
+        DataError: it ends before, or its server sends something else.
+    """
+    import fsspec
+
+    with reading(path):
+        system, name = fsspec.core.url_to_fs(str(path), **cast(Any, path).storage_options)
+        content: bytes = system.cat_file(name, start=offset, end=offset + size)
+    if len(content) != size:
+        raise DataError(
+            f"cannot read {path}: {len(content)} bytes came for {size} at byte {offset} (a server "
+            "without ranges? Then simplecache:: before the URL keeps a copy)"
+        )
+    return content
+
+
 def state(path: Path) -> list[Any]:
     """What tells one content of a file from another without reading it: size and time, or what
     the URL's driver takes for that (an ETag, say).

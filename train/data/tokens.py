@@ -33,7 +33,7 @@ from torch import Tensor
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.serialization.files import shown, utf8_name
 
-from .places import is_file, is_remote, lexists, names, read_bytes, reading
+from .places import is_file, is_folder, is_remote, lexists, names, read_bytes, reading
 from .text_files import DataError, inside, read_json, require_file
 
 FORMAT = "tokenflow-tokens"
@@ -116,7 +116,9 @@ def is_tokens(folder: Path) -> bool:
     """
     if is_file(folder / INDEX):
         return True
-    if lexists(folder / UNFINISHED) or (not is_remote(folder) and shard_names(names(folder))):
+    if lexists(folder / UNFINISHED) or (
+        not is_remote(folder) and is_folder(folder) and shard_names(names(folder))
+    ):
         raise DataError(
             f"the tokens in {folder} are not finished, there is no {INDEX}: run the same "
             "`tokenflow tokenize` again"

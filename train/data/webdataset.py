@@ -9,14 +9,13 @@ from __future__ import annotations
 import bisect
 import io
 import math
-import os
 import posixpath
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -24,8 +23,8 @@ from PIL import Image
 from . import crops
 from .crops import Picture, counted_rng
 from .image_files import BrokenImageError, find_images, open_image, suffixes
-from .places import is_file, names
-from .text_files import DataError, Tally, check_file, decode, parse_json, reason
+from .places import expand, is_file, is_folder, is_remote, names, open_place, place, state
+from .text_files import DataError, Tally, decode, parse_json, reason, require_file
 
 _DESCRIPTIONS = (".txt", ".json", ".cls")
 _SPARES = 8  # samples of a shard that are tried in the place of a broken one
@@ -52,17 +51,22 @@ class _Round:
     ends: list[int] = field(default_factory=list)
 
 
-class _Archive(io.BufferedReader):
+class _Archive:
     """A file that never reads, nor allocates, more than it holds: a header may claim any size."""
 
-    def __init__(self, path: Path) -> None:
-        check_file(path)
-        super().__init__(io.FileIO(path))
-        self.size = os.fstat(self.fileno()).st_size
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size = file, file.seek(0, io.SEEK_END)
+        file.seek(0)
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self.size - self.tell())
-        return super().read(left if size is None or size < 0 else min(size, left))
+        return self.file.read(left if size is None or size < 0 else min(size, left))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _listing(path: Path, left: Tally) -> dict[str, tuple[int, int] | str]:
@@ -76,9 +80,13 @@ def _listing(path: Path, left: Tally) -> dict[str, tuple[int, int] | str]:
     found: dict[str, tuple[int, int] | str] = {}
     try:
         with (
-            _Archive(path) as file,
+            open_place(path) as opened,
             # Past zeros, where another archive may begin, and past what is no header.
-            tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive,
+            tarfile.open(
+                fileobj=cast(IO[bytes], file := _Archive(opened)),
+                mode="r:",
+                ignore_zeros=True,
+            ) as archive,
         ):
             end: int | None = 0  # of the member before, where that is known
             for member in archive:
@@ -214,13 +222,45 @@ def list_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def beside(folder: Path) -> int:
+def find_shards(source: str | Path) -> list[Path]:
+    """The shards that ``source`` means: a folder's, one, or those of a pattern with braces, on this
+    machine or by URL. None where it means folders of something else.
+
+    Raises:
+        DataError: nothing of that name, shards beside folders of something else, or one twice.
+    """
+    texts = expand(source) if isinstance(source, str) else [source]
+    found: list[Path] = []
+    other = []
+    for text in texts:
+        path = place(text)
+        if is_shard(path) and (is_remote(path) or not is_folder(path)):
+            if not is_remote(path):
+                require_file(path)
+            found.append(path)
+        elif not is_folder(path):
+            raise DataError(f"no folder at {text}")
+        elif shards := list_shards(path):
+            found += shards
+        else:
+            other.append(text)
+    if found and other:
+        raise DataError(f"{source} means shards, but {other[0]} holds none")
+    if len(set(found)) < len(found):
+        raise DataError(f"{next(p for p in found if found.count(p) > 1)} is named twice")
+    return found
+
+
+def beside(source: str | Path) -> int:
     """How many images a folder of shards holds that are not read, the shards being; a line says
     so, and what else there is.
 
     Raises:
         DataError: see :func:`pictures.find_images`.
     """
+    folder = place(source)
+    if not is_folder(folder):  # the shards themselves, by name
+        return 0
     images, other = find_images(folder, shards=True)
     if images:
         other.add("images beside the shards, which alone are read", images[0], len(images))
@@ -300,7 +340,7 @@ class Shards:
     def listing(self) -> Iterator[str]:
         """Everything there is by name."""
         for path in self.paths:
-            yield f"{path.name} {path.stat().st_size} {self.weight_key}"
+            yield f"{path.name} {state(path)[0]} {self.weight_key}"
 
     # -- what is in a shard -----------------------------------------------------------------------
 
