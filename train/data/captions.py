@@ -482,7 +482,7 @@ def open_source(
     if choice is None:
         choice = Choice(config.match, config.unseen, config.limit)
     folder = place(path)
-    if tokens.is_tokens(folder):
+    if not webdataset.is_shard(folder) and tokens.is_tokens(folder):
         return Tokens(folder, form.scales, form.codebook_size, choice, form.tokenizer)
     if webdataset.find_shards(path):
         if choice != _ALL:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenflow_ext.train.config import DataConfig
 
 from .image_files import BrokenImageError, list_images, open_image, to_tensor
-from .places import is_remote, place, read_range, relative
+from .places import is_remote, parent, place, read_range, relative
 from .text_files import DataError, Tally, inside, json_lines, reason
 
 # Where a large image set is not at hand, this vertical band of every photograph is held out: off
@@ -528,7 +528,7 @@ def held_out_crops(pictures: list[Picture], size: int, limit: int) -> torch.Tens
     if not pictures:
         raise DataError("no held-out image")
     step = -(-len(pictures) // limit)
-    crops, left = [], Tally(pictures[0].path.parent)
+    crops, left = [], Tally(parent(pictures[0].path))
     # Large pictures are decoded again rather than held all at once.
     kept = Kept(DataConfig.cache)
     for number in range(0, len(pictures), step):

@@ -404,7 +404,7 @@ def _open(
     path: str | Path, form: Form, config: LabelConfig, joint: int, seed: int
 ) -> Pictures | Tokens | Shards:
     folder = place(path)
-    if tokens.is_tokens(folder):
+    if not webdataset.is_shard(folder) and tokens.is_tokens(folder):
         if config.resize != 1 or config.flip:
             raise DataError(
                 f"data.resize and data.flip are for pictures, and {folder} holds tokens"

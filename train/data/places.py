@@ -25,6 +25,7 @@ from .text_files import DataError, check_file, reason
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(://|::)")
 _MOST_NAMES = 1_000_000  # that a pattern may stand for
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+_NAMES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _PATTERN = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
 
 
@@ -78,6 +79,7 @@ def expand(text: str) -> list[str]:
     from braceexpand import braceexpand
 
     counts = [abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(text)]
+    counts += [names.count(",") + 1 for names in _NAMES.findall(text)]
     if math.prod(counts) > _MOST_NAMES:
         raise DataError(f"the pattern {text} stands for more than {_MOST_NAMES} names")
     try:
@@ -147,6 +149,11 @@ def relative(path: Path, root: Path) -> str:
     return os.path.relpath(path, root)
 
 
+def parent(path: Path) -> str:
+    """What a place is in, for messages."""
+    return str(path).rpartition("/")[0] if is_remote(path) else str(path.parent)
+
+
 def names(folder: Path) -> list[str]:
     """The names in a folder, sorted.
 
@@ -169,7 +176,7 @@ def remote_files(folder: Path) -> list[Path]:
     with reading(folder):
         # Some drivers list full URLs, some paths of their own.
         found = [remote.fs.unstrip_protocol(name) for name in remote.fs.find(remote.path)]
-        return sorted(type(remote)(name, **remote.storage_options) for name in found)
+        return sorted(map(place, found))
 
 
 # -- content --------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def open_place(path: Path, once: bool = False) -> Iterator[IO[bytes]]:
 
     remote = cast(Any, path)
     options = {"block_size": 0} if once and remote.protocol in ("http", "https") else {}
-    with fsspec.open(str(path), "rb", **options, **remote.storage_options) as file:
+    with fsspec.open(str(path), "rb", **options) as file:
         yield file
 
 
@@ -215,7 +222,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     import fsspec
 
     with reading(path):
-        system, name = fsspec.core.url_to_fs(str(path), **cast(Any, path).storage_options)
+        system, name = fsspec.core.url_to_fs(str(path))
         content: bytes = system.cat_file(name, start=offset, end=offset + size)
     if len(content) != size:
         raise DataError(

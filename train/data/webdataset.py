@@ -23,7 +23,7 @@ from PIL import Image
 from . import crops
 from .crops import Picture, counted_rng
 from .image_files import BrokenImageError, find_images, open_image, suffixes
-from .places import expand, is_file, is_folder, is_remote, names, open_place, place, state
+from .places import expand, is_file, is_folder, is_remote, names, open_place, parent, place, state
 from .text_files import DataError, Tally, decode, parse_json, reason, require_file
 
 _DESCRIPTIONS = (".txt", ".json", ".cls")
@@ -313,12 +313,12 @@ class Shards:
             )
         if len(paths) < across * along:
             raise DataError(
-                f"{paths[0].parent} holds {len(paths)} shards, too few for data.streams = "
+                f"{parent(paths[0])} holds {len(paths)} shards, too few for data.streams = "
                 f"{list(streams)}"
             )
         self.paths, self.streams, self.joint, self.seed = paths, (across, along), joint, seed
         self.weight_key = weight_key
-        self.left = Tally(paths[0].parent, everyone=True)  # processes open shards of their own
+        self.left = Tally(parent(paths[0]), everyone=True)  # processes open shards of their own
         self.beside = 0  # images in the folder that are in no shard
         self._parts = [paths[i :: across * along] for i in range(across * along)]  # of each stream
         self._sizes: dict[Path, float] = {}  # samples, or the sum of their weights
