@@ -77,7 +77,7 @@ class Decoded(IterableDataset[Any]):
         if number is not None:
             start = number * self.batch_size
             part = Unit(unit.number, unit.pictures[start : start + self.batch_size])
-            batch = self._decode(unit.number, number, list(samples(part, self.keys, left)))
+            batch = self._decode(unit, number, list(samples(part, self.keys, left)))
             batch.last = start + self.batch_size >= len(unit.pictures)
             yield batch
             return
@@ -91,9 +91,9 @@ class Decoded(IterableDataset[Any]):
                 yield before
             if not some and number:
                 return
-            before = self._decode(unit.number, number, some)
+            before = self._decode(unit, number, some)
 
-    def _decode(self, unit: int, number: int, some: list[Sample]) -> Batch:
+    def _decode(self, unit: Unit, number: int, some: list[Sample]) -> Batch:
         squares, rows, broken = [], [], []
         for sample in some:
             try:
@@ -102,14 +102,15 @@ class Decoded(IterableDataset[Any]):
                 squares.append(np.asarray(to_square(image, self.size)))
             except BrokenImageError as error:
                 kind = re.sub(r"\d+", "N", error.why)
-                broken.append((sample.row.image, kind, str(error)))
+                name = f"{unit.source}/{sample.row.image}" if unit.tar else sample.row.image
+                broken.append((name, kind, str(error)))
                 continue
             rows.append(sample.row)
         shape = (len(rows), self.size, self.size, 3)
         pixels = (
             torch.from_numpy(np.stack(squares)) if rows else torch.zeros(shape, dtype=torch.uint8)
         )
-        return Batch(unit, number, False, pixels, rows, broken)
+        return Batch(unit.number, number, False, pixels, rows, broken)
 
 
 def read_batches(dataset: Decoded, workers: int) -> Iterator[Batch]:

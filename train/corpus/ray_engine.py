@@ -3,18 +3,22 @@ lost anew on other machines."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
+from dataclasses import replace
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from tokenflow_ext.errors import MissingPackageError
+from tokenflow_ext.errors import ConfigError, MissingPackageError, TokenFlowError
+from tokenflow_ext.train.data.places import is_url
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 
 from .encoding import Encoder
-from .sources import Corpus
-from .tokenize import Done, Job, tokenize_units
+from .sources import Corpus, Unit
+from .tokenize import Done, Job, finished_units, tokenize_units
 
 
 class _Worker:
@@ -26,19 +30,26 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = pickle.loads(row["unit"])
-        return {"done": pickle.dumps(tokenize_units(self.job, [unit], self.encoder, show=False))}
+        done: Done | TokenFlowError
+        try:
+            done = tokenize_units(self.job, [unit], self.encoder, show=False, tell=False)
+        except TokenFlowError as error:  # Ray would hand on no more than its text
+            done = error
+        return {"done": pickle.dumps(done)}
 
 
-def run_units(job: Job, corpus: Corpus, workers: int | None) -> Done:
+def run_units(job: Job, corpus: Corpus, device: str, workers: int | None) -> Done:
     """Tokenize the units of a corpus that are not finished.
 
     ``ray.init`` joins the cluster that RAY_ADDRESS names, or starts one on this machine.
 
     Args:
-        workers: actors; None is one a GPU, or one a core where the cluster has no GPU.
+        device: "cpu", "cuda", or "auto": CUDA where the cluster has GPUs.
+        workers: actors; None is one a GPU, or one a core where there is none to use.
 
     Raises:
         MissingPackageError: Ray is not installed.
+        ConfigError: CUDA is asked for, and the cluster has no GPU.
         DataError: see :func:`.tokenize.tokenize_units`.
     """
     try:
@@ -48,23 +59,26 @@ def run_units(job: Job, corpus: Corpus, workers: int | None) -> Done:
             "--engine ray needs Ray Data: pip install 'tokenflow_ext[ray]'"
         ) from error
 
-    done, todo = Done(), []
-    for unit in corpus.units:
-        if (receipt := job.shard(unit).written()) is None:
-            todo.append(unit)
-        else:
-            done.shards[unit.number] = receipt
-    done.earlier = len(done.shards)
+    done, todo = finished_units(job, corpus.units)
+    job = replace(job, checkpoint=_anywhere(job.checkpoint), out=_anywhere(job.out))
     if not todo:
         return done
+    start = time.perf_counter()
     started = not ray.is_initialized()
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
+        gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"device {device!r} is none of auto, cpu and cuda, which Ray deals out"
+            )
+        if device == "cuda" and not gpus:
+            raise ConfigError("device 'cuda': the Ray cluster has no GPU")
         count = min(len(todo), workers or gpus or int(resources["CPU"]))
         rows = ray.data.from_items(
-            [{"unit": pickle.dumps(unit)} for unit in todo], override_num_blocks=len(todo)
+            [{"unit": pickle.dumps(_found_anywhere(unit))} for unit in todo],
+            override_num_blocks=len(todo),
         ).map(
             cast(Any, _Worker),  # which Ray makes an actor of
             fn_constructor_args=(job, "cuda" if gpus else "cpu"),
@@ -74,10 +88,28 @@ def run_units(job: Job, corpus: Corpus, workers: int | None) -> Done:
         )
         with tqdm(total=len(corpus.units), initial=done.earlier, unit="shard") as bar:
             for row in rows.iter_rows():
-                part: Done = pickle.loads(row["done"])
+                part: Done | TokenFlowError = pickle.loads(row["done"])
+                if isinstance(part, TokenFlowError):
+                    raise part
+                for note in part.notes:
+                    bar.write(note)
                 done.add(part)
                 bar.update()
     finally:
         if started:
             ray.shutdown()
+        # The actors' times, side by side, are the driver's.
+    seconds = time.perf_counter() - start
+    done.waiting *= seconds / max(done.seconds, 1e-9)
+    done.seconds = seconds
     return done
+
+
+def _anywhere(text: str) -> str:
+    """A local path as other processes find it."""
+    return os.path.abspath(text) if not is_url(text) and os.path.lexists(text) else text
+
+
+def _found_anywhere(unit: Unit) -> Unit:
+    pictures = (picture._replace(place=_anywhere(picture.place)) for picture in unit.pictures)
+    return replace(unit, tar=_anywhere(unit.tar) if unit.tar else "", pictures=tuple(pictures))

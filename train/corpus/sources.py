@@ -63,6 +63,11 @@ class Unit:
     pictures: tuple[Picture, ...] = ()
     tar: str = ""
 
+    @property
+    def source(self) -> str:
+        """The name of its WebDataset shard."""
+        return self.tar.rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.config import CaptionConfig, LabelConfig
-from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.data import DataError, text_files
 from tokenflow_ext.train.data.places import place
 from tokenflow_ext.train.data.tokens import INDEX, LAYOUTS, facts, fingerprint
 from tokenflow_ext.train.engine import checkpoint
@@ -73,6 +76,7 @@ class Done:
     seconds: float = 0.0
     waiting: float = 0.0  # of these, for decoded pictures
     failures: Counter[str] = field(default_factory=Counter)  # by kind
+    notes: list[str] = field(default_factory=list)  # of what is left out, where nobody was told
 
     def add(self, other: Done) -> None:
         """Add what became of others; of times the sums."""
@@ -82,6 +86,7 @@ class Done:
         self.seconds += other.seconds
         self.waiting += other.waiting
         self.failures += other.failures
+        self.notes += other.notes
 
     @property
     def speed(self) -> str:
@@ -95,7 +100,7 @@ class Done:
 
 
 def tokenize(
-    sources: str | Sequence[str],
+    sources: str | Path | Sequence[str],
     source: str,
     out: str,
     *,
@@ -141,9 +146,15 @@ def tokenize(
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
+    if dtype not in DTYPES:
+        raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if engine not in ("torch", "ray"):
         raise DataError(f"engine must be torch or ray, got {engine}")
-    names = [sources] if isinstance(sources, str) else list(sources)
+    if engine == "torch" and ray_workers is not None:
+        raise DataError("--ray-workers is for --engine ray")
+    if engine == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError("--engine ray starts its own processes: run it without torchrun")
+    names = [str(sources)] if isinstance(sources, (str, Path)) else list(sources)
     keys = Keys(tuple(caption_keys), tuple(label_keys))
     with ExitStack() as stack:
         if engine == "ray":  # the driver needs no device of its own
@@ -177,7 +188,7 @@ def tokenize(
         if engine == "ray":
             from .ray_engine import run_units
 
-            parts = [run_units(job, corpus, ray_workers)]
+            parts = [run_units(job, corpus, device, ray_workers)]
         else:
             encoder = Encoder(model, group.device, job.dtype)
             units = corpus.units[group.rank :: group.world]
@@ -188,12 +199,8 @@ def tokenize(
     return target / INDEX
 
 
-def tokenize_units(job: Job, units: Sequence[Unit], encoder: Encoder, show: bool = True) -> Done:
-    """Tokenize those of the units that are not finished, and write their shards.
-
-    Args:
-        show: a progress bar.
-    """
+def finished_units(job: Job, units: Sequence[Unit]) -> tuple[Done, list[Unit]]:
+    """Which of the units an earlier run has finished, and the others."""
     done, todo = Done(), []
     for unit in units:
         if (receipt := job.shard(unit).written()) is None:
@@ -201,18 +208,33 @@ def tokenize_units(job: Job, units: Sequence[Unit], encoder: Encoder, show: bool
         else:
             done.shards[unit.number] = receipt
     done.earlier = len(done.shards)
+    return done, todo
+
+
+def tokenize_units(
+    job: Job, units: Sequence[Unit], encoder: Encoder, show: bool = True, tell: bool = True
+) -> Done:
+    """Tokenize those of the units that are not finished, and write their shards.
+
+    Args:
+        show: a progress bar.
+        tell: print a line of each thing that is left out, when it is met; otherwise the lines are
+            in what is returned.
+    """
+    done, todo = finished_units(job, units)
     known = None if any(unit.tar for unit in units) else sum(len(u.pictures) for u in units)
     dataset = Decoded(todo, job.about["image_size"], job.batch_size, job.keys)
     start = time.perf_counter()
     with tqdm(total=known, unit="image", disable=not show) as bar, ThreadPoolExecutor(1) as pool:
         if known is not None:
             bar.update(known - sum(len(unit.pictures) for unit in todo))
-        batches = _watched(read_batches(dataset, job.workers), job, done, bar)
+        say = partial(text_files.say, everyone=True) if tell else done.notes.append
+        batches = _watched(read_batches(dataset, job.workers), job, done, bar, say)
         by_number = {unit.number: unit for unit in todo}
         pending: list[Future[tuple[int, dict[str, Any]]]] = []
         for encoded in encode_units(batches, encoder, ahead=encoder.device.type == "cuda"):
-            if encoded.left is not None:
-                encoded.left.say()
+            if encoded.left is not None and encoded.left.total:
+                say(f"{encoded.left.where}: left out: {encoded.left}")
             if len(pending) == 2:  # writing overlaps, and memory stays bounded
                 _settle(pending.pop(0), done)
             pending.append(pool.submit(_write, job, by_number[encoded.number], encoded))
@@ -224,8 +246,7 @@ def tokenize_units(job: Job, units: Sequence[Unit], encoder: Encoder, show: bool
 
 def _write(job: Job, unit: Unit, encoded: EncodedUnit) -> tuple[int, dict[str, Any]]:
     shard = job.shard(unit)
-    source = unit.tar.rpartition("/")[2]
-    receipt = shard.write(encoded.tokens, encoded.rows, encoded.skipped, job.about, source)
+    receipt = shard.write(encoded.tokens, encoded.rows, encoded.skipped, job.about, unit.source)
     return unit.number, receipt
 
 
@@ -234,7 +255,9 @@ def _settle(future: Future[tuple[int, dict[str, Any]]], done: Done) -> None:
     done.shards[number] = receipt
 
 
-def _watched(batches: Iterable[Batch], job: Job, done: Done, bar: tqdm) -> Iterator[Batch]:
+def _watched(
+    batches: Iterable[Batch], job: Job, done: Done, bar: tqdm, say: Callable[[str], Any]
+) -> Iterator[Batch]:
     """The batches, with what they say of time and failures noted and shown.
 
     Raises:
@@ -247,7 +270,7 @@ def _watched(batches: Iterable[Batch], job: Job, done: Done, bar: tqdm) -> Itera
         for _, kind, message in batch.broken:
             if job.strict:
                 raise DataError(message)
-            bar.write(f"left out: {message}")  # one of a million must not end the others
+            say(f"left out: {message}")  # one of a million must not end the others
             done.failures[kind] += 1
         done.images += len(batch.rows)
         bar.set_postfix_str(

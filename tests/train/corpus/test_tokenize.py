@@ -105,7 +105,7 @@ def test_shards_keep_captions_classes_and_order(shards, expected, image_tokenize
     index = json.loads((expected / "index.json").read_text())
     assert [s["source"] for s in index["shards"]] == [f"part-{i:03d}.tar" for i in range(5)]
     assert [s["count"] for s in index["shards"]] == [3, 9, 3, 1, 4]
-    assert index["skipped"] == ["2_1.jpg", "2_3.jpg"]
+    assert index["skipped"] == ["part-002.tar/2_1.jpg", "part-002.tar/2_3.jpg"]
     read, rows = tokens.read_rows(expected, SCALES, 64)
     model = TokenFlowTokenizer.from_pretrained(image_tokenizer)
     names = [(s, i) for s, n in enumerate((3, 9, 5, 1, 4)) for i in range(n)]
@@ -384,7 +384,7 @@ def test_a_shard_without_a_picture_is_no_shard(shards, image_tokenizer, tmp_path
     run(given, image_tokenizer, tmp_path / "tokens")
     index = json.loads((tmp_path / "tokens/index.json").read_text())
     assert [shard["count"] for shard in index["shards"]] == [3]
-    assert index["skipped"] == ["a.jpg"]
+    assert index["skipped"] == ["broken.tar/a.jpg"]
     assert not list((tmp_path / "tokens").glob("*.done.json"))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import serve
 from tiny_models import CODES, SCALES, image_tokenizer
 from understanding_models import picture, text_tokenizer
 
@@ -337,6 +338,13 @@ def test_shards(tmp_path, capsys):
     writer = Writer(text(), "vicuna", 16, "")
     with pytest.raises(DataError, match="have their pictures inside"):
         conversations.open_source(tmp_path, "x", None, writer, FORM, ConversationConfig(), 2, 0)
+    with serve(tmp_path) as server:  # the same by pattern and URL
+        for place in (f"{tmp_path}/{{0..0}}.tar", f"{server.url}/0.tar"):
+            again = Conversations(opened(place), True, 2, 0)
+            for g in range(4):
+                assert again[g].pictures[0].equal(drawn[g])
+                assert again[g].ids == data[g].ids
+            assert "".join(conversations.texts(place, 10, "vicuna", "")) == said
 
 
 # -- which sample is which ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.config import CaptionConfig, LabelConfig
 from tokenflow_ext.train.corpus.tokenize import tokenize as tokenize
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="of classes in metadata.jsonl and NAME.json [label class]",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the encoders' arithmetic [%(default)s]",
+    )
     options.add_workers(parser)
     parser.add_argument(
         "--strict", action="store_true", help="end at the first image that cannot be read"
@@ -80,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         engine=arguments.engine,
         device=arguments.device,
         resolution=arguments.resolution,
+        dtype=arguments.dtype,
         layout=arguments.shard_layout,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
