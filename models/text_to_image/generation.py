@@ -29,6 +29,9 @@ Mix = Callable[["tuple[Tensor, Tensor] | Tensor", int], Tensor]
 """(the logits of a scale, both halves where there are two; the scale's index) -> what f^ grows by,
 [B, h * w, D], in the place of the drawn codes."""
 
+OnScale = Callable[[Tensor], None]
+"""Told the tokens of the scales that are drawn so far, [B, l], after each scale."""
+
 
 class KeyValueCache:
     """Keys and values of every layer, [rows, heads, length, head_dim], written in place.
@@ -196,6 +199,7 @@ def generate_tokens(
     seeds: Tensor,
     cuda_graphs: bool,
     mix: Mix | None = None,
+    on_scale: OnScale | None = None,
 ) -> Tensor:
     """Tokens [count, L], scale after scale. A session of 2 * count rows has the negative half last.
 
@@ -206,6 +210,7 @@ def generate_tokens(
     Args:
         seeds: of the images, [count].
         mix: gives what f^ grows by in the place of the drawn codes; it is called for each scale.
+        on_scale: is told the tokens so far; an error that it raises ends the generation.
     """
     sequence = session.sequence
     sampler = MultiStepSampler.of(sampling, sequence.scales)
@@ -245,6 +250,8 @@ def generate_tokens(
         drawn.append(sampler.sample_scale(scale, answer, seed=seeds, offsets=offsets))
         if sampler.steps(scale) > 1:
             session.cache.put_back(*sequence.positions(scale))
+        if on_scale is not None:
+            on_scale(torch.cat(drawn, dim=1))
     if mix is not None:
         assert last is not None
         mix(last, sampler.num_scales - 1)

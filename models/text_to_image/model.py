@@ -39,7 +39,7 @@ from .sequence import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from .generation import Session
+    from .generation import OnScale, Session
 
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
@@ -265,6 +265,7 @@ class TextToImage(NextScaleTransformer):
         sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        on_scale: OnScale | None = None,
         **settings: Any,
     ) -> Tensor:
         """Images [B, 3, H, W] uint8 of prompts.
@@ -274,7 +275,7 @@ class TextToImage(NextScaleTransformer):
             text_tokenizer: the backbone's text tokenizer.
             negative_prompt: what guidance leads away from, for all images or one for each; the
                 empty string is the unconditional model of training.
-            sampling, seed, cuda_graphs, settings: as :meth:`generate_tokens`.
+            sampling, seed, cuda_graphs, on_scale, settings: as :meth:`generate_tokens`.
         """
         negative = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         ids, mask = encode_prompts(prompts, text_tokenizer, self.config)
@@ -287,6 +288,7 @@ class TextToImage(NextScaleTransformer):
             sampling=sampling,
             seed=seed,
             cuda_graphs=cuda_graphs,
+            on_scale=on_scale,
             **settings,
         )
         images, _ = self.tokenizer.decode(indices)
@@ -304,6 +306,7 @@ class TextToImage(NextScaleTransformer):
         sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        on_scale: OnScale | None = None,
         **settings: Any,
     ) -> Tensor:
         """Image tokens [B, L] of prompts, by multi-step sampling with guidance.
@@ -324,6 +327,8 @@ class TextToImage(NextScaleTransformer):
                 generator.
             cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
                 them; they are kept until another shape or a move of the model.
+            on_scale: is told the tokens so far [B, l] after each scale, coarse to fine. The
+                tokenizer decodes them: ``tokenizer.decode(tokens)``.
             settings: fields of `sampling` to change, such as ``guidance=3.0``.
 
         Raises:
@@ -358,6 +363,7 @@ class TextToImage(NextScaleTransformer):
             sampling=sampling,
             seeds=image_seeds(seed, len(input_ids)),
             cuda_graphs=cuda_graphs,
+            on_scale=on_scale,
         )
 
     # ------------------------------------------------------------------ weights

@@ -22,6 +22,7 @@ from tokenflow_ext.models.serialization.pretrained import SavedForm, not_finite,
 from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.text_to_image.generation import (
     KeyValueCache,
+    OnScale,
     ScaleSession,
     generate_tokens,
     image_seeds,
@@ -328,6 +329,7 @@ class VAR(NextScaleTransformer):
         sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        on_scale: OnScale | None = None,
         **settings: Any,
     ) -> Tensor:
         """Image tokens [B, L] of classes, scale after scale.
@@ -344,6 +346,8 @@ class VAR(NextScaleTransformer):
                 takes torch's generator.
             cuda_graphs: on CUDA, replay a graph for each scale. The first call of a shape captures
                 them; they are kept until another shape or a move of the model.
+            on_scale: is told the tokens so far [B, l] after each scale, coarse to fine. The
+                tokenizer decodes them: ``tokenizer.decode(tokens)``.
             settings: fields of ``sampling`` to change, such as ``guidance=3.0``, ``top_k=900``.
 
         Raises:
@@ -356,6 +360,7 @@ class VAR(NextScaleTransformer):
             sampling=sampling,
             seed=seed,
             cuda_graphs=cuda_graphs,
+            on_scale=on_scale,
             **settings,
         )[0]
 
@@ -368,6 +373,7 @@ class VAR(NextScaleTransformer):
         sampling: SamplingConfig | None = None,
         seed: int | Sequence[int] | None = None,
         cuda_graphs: bool = False,
+        on_scale: OnScale | None = None,
         **settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, L] and, where ``smooth``, the mixed codes [B, L, C]; see :meth:`generate`."""
@@ -399,6 +405,7 @@ class VAR(NextScaleTransformer):
             seeds=seeds,
             cuda_graphs=cuda_graphs,
             mix=mix,
+            on_scale=on_scale,
         )
         return tokens, None if mix is None else torch.cat(mix.rows, dim=1)
 

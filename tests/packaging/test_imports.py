@@ -31,7 +31,7 @@ ORDER = {
         *("serialization", "towers", "tokenizer", "losses", "text_to_image"),
         *("understanding", "unified", "var"),
     ),
-    "train": ("data", "engine", "tasks", "evaluation", "cli"),
+    "train": ("data", "engine", "tasks", "evaluation", "demo", "cli"),
 }
 
 

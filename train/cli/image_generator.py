@@ -21,6 +21,7 @@ from tokenflow_ext.train.data.outputs import Outputs, json_text, png
 from tokenflow_ext.train.data.text_files import (
     DataError,
     check_file,
+    check_text,
     json_lines,
     lines,
     read_text,
@@ -39,23 +40,6 @@ class Prompt:
     text: str
     name: str
     line: dict[str, Any] | None = None
-
-
-def check_text(text: Any, where: str) -> str:
-    """``text``, where it is one that a text tokenizer takes.
-
-    Raises:
-        DataError: it is not; naming ``where``.
-    """
-    if not isinstance(text, str):
-        raise DataError(f"{where}: a prompt must be text, got {text!r}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {text!r} is no Unicode text (not UTF-8?)") from error
-    if "\0" in text:
-        raise DataError(f"{where}: {text!r} has a NUL in it")
-    return text
 
 
 def plain_prompts(texts: Sequence[str]) -> list[Prompt]:

@@ -209,3 +209,20 @@ def metadata_entries(root: Path, expected: str) -> Iterator[tuple[Path, dict[str
             what = "there is no file_name" if isinstance(error, KeyError) else error
             raise DataError(f"{file}, line {number}: expected {expected}: {what}") from error
         yield path, entry
+
+
+def check_text(text: Any, where: str) -> str:
+    """``text``, where it is one that a text tokenizer takes.
+
+    Raises:
+        DataError: it is not; naming ``where``.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{where}: a prompt must be text, got {text!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {text!r} is no Unicode text (not UTF-8?)") from error
+    if "\0" in text:
+        raise DataError(f"{where}: {text!r} has a NUL in it")
+    return text

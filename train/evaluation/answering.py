@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,21 @@ from tokenflow_ext.train.tasks.understanding import load_understanding
 
 Message = dict[str, str]
 """{"role": "user" or "assistant", "content": a text with ``<image>`` where a picture stands}."""
+
+
+class _Words(TextStreamer):
+    """Words as they come, printed or told to a function."""
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """See the base class."""
+        if self.tell is None:
+            super().on_finalized_text(text, stream_end)
+        else:
+            self.tell(text)
 
 
 class Answerer:
@@ -96,13 +111,14 @@ class Answerer:
         pictures: Sequence[Sequence[Image.Image]],
         new: int = 64,
         temperature: float = 0.0,
-        stream: bool = False,
+        stream: bool | Callable[[str], None] = False,
     ) -> list[str]:
         """Answers, one for each conversation.
 
         Args:
             temperature: 0 is greedy; otherwise answers are drawn with torch's generator.
-            stream: print words as they come, of a single conversation.
+            stream: print words as they come, of a single conversation, or tell them to a function.
+                An error that it raises ends the answer.
 
         Raises:
             DataError: see :meth:`inputs`.
@@ -118,7 +134,7 @@ class Answerer:
         )
         if settings.eos_token_id is None:
             settings.eos_token_id = text.eos_token_id
-        streamer = TextStreamer(text, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Words(text, None if isinstance(stream, bool) else stream)
         with torch.no_grad():
             found = self.model.generate(
                 **given, generation_config=settings, streamer=streamer if stream else None

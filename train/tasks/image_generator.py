@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tokenflow_ext.models import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.transformers_folder import answers, answers_and_draws
+from tokenflow_ext.models.text_to_image.generation import OnScale
 from tokenflow_ext.models.text_to_image.model import TextToImage
 from tokenflow_ext.models.var.model import SAMPLING, VAR
 from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
@@ -83,11 +84,17 @@ class ImageGenerator:
         """How tokens are drawn."""
         return SamplingConfig.preset(self.steps, guidance=self.guidance)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Generator[Tensor, None, None]:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        on_scale: OnScale | None = None,
+    ) -> Generator[Tensor, None, None]:
         """Images [3, H, W] uint8, one for each prompt; a bar counts the transformer's runs.
 
         Args:
             seeds: any whole numbers, of which 64 bits count.
+            on_scale: see :meth:`TextToImage.generate_tokens`.
         """
         seeds = [(operator.index(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
         batches = -(-len(prompts) // self.batch)
@@ -102,6 +109,7 @@ class ImageGenerator:
                         negative_prompt=self.negative,
                         sampling=self.sampling,
                         seed=seeds[start : start + self.batch],
+                        on_scale=on_scale,
                     ).cpu()
             finally:
                 hook.remove()
@@ -181,8 +189,16 @@ class ClassImageGenerator:
         except ValueError as error:
             raise DataError(str(error)) from error
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Generator[Tensor, None, None]:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        on_scale: OnScale | None = None,
+    ) -> Generator[Tensor, None, None]:
         """Images [3, H, W] uint8, one for each class; a bar counts them.
+
+        Args:
+            on_scale: see :meth:`VAR.generate_tokens`.
 
         Raises:
             DataError: no such class.
@@ -197,6 +213,7 @@ class ClassImageGenerator:
                     top_p=self.top_p,
                     more_smooth=self.more_smooth,
                     seed=seeds[start : start + self.batch],
+                    on_scale=on_scale,
                 )
                 bar.update(len(drawn))
                 yield from drawn.cpu()

@@ -16,6 +16,7 @@ from tokenflow_ext.train import decoder, text_to_image, tokenizer, understanding
 from . import (
     analyse,
     ask,
+    demo,
     evaluate,
     evaluate_drawings,
     evaluate_understanding,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, ModuleType] = {
     "evaluate-understanding": evaluate_understanding,
     "analyse": analyse,
     "fid": fid,
+    "demo": demo,
 }
 
 #: Training scripts, which read their own arguments: (module, line of help).

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenflow_ext.sampler import PRESETS
 from tokenflow_ext.train.cli import image_generator, options
-from tokenflow_ext.train.data import DataError, outputs
+from tokenflow_ext.train.data import DataError, outputs, text_files
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.tasks.image_generator import ImageGenerator, facts
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, each=1, batch_size=1, guidance=0)
     if not -(2**63) <= arguments.seed < 2**64:
         raise DataError(f"--seed must be a whole number of 64 bits, got {arguments.seed}")
-    image_generator.check_text(arguments.negative, "--negative")
+    text_files.check_text(arguments.negative, "--negative")
     find_device(arguments.device)
     checkpoint.check_there(arguments.checkpoint)
     if arguments.prompts is not None:

@@ -1,0 +1,134 @@
+"""The page: its tabs, and the server that shows it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import TypeVar
+
+import gradio as gr
+
+from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.evaluation.preprocess import CenterCropDataset, crops_of
+
+from . import ask, codebook, draw, html, reconstruct
+from .codes import Codes
+from .models import Models
+from .parts import Examples
+from .patches import PatchIndex
+
+Item = TypeVar("Item")
+
+#: Bytes of an uploaded picture, at most.
+MOST_BYTES = 20 * 2**20
+#: Seconds after which uploaded and shown files are removed, looked after every so many.
+_KEPT, _LOOKED = 3600, 600
+_WAITING = 20
+# Names of fonts alone: Gradio fetches none of them.
+_FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
+_MONO = ("ui-monospace", "Consolas", "monospace")
+_HEAD = """
+<div class="tf"><h2 style="margin:.2rem 0 0">tokenflow</h2>
+<p class="tf-note" style="margin:0">Pictures as tokens, and back. Showing {names}.</p></div>
+"""
+
+
+def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
+    """The page of these models.
+
+    Args:
+        folder: the pictures of which patches are shown; None takes squares of the photographs that
+            come with packages.
+        limit: so many of the pictures, evenly spread.
+
+    Raises:
+        DataError: no picture that can be read.
+    """
+    examples = Examples(folder)
+    indices = {}
+    datasets: dict[int, CenterCropDataset] = {}
+    for name, tokenizer in models.tokenizers.items():
+        size = tokenizer.config.image_size
+        images = datasets.setdefault(size, crops_of(folder, limit, size))
+        indices[name] = PatchIndex(tokenizer, Codes(tokenizer.quantizer), images, name)
+    names = dict.fromkeys((*models.tokenizers, *models.drawing, *models.answering))
+    with gr.Blocks(
+        title="tokenflow", analytics_enabled=False, delete_cache=(_LOOKED, _KEPT)
+    ) as page:
+        gr.HTML(_HEAD.format(names=", ".join(f"<b>{escape(name)}</b>" for name in names)))
+        with gr.Tabs():
+            _tab(
+                "Reconstruct",
+                models.tokenizers,
+                lambda name, one: reconstruct.build(page, one, indices[name], examples),
+            )
+            _tab("Draw", models.drawing, lambda _, one: draw.build(one))
+            _tab("Ask", models.answering, lambda _, one: ask.build(one, examples))
+            _tab("Codebook", indices, lambda _, one: codebook.build(one))
+    return page
+
+
+def _tab(title: str, items: dict[str, Item], lay_out: Callable[[str, Item], None]) -> None:
+    """A tab, where there is anything to show in it; of several, a tab for each inside."""
+    if not items:
+        return
+    with gr.Tab(title):
+        if len(items) == 1:
+            [(name, item)] = items.items()
+            lay_out(name, item)
+            return
+        with gr.Tabs():
+            for name, item in items.items():
+                with gr.Tab(name):
+                    lay_out(name, item)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder for all that Gradio writes, which is removed at the end."""
+    name = "GRADIO_TEMP_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="tokenflow-demo-", ignore_cleanup_errors=True) as made:
+        os.environ[name] = made
+        try:
+            yield made
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+@contextmanager
+def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
+    """Serve the page, inside :func:`temporary_folder`; gives its address.
+
+    Args:
+        port: 0 takes one that is free.
+
+    Raises:
+        DataError: the address cannot be served at.
+    """
+    page.queue(default_concurrency_limit=1, max_size=_WAITING)
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=MOST_BYTES,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Soft(font=_FONTS, font_mono=_MONO),
+            css=html.STYLE,
+        )
+    except OSError as error:
+        raise DataError(f"cannot serve at {host}, port {port}: {error}") from error
+    try:
+        yield address
+    finally:
+        page.close(verbose=False)

@@ -1,0 +1,102 @@
+"""What the tabs share of Gradio: how functions are called, told errors, picked pictures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from tokenflow_ext.train.data import list_images, open_image, photographs
+from tokenflow_ext.train.data.image_files import to_square
+from tokenflow_ext.train.engine.messages import EXPECTED, one_line
+from tokenflow_ext.train.evaluation.preprocess import evenly_spread
+
+from . import html
+
+#: Of every event: no name in an interface for programs, and one call of a model at a time, so that
+#: people who look at the page at once wait for each other.
+EVENT: dict[str, Any] = {
+    "api_visibility": "private",
+    "concurrency_limit": 1,
+    "concurrency_id": "models",
+    "show_progress": "minimal",
+}
+#: Pictures to begin with, at most, and their sides in pixels where they are picked.
+_EXAMPLES, _SIDE = 12, 96
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its expected errors shown to people as one line."""
+
+    def shown(error: BaseException) -> gr.Error:
+        text = escape(one_line(error))
+        return gr.Error(text, title="This did not work", print_exception=False)
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def steps(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from function(*arguments)
+            except EXPECTED as error:
+                raise shown(error) from error
+
+        return steps
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except EXPECTED as error:
+            raise shown(error) from error
+
+    return call
+
+
+class Examples:
+    """Pictures to begin with: of a folder, or the photographs that come with packages.
+
+    Raises:
+        DataError: no picture in the folder.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        paths = photographs() if folder is None else list_images(folder)
+        self.paths = evenly_spread(paths, _EXAMPLES)
+        small = [np.asarray(to_square(self.open(at), _SIDE)) for at in range(len(self.paths))]
+        names = [path.name for path in self.paths]
+        self.html = html.examples(list(zip(names, small, strict=True)))
+
+    def open(self, number: int) -> Image.Image:
+        """A picture as RGB."""
+        return open_image(self.paths[number])
+
+    def show(self) -> gr.HTML:
+        """The pictures; a click on one has its ``number``."""
+        return gr.HTML(self.html, js_on_load=html.CLICKS)
+
+
+def upload() -> gr.File:
+    """Where a picture of one's own is dropped: its bytes."""
+    return gr.File(
+        label="or drop a picture of your own",
+        file_types=["image"],
+        type="binary",
+        height=110,
+    )
+
+
+def read_upload(content: bytes) -> Image.Image:
+    """What was dropped, as RGB; the bytes decide what it is, not its name.
+
+    Raises:
+        BrokenImageError: no image that can be read.
+    """
+    return open_image(Path("that you chose"), content)

@@ -1,0 +1,154 @@
+"""The tab *reconstruct*: a picture, its tokens scale by scale, and the picture drawn from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.train.data import DataError
+
+from . import html, pictures
+from .parts import EVENT, Examples, read_upload, told, upload
+from .patches import PatchIndex
+from .pictures import TokenPicture
+
+LEAD = (
+    "A <b>tokenizer</b> writes a picture down as a list of whole numbers, its <b>tokens</b>, and "
+    "draws the picture again from them. The first tokens stand for the whole picture, later ones "
+    "for smaller and smaller parts. Each coloured square below is one token. <b>Click a square</b> "
+    "to see what its number stands for, and to put another number in its place."
+)
+
+
+class Reconstruct:
+    """What the tab does, without Gradio's components: functions of a session's state."""
+
+    def __init__(
+        self, tokenizer: TokenFlowTokenizer, index: PatchIndex, examples: Examples
+    ) -> None:
+        self.tokenizer, self.index, self.examples = tokenizer, index, examples
+        self.scales = pictures.sides(tokenizer)
+
+    def first_chosen(self) -> int:
+        """The token that is looked at first: in the middle of a scale of about 4 x 4."""
+        scale = min(range(len(self.scales)), key=lambda at: abs(self.scales[at][0] - 4))
+        height, width = self.scales[scale]
+        first = sum(h * w for h, w in self.scales[:scale])
+        return first + height // 2 * width + width // 2
+
+    def show(self, picture: TokenPicture, chosen: int) -> tuple[Any, ...]:
+        """State and pieces of the page: picture, chosen token, comparison, steps, code, similar
+        codes, the number in the field."""
+        code = int(picture.tokens[chosen])
+        place = pictures.place_of(self.scales, chosen)
+        return (
+            picture,
+            chosen,
+            html.comparison(picture, len(self.index.codes)),
+            html.steps(
+                self.index.codes,
+                self.scales,
+                picture.tokens,
+                picture.steps,
+                picture.psnr,
+                chosen,
+                picture.swapped,
+            ),
+            html.code_card(self.index, code, place.scale, html.token_place(place)),
+            html.neighbours(self.index, code, place.scale),
+            code,
+        )
+
+    def example(self, number: int) -> tuple[Any, ...]:
+        """An example's number to what :meth:`show` gives."""
+        image = self.examples.open(number)
+        return self.show(pictures.encode(self.tokenizer, image), self.first_chosen())
+
+    def uploaded(self, content: bytes) -> tuple[Any, ...]:
+        """The bytes of a picture."""
+        image = read_upload(content)
+        return self.show(pictures.encode(self.tokenizer, image), self.first_chosen())
+
+    def choose(self, picture: TokenPicture, number: int) -> tuple[Any, ...]:
+        """Look at another token."""
+        return self.show(picture, number)
+
+    def swap(self, picture: TokenPicture, chosen: int, code: float | None) -> tuple[Any, ...]:
+        """Put a code in the place of the chosen token."""
+        if code is None or code != int(code):
+            raise DataError("name a code by its number")
+        return self.show(pictures.swap(self.tokenizer, picture, chosen, int(code)), chosen)
+
+    def put_back(self, picture: TokenPicture, chosen: int, all_of_them: bool) -> tuple[Any, ...]:
+        """Undo the chosen token's swap, or all."""
+        number = None if all_of_them else chosen
+        return self.show(pictures.put_back(self.tokenizer, picture, number), chosen)
+
+
+def build(
+    page: gr.Blocks, tokenizer: TokenFlowTokenizer, index: PatchIndex, examples: Examples
+) -> None:
+    """Lay the tab out, inside its ``gr.Tab``."""
+    tab = Reconstruct(tokenizer, index, examples)
+    picture, chosen = gr.State(None), gr.State(None)
+    gr.HTML(html.lead(LEAD))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            gr.HTML(html.framed("<h5>Pick a picture</h5>"))
+            shelf = examples.show()
+            file = upload()
+        with gr.Column(scale=5, min_width=480):
+            comparison = gr.HTML(elem_classes="tf-comparison")
+    gr.HTML(
+        html.framed(
+            "<h5>Its tokens, coarse to fine, and what is drawn from all tokens so far</h5>"
+            '<p class="tf-note">Like colours are like codes. The last cards hold the most tokens '
+            "and add the finest detail.</p>"
+        )
+    )
+    steps = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-all-steps")
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            card = gr.HTML(elem_classes="tf-chosen-code")
+        with gr.Column(scale=3, min_width=320):
+            similar = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-similar")
+            with gr.Row(equal_height=True):
+                code = gr.Number(
+                    label=f"or any code, 0 to {len(index.codes) - 1}", precision=0, min_width=120
+                )
+                put_in = gr.Button("Put it in", variant="primary", min_width=90)
+                back = gr.Button("Put this one back", min_width=120)
+                all_back = gr.Button("Put all back", min_width=100)
+    shown = [picture, chosen, comparison, steps, card, similar, code]
+
+    @told
+    def on_example(event: gr.EventData) -> tuple[Any, ...]:
+        return tab.example(event.number)
+
+    @told
+    def on_upload(content: bytes) -> tuple[Any, ...]:
+        return tab.uploaded(content)
+
+    @told
+    def on_token(held: TokenPicture, event: gr.EventData) -> tuple[Any, ...]:
+        return tab.choose(held, event.number)
+
+    @told
+    def on_code(held: TokenPicture, at: int, event: gr.EventData) -> tuple[Any, ...]:
+        return tab.swap(held, at, event.number)
+
+    @told
+    def on_number(held: TokenPicture, at: int, number: float | None) -> tuple[Any, ...]:
+        return tab.swap(held, at, number)
+
+    page.load(told(lambda: tab.example(0)), None, shown, **EVENT)
+    shelf.click(on_example, None, shown, **EVENT)
+    file.upload(on_upload, file, shown, **EVENT)
+    steps.click(on_token, picture, shown, **EVENT)
+    similar.click(on_code, [picture, chosen], shown, **EVENT)
+    put_in.click(on_number, [picture, chosen, code], shown, **EVENT)
+    code.submit(on_number, [picture, chosen, code], shown, **EVENT)
+    back.click(told(lambda p, at: tab.put_back(p, at, False)), [picture, chosen], shown, **EVENT)
+    all_back.click(told(lambda p, at: tab.put_back(p, at, True)), [picture, chosen], shown, **EVENT)
