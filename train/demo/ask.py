@@ -71,7 +71,6 @@ def build(answerer: Answerer, examples: Examples) -> None:
     gr.HTML(html.lead(LEAD))
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
-            gr.HTML(html.framed("<h5>Pick a picture</h5>"))
             shelf = examples.show()
             file = upload()
             view = gr.HTML()

@@ -35,19 +35,21 @@ def clusters(index: PatchIndex) -> str:
         filled, _ = code_usage(entry.counts)
         title = f"By {_SHARED[entry.by]} ({filled:.0%} of its codes have a picture)"
         about = f"pictures by their code, {entry.by}"
-        parts.append(
-            f'<h5>{title}</h5><div class="tf-sheet">{html.picture(sheet, about)}</div>'
-        )
-    return html.framed(*parts)
+        parts.append(f"<div><h5>{title}</h5>{html.picture(sheet, about)}</div>")
+    return html.framed(
+        "<h5>Pictures that share a code</h5>"
+        f'<p class="tf-note">Each of {len(index.images)} pictures by the code that is nearest to '
+        "its mean feature, the largest groups first.</p>",
+        f'<div class="tf-sheets">{"".join(parts)}</div>',
+    )
 
 
 def build(index: PatchIndex) -> None:
     """Lay the tab out, inside its ``gr.Tab``."""
-    finest = len(index.sides) - 1
-    first = int(index.usage.argmax())
+    first = int(index.hits.argmax())
 
     def show(code: int) -> tuple[str, str]:
-        card = html.code_card(index, code, finest, "", shown=24)
+        card = html.code_card(index, code, index.scale_of(code), "", shown=24)
         return html.code_map(index, code), card
 
     begun = show(first)
@@ -58,13 +60,6 @@ def build(index: PatchIndex) -> None:
         with gr.Column(scale=3, min_width=360):
             card = gr.HTML(begun[1], elem_classes="tf-mapped-code")
             gr.HTML(html.usage_plot(index))
-    gr.HTML(
-        html.framed(
-            "<h5>Pictures that share a code</h5>"
-            f'<p class="tf-note">Each of {len(index.images)} pictures by the code that is nearest '
-            "to its mean feature, the largest groups first.</p>"
-        )
-    )
     gr.HTML(clusters(index))
 
     @told

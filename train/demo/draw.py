@@ -79,7 +79,7 @@ class Draw:
         caption = f"{len(tokens)} {noun}, {count} of {every} scales"
         large = f"<figure>{made}<figcaption>{caption}</figcaption></figure>"
         cards = html.steps(self.codes, self.scales, tokens, torch.stack(steps))
-        return html.framed(f'<div class="tf-pair">{large}</div>') + cards
+        return html.framed(f'<div class="tf-pair tf-large">{large}</div>') + cards
 
 
 def build(generator: ImageGenerator | ClassImageGenerator) -> None:

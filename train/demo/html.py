@@ -16,6 +16,10 @@ from .codes import Codes
 from .patches import PatchIndex
 from .pictures import Place, TokenPicture
 
+LEFT_OVER = (
+    " From the second scale on a token stands for what earlier tokens have left out, so that patches "
+    "of one code can look unlike each other."
+)
 #: Codes on the map, at most: those used most.
 MOST_ON_MAP = 4096
 
@@ -35,13 +39,15 @@ element.addEventListener("keydown", (event) => {
 STYLE = """
 .tf-lead {font-size: 1rem; line-height: 1.5; max-width: 62rem; margin: 0 0 .4rem}
 .tf-note {font-size: .86rem; opacity: .72; margin: .3rem 0}
-.tf-pair {display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; margin: .2rem 0}
-.tf-pair figure {margin: 0; width: 232px}
-.tf-pair img {width: 232px; height: 232px}
+.tf-pair {display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .2rem 0}
+.tf-pair figure {margin: 0; width: 200px}
+.tf-pair img {width: 200px; height: 200px}
+.tf-pair.tf-large figure, .tf-pair.tf-large img {width: 300px; height: auto}
 .tf img {image-rendering: pixelated; border-radius: 6px; display: block; margin: 0}
 .tf figcaption {font-size: .86rem; margin-top: .3rem}
-.tf-facts {display: flex; flex-direction: column; gap: .5rem; font-size: .95rem; max-width: 21rem}
-.tf-facts b {font-size: 1.25rem; display: block; line-height: 1.2}
+.tf-facts {display: flex; flex-direction: column; gap: .5rem; font-size: .86rem; flex: 1 1 180px;
+  max-width: 21rem; line-height: 1.35}
+.tf-facts b {font-size: 1.2rem; display: block; line-height: 1.25}
 .tf-steps {display: grid; gap: .7rem; margin-top: .2rem;
   grid-template-columns: repeat(auto-fit, minmax(118px, 1fr))}
 .tf-step {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .5rem;
@@ -59,6 +65,7 @@ STYLE = """
 .tf-bar {height: 4px; border-radius: 2px; background: var(--border-color-primary); margin-top: .2rem}
 .tf-bar i {display: block; height: 4px; border-radius: 2px; background: var(--color-accent)}
 .tf-examples {display: flex; flex-wrap: wrap; gap: .45rem}
+.tf button, .tf img {margin: 0 !important}
 .tf-examples button {border: 2px solid transparent; border-radius: 8px; padding: 0; cursor: pointer;
   background: none}
 .tf-examples button:hover {border-color: var(--color-accent)}
@@ -81,7 +88,8 @@ STYLE = """
 .tf-map circle:hover {stroke: var(--body-text-color); stroke-width: .35}
 .tf-map circle.tf-chosen {stroke: var(--body-text-color); stroke-width: .5}
 .tf-usage {width: 100%; height: 110px; display: block}
-.tf-sheet img {max-width: 100%; image-rendering: auto}
+.tf-sheets {display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr))}
+.tf-sheets img {width: 100%; max-width: 704px; image-rendering: auto}
 """
 
 
@@ -181,7 +189,10 @@ def steps(
             )
         cards.append(f'<div class="tf-step">{title}{grid}{shown}{measured}</div>')
         first += count
-    return framed(f'<div class="tf-steps">{"".join(cards)}</div>')
+    return framed(
+        "<h5>The tokens, coarse to fine, and what is drawn from all tokens so far</h5>",
+        f'<div class="tf-steps">{"".join(cards)}</div>',
+    )
 
 
 def comparison(picture_: TokenPicture, codebook: int) -> str:
@@ -218,7 +229,7 @@ def examples(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
         f"{picture(pixels, name)}</button>"
         for number, (name, pixels) in enumerate(pictures)
     )
-    return framed(f'<div class="tf-examples">{"".join(buttons)}</div>')
+    return framed(f'<h5>Pick a picture</h5><div class="tf-examples">{"".join(buttons)}</div>')
 
 
 def _patches(index: PatchIndex, code: int, scale: int, count: int) -> str:
@@ -238,7 +249,7 @@ def code_card(index: PatchIndex, code: int, scale: int, where: str, shown: int =
         scale: of the patches.
         where: the title's second half.
     """
-    hits, total = int(index.usage[code]), int(index.usage.sum())
+    hits, total = int(index.hits[code]), int(index.hits.sum())
     own = (
         f"{hits:,} of {total:,} tokens of {len(index.images)} known pictures are this code"
         if hits
@@ -250,7 +261,7 @@ def code_card(index: PatchIndex, code: int, scale: int, where: str, shown: int =
         f"<h5>What it stands for: the nearest patches at {side(index.sides[scale])}</h5>",
         _patches(index, code, scale, shown),
         f'<p class="tf-note">Nearest of {index.searched(scale):,} patches of {len(index.images)} '
-        "pictures, the nearest first.</p>",
+        f"pictures, the nearest first.{LEFT_OVER if scale else ''}</p>",
     )
 
 
@@ -278,7 +289,7 @@ def neighbours(index: PatchIndex, code: int, scale: int, count: int = 8) -> str:
 
 def code_map(index: PatchIndex, chosen: int | None = None) -> str:
     """The codes as dots on a plane, larger where they are used more; each can be clicked."""
-    codes, usage = index.codes, index.usage
+    codes, usage = index.codes, index.hits
     order = usage.argsort(descending=True, stable=True)[:MOST_ON_MAP].tolist()
     largest = max(1, int(usage.max()))
     dots = []
@@ -307,7 +318,7 @@ def code_map(index: PatchIndex, chosen: int | None = None) -> str:
 
 def usage_plot(index: PatchIndex) -> str:
     """How often codes are used, the most used first, on a logarithmic axis, as a filled line."""
-    hits = np.sort(index.usage.numpy())[::-1]
+    hits = np.sort(index.hits.numpy())[::-1]
     used, total = int((hits > 0).sum()), int(hits.sum())
     heights = np.log1p(hits) / np.log1p(hits[0])
     places = np.unique(np.linspace(0, len(hits) - 1, min(len(hits), 600)).round().astype(int))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -87,24 +85,8 @@ def _tab(title: str, items: dict[str, Item], lay_out: Callable[[str, Item], None
 
 
 @contextmanager
-def temporary_folder() -> Iterator[str]:
-    """A folder for all that Gradio writes, which is removed at the end."""
-    name = "GRADIO_TEMP_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory(prefix="tokenflow-demo-", ignore_cleanup_errors=True) as made:
-        os.environ[name] = made
-        try:
-            yield made
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
-
-
-@contextmanager
 def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
-    """Serve the page, inside :func:`temporary_folder`; gives its address.
+    """Serve the page, inside :func:`.temporary.folder_of_gradio`; gives its address.
 
     Args:
         port: 0 takes one that is free.
@@ -127,7 +109,10 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
             css=html.STYLE,
         )
     except OSError as error:
-        raise DataError(f"cannot serve at {host}, port {port}: {error}") from error
+        raise DataError(
+            f"cannot serve at {host}, port {port}: is it in use? Name another with --port, or 0 for "
+            "any that is free"
+        ) from error
     try:
         yield address
     finally:

@@ -61,14 +61,16 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Examples:
-    """Pictures to begin with: of a folder, or the photographs that come with packages.
+    """Pictures to begin with: of a folder, or of the photographs that come with packages the middle
+    of half the shorter side, which is as large as what the demonstration is trained on.
 
     Raises:
         DataError: no picture in the folder.
     """
 
     def __init__(self, folder: str | None) -> None:
-        paths = photographs() if folder is None else list_images(folder)
+        self.cut = folder is None
+        paths = photographs() if self.cut else list_images(folder or "")
         self.paths = evenly_spread(paths, _EXAMPLES)
         small = [np.asarray(to_square(self.open(at), _SIDE)) for at in range(len(self.paths))]
         names = [path.name for path in self.paths]
@@ -76,7 +78,12 @@ class Examples:
 
     def open(self, number: int) -> Image.Image:
         """A picture as RGB."""
-        return open_image(self.paths[number])
+        image = open_image(self.paths[number])
+        if self.cut:
+            side = min(image.size) // 2
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        return image
 
     def show(self) -> gr.HTML:
         """The pictures; a click on one has its ``number``."""
@@ -89,7 +96,7 @@ def upload() -> gr.File:
         label="or drop a picture of your own",
         file_types=["image"],
         type="binary",
-        height=110,
+        height=150,
     )
 
 

@@ -65,7 +65,7 @@ class PatchIndex:
 
     Attributes:
         tokens: [N, L] int64.
-        usage: how often each code is a token, [K] int64.
+        usage: how often each code is a token, at each scale, [S, K] int64.
         clusters: the pictures by the code of their mean feature, for each codebook.
     """
 
@@ -94,11 +94,25 @@ class PatchIndex:
                 bar.update(len(numbers))
         self.tokens = torch.cat(tokens)
         self._rows = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-        self.usage = torch.bincount(self.tokens.flatten(), minlength=len(codes))
+        self.usage = torch.stack(
+            [
+                torch.bincount(part.flatten(), minlength=len(codes))
+                for part in self.tokens.split([h * w for h, w in self.sides], dim=1)
+            ]
+        )
         parts = torch.cat(assigned, dim=1)
         self.clusters = [
             Clusters(name, by, len(codes), row) for by, row in zip(codebooks, parts, strict=True)
         ]
+
+    @property
+    def hits(self) -> Tensor:
+        """How often each code is a token, at all scales, [K] int64."""
+        return self.usage.sum(dim=0)
+
+    def scale_of(self, code: int) -> int:
+        """The scale at which a code has the largest share of the tokens."""
+        return int((self.usage[:, code] / self.usage.sum(dim=1)).argmax())
 
     def searched(self, scale: int) -> int:
         """How many patches there are at a scale."""

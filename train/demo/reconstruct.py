@@ -96,31 +96,21 @@ def build(
     gr.HTML(html.lead(LEAD))
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
-            gr.HTML(html.framed("<h5>Pick a picture</h5>"))
             shelf = examples.show()
             file = upload()
         with gr.Column(scale=5, min_width=480):
             comparison = gr.HTML(elem_classes="tf-comparison")
-    gr.HTML(
-        html.framed(
-            "<h5>Its tokens, coarse to fine, and what is drawn from all tokens so far</h5>"
-            '<p class="tf-note">Like colours are like codes. The last cards hold the most tokens '
-            "and add the finest detail.</p>"
-        )
-    )
     steps = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-all-steps")
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             card = gr.HTML(elem_classes="tf-chosen-code")
         with gr.Column(scale=3, min_width=320):
             similar = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-similar")
-            with gr.Row(equal_height=True):
-                code = gr.Number(
-                    label=f"or any code, 0 to {len(index.codes) - 1}", precision=0, min_width=120
-                )
-                put_in = gr.Button("Put it in", variant="primary", min_width=90)
-                back = gr.Button("Put this one back", min_width=120)
-                all_back = gr.Button("Put all back", min_width=100)
+            code = gr.Number(label=f"or any code, 0 to {len(index.codes) - 1}", precision=0)
+            with gr.Row():
+                put_in = gr.Button("Put it in", variant="primary", size="md", min_width=100)
+                back = gr.Button("Put this one back", size="md", min_width=100)
+                all_back = gr.Button("Put all back", size="md", min_width=100)
     shown = [picture, chosen, comparison, steps, card, similar, code]
 
     @told

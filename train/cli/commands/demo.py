@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import threading
 
 from tokenflow_ext.errors import MissingPackageError
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.demo.temporary import folder_of_gradio
 from tokenflow_ext.train.engine.distributed import find_device
 
 HELP = "a page in the browser: tokens, reconstructions, drawings, answers, codebook"
@@ -40,16 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.port > 65535:
         raise DataError(f"--port must be 65535 or less, got {arguments.port}")
     device = find_device(arguments.device)
-    try:
-        import gradio  # noqa: F401 - whether it is there, before models are read
-    except ImportError as error:
+    if importlib.util.find_spec("gradio") is None:
         raise MissingPackageError(
-            f"tokenflow demo needs gradio: pip install 'tokenflow_ext[demo]' ({error})"
-        ) from error
-    from tokenflow_ext.train.demo import models, page
+            "tokenflow demo needs gradio: pip install 'tokenflow_ext[train,demo]'"
+        )
+    from tokenflow_ext.train.demo import models  # needs transformers
 
     found = models.load(arguments.checkpoint, device, arguments.resolution)
-    with page.temporary_folder():
+    with folder_of_gradio():
+        from tokenflow_ext.train.demo import page  # needs gradio
+
         made = page.build(found, arguments.data, arguments.limit)
         with page.serving(made, arguments.host, arguments.port) as address:
             print(f"{address} (Ctrl-C ends it)", flush=True)
