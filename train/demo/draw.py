@@ -48,7 +48,7 @@ class Draw:
         Raises:
             DataError: a prompt that is no text, no such class, or no seed.
         """
-        if seed is None or seed != int(seed) or not 0 <= seed <= MOST_SEED:
+        if seed is None or not float(seed).is_integer() or not 0 <= seed <= MOST_SEED:
             raise DataError(f"the seed must be a whole number from 0 to {MOST_SEED}, got {seed}")
         check_text(prompt, "the prompt")
         generator, number = replace(self.generator, **settings), int(seed)
@@ -95,12 +95,20 @@ def build(generator: ImageGenerator | ClassImageGenerator) -> None:
             else:
                 prompt = gr.Textbox(label="what to draw, in words", lines=2, max_length=1000)
             guidance = gr.Slider(
-                0, 15, generator.guidance, step=0.1, label="guidance: how closely to follow it"
+                0,
+                15,
+                generator.guidance,
+                step=0.1,
+                label="guidance",
+                info="How closely to follow what is asked for. Too much makes pictures crude.",
             )
             options = [guidance]
             if isinstance(generator, ImageGenerator):
                 steps = gr.Radio(
-                    list(PRESETS), value=generator.steps, label="steps: how often a scale is drawn"
+                    list(PRESETS),
+                    value=generator.steps,
+                    label="steps",
+                    info="How often each scale is drawn anew. One is the fastest.",
                 )
                 options.append(steps)
             seed = gr.Number(

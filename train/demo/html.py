@@ -42,6 +42,7 @@ STYLE = """
 .tf-pair {display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .2rem 0}
 .tf-pair figure {margin: 0; width: 200px}
 .tf-pair img {width: 200px; height: 200px}
+.tf-pair.tf-small figure, .tf-pair.tf-small img {width: 128px; height: auto}
 .tf-pair.tf-large figure, .tf-pair.tf-large img {width: 300px; height: auto}
 .tf img {image-rendering: pixelated; border-radius: 6px; display: block; margin: 0}
 .tf figcaption {font-size: .86rem; margin-top: .3rem}
@@ -220,6 +221,25 @@ def comparison(picture_: TokenPicture, codebook: int) -> str:
         "(PSNR: more is nearer, and the eye hardly sees a difference from about 40 on)</div></div>"
     )
     return framed(f'<div class="tf-pair">{"".join(shown)}{facts}</div>')
+
+
+def effect(picture_: TokenPicture) -> str:
+    """What swapped tokens change, beside the field that swaps them; nothing where none is."""
+    if not picture_.swapped:
+        return framed('<p class="tf-note">Put another code in, and see here what it changes.</p>')
+    before, after = picture_.before, picture_.steps[-1]
+    change = (after.int() - before.int()).abs().amax(dim=0)
+    scaled = (change * 255 // change.max().clamp_min(1)).to(before.dtype).expand_as(before)
+    shown = (
+        (before, "before"),
+        (after, "after"),
+        (scaled, f"where it changed, most by {int(change.max())} of 255"),
+    )
+    figures = "".join(
+        f"<figure>{of_tensor(image, caption)}<figcaption>{caption}</figcaption></figure>"
+        for image, caption in shown
+    )
+    return framed(f'<div class="tf-pair tf-small">{figures}</div>')
 
 
 def examples(pictures: Sequence[tuple[str, np.ndarray]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -84,6 +85,13 @@ def _tab(title: str, items: dict[str, Item], lay_out: Callable[[str, Item], None
                     lay_out(name, item)
 
 
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as tried:
+        tried.bind((host, 0))
+        return int(tried.getsockname()[1])
+
+
 @contextmanager
 def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
     """Serve the page, inside :func:`.temporary.folder_of_gradio`; gives its address.
@@ -96,6 +104,7 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
     """
     page.queue(default_concurrency_limit=1, max_size=_WAITING)
     try:
+        port = port or _free_port(host)
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,

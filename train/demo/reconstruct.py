@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+import torch
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data import DataError
@@ -40,7 +41,7 @@ class Reconstruct:
 
     def show(self, picture: TokenPicture, chosen: int) -> tuple[Any, ...]:
         """State and pieces of the page: picture, chosen token, comparison, steps, code, similar
-        codes, the number in the field."""
+        codes, what swaps change, the number in the field."""
         code = int(picture.tokens[chosen])
         place = pictures.place_of(self.scales, chosen)
         return (
@@ -58,6 +59,7 @@ class Reconstruct:
             ),
             html.code_card(self.index, code, place.scale, html.token_place(place)),
             html.neighbours(self.index, code, place.scale),
+            html.effect(picture),
             code,
         )
 
@@ -77,9 +79,14 @@ class Reconstruct:
 
     def swap(self, picture: TokenPicture, chosen: int, code: float | None) -> tuple[Any, ...]:
         """Put a code in the place of the chosen token."""
-        if code is None or code != int(code):
+        if code is None or not float(code).is_integer():
             raise DataError("name a code by its number")
         return self.show(pictures.swap(self.tokenizer, picture, chosen, int(code)), chosen)
+
+    def random(self, picture: TokenPicture, chosen: int) -> tuple[Any, ...]:
+        """Put a code drawn at random in the place of the chosen token."""
+        code = int(torch.randint(len(self.index.codes), ()))
+        return self.swap(picture, chosen, code)
 
     def put_back(self, picture: TokenPicture, chosen: int, all_of_them: bool) -> tuple[Any, ...]:
         """Undo the chosen token's swap, or all."""
@@ -108,10 +115,12 @@ def build(
             similar = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-similar")
             code = gr.Number(label=f"or any code, 0 to {len(index.codes) - 1}", precision=0)
             with gr.Row():
-                put_in = gr.Button("Put it in", variant="primary", size="md", min_width=100)
-                back = gr.Button("Put this one back", size="md", min_width=100)
-                all_back = gr.Button("Put all back", size="md", min_width=100)
-    shown = [picture, chosen, comparison, steps, card, similar, code]
+                put_in = gr.Button("Put it in", variant="primary", size="md", min_width=90)
+                dice = gr.Button("Any at random", size="md", min_width=90)
+                back = gr.Button("Put this back", size="md", min_width=90)
+                all_back = gr.Button("Put all back", size="md", min_width=90)
+            effect = gr.HTML(elem_classes="tf-effect")
+    shown = [picture, chosen, comparison, steps, card, similar, effect, code]
 
     @told
     def on_example(event: gr.EventData) -> tuple[Any, ...]:
@@ -140,5 +149,6 @@ def build(
     similar.click(on_code, [picture, chosen], shown, **EVENT)
     put_in.click(on_number, [picture, chosen, code], shown, **EVENT)
     code.submit(on_number, [picture, chosen, code], shown, **EVENT)
+    dice.click(told(tab.random), [picture, chosen], shown, **EVENT)
     back.click(told(lambda p, at: tab.put_back(p, at, False)), [picture, chosen], shown, **EVENT)
     all_back.click(told(lambda p, at: tab.put_back(p, at, True)), [picture, chosen], shown, **EVENT)

@@ -8,20 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_VARIABLE = "GRADIO_TEMP_DIR"
+# The second is of matplotlib, which Gradio imports: it keeps a list of fonts.
+_VARIABLES = ("GRADIO_TEMP_DIR", "MPLCONFIGDIR")
 
 
 @contextmanager
 def folder_of_gradio() -> Iterator[str]:
     """A folder for all that Gradio writes (what is uploaded and shown), which is removed at the
     end. To be entered before Gradio is imported."""
-    before = os.environ.get(_VARIABLE)
+    before = {name: os.environ.get(name) for name in _VARIABLES}
     with tempfile.TemporaryDirectory(prefix="tokenflow-demo-", ignore_cleanup_errors=True) as made:
-        os.environ[_VARIABLE] = made
+        os.environ.update(dict.fromkeys(_VARIABLES, made))
         try:
             yield made
         finally:
-            if before is None:
-                del os.environ[_VARIABLE]
-            else:
-                os.environ[_VARIABLE] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

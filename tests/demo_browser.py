@@ -1,0 +1,141 @@
+"""``tokenflow demo`` in a real browser: starting both, and the README's picture of the page.
+
+    python tests/demo_browser.py RUN docs/images/demo.png
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: What the browser itself would ask the network for is off.
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WAIT = 120.0  # seconds, on a machine that does other things too
+
+
+def missing() -> str | None:
+    """What a test in the browser lacks here, if anything."""
+    import importlib.util
+
+    for package in ("gradio", "playwright"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    return None if executable() else "no Chromium: apt-get install chromium"
+
+
+def executable() -> str | None:
+    """Where the browser is."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+class Server:
+    """A process of the command, from the line with its address on."""
+
+    def __init__(self, words: list[str], folder: Path | None = None, **environment: str) -> None:
+        command = [sys.executable, "-m", "tokenflow_ext.train.cli", "demo", "--port", "0", *words]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": path} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._ready = threading.Event()
+        self.address = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._ready.wait(WAIT) or not self.address:
+            self.process.kill()
+            raise RuntimeError(f"the demo has not started:\n{self.said}")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if "(Ctrl-C ends it)" in line:
+                self.address = line.split()[0]
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def said(self) -> str:
+        """All that it has printed."""
+        return "".join(self.lines)
+
+    def stop(self, by: signal.Signals = signal.SIGINT) -> int:
+        """Ctrl-C; gives the exit status."""
+        self.process.send_signal(by)
+        status = self.process.wait(WAIT)
+        self._reader.join(WAIT)
+        return status
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A headless browser, with an empty profile of its own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=executable(), args=list(QUIET))
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def open_page(found: Any, address: str, height: int = 1000) -> tuple[Any, list[str]]:
+    """The page with a first picture in it, and the addresses of all that it asks for."""
+    page = found.new_context(viewport={"width": 1280, "height": height}).new_page()
+    page.set_default_timeout(1000 * WAIT)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector(".tf-all-steps .tf-step img")
+    return page, asked
+
+
+def take_picture(run: str, file: Path, example: int = 1) -> None:
+    """The tab *reconstruct* of a run, with an example and a token swapped, as a PNG file."""
+    with Server(["--checkpoint", run]) as server, browser() as found:
+        page, _ = open_page(found, server.address)
+        first = page.locator(".tf-comparison").first.inner_text()
+        page.locator(f".tf-examples button[data-number='{example}']").first.click()
+        page.wait_for_function(
+            "first => document.querySelector('.tf-comparison').innerText != first", arg=first
+        )
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(1000)  # until nothing fades any more
+        page.screenshot(path=file, full_page=True)
+        server.stop()
+
+
+if __name__ == "__main__":
+    take_picture(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,210 @@
+"""``tokenflow demo`` as people see it: in a real browser, without a window."""
+
+from __future__ import annotations
+
+import base64
+import io
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import demo_browser
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenflow_ext.models import TokenFlowTokenizer
+from tokenflow_ext.train.demo import pictures
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(
+        demo_browser.missing() is not None, reason=f"needs a browser: {demo_browser.missing()}"
+    ),
+]
+
+
+def files_below(folder: Path) -> list[str]:
+    """All that is in a folder, but for the cache that torch makes room for when it is imported."""
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(name for name in found if not name.startswith("torchinductor_"))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """Where the server works, is at home, and may write for a while."""
+    root = tmp_path_factory.mktemp("served")
+    found = {name: root / name for name in ("work", "home", "tmp")}
+    for place in found.values():
+        place.mkdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(image_tokenizer, images, places):
+    words = ["--checkpoint", str(image_tokenizer), "--data", str(images), "--device", "cpu"]
+    environment = {"HOME": str(places["home"]), "TMPDIR": str(places["tmp"])}
+    with demo_browser.Server(words, places["work"], **environment) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with demo_browser.browser() as found:
+        yield found
+
+
+def shown(page, selector: str) -> np.ndarray:
+    """The pixels of the last picture in a piece of the page."""
+    source = page.locator(f"{selector} img").last.get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+
+
+def codes(page) -> list[int]:
+    """The codes of all tokens that are shown."""
+    titles = page.locator(".tf-all-steps .tf-token").evaluate_all("all => all.map(x => x.title)")
+    return [int(title.split()[1].rstrip(",")) for title in titles]
+
+
+def wait_for_other(page, selector: str, action) -> None:
+    """Do something, and wait until a piece of the page has changed."""
+    selector += " .tf"  # without the sign that something is going on
+    script = "selector => document.querySelector(selector).innerHTML"
+    before = page.evaluate(script, selector)
+    action()
+    page.wait_for_function(
+        "([selector, before]) => document.querySelector(selector).innerHTML != before",
+        arg=[selector, before],
+    )
+
+
+def upload(page, file: Path) -> None:
+    page.locator("input[type=file]").first.set_input_files(file)
+
+
+def draw_picture(file: Path) -> Path:
+    """A picture that is none of the examples."""
+    y, x = np.mgrid[0:70, 0:60]
+    pixels = np.stack([x * 4, y * 3, 255 - x * 2], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def test_a_picture_goes_in_and_tokens_and_reconstruction_come_out(
+    server, chromium, image_tokenizer, tmp_path
+):
+    file = draw_picture(tmp_path / "mine.png")
+    tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    expected = pictures.encode(tokenizer, Image.open(file).convert("RGB"))
+    page, asked = demo_browser.open_page(chromium, server.address)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    wait_for_other(page, ".tf-all-steps", lambda: upload(page, file))
+    assert codes(page) == expected.tokens.tolist()
+    made = expected.steps[-1].permute(1, 2, 0).int().numpy()
+    assert np.abs(shown(page, ".tf-all-steps").astype(int) - made).max() <= 1
+    said = page.locator(".tf-all-steps").first.inner_text()
+    assert [f"{value:.1f} dB" in said for value in expected.psnr] == [True] * 3
+
+    # A token is looked at, swapped, and put back.
+    wait_for_other(
+        page, ".tf-chosen-code", lambda: page.locator("[data-number='2'].tf-token").click()
+    )
+    code = int(expected.tokens[2])
+    assert f"Code {code} at 2 × 2, row 1, column 2" in page.locator(".tf-chosen-code").first.inner_text()
+    other = int(page.locator(".tf-similar [data-number]").first.get_attribute("data-number"))
+    wait_for_other(
+        page, ".tf-all-steps", lambda: page.locator(".tf-similar [data-number]").first.click()
+    )
+    assert codes(page) == [*expected.tokens[:2].tolist(), other, *expected.tokens[3:].tolist()]
+    swapped = pictures.swap(tokenizer, expected, 2, other)
+    changed = swapped.steps[-1].permute(1, 2, 0).int().numpy()
+    assert np.abs(shown(page, ".tf-all-steps").astype(int) - changed).max() <= 1
+    assert "1 token swapped" in page.locator(".tf-comparison").first.inner_text()
+    page.get_by_label("or any code").fill("7")
+    wait_for_other(
+        page, ".tf-all-steps", lambda: page.get_by_role("button", name="Put it in").click()
+    )
+    assert codes(page)[2] == 7
+    wait_for_other(
+        page, ".tf-all-steps", lambda: page.get_by_role("button", name="Put all back").click()
+    )
+    assert codes(page) == expected.tokens.tolist()
+
+    page.get_by_role("tab", name="Codebook").click()
+    wait_for_other(
+        page, ".tf-mapped-code", lambda: page.locator("circle[data-number='5']").click(force=True)
+    )
+    assert "Code 5" in page.locator(".tf-mapped-code").first.inner_text()
+    assert page.locator(".tf-plane circle").count() == 64
+
+    # Nothing was asked for anywhere else, and nothing on the page has failed.
+    hosts = {urllib.parse.urlsplit(url).hostname for url in asked if url.startswith("http")}
+    assert hosts == {"127.0.0.1"}
+    assert len(asked) > 20
+    assert errors == []
+    page.context.close()
+
+
+def test_what_is_no_picture_is_told_in_one_line(server, chromium, tmp_path):
+    page, _ = demo_browser.open_page(chromium, server.address)
+    before = codes(page)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"<svg onload='alert(1)'>")
+    upload(page, broken)
+    page.get_by_text("cannot read the image that you chose: of no known format").wait_for()
+    assert codes(page) == before
+    page.context.close()
+
+
+def test_a_file_that_is_too_large_is_refused(server, chromium, tmp_path):
+    page, _ = demo_browser.open_page(chromium, server.address)
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(21 * 2**20)
+    upload(page, large)
+    page.get_by_text("exceed the maximum allowed size of 20").first.wait_for()
+    page.context.close()
+    # The server does not take the browser's word for it.
+    body = b"--x\r\n" + b'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body += large.read_bytes() + b"\r\n--x--\r\n"
+    asked = urllib.request.Request(
+        f"{server.address}gradio_api/upload",
+        body,
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=60)
+    assert refused.value.code == 413
+
+
+def test_two_people_do_not_meet(server, chromium, tmp_path):
+    one, _ = demo_browser.open_page(chromium, server.address)
+    other, _ = demo_browser.open_page(chromium, server.address)
+    begun = codes(other)
+    wait_for_other(
+        one, ".tf-all-steps", lambda: upload(one, draw_picture(tmp_path / "mine.png"))
+    )
+    wait_for_other(
+        other, ".tf-chosen-code", lambda: other.locator("[data-number='0'].tf-token").click()
+    )
+    assert codes(other) == begun
+    assert codes(one) != begun
+    one.context.close()
+    other.context.close()
+
+
+def test_it_writes_in_a_temporary_folder_and_ends_with_ctrl_c(server, places):
+    """The last of the tests: it ends the server."""
+    [kept] = places["tmp"].glob("tokenflow-demo-*")
+    assert any(kept.rglob("mine.png"))  # what was uploaded
+    assert server.stop() == 130
+    assert "stopped by Ctrl-C" in server.said
+    assert "Traceback" not in server.said
+    assert {name: files_below(place) for name, place in places.items()} == {
+        "work": [],
+        "home": [],
+        "tmp": [],
+    }

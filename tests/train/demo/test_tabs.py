@@ -1,0 +1,309 @@
+"""What the tabs do, without a browser, and which models get one."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tokenflow_ext.models import VAR, CheckpointError, ConfigError, TokenFlowTokenizer, VarConfig
+from tokenflow_ext.train import text_to_image, understanding, unified
+from tokenflow_ext.train.cli import entry
+from tokenflow_ext.train.data import BrokenImageError, DataError
+from tokenflow_ext.train.demo import models
+from tokenflow_ext.train.demo.codes import Codes
+from tokenflow_ext.train.demo.patches import PatchIndex
+from tokenflow_ext.train.demo.temporary import folder_of_gradio
+from tokenflow_ext.train.evaluation.preprocess import crops_of
+
+pytest.importorskip("gradio", reason="the demo needs gradio")
+with folder_of_gradio():  # Gradio decides where it writes when it is imported
+    from tokenflow_ext.train.demo import ask, codebook, draw, parts, reconstruct
+
+CPU = torch.device("cpu")
+BRIEF = ("optim.steps=1", "output.eval_every=1", "output.checkpoint_every=1")
+
+
+@pytest.fixture(scope="module")
+def classes_run(image_tokenizer, tmp_path_factory) -> Path:
+    """A saved VAR of three named classes, of random weights."""
+    tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    torch.manual_seed(0)
+    shape = VarConfig.for_tokenizer(
+        tokenizer, depth=1, width=32, heads=2, classes=3, class_names=("ant", "bee", "cow")
+    )
+    model = VAR(shape, tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.save_pretrained(tmp_path_factory.mktemp("demo") / "var")
+
+
+@pytest.fixture(scope="module")
+def text_run(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("demo") / "text"
+    text_to_image.main(micro.text_overrides(run, image_tokenizer, pairs, *BRIEF))
+    return run
+
+
+@pytest.fixture(scope="module")
+def asked_run(micro, image_tokenizer, questions, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("demo") / "asked"
+    understanding.main(micro.understanding_overrides(run, image_tokenizer, questions, *BRIEF))
+    return run
+
+
+@pytest.fixture(scope="module")
+def examples(images) -> parts.Examples:
+    return parts.Examples(str(images))
+
+
+@pytest.fixture(scope="module")
+def tab(image_tokenizer, images, examples) -> reconstruct.Reconstruct:
+    tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    data = crops_of(str(images), None, 32)
+    index = PatchIndex(tokenizer, Codes(tokenizer.quantizer), data, "mine")
+    return reconstruct.Reconstruct(tokenizer, index, examples)
+
+
+# -- which models get a tab -----------------------------------------------------------------------
+
+
+def test_each_kind_is_recognised(image_tokenizer, classes_run, text_run, asked_run):
+    found = models.load([str(image_tokenizer), str(classes_run), str(text_run), str(asked_run)], CPU)
+    assert list(found.tokenizers) == ["saved"]
+    assert list(found.drawing) == ["var", "text"]
+    assert list(found.answering) == ["asked"]
+
+
+def test_a_model_that_draws_brings_its_tokenizer(classes_run, asked_run):
+    found = models.load([str(classes_run)], CPU)
+    assert list(found.tokenizers) == ["var"]
+    assert found.tokenizers["var"] is found.drawing["var"].model.tokenizer
+    assert not models.load([str(asked_run)], CPU).tokenizers
+
+
+def test_a_model_both_ways(micro, image_tokenizer, questions, pairs, tmp_path):
+    run = tmp_path / "both"
+    unified.main(micro.unified_overrides(run, image_tokenizer, questions, pairs, *BRIEF))
+    found = models.load([str(run)], CPU)
+    assert list(found.tokenizers) == list(found.drawing) == list(found.answering) == ["both"]
+
+
+def test_two_tokenizers_of_one_name(image_tokenizer, tmp_path):
+    shutil.copytree(image_tokenizer, tmp_path / "other" / "saved")
+    found = models.load([str(image_tokenizer), str(tmp_path / "other" / "saved")], CPU)
+    assert list(found.tokenizers) == ["saved", "saved~2"]
+
+
+def test_a_kind_without_a_tab_is_refused_by_name(tmp_path):
+    shape = LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match=r"llama has no tab in the demo: .*config\.json"):
+        models.load([str(tmp_path / "llama")], CPU)
+
+
+def test_nothing_there(tmp_path, image_tokenizer):
+    with pytest.raises(CheckpointError, match="nothing at"):
+        models.load([str(image_tokenizer), str(tmp_path / "none")], CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--limit", "0"), "--limit must be 1 or more"),
+        (("--port", "70000"), "--port must be 65535 or less"),
+        (("--port", "-1"), "--port must be 0 or more"),
+    ],
+)
+def test_options_that_do_not_fit(image_tokenizer, words, said):
+    with pytest.raises(SystemExit, match=said):
+        entry.main(["demo", "--checkpoint", str(image_tokenizer), *words])
+
+
+def test_without_gradio_its_extra_is_named(image_tokenizer, monkeypatch):
+    import importlib.util
+
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else plain(name)
+    )
+    with pytest.raises(SystemExit, match=r"gradio: pip install 'tokenflow_ext\[train,demo\]'"):
+        entry.main(["demo", "--checkpoint", str(image_tokenizer)])
+
+
+# -- reconstruct ----------------------------------------------------------------------------------
+
+
+def test_a_session_of_clicks(tab):
+    picture, chosen, *_, code = tab.example(1)
+    assert (chosen, code) == (15, int(picture.tokens[15]))  # row 3, column 3 of 4 x 4
+    _, chosen, *pieces, code = tab.choose(picture, 2)
+    assert (chosen, code) == (2, int(picture.tokens[2]))
+    assert f"Code {code} at 2 × 2, row 1, column 2" in pieces[2]
+    other = (code + 5) % 64
+    changed, *_, number = tab.swap(picture, 2, other)
+    assert (changed.swapped, number) == ([2], other)
+    assert picture.swapped == []
+    assert tab.put_back(changed, 2, False)[0].swapped == []
+    assert tab.put_back(changed, 5, False)[0].swapped == [2]
+    assert tab.put_back(changed, 5, True)[0].swapped == []
+    assert 0 <= tab.random(picture, 4)[-1] < 64
+
+
+@pytest.mark.parametrize("code", [None, 1.5, -1, 64, float("nan")])
+def test_a_number_that_is_no_code(tab, code):
+    picture, *_ = tab.example(0)
+    with pytest.raises(DataError):
+        tab.swap(picture, 3, code)
+
+
+def test_an_uploaded_picture_is_read_by_its_bytes(tab, images):
+    content = (images / "picture2.png").read_bytes()
+    picture, *_ = tab.uploaded(content)
+    assert torch.equal(picture.tokens, tab.example(2)[0].tokens)
+    webp = io.BytesIO()
+    Image.new("RGB", (40, 50), "red").save(webp, "WEBP")
+    assert tab.uploaded(webp.getvalue())[0].original.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg></svg>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\nbroken"])
+def test_bytes_that_are_no_picture(tab, content):
+    with pytest.raises(BrokenImageError, match="cannot read the image that you chose"):
+        tab.uploaded(content)
+
+
+def test_a_picture_of_too_many_pixels(tab, monkeypatch):
+    content = io.BytesIO()
+    Image.new("1", (3000, 3000)).save(content, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(BrokenImageError, match="decompression bomb"):
+        tab.uploaded(content.getvalue())
+
+
+def test_errors_are_told_in_one_escaped_line():
+    import gradio as gr
+
+    def fail(kind):
+        raise kind("no <b>such</b>\nthing")
+
+    with pytest.raises(gr.Error) as told:
+        parts.told(fail)(DataError)
+    assert told.value.message == "no &lt;b&gt;such&lt;/b&gt; thing"
+    with pytest.raises(ZeroDivisionError):  # a fault of the program stays one
+        parts.told(fail)(ZeroDivisionError)
+
+    def items():
+        yield 1
+        raise ConfigError("late")
+
+    steps = parts.told(items)()
+    assert next(steps) == 1
+    with pytest.raises(gr.Error, match="late"):
+        next(steps)
+
+
+# -- draw -----------------------------------------------------------------------------------------
+
+
+def pixels_of(piece: str) -> np.ndarray:
+    """The first picture in a piece of the page."""
+    import base64
+
+    code = piece.split("base64,")[1].split('"')[0]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
+
+
+def test_a_drawing_is_that_of_tokenflow_generate(text_run, tmp_path):
+    found = models.load([str(text_run)], CPU).drawing["text"]
+    drawn = draw.Draw(found)
+    pieces = list(drawn.pictures("A red disc.", 7, guidance=2.0, steps="two"))
+    assert [piece.count('class="tf-step"') for piece in pieces] == [1, 2, 3, 3]
+    assert "21 tokens, 3 of 3 scales" in pieces[-1]
+    words = ("--steps", "two", "--guidance", "2", "--seed", "7", "--out", str(tmp_path / "out"))
+    entry.main(
+        ["generate", "A red disc.", "--checkpoint", str(text_run), "--device", "cpu", *words]
+    )
+    [file] = (tmp_path / "out").iterdir()
+    assert np.array_equal(pixels_of(pieces[-1]), np.asarray(Image.open(file)))
+    assert (found.guidance, found.steps) == (7.5, "three")  # another session's are as they were
+
+
+def test_a_class_is_that_of_tokenflow_sample(classes_run, tmp_path):
+    drawn = draw.Draw(models.load([str(classes_run)], CPU).drawing["var"])
+    *_, last = drawn.pictures("bee", 3, guidance=2.5)
+    file = tmp_path / "all.npz"
+    entry.main(
+        ["sample", "bee", "--checkpoint", str(classes_run), "--device", "cpu", "--npz", str(file),
+         "--seed", "3", "--guidance", "2.5"]
+    )  # fmt: skip
+    with np.load(file) as arrays:
+        assert np.array_equal(pixels_of(last), arrays["arr_0"][0])
+
+
+@pytest.mark.parametrize("seed", [None, -1, 0.5, 2**53, float("nan"), float("inf")])
+def test_a_seed_that_is_none(classes_run, seed):
+    drawn = draw.Draw(models.load([str(classes_run)], CPU).drawing["var"])
+    with pytest.raises(DataError, match="the seed must be"):
+        next(drawn.pictures("bee", seed))
+
+
+def test_a_class_that_there_is_not(classes_run):
+    drawn = draw.Draw(models.load([str(classes_run)], CPU).drawing["var"])
+    with pytest.raises(DataError, match="wasp"):
+        list(drawn.pictures("wasp", 0))
+
+
+# -- ask ------------------------------------------------------------------------------------------
+
+
+def test_an_answer_grows_to_that_of_tokenflow_ask(asked_run, questions, examples, capsys):
+    tab = ask.Ask(models.load([str(asked_run)], CPU).answering["asked"], examples)
+    photo = questions.parent / "red_disc.png"
+    picture = Image.open(photo).convert("RGB")
+    talks = list(tab.answer(picture, [], "What colour is it?", 12))
+    lengths = [len(talk[-1]["content"]) for talk in talks]
+    assert lengths == sorted(lengths)
+    assert talks[-1][0] == {"role": "user", "content": "What colour is it?"}
+    capsys.readouterr()
+    entry.main(
+        ["ask", str(photo), "What colour is it?", "--checkpoint", str(asked_run), "--device", "cpu",
+         "--max-tokens", "12"]
+    )  # fmt: skip
+    assert talks[-1][1]["content"] == capsys.readouterr().out.strip()
+    more = list(tab.answer(picture, talks[-1], "<image> And its shape?", 3))
+    assert [message["role"] for message in more[-1]] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "longest", "said"),
+    [
+        (False, "What?", 5, "pick a picture"),
+        (True, "  ", 5, "empty"),
+        (True, "a\0b", 5, "NUL"),
+        (True, "What?", 10**6, "do not fit into the model's context"),
+    ],
+)
+def test_what_cannot_be_asked(asked_run, examples, picture, question, longest, said):
+    tab = ask.Ask(models.load([str(asked_run)], CPU).answering["asked"], examples)
+    image = examples.open(0) if picture else None
+    with pytest.raises(DataError, match=said):
+        list(tab.answer(image, [], question, longest))
+
+
+# -- codebook -------------------------------------------------------------------------------------
+
+
+def test_clusters(tab):
+    piece = codebook.clusters(tab.index)
+    [entry] = tab.index.clusters
+    assert f"{len(entry.largest_first()) / 64:.0%} of its codes" in piece
+    assert piece.count("<img") == 1
