@@ -30,13 +30,14 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report docs lint \
+.PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report docs lint \
 	format cpp cpp-aarch64 cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train         train the tokenizer on the photographs that come with the packages'
 	@echo '                   (NPROC=2 for two processes, ARGS="..." for its own arguments)'
+	@echo 'make demo          show the tokenizer of `make train` in the browser, trained first where it is not'
 	@echo 'make train-text    fetch captioned emojis (needs npm), train an image tokenizer on them, then'
 	@echo '                   text to image; what is there already is kept'
 	@echo 'make train-understanding   fetch questions about pictures (with pip), train an image tokenizer on the'
@@ -61,6 +62,10 @@ help:
 
 train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train/tokenizer.py $(ARGS)
+
+demo: $(VENV)/.installed
+	test -e runs/tokenizer/summary.json || $(BIN)/torchrun train/tokenizer.py --resume
+	$(BIN)/tokenflow demo --checkpoint runs/tokenizer $(ARGS)
 
 train-text: $(VENV)/.installed
 	test -e runs/emoji/metadata.jsonl || $(BIN)/tokenflow fetch-emoji runs/emoji
@@ -191,7 +196,9 @@ $(WHEEL): $(PACKAGE_SOURCES) | $(VENV)/.torch
 
 COMMA := ,
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
-EXTRAS := [train,gguf,lora,eval,dev,docs$(if $(SET),,$(COMMA)ray)]
+# gradio holds pillow back: the newest set has no page in the browser.
+PAGE := $(COMMA)demo$(COMMA)browser
+EXTRAS := [train,gguf,lora,eval,dev,docs$(if $(SET),,$(COMMA)ray)$(if $(filter newest,$(SET)),,$(PAGE))]
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch $(if $(SHARED),$(WHEEL))
 	$(if $(SHARED),$(PIP) uninstall -qy tokenflow_ext)
 	$(PIP) install -c $(VENV)/constraints.txt \

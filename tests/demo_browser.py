@@ -1,10 +1,11 @@
 """``tokenflow demo`` in a real browser: starting both, and the README's picture of the page.
 
-    python tests/demo_browser.py RUN docs/images/demo.png
+python tests/demo_browser.py RUN docs/images/demo.png
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What the browser itself would ask the network for is off.
@@ -122,7 +125,7 @@ def open_page(found: Any, address: str, height: int = 1000) -> tuple[Any, list[s
     return page, asked
 
 
-def take_picture(run: str, file: Path, example: int = 1) -> None:
+def take_picture(run: str, file: Path, example: int = 1, code: int = 700) -> None:
     """The tab *reconstruct* of a run, with an example and a token swapped, as a PNG file."""
     with Server(["--checkpoint", run]) as server, browser() as found:
         page, _ = open_page(found, server.address)
@@ -131,10 +134,17 @@ def take_picture(run: str, file: Path, example: int = 1) -> None:
         page.wait_for_function(
             "first => document.querySelector('.tf-comparison').innerText != first", arg=first
         )
+        page.locator(".tf-all-steps .tf-step:nth-child(3) .tf-token").nth(4).click()
+        page.wait_for_selector("text=at 3 × 3, row 2, column 2")
+        page.get_by_label("or any code").fill(str(code))
+        page.get_by_role("button", name="Put it in").click()
+        page.wait_for_selector("text=1 token swapped")
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)  # until nothing fades any more
-        page.screenshot(path=file, full_page=True)
+        content = page.screenshot(full_page=True)
         server.stop()
+    with Image.open(io.BytesIO(content)) as image:
+        image.convert("RGB").save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SOURCES = sorted(
 # which changes between versions.
 PUBLIC = {
     "emoji",
+    "gradio",
     "huggingface_hub",
     "lpips",
     "matplotlib",
@@ -28,6 +29,7 @@ PUBLIC = {
     "PIL.Image",
     "PIL.PngImagePlugin",
     "safetensors",
+    "skimage.color",
     "sklearn.linear_model",
     "sklearn.model_selection",
     "sklearn.pipeline",

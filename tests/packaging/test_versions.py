@@ -13,6 +13,8 @@ if sys.version_info >= (3, 11):
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("constraints-oldest.txt", "constraints.txt", "constraints-newest.txt")
+# gradio asks for pillow < 13, and the newest set is there to try pillow's newest.
+NOT_IN_NEWEST = {"gradio", "playwright"}
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
 
@@ -61,6 +63,9 @@ def test_the_oldest_set_is_the_bounds() -> None:
 def test_other_sets_are_within_the_bounds(name: str) -> None:
     found = pins(name)
     for package, (kind, version) in requirements().items():
+        if name == SETS[2] and package in NOT_IN_NEWEST:
+            assert package not in found
+            continue
         if kind == "==":
             assert numbers(found[package]) == numbers(version), package
         else:

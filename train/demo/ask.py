@@ -72,12 +72,10 @@ def build(answerer: Answerer, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             shelf = examples.show()
-            file = upload()
             view = gr.HTML()
+            file = upload()
         with gr.Column(scale=4, min_width=420):
-            chat = gr.Chatbot(
-                label="conversation", render_markdown=False, buttons=[], height=420
-            )
+            chat = gr.Chatbot(label="conversation", render_markdown=False, buttons=[], height=420)
             question = gr.Textbox(label="question", max_length=2000)
             with gr.Row():
                 button = gr.Button("Ask", variant="primary")
@@ -104,5 +102,6 @@ def build(answerer: Answerer, examples: Examples) -> None:
     begun = [picture, said, view, chat]
     shelf.click(on_example, None, begun, **EVENT)
     file.upload(on_upload, file, begun, **EVENT)
+    chat.clear(lambda: [], None, said, **EVENT)
     for event in (button.click, question.submit):
         event(on_ask, [picture, said, question, longest], [said, chat, question], **EVENT)

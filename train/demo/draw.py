@@ -102,7 +102,7 @@ def build(generator: ImageGenerator | ClassImageGenerator) -> None:
                 label="guidance",
                 info="How closely to follow what is asked for. Too much makes pictures crude.",
             )
-            options = [guidance]
+            options: list[Any] = [guidance]
             if isinstance(generator, ImageGenerator):
                 steps = gr.Radio(
                     list(PRESETS),

@@ -17,8 +17,8 @@ from .patches import PatchIndex
 from .pictures import Place, TokenPicture
 
 LEFT_OVER = (
-    " From the second scale on a token stands for what earlier tokens have left out, so that patches "
-    "of one code can look unlike each other."
+    " From the second scale on a token stands for what earlier tokens have left out, so that "
+    "patches of one code can look unlike each other."
 )
 #: Codes on the map, at most: those used most.
 MOST_ON_MAP = 4096
@@ -34,7 +34,7 @@ element.addEventListener("keydown", (event) => {
     trigger("click", {number: Number(found.dataset.number)});
 });
 """
-"""The script of a piece whose parts with ``data-number`` can be clicked: the event has ``number``."""
+"""The script of a piece whose parts with ``data-number`` can be clicked: events have ``number``."""
 
 STYLE = """
 .tf-lead {font-size: 1rem; line-height: 1.5; max-width: 62rem; margin: 0 0 .4rem}
@@ -63,7 +63,8 @@ STYLE = """
 .tf-token.tf-swapped {box-shadow: inset 0 0 0 2px white, inset 0 0 0 3px black}
 .tf-step img {width: 100%}
 .tf-step p {margin: .35rem 0 0; font-size: .86rem}
-.tf-bar {height: 4px; border-radius: 2px; background: var(--border-color-primary); margin-top: .2rem}
+.tf-bar {height: 4px; border-radius: 2px; background: var(--border-color-primary);
+  margin-top: .2rem}
 .tf-bar i {display: block; height: 4px; border-radius: 2px; background: var(--color-accent)}
 .tf-examples {display: flex; flex-wrap: wrap; gap: .45rem}
 .tf button, .tf img {margin: 0 !important}
@@ -78,8 +79,8 @@ STYLE = """
 .tf-patches img {width: 62px; height: 62px}
 .tf-codes {display: flex; flex-wrap: wrap; gap: .45rem}
 .tf-codes button {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 4px;
-  cursor: pointer; background: var(--background-fill-primary); font-size: .78rem; text-align: center;
-  color: inherit}
+  cursor: pointer; background: var(--background-fill-primary); font-size: .78rem;
+  text-align: center; color: inherit}
 .tf-codes button:hover {border-color: var(--color-accent)}
 .tf-codes img {width: 46px; height: 46px}
 .tf-codes i {display: block; height: 8px; border-radius: 4px; margin: 3px 0 1px}
@@ -262,7 +263,7 @@ def _patches(index: PatchIndex, code: int, scale: int, count: int) -> str:
     return f'<div class="tf-patches">{"".join(shown)}</div>'
 
 
-def code_card(index: PatchIndex, code: int, scale: int, where: str, shown: int = 10) -> str:
+def code_card(index: PatchIndex, code: int, scale: int, where: str, shown: int = 16) -> str:
     """A code: how often it is used, and the patches of known pictures that are nearest to it.
 
     Args:
@@ -326,8 +327,8 @@ def code_map(index: PatchIndex, chosen: int | None = None) -> str:
     if len(codes) > len(order):
         left = f" The {len(codes) - len(order):,} codes used least are left out."
     note = (
-        f"{len(order):,} codes, flattened to the two directions in which they differ most (principal "
-        f"components). Larger dots are used more.{left}"
+        f"{len(order):,} codes, flattened to the two directions in which they differ most "
+        f"(principal components). Larger dots are used more.{left}"
     )
     return framed(
         f'<svg class="tf-map" viewBox="0 0 100 100" role="img" aria-label="map of the codes">'
@@ -349,7 +350,7 @@ def usage_plot(index: PatchIndex) -> str:
         f'<svg class="tf-usage" viewBox="0 0 100 30" preserveAspectRatio="none" role="img" '
         f'aria-label="use of each code"><polygon fill="var(--color-accent)" fill-opacity=".75" '
         f'points="0,30 {path} 100,30"/></svg>',
-        f'<p class="tf-note">Each code\'s share of {total:,} tokens of {len(index.images)} pictures, '
-        f"the most used on the left ({int(hits[0]):,} times, the middle one {median:,} times), on a "
-        "logarithmic scale.</p>",
+        f'<p class="tf-note">How often each code is one of {total:,} tokens of '
+        f"{len(index.images)} pictures, the most used on the left ({int(hits[0]):,} times, the "
+        f"middle one {median:,} times), on a logarithmic scale.</p>",
     )

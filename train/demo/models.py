@@ -34,9 +34,7 @@ class Models:
     answering: dict[str, Answerer] = field(default_factory=dict)
 
 
-def load(
-    sources: Sequence[str], device: torch.device, resolution: int | None = None
-) -> Models:
+def load(sources: Sequence[str], device: torch.device, resolution: int | None = None) -> Models:
     """The models at ``sources``.
 
     Where a tokenizer is among them, the models' own are not shown beside it: a model that draws

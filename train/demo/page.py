@@ -119,8 +119,8 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
         )
     except OSError as error:
         raise DataError(
-            f"cannot serve at {host}, port {port}: is it in use? Name another with --port, or 0 for "
-            "any that is free"
+            f"cannot serve at {host}, port {port}: is it in use? Name another with --port, or 0 "
+            "for any that is free"
         ) from error
     try:
         yield address

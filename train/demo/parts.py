@@ -96,7 +96,7 @@ def upload() -> gr.File:
         label="or drop a picture of your own",
         file_types=["image"],
         type="binary",
-        height=150,
+        height=170,
     )
 
 

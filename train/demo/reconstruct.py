@@ -116,7 +116,7 @@ def build(
             code = gr.Number(label=f"or any code, 0 to {len(index.codes) - 1}", precision=0)
             with gr.Row():
                 put_in = gr.Button("Put it in", variant="primary", size="md", min_width=90)
-                dice = gr.Button("Any at random", size="md", min_width=90)
+                dice = gr.Button("Random", size="md", min_width=90)
                 back = gr.Button("Put this back", size="md", min_width=90)
                 all_back = gr.Button("Put all back", size="md", min_width=90)
             effect = gr.HTML(elem_classes="tf-effect")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import TypeVar
 
 Item = TypeVar("Item")
-
-
-class _Stopped(Exception):
-    """Nobody waits for the work any more."""
 
 
 def streamed(work: Callable[[Callable[[Item], None]], None]) -> Iterator[Item]:
@@ -28,14 +25,14 @@ def streamed(work: Callable[[Callable[[Item], None]], None]) -> Iterator[Item]:
 
     def emit(item: Item) -> None:
         if closed.is_set():
-            raise _Stopped
+            raise CancelledError
         items.put((True, item))
 
     def run() -> None:
         end: BaseException | None = None
         try:
             work(emit)
-        except _Stopped:
+        except CancelledError:  # nobody waits for the work any more
             pass
         except BaseException as error:
             end = error

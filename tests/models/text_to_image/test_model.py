@@ -267,6 +267,27 @@ def test_cached_generation_is_the_cacheless_one(family):
             assert torch.equal(tokens[row], expected)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_tokens_so_far_are_told_after_each_scale(steps):
+    model = build()
+    ids, told = prompts(model, [4, 9]), []
+    options = {"guidance": 0.0, "top_k": (20,) * steps, "top_p": (0.9,) * steps, "seed": 3}
+    tokens = model.generate_tokens(ids, None, on_scale=told.append, **options)
+    ends = [sum(side * side for side in SCALES[: n + 1]) for n in range(len(SCALES))]
+    assert [part.shape[1] for part in told] == ends
+    assert all(torch.equal(part, tokens[:, : part.shape[1]]) for part in told)
+    assert torch.equal(tokens, model.generate_tokens(ids, None, **options))
+
+
+def test_an_error_where_tokens_are_told_ends_the_generation():
+    def refuse(tokens):
+        raise KeyError(tokens.shape[1])
+
+    model = build()
+    with pytest.raises(KeyError, match="1"):
+        model.generate_tokens(prompts(model, [4]), None, guidance=0.0, on_scale=refuse)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_generation_of_any_prompts(data):

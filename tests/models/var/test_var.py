@@ -17,6 +17,7 @@ from tokenflow_ext.models import (
     ConfigError,
     VarConfig,
 )
+from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.var.transformer import attend_by_scale, drop_path
 
 # -- the model written out ------------------------------------------------------------------------
@@ -293,6 +294,15 @@ def test_greedy_tokens_are_those_without_a_cache(guidance):
         chosen = own.gather(2, found[:, start:end, None])[..., 0]
         torch.testing.assert_close(chosen, own.max(2).values, rtol=1e-4, atol=1e-4)
         start = end
+
+
+def test_the_tokens_so_far_are_told_after_each_scale():
+    model, told = build(), []
+    found = model.generate_tokens(torch.tensor([3, 0]), seed=1, on_scale=told.append)
+    assert [part.shape[1] for part in told] == [1, 5, 14, 30]
+    assert all(torch.equal(part, found[:, : part.shape[1]]) for part in told)
+    images, told = model.generate(torch.tensor([3, 0]), seed=1, on_scale=told.append), told[:4]
+    assert torch.equal(images, to_uint8(model.tokenizer.decode(told[-1])[0]))
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from pathlib import Path
 import demo_browser
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tokenflow_ext.models import TokenFlowTokenizer
@@ -113,7 +112,10 @@ def test_a_picture_goes_in_and_tokens_and_reconstruction_come_out(
         page, ".tf-chosen-code", lambda: page.locator("[data-number='2'].tf-token").click()
     )
     code = int(expected.tokens[2])
-    assert f"Code {code} at 2 × 2, row 1, column 2" in page.locator(".tf-chosen-code").first.inner_text()
+    assert (
+        f"Code {code} at 2 × 2, row 1, column 2"
+        in page.locator(".tf-chosen-code").first.inner_text()
+    )
     other = int(page.locator(".tf-similar [data-number]").first.get_attribute("data-number"))
     wait_for_other(
         page, ".tf-all-steps", lambda: page.locator(".tf-similar [data-number]").first.click()
@@ -184,9 +186,7 @@ def test_two_people_do_not_meet(server, chromium, tmp_path):
     one, _ = demo_browser.open_page(chromium, server.address)
     other, _ = demo_browser.open_page(chromium, server.address)
     begun = codes(other)
-    wait_for_other(
-        one, ".tf-all-steps", lambda: upload(one, draw_picture(tmp_path / "mine.png"))
-    )
+    wait_for_other(one, ".tf-all-steps", lambda: upload(one, draw_picture(tmp_path / "mine.png")))
     wait_for_other(
         other, ".tf-chosen-code", lambda: other.locator("[data-number='0'].tf-token").click()
     )

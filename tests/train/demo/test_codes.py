@@ -38,7 +38,9 @@ def test_principal_components_are_those_of_scikit_learn():
 
 
 def test_few_channels_and_few_codes():
-    assert torch.equal(principal_components(torch.randn(5, 1), 3)[:, 1:], torch.zeros(5, 2).double())
+    assert torch.equal(
+        principal_components(torch.randn(5, 1), 3)[:, 1:], torch.zeros(5, 2).double()
+    )
     assert colours(torch.zeros(1, 4)).shape == (1, 3)
     assert colours(torch.randn(4, 2)).dtype == np.uint8
 

@@ -135,7 +135,7 @@ def test_a_code(index):
     assert "27 patches of 3 pictures" in piece
     assert html.LEFT_OVER in piece
     assert html.LEFT_OVER not in html.code_card(index, code, 0, "")
-    assert len(Elements(piece).named("img")) == 10
+    assert len(Elements(piece).named("img")) == 16
     unused = int((index.hits == 0).nonzero()[0])
     assert "no token of 3 known pictures" in html.code_card(index, unused, 0, "")
 

@@ -76,7 +76,9 @@ def tab(image_tokenizer, images, examples) -> reconstruct.Reconstruct:
 
 
 def test_each_kind_is_recognised(image_tokenizer, classes_run, text_run, asked_run):
-    found = models.load([str(image_tokenizer), str(classes_run), str(text_run), str(asked_run)], CPU)
+    found = models.load(
+        [str(image_tokenizer), str(classes_run), str(text_run), str(asked_run)], CPU
+    )
     assert list(found.tokenizers) == ["saved"]
     assert list(found.drawing) == ["var", "text"]
     assert list(found.answering) == ["asked"]
@@ -136,7 +138,7 @@ def test_without_gradio_its_extra_is_named(image_tokenizer, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else plain(name)
     )
-    with pytest.raises(SystemExit, match=r"gradio: pip install 'tokenflow_ext\[train,demo\]'"):
+    with pytest.raises(SystemExit, match=r"gradio: pip install 'tokenflow_ext\[demo\]'"):
         entry.main(["demo", "--checkpoint", str(image_tokenizer)])
 
 

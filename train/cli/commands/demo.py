@@ -43,9 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(f"--port must be 65535 or less, got {arguments.port}")
     device = find_device(arguments.device)
     if importlib.util.find_spec("gradio") is None:
-        raise MissingPackageError(
-            "tokenflow demo needs gradio: pip install 'tokenflow_ext[train,demo]'"
-        )
+        raise MissingPackageError("tokenflow demo needs gradio: pip install 'tokenflow_ext[demo]'")
     from tokenflow_ext.train.demo import models  # needs transformers
 
     found = models.load(arguments.checkpoint, device, arguments.resolution)
