@@ -16,7 +16,7 @@ from tokenflow_ext.train.data.text_files import check_text
 from tokenflow_ext.train.evaluation.answering import Answerer, Message
 
 from . import html
-from .parts import EVENT, Examples, read_upload, told, upload
+from .parts import EVENT, KEPT, Examples, number, read_upload, told, upload
 from .streaming import streamed
 
 LEAD = (
@@ -67,7 +67,7 @@ def _view(picture: Image.Image) -> str:
 def build(answerer: Answerer, examples: Examples) -> None:
     """Lay the tab out, inside its ``gr.Tab``."""
     tab = Ask(answerer, examples)
-    picture, said = gr.State(None), gr.State([])
+    picture, said = gr.State(None, time_to_live=KEPT), gr.State([], time_to_live=KEPT)
     gr.HTML(html.lead(LEAD))
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
@@ -86,7 +86,7 @@ def build(answerer: Answerer, examples: Examples) -> None:
 
     @told
     def on_example(event: gr.EventData) -> tuple[Any, ...]:
-        return begin(examples.open(event.number))
+        return begin(examples.open(number(event, len(examples.paths))))
 
     @told
     def on_upload(content: bytes) -> tuple[Any, ...]:
@@ -94,9 +94,9 @@ def build(answerer: Answerer, examples: Examples) -> None:
 
     @told
     def on_ask(
-        image: Image.Image | None, before: list[Message], text: str, count: float
+        image: Image.Image | None, before: list[Message] | None, text: str, count: float
     ) -> Iterator[tuple[Any, ...]]:
-        for talk in tab.answer(image, before, text or "", int(count)):
+        for talk in tab.answer(image, before or [], text or "", int(count)):
             yield talk, talk, ""
 
     begun = [picture, said, view, chat]

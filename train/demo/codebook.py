@@ -10,7 +10,7 @@ from tokenflow_ext.models.metrics import code_usage
 from tokenflow_ext.train.evaluation.cluster_pictures import sheet_of
 
 from . import html
-from .parts import EVENT, told
+from .parts import EVENT, number, told
 from .patches import PatchIndex
 
 LEAD = (
@@ -64,6 +64,6 @@ def build(index: PatchIndex) -> None:
 
     @told
     def on_dot(event: gr.EventData) -> tuple[Any, ...]:
-        return show(event.number)
+        return show(number(event, len(index.codes)))
 
     plane.click(on_dot, None, [plane, card], **EVENT)

@@ -52,7 +52,7 @@ STYLE = """
 .tf-steps {display: grid; gap: .7rem; margin-top: .2rem;
   grid-template-columns: repeat(auto-fit, minmax(118px, 1fr))}
 .tf-step {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .5rem;
-  background: var(--background-fill-primary); max-width: 210px}
+  background: var(--background-fill-primary); max-width: 320px}
 .tf-step h4 {margin: 0 0 .4rem; font-size: .92rem; font-weight: 600}
 .tf-step h4 small {font-weight: 400; opacity: .7}
 .tf-grid {display: grid; width: 100%; aspect-ratio: 1; gap: 1px; margin-bottom: .5rem}

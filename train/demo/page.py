@@ -16,15 +16,17 @@ from tokenflow_ext.train.evaluation.preprocess import CenterCropDataset, crops_o
 from . import ask, codebook, draw, html, reconstruct
 from .codes import Codes
 from .models import Models
-from .parts import Examples
+from .parts import KEPT, Examples
 from .patches import PatchIndex
 
 Item = TypeVar("Item")
 
 #: Bytes of an uploaded picture, at most.
 MOST_BYTES = 20 * 2**20
-#: Seconds after which uploaded and shown files are removed, looked after every so many.
-_KEPT, _LOOKED = 3600, 600
+#: Seconds between looks for uploaded files that are older than `KEPT`, which are removed.
+_LOOKED = 600
+#: Sessions whose state is kept, and calls that wait.
+_SESSIONS = 100
 _WAITING = 20
 # Names of fonts alone: Gradio fetches none of them.
 _FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
@@ -55,7 +57,7 @@ def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
         indices[name] = PatchIndex(tokenizer, Codes(tokenizer.quantizer), images, name)
     names = dict.fromkeys((*models.tokenizers, *models.drawing, *models.answering))
     with gr.Blocks(
-        title="tokenflow", analytics_enabled=False, delete_cache=(_LOOKED, _KEPT)
+        title="tokenflow", analytics_enabled=False, delete_cache=(_LOOKED, KEPT)
     ) as page:
         gr.HTML(_HEAD.format(names=", ".join(f"<b>{escape(name)}</b>" for name in names)))
         with gr.Tabs():
@@ -112,6 +114,7 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
             quiet=True,
             prevent_thread_lock=True,
             max_file_size=MOST_BYTES,
+            state_session_capacity=_SESSIONS,
             ssr_mode=False,
             footer_links=[],
             theme=gr.themes.Soft(font=_FONTS, font_mono=_MONO),

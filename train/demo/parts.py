@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from tokenflow_ext.train.data import list_images, open_image, photographs
+from tokenflow_ext.train.data import DataError, list_images, open_image, photographs
 from tokenflow_ext.train.data.image_files import to_square
 from tokenflow_ext.train.engine.messages import EXPECTED, one_line
 from tokenflow_ext.train.evaluation.preprocess import evenly_spread
@@ -28,6 +28,9 @@ EVENT: dict[str, Any] = {
     "concurrency_id": "models",
     "show_progress": "minimal",
 }
+#: Seconds for which a session's state is kept.
+KEPT = 3600
+Held = TypeVar("Held")
 #: Pictures to begin with, at most, and their sides in pixels where they are picked.
 _EXAMPLES, _SIDE = 12, 96
 
@@ -58,6 +61,29 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
             raise shown(error) from error
 
     return call
+
+
+def number(event: gr.EventData, count: int) -> int:
+    """The ``number`` of what was clicked, of so many.
+
+    Raises:
+        DataError: none of them; a page of ours does not send it.
+    """
+    found = event.number
+    if not isinstance(found, int) or not 0 <= found < count:
+        raise DataError(f"there is no number {found!r} here, of {count}")
+    return found
+
+
+def held(state: Held | None) -> Held:
+    """What the session has in memory.
+
+    Raises:
+        DataError: nothing, because the server was started anew or an hour has passed.
+    """
+    if state is None:
+        raise DataError("this page's picture is no longer in memory: pick one again")
+    return state
 
 
 class Examples:

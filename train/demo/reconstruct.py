@@ -11,7 +11,7 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data import DataError
 
 from . import html, pictures
-from .parts import EVENT, Examples, read_upload, told, upload
+from .parts import EVENT, KEPT, Examples, held, number, read_upload, told, upload
 from .patches import PatchIndex
 from .pictures import TokenPicture
 
@@ -99,7 +99,8 @@ def build(
 ) -> None:
     """Lay the tab out, inside its ``gr.Tab``."""
     tab = Reconstruct(tokenizer, index, examples)
-    picture, chosen = gr.State(None), gr.State(None)
+    picture, chosen = (gr.State(None, time_to_live=KEPT) for _ in range(2))
+    count = sum(height * width for height, width in tab.scales)
     gr.HTML(html.lead(LEAD))
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
@@ -120,35 +121,49 @@ def build(
                 back = gr.Button("Put this back", size="md", min_width=90)
                 all_back = gr.Button("Put all back", size="md", min_width=90)
             effect = gr.HTML(elem_classes="tf-effect")
-    shown = [picture, chosen, comparison, steps, card, similar, effect, code]
+    outputs = [picture, chosen, comparison, steps, card, similar, effect, code]
 
     @told
     def on_example(event: gr.EventData) -> tuple[Any, ...]:
-        return tab.example(event.number)
+        return tab.example(number(event, len(examples.paths)))
 
     @told
     def on_upload(content: bytes) -> tuple[Any, ...]:
         return tab.uploaded(content)
 
     @told
-    def on_token(held: TokenPicture, event: gr.EventData) -> tuple[Any, ...]:
-        return tab.choose(held, event.number)
+    def on_token(shown: TokenPicture | None, event: gr.EventData) -> tuple[Any, ...]:
+        return tab.choose(held(shown), number(event, count))
 
     @told
-    def on_code(held: TokenPicture, at: int, event: gr.EventData) -> tuple[Any, ...]:
-        return tab.swap(held, at, event.number)
+    def on_code(shown: TokenPicture | None, at: int | None, event: gr.EventData) -> tuple[Any, ...]:
+        return tab.swap(held(shown), held(at), number(event, len(index.codes)))
 
     @told
-    def on_number(held: TokenPicture, at: int, number: float | None) -> tuple[Any, ...]:
-        return tab.swap(held, at, number)
+    def on_number(
+        shown: TokenPicture | None, at: int | None, code: float | None
+    ) -> tuple[Any, ...]:
+        return tab.swap(held(shown), held(at), code)
 
-    page.load(told(lambda: tab.example(0)), None, shown, **EVENT)
-    shelf.click(on_example, None, shown, **EVENT)
-    file.upload(on_upload, file, shown, **EVENT)
-    steps.click(on_token, picture, shown, **EVENT)
-    similar.click(on_code, [picture, chosen], shown, **EVENT)
-    put_in.click(on_number, [picture, chosen, code], shown, **EVENT)
-    code.submit(on_number, [picture, chosen, code], shown, **EVENT)
-    dice.click(told(tab.random), [picture, chosen], shown, **EVENT)
-    back.click(told(lambda p, at: tab.put_back(p, at, False)), [picture, chosen], shown, **EVENT)
-    all_back.click(told(lambda p, at: tab.put_back(p, at, True)), [picture, chosen], shown, **EVENT)
+    @told
+    def on_random(shown: TokenPicture | None, at: int | None) -> tuple[Any, ...]:
+        return tab.random(held(shown), held(at))
+
+    @told
+    def on_back(shown: TokenPicture | None, at: int | None) -> tuple[Any, ...]:
+        return tab.put_back(held(shown), held(at), False)
+
+    @told
+    def on_all_back(shown: TokenPicture | None, at: int | None) -> tuple[Any, ...]:
+        return tab.put_back(held(shown), held(at), True)
+
+    page.load(told(lambda: tab.example(0)), None, outputs, **EVENT)
+    shelf.click(on_example, None, outputs, **EVENT)
+    file.upload(on_upload, file, outputs, **EVENT)
+    steps.click(on_token, picture, outputs, **EVENT)
+    similar.click(on_code, [picture, chosen], outputs, **EVENT)
+    put_in.click(on_number, [picture, chosen, code], outputs, **EVENT)
+    code.submit(on_number, [picture, chosen, code], outputs, **EVENT)
+    dice.click(on_random, [picture, chosen], outputs, **EVENT)
+    back.click(on_back, [picture, chosen], outputs, **EVENT)
+    all_back.click(on_all_back, [picture, chosen], outputs, **EVENT)

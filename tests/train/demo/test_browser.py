@@ -41,10 +41,42 @@ def places(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+# Run by Python when it starts: every name that the process looks up, and every address that it
+# connects to.
+WATCH = """
+import sys
+
+def watch(event, arguments):
+    if event == "socket.getaddrinfo":
+        place = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        place = arguments[1][0]
+    else:
+        return
+    with open({log!r}, "a") as file:
+        file.write(f"{{place}}\\n")
+
+sys.addaudithook(watch)
+"""
+
+
 @pytest.fixture(scope="module")
-def server(image_tokenizer, images, places):
+def connected(tmp_path_factory) -> Path:
+    """A folder whose ``places`` has all that the server has connected to."""
+    folder = tmp_path_factory.mktemp("watched")
+    script = WATCH.format(log=str(folder / "places"))
+    (folder / "sitecustomize.py").write_text(script)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(image_tokenizer, images, places, connected):
     words = ["--checkpoint", str(image_tokenizer), "--data", str(images), "--device", "cpu"]
-    environment = {"HOME": str(places["home"]), "TMPDIR": str(places["tmp"])}
+    environment = {
+        "HOME": str(places["home"]),
+        "TMPDIR": str(places["tmp"]),
+        "PYTHONPATH": f"{connected}:{demo_browser.ROOT}",
+    }
     with demo_browser.Server(words, places["work"], **environment) as started:
         yield started
 
@@ -194,6 +226,10 @@ def test_two_people_do_not_meet(server, chromium, tmp_path):
     assert codes(one) != begun
     one.context.close()
     other.context.close()
+
+
+def test_the_server_connects_to_this_machine_alone(server, connected):
+    assert set((connected / "places").read_text().split()) == {"127.0.0.1"}
 
 
 def test_it_writes_in_a_temporary_folder_and_ends_with_ctrl_c(server, places):

@@ -309,3 +309,21 @@ def test_clusters(tab):
     [entry] = tab.index.clusters
     assert f"{len(entry.largest_first()) / 64:.0%} of its codes" in piece
     assert piece.count("<img") == 1
+
+
+# -- what pages send ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [-1, 3, "1", None, 1.0])
+def test_a_click_on_what_there_is_not(sent):
+    import gradio as gr
+
+    assert parts.number(gr.EventData(None, {"number": 2}), 3) == 2
+    with pytest.raises(DataError, match="of 3"):
+        parts.number(gr.EventData(None, {"number": sent}), 3)
+
+
+def test_a_session_that_is_no_longer_in_memory():
+    assert parts.held(0) == 0
+    with pytest.raises(DataError, match="pick one again"):
+        parts.held(None)
