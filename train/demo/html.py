@@ -313,6 +313,8 @@ def code_map(index: PatchIndex, chosen: int | None = None) -> str:
     codes, usage = index.codes, index.hits
     order = usage.argsort(descending=True, stable=True)[:MOST_ON_MAP].tolist()
     largest = max(1, int(usage.max()))
+    if chosen in order:  # above all others
+        order.append(order.pop(order.index(chosen)))
     dots = []
     for code in order:
         x, y = (4 + 92 * codes.places[code]).tolist()

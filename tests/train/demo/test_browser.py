@@ -16,6 +16,7 @@ from PIL import Image
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.demo import pictures
+from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator
 
 pytestmark = [
     pytest.mark.once,
@@ -70,8 +71,9 @@ def connected(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(image_tokenizer, images, places, connected):
-    words = ["--checkpoint", str(image_tokenizer), "--data", str(images), "--device", "cpu"]
+def server(image_tokenizer, classes_run, images, places, connected):
+    words = ["--checkpoint", str(image_tokenizer), "--checkpoint", str(classes_run)]
+    words += ["--data", str(images), "--device", "cpu"]
     environment = {
         "HOME": str(places["home"]),
         "TMPDIR": str(places["tmp"]),
@@ -179,6 +181,20 @@ def test_a_picture_goes_in_and_tokens_and_reconstruction_come_out(
     assert hosts == {"127.0.0.1"}
     assert len(asked) > 20
     assert errors == []
+    page.context.close()
+
+
+def test_a_class_is_drawn(server, chromium, classes_run):
+    page, _ = demo_browser.open_page(chromium, server.address)
+    page.get_by_role("tab", name="Draw").click()
+    page.get_by_label("what to draw").click()
+    page.get_by_role("option", name="cow").click()
+    page.get_by_label("seed").fill("5")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("21 tokens, 3 of 3 scales").wait_for()
+    [expected] = ClassImageGenerator.load(classes_run).draw(["cow"], [5])
+    drawn = shown(page, ".tf-drawn").astype(int)
+    assert np.abs(drawn - expected.permute(1, 2, 0).int().numpy()).max() <= 1
     page.context.close()
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenflow_ext.models import VAR, CheckpointError, ConfigError, TokenFlowTokenizer, VarConfig
+from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
 from tokenflow_ext.train import text_to_image, understanding, unified
 from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.data import BrokenImageError, DataError
@@ -24,25 +24,10 @@ from tokenflow_ext.train.evaluation.preprocess import crops_of
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 with folder_of_gradio():  # Gradio decides where it writes when it is imported
-    from tokenflow_ext.train.demo import ask, codebook, draw, parts, reconstruct
+    from tokenflow_ext.train.demo import ask, codebook, draw, page, parts, reconstruct
 
 CPU = torch.device("cpu")
 BRIEF = ("optim.steps=1", "output.eval_every=1", "output.checkpoint_every=1")
-
-
-@pytest.fixture(scope="module")
-def classes_run(image_tokenizer, tmp_path_factory) -> Path:
-    """A saved VAR of three named classes, of random weights."""
-    tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
-    torch.manual_seed(0)
-    shape = VarConfig.for_tokenizer(
-        tokenizer, depth=1, width=32, heads=2, classes=3, class_names=("ant", "bee", "cow")
-    )
-    model = VAR(shape, tokenizer)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.save_pretrained(tmp_path_factory.mktemp("demo") / "var")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +81,31 @@ def test_a_model_both_ways(micro, image_tokenizer, questions, pairs, tmp_path):
     unified.main(micro.unified_overrides(run, image_tokenizer, questions, pairs, *BRIEF))
     found = models.load([str(run)], CPU)
     assert list(found.tokenizers) == list(found.drawing) == list(found.answering) == ["both"]
+
+
+def test_the_page_has_a_tab_for_each_kind(
+    image_tokenizer, classes_run, text_run, asked_run, images, tmp_path
+):
+    import gradio as gr
+
+    def tabs(*sources):
+        with folder_of_gradio():
+            made = page.build(models.load(list(map(str, sources)), CPU), str(images), 2)
+        return [block.label for block in made.blocks.values() if isinstance(block, gr.Tab)]
+
+    assert tabs(image_tokenizer) == ["Reconstruct", "Codebook"]
+    assert tabs(asked_run) == ["Ask"]
+    assert tabs(classes_run) == ["Reconstruct", "Draw", "Codebook"]
+    shutil.copytree(image_tokenizer, tmp_path / "other")
+    assert tabs(image_tokenizer, tmp_path / "other", classes_run, text_run, asked_run) == [
+        "Reconstruct",
+        *("saved", "other"),
+        "Draw",
+        *("var", "text"),
+        "Ask",
+        "Codebook",
+        *("saved", "other"),
+    ]
 
 
 def test_two_tokenizers_of_one_name(image_tokenizer, tmp_path):
