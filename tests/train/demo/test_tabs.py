@@ -131,7 +131,7 @@ def test_nothing_there(tmp_path, image_tokenizer):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--limit", "0"), "--limit must be 1 or more"),
+        (("--known", "0"), "--known must be 1 or more"),
         (("--port", "70000"), "--port must be 65535 or less"),
         (("--port", "-1"), "--port must be 0 or more"),
     ],

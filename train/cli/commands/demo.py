@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures of which patches are shown [squares of the built-in photographs]",
     )
     parser.add_argument(
-        "--limit", type=int, default=500, metavar="N", help="so many of them [%(default)s]"
+        "--known", type=int, default=500, metavar="N", help="so many, evenly spread [%(default)s]"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to serve at [%(default)s, this machine]"
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The command: serves until it is stopped."""
-    options.check_counts(arguments, limit=1, port=0)
+    options.check_counts(arguments, known=1, port=0)
     if arguments.port > 65535:
         raise DataError(f"--port must be 65535 or less, got {arguments.port}")
     device = find_device(arguments.device)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     with folder_of_gradio():
         from tokenflow_ext.train.demo import page  # needs gradio
 
-        made = page.build(found, arguments.data, arguments.limit)
+        made = page.build(found, arguments.data, arguments.known)
         with page.serving(made, arguments.host, arguments.port) as address:
             print(f"{address} (Ctrl-C ends it)", flush=True)
             if not _is_loopback(arguments.host):
