@@ -108,7 +108,7 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
     try:
         port = port or _free_port(host)
         _, address, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=False,
             quiet=True,
@@ -122,8 +122,8 @@ def serving(page: gr.Blocks, host: str, port: int) -> Iterator[str]:
         )
     except OSError as error:
         raise DataError(
-            f"cannot serve at {host}, port {port}: is it in use? Name another with --port, or 0 "
-            "for any that is free"
+            f"cannot serve at {host}, port {port}: another program may have the port (--port 0 "
+            "takes any that is free), or --host is no address of this machine"
         ) from error
     try:
         yield address

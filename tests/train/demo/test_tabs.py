@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,13 @@ from tokenflow_ext.train.demo.patches import PatchIndex
 from tokenflow_ext.train.demo.temporary import folder_of_gradio
 from tokenflow_ext.train.evaluation.preprocess import crops_of
 
+# Gradio decides where it writes when it is imported, and writes there later too.
+_folder = ExitStack()
+_folder.enter_context(folder_of_gradio())
+atexit.register(_folder.close)
 pytest.importorskip("gradio", reason="the demo needs gradio")
-with folder_of_gradio():  # Gradio decides where it writes when it is imported
-    from tokenflow_ext.train.demo import ask, codebook, draw, page, parts, reconstruct
+
+from tokenflow_ext.train.demo import ask, codebook, draw, page, parts, reconstruct  # noqa: E402
 
 CPU = torch.device("cpu")
 BRIEF = ("optim.steps=1", "output.eval_every=1", "output.checkpoint_every=1")
