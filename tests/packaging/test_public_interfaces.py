@@ -17,7 +17,9 @@ SOURCES = sorted(
 # What is imported of other libraries than torch and Python's own. Deeper modules are their inside,
 # which changes between versions.
 PUBLIC = {
+    "braceexpand",
     "emoji",
+    "fsspec",
     "gradio",
     "huggingface_hub",
     "lpips",
@@ -25,6 +27,7 @@ PUBLIC = {
     "matplotlib.figure",
     "numpy",
     "peft",
+    "ray",
     "PIL",
     "PIL.Image",
     "PIL.PngImagePlugin",
@@ -44,6 +47,9 @@ PUBLIC = {
     "transformers",
     "transformers.modeling_outputs",
     "transformers.utils",  # its logging, as documented
+    "upath",
+    "webdataset",
+    "webdataset.tariterators",  # of its reference
     "yaml",
 }
 OWN = ("tokenflow_ext",)
