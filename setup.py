@@ -12,6 +12,7 @@ from sysconfig import get_platform
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -95,6 +96,15 @@ def kernels() -> dict[str, Any]:
     info.libraries, ops.libraries = [], ["torch_cpu", "pthread"]
     ops.libraries += ["torch_cuda", "cudart_static", "rt", "dl"] * cuda
 
+    pythons = [x for x in env.get("TOKENFLOW_PYTHONS", "").split(os.pathsep) if x]
+
+    class Wheel(bdist_wheel):
+        """One wheel serves every Python that it has a module of build facts for."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            tag = super().get_tag()
+            return ("py3", "none", tag[2]) if pythons else tag
+
     class BuildKernels(BuildExtension):
         def build_extensions(self) -> None:
             # flags.txt is all: Python's own flags may ask for another compiler or processor.
@@ -118,13 +128,30 @@ def kernels() -> dict[str, Any]:
             # CUDA sources come after torch's check, which refuses an nvcc a major version ahead.
             ext.sources += [file for file in files if file.endswith(".cu") and cuda and ext is ops]
             super().build_extension(ext)
+            for python in pythons if ext is info else ():
+                self.build_module_for(python)
+
+        def build_module_for(self, python: str) -> None:
+            """The module of build facts, which alone depends on Python's version, for another."""
+            include, suffix = kernel_build.python_facts(python)
+            path = Path(self.get_ext_fullpath(info.name))
+            objects = self.compiler.compile(
+                info.sources,
+                f"{self.build_temp}/{suffix}",
+                macros=info.define_macros,
+                include_dirs=[include, *info.include_dirs],
+                extra_postargs=info.extra_compile_args,
+            )
+            module = str(path.with_name(path.name.split(".")[0] + suffix))
+            self.compiler.link_shared_object(objects, module, target_lang="c++")
 
         def get_ext_filename(self, name: str) -> str:
             # The operators are a plain shared library: no interpreter's suffix.
             filename = super().get_ext_filename(name)
             return filename.split(".")[0] + ".so" if "_ops" in name else filename
 
-    return {"ext_modules": [ops, info], "cmdclass": {"build_ext": BuildKernels}}
+    commands = {"build_ext": BuildKernels, "bdist_wheel": Wheel}
+    return {"ext_modules": [ops, info], "cmdclass": commands}
 
 
 arguments: dict[str, Any] = {"cmdclass": {}}
@@ -135,4 +162,6 @@ if not {"egg_info", "dist_info", "sdist", "build_py"} & set(sys.argv):
     except kernel_build.BuildError as error:
         raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
 arguments["cmdclass"]["sdist"] = SourceDistribution
+if local := os.environ.get("TOKENFLOW_LOCAL_VERSION"):  # such as cu130
+    arguments["options"] = {"egg_info": {"tag_build": f"+{local}"}}
 setup(packages=find_packages(include=["tokenflow_ext*"]), **arguments)

@@ -141,6 +141,19 @@ def find_toolkit(environment: Mapping[str, str]) -> tuple[str, str] | tuple[None
     return None, None
 
 
+def python_facts(python: str) -> tuple[str, str]:
+    """Of an interpreter: the folder of its headers, and the suffix of its extension modules.
+
+    Raises:
+        BuildError: it has no headers, or does not run.
+    """
+    code = "import sysconfig as s; print(s.get_path('include'), s.get_config_var('EXT_SUFFIX'))"
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()
+    if len(said) != 2 or not Path(said[0], "Python.h").is_file():
+        raise BuildError(f"TOKENFLOW_PYTHONS names {python}, which does not run or has no Python.h")
+    return said[0], said[1]
+
+
 def instruction_sets(cxx: str, flags: Mapping[str, list[str]], machine: str) -> list[str]:
     """Those in `flags` that are `machine`'s and that the compiler knows."""
     here = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}.get(machine)

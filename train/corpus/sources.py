@@ -7,7 +7,7 @@ import hashlib
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -127,14 +127,7 @@ def _pictures(
     if bad := [why for label, why in known.values() if not label]:
         say(f"{len(bad)} labels in {METADATA} are left out, of pictures {bad[0]}")
     paths = sorted(captions)
-    for path in paths:
-        try:
-            facts = state(path)
-        except DataError:  # said when it is to be read
-            facts = []
-        label = [labels[path]] if path in labels else []
-        name = relative(path, folder)
-        sha.update(json.dumps([name, facts, captions[path], *label]).encode())
+    sha.update(data_digest(folder, captions, labels).encode())
     for number, start in enumerate(range(0, len(paths), size)):
         chosen = paths[start : start + size]
         names = [relative(path, folder) for path in chosen]
@@ -145,6 +138,19 @@ def _pictures(
             rows = _keyed(rows)
         texts = [str(path) for path in chosen]
         yield Unit(first + number, tuple(map(Picture, texts, rows)))
+
+
+def data_digest(root: Path, captions: Mapping[Path, str | None], labels: Mapping[Path, str]) -> str:
+    """SHA-256 of the names, sizes, times, captions and labels of pictures below ``root``."""
+    sha = hashlib.sha256()
+    for path, caption in sorted(captions.items()):
+        try:
+            facts = state(path)
+        except DataError:  # said when it is to be read
+            facts = []
+        label = [labels[path]] if path in labels else []
+        sha.update(json.dumps([relative(path, root), facts, caption, *label]).encode())
+    return sha.hexdigest()
 
 
 def _keyed(rows: list[Row]) -> list[Row]:

@@ -30,15 +30,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.serialization.files import shown, utf8_name
 
 from .places import is_file, is_folder, is_remote, lexists, names, read_bytes, reading
 from .text_files import DataError, inside, read_json, require_file
 
-FORMAT = "tokenflow-tokens"
+FORMAT, VERSION = "tokenflow-tokens", 1
 #: Layouts of a shard, with the version of the format that has them first.
-LAYOUTS = {"safetensors": 1, "webdataset": 2}
+LAYOUTS = {"safetensors": VERSION, "webdataset": 2}
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 #: What the tokens of an image are called in a tar file.
 MEMBER = "tokens.npy"
@@ -76,7 +77,7 @@ def facts(model: TokenFlowTokenizer, place: Path) -> dict[str, Any]:
     quantizer = model.quantizer
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "tokenizer": str(place),
         "image_size": model.config.image_size,
         "codebook_size": quantizer.codebook_size,
@@ -350,3 +351,15 @@ def _shape(path: Path) -> tuple[int, ...]:
     if kind not in ("I16", "I32", "I64") or len(shape) != 2:
         raise DataError(f"{path}: tokens must be whole numbers [n, L], got {kind} {list(shape)}")
     return shape
+
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Shard": "tokenflow_ext.train.corpus.writing:Shard",
+        "check_target": "tokenflow_ext.train.corpus.writing:check_target",
+        "data_digest": "tokenflow_ext.train.corpus.sources:data_digest",
+        "finish": "tokenflow_ext.train.corpus.writing:finish",
+        "writing": "tokenflow_ext.train.corpus.writing:writing",
+    },
+)

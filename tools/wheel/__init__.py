@@ -1,0 +1,1 @@
+"""The wheel that is published: `python -m tools.wheel`, or `make wheel`."""
