@@ -29,7 +29,7 @@ from tokenflow_ext.train.data.places import (
     state,
 )
 from tokenflow_ext.train.data.text_files import METADATA, DataError, Tally, decode, parse_json, say
-from tokenflow_ext.train.data.webdataset import find_shards
+from tokenflow_ext.train.data.webdataset import beside, find_shards
 
 from .writing import Row
 
@@ -78,13 +78,6 @@ class Corpus:
     units: list[Unit]
     digest: str
 
-    @property
-    def pictures(self) -> int | None:
-        """How many there are, where no shard has to be opened to know."""
-        if any(unit.tar for unit in self.units):
-            return None
-        return sum(len(unit.pictures) for unit in self.units)
-
 
 def open_corpus(
     sources: Sequence[str], shard_size: int, keys: Keys, webdataset: bool = False
@@ -104,6 +97,10 @@ def open_corpus(
     sha = hashlib.sha256()
     for source in sources:
         shards = find_shards(source)
+        if shards:
+            for text in expand(source):
+                beside(text)
+            sha.update(json.dumps([keys.captions, keys.labels]).encode())
         for shard in shards:
             sha.update(json.dumps([shard.name, state(shard)]).encode())
             units.append(Unit(len(units), tar=str(shard)))

@@ -222,6 +222,11 @@ def list_shards(folder: Path) -> list[Path]:
     return shards
 
 
+def _means_one_shard(path: Path) -> bool:
+    """Whether a place is a shard by its name, and on this machine no folder of that name."""
+    return is_shard(path) and (is_remote(path) or not is_folder(path))
+
+
 def find_shards(source: str | Path) -> list[Path]:
     """The shards that ``source`` means: a folder's, one, or those of a pattern with braces, on this
     machine or by URL. None where it means folders of something else.
@@ -234,7 +239,7 @@ def find_shards(source: str | Path) -> list[Path]:
     other = []
     for text in texts:
         path = place(text)
-        if is_shard(path) and (is_remote(path) or not is_folder(path)):
+        if _means_one_shard(path):
             if not is_remote(path):
                 require_file(path)
             found.append(path)
@@ -259,7 +264,7 @@ def beside(source: str | Path) -> int:
         DataError: see :func:`pictures.find_images`.
     """
     folder = place(source)
-    if not is_folder(folder):  # the shards themselves, by name
+    if _means_one_shard(folder) or not is_folder(folder):
         return 0
     images, other = find_images(folder, shards=True)
     if images:

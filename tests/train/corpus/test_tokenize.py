@@ -293,6 +293,21 @@ def test_a_finished_folder_is_verified(pattern, expected, image_tokenizer, tmp_p
         run(pattern, image_tokenizer, out)
 
 
+def test_other_keys_of_captions_are_not_mixed_in(shards, image_tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "tokens"
+    begun(str(shards), image_tokenizer, out, monkeypatch, shards=2)
+    with pytest.raises(OutputError, match="of other pictures or captions"):
+        run(str(shards), image_tokenizer, out, caption_keys=["title"])
+
+
+def test_pictures_beside_shards_are_counted(micro, shards, image_tokenizer, tmp_path, capsys):
+    folder = tmp_path / "both"
+    shutil.copytree(shards, folder)
+    micro.draw_images(folder / "more", count=2)
+    run(str(folder), image_tokenizer, tmp_path / "tokens")
+    assert "2 images beside the shards" in capsys.readouterr().err
+
+
 def test_other_shards_of_the_same_names_are_refused(shards, image_tokenizer, tmp_path, monkeypatch):
     copy, out = tmp_path / "shards", tmp_path / "tokens"
     shutil.copytree(shards, copy)
