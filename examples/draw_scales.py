@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from tokenflow_ext.models import ConfigError
+from tokenflow_ext.errors import ConfigError, OutputError
 from tokenflow_ext.train.config import DataConfig
 from tokenflow_ext.train.data import held_out_crops, split
 from tokenflow_ext.train.data.image_files import to_pixels
@@ -25,6 +25,8 @@ parser.add_argument("--out", type=Path, default=Path("scales.png"))
 arguments = parser.parse_args()
 
 with ending_in_one_line(), torch.no_grad():
+    if arguments.out.exists():
+        raise OutputError(f"{arguments.out} is there already: name another --out")
     tokenizer, _ = load_tokenizer(arguments.weights)
     if not tokenizer.config.pixel.enabled:
         raise ConfigError(f"{arguments.weights} decodes no images: its pixel.enabled is false")
@@ -43,6 +45,5 @@ with ending_in_one_line(), torch.no_grad():
         for axes, pixels in zip(grid[:, x], to_pixels(images), strict=True):
             axes.imshow(pixels)
             axes.axis("off")
-    with arguments.out.open("xb") as file:
-        figure.savefig(file, format="png", dpi=100)
+    figure.savefig(arguments.out, format="png", dpi=100)
     print(f"{shape[0]} crops in {shape[1]} columns: {arguments.out}")

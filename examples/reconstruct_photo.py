@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tokenflow_ext.models import ConfigError
+from tokenflow_ext.errors import ConfigError, OutputError
 from tokenflow_ext.models.metrics import psnr, to_uint8
 from tokenflow_ext.train.data import photographs
 from tokenflow_ext.train.data.image_files import read_square, to_pixels
@@ -26,6 +26,8 @@ parser.add_argument("--out", type=Path, default=Path("reconstruction.png"))
 arguments = parser.parse_args()
 
 with ending_in_one_line(), torch.no_grad():
+    if arguments.out.exists():
+        raise OutputError(f"{arguments.out} is there already: name another --out")
     tokenizer, _ = load_tokenizer(arguments.weights)
     if not tokenizer.config.pixel.enabled:
         raise ConfigError(f"{arguments.weights} decodes no images: its pixel.enabled is false")
@@ -36,6 +38,5 @@ with ending_in_one_line(), torch.no_grad():
         decoded, _ = tokenizer.decode(tokens, upto)
         used = sum(tokenizer.quantizer.tokens_per_scale[:upto])
         print(f"{used:4d} tokens: {psnr(to_uint8(decoded), to_uint8(image)):.2f} dB")
-    with arguments.out.open("xb") as file:
-        Image.fromarray(to_pixels(decoded)[0]).save(file, "PNG")
+    Image.fromarray(to_pixels(decoded)[0]).save(arguments.out, "PNG")
     print(f"wrote {arguments.out}")

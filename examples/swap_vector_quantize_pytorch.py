@@ -5,10 +5,16 @@
 Needs `pip install vector-quantize-pytorch`. For each class it prints how many indices are the same.
 """
 
+import sys
+
 import torch
 
 from tokenflow_ext import compat
-from tokenflow_ext.train.engine.messages import ending_in_one_line
+
+try:
+    import vector_quantize_pytorch
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install vector-quantize-pytorch")
 
 table = {"dim": 32, "codebook_size": 512}
 classes = {
@@ -23,14 +29,11 @@ classes = {
     "ResidualLFQ": {"dim": 32, "codebook_size": 512, "num_quantizers": 3},
 }
 
-with ending_in_one_line():
-    import vector_quantize_pytorch
-
-    torch.manual_seed(0)
-    x = torch.randn(2, 100, 32)
-    for name, options in classes.items():
-        theirs = getattr(vector_quantize_pytorch, name)(**options).eval()
-        ours = getattr(compat, name)(**options).eval()
-        ours.load_state_dict(theirs.state_dict())
-        same = theirs(x)[1] == ours(x)[1]
-        print(f"{name}: {same.sum()} of {same.numel()} indices are the same")
+torch.manual_seed(0)
+x = torch.randn(2, 100, 32)
+for name, options in classes.items():
+    theirs = getattr(vector_quantize_pytorch, name)(**options).eval()
+    ours = getattr(compat, name)(**options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    same = theirs(x)[1] == ours(x)[1]
+    print(f"{name}: {same.sum()} of {same.numel()} indices are the same")
