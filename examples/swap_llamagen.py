@@ -2,7 +2,8 @@
 
     python examples/swap_llamagen.py
 
-The commented import is what a program of LlamaGen has. Only that line changes. The indices are
+The commented import is that of a program beside LlamaGen. In
+tokenizer/tokenizer_image/vq_model.py itself, ours takes the place of the class. The indices are
 compared with a search in plain PyTorch, through the matrix of all distances.
 """
 

@@ -2,7 +2,8 @@
 
     python examples/swap_tokenflow.py
 
-The commented import is what a program of TokenFlow has. Only that line changes.
+The commented import is that of a program beside TokenFlow. In tokenflow/tokenizer/vq_model.py
+itself, ours takes the place of the class.
 """
 
 import torch
