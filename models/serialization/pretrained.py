@@ -7,13 +7,16 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from tokenflow_ext._deprecated import renamed
 
 from .config import CheckpointError, ConfigError
 from .files import (
@@ -113,24 +116,6 @@ class SavedForm:
             raise CheckpointError(f"{file}: {error}") from error
 
 
-def read_weights(
-    folder: Path, check: Callable[[dict[str, tuple[int, ...]]], None] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights, and the metadata of their file.
-
-    Args:
-        check: see :func:`read_safetensors`.
-
-    Raises:
-        CheckpointError: a missing or truncated file, or weights that are not finite.
-    """
-    file = folder / WEIGHTS_FILE
-    weights, metadata = read_safetensors(file, check)
-    if bad := not_finite(weights):
-        raise CheckpointError(f"{file} holds numbers that are not finite, first in {bad[0]}")
-    return weights, metadata
-
-
 def not_finite(values: Any, name: str = "") -> list[str]:
     """Names of the tensors and numbers in nested containers that hold a NaN or an infinity."""
     entries: Iterable[tuple[Any, Any]]
@@ -155,31 +140,40 @@ def not_finite(values: Any, name: str = "") -> list[str]:
 
 
 def read_safetensors(
-    file: Path,
-    check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
-    names: Collection[str] | None = None,
+    file: Path, names: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata.
 
     Args:
-        check: is given the shapes, by name, before anything is read, and may refuse them.
         names: of the tensors to read; all by default.
 
     Raises:
         CheckpointError: a file that cannot be read.
     """
+    with _safetensors(file) as reader:
+        wanted = list(reader.keys()) if names is None else names
+        return {key: reader.get_tensor(key) for key in wanted}, reader.metadata() or {}
+
+
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file, by name; no tensor is read.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    with _safetensors(file) as reader:
+        keys = list(reader.keys())
+        return {key: tuple(reader.get_slice(key).get_shape()) for key in keys}
+
+
+@contextmanager
+def _safetensors(file: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     check_regular(file, CheckpointError)
     try:
         with utf8_name(file) as name, safe_open(name, framework="pt") as reader:
-            keys = list(reader.keys())
-            if check is not None:
-                check({key: tuple(reader.get_slice(key).get_shape()) for key in keys})
-            wanted = keys if names is None else names
-            return {key: reader.get_tensor(key) for key in wanted}, reader.metadata() or {}
-    except (CheckpointError, ConfigError):
-        raise
+            yield reader
     except Exception as error:  # the reader raises many kinds; each means the same to the user
         raise CheckpointError(
             f"{file} is truncated or no safetensors file: {brief(error)}"
@@ -246,3 +240,8 @@ def write_torch(file: Path, content: Any, overwrite: bool = True) -> None:
             torch.save(content, stream)
         except RuntimeError as error:  # around the system's error, where a write has failed
             raise cannot_write(file, error) from error
+
+
+__getattr__ = renamed(
+    __name__, {"read_weights": "tokenflow_ext.models.serialization.state_dict:read_weights"}
+)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import CheckpointError
-from .files import inside, read_json
-from .pretrained import read_safetensors, read_torch
+from .files import check_regular, inside, read_json
+from .pretrained import not_finite, read_safetensors, read_torch, safetensors_shapes
 
 CONTAINERS = ("ema", "model", "state_dict")
 """Under what name a torch file may have its state dict. The first that it has is read."""
@@ -27,6 +27,11 @@ CONTAINERS = ("ema", "model", "state_dict")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """The weights in a folder of transformers; with ``.index.json`` where there are several files."""
 
+INDEX = ".index.json"
+"""How the name of an index ends: a JSON file whose ``weight_map`` names the file of each tensor."""
+
+_PARALLEL = "module."
+_COMPILED = "_orig_mod"
 _LISTED = 8  # names that a message spells out, and sentences
 _SAID = 3
 
@@ -34,58 +39,122 @@ Shape = tuple[int, ...]
 
 
 def read_state_dict(
-    path: str | Path, error: Callable[[str], Exception] = CheckpointError
+    path: str | Path,
+    error: Callable[[str], Exception] = CheckpointError,
+    check: Callable[[dict[str, Shape]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Every tensor of a state dict, without the ``module.`` of DistributedDataParallel.
+    """Every tensor of a state dict, by its module's own names (see :func:`plain_names`).
 
     Tensors of torch files in the present format are mapped, not read: copy them before the file
     goes. Nothing in a file is run.
 
     Args:
         path: a safetensors file, a torch file with the state dict by itself or under one of
-            ``CONTAINERS``, or a folder of transformers with either, in one file or several.
+            ``CONTAINERS``, an index (``NAME.index.json``) of several such files, or a folder with
+            one of ``FOLDER_FILES`` or its index.
         error: makes the exception of a message.
+        check: is given the shapes, by name, before any tensor of a safetensors file is read, and
+            may refuse them.
 
     Raises:
         error: nothing there, a file that cannot be read or holds no state dict, or an index that
             does not agree with its files.
     """
-    files, file_of = _files(Path(path), error)
-    state: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                part = read_safetensors(file)[0]
-            except CheckpointError as fault:
-                raise error(str(fault)) from fault
-        else:
-            # Training scripts store their argparse.Namespace beside the weights: a plain record.
-            content = read_torch(file, error, mmap=True, records=[argparse.Namespace])
-            part = _state_dict_in(content, file, error)
-        if file_of and (stranger := next((k for k in part if file_of.get(k) != file), None)):
-            raise error(f"the index of {path} does not say that {file.name} has {stranger}")
-        state |= part
-    if missing := [key for key in file_of if key not in state]:
-        file = file_of[missing[0]]
-        raise error(f"the index of {path} says that {file.name} has {missing[0]}, which it has not")
+    path = Path(path)
+    files, file_of = _files(path, error)
+    shapes: dict[str, Shape] = {}
+    contents: dict[Path, dict[str, Tensor]] = {}
+    try:
+        for file in files:
+            if file.suffix == ".safetensors":
+                found = safetensors_shapes(file)
+            else:
+                # Training scripts store their argparse.Namespace beside the weights: a plain record
+                content = read_torch(file, error, mmap=True, records=[argparse.Namespace])
+                contents[file] = _state_dict_in(content, file, error)
+                found = {key: tuple(value.shape) for key, value in contents[file].items()}
+            if file_of and (stranger := next((k for k in found if file_of.get(k) != file), None)):
+                raise error(f"the index of {path} does not say that {file.name} has {stranger}")
+            shapes |= found
+        if missing := [key for key in file_of if key not in shapes]:
+            file = file_of[missing[0]]
+            raise error(
+                f"the index of {path} says that {file.name} has {missing[0]}, which it has not"
+            )
+        names = plain_names(shapes, path, error)
+        if check is not None:
+            check({names[key]: shape for key, shape in shapes.items()})
+        state: dict[str, Tensor] = {}
+        for file in files:
+            part = contents[file] if file in contents else read_safetensors(file)[0]
+            state |= {names[key]: value for key, value in part.items()}
+    except CheckpointError as fault:
+        if error is CheckpointError:
+            raise
+        raise error(str(fault)) from fault
     return state
+
+
+def read_weights(
+    folder: Path, check: Callable[[dict[str, Shape]], None] | None = None
+) -> dict[str, Tensor]:
+    """The weights in a folder of ``save_pretrained``: one of ``FOLDER_FILES``, or its index.
+
+    Args:
+        check: see :func:`read_state_dict`.
+
+    Raises:
+        CheckpointError: see :func:`read_state_dict`; or weights that are not finite.
+    """
+    file = weights_file(folder)
+    check_regular(file, CheckpointError)
+    weights = read_state_dict(file, check=check)
+    if bad := not_finite(weights):
+        raise CheckpointError(f"{file} holds numbers that are not finite, first in {bad[0]}")
+    return weights
+
+
+def weights_file(folder: Path) -> Path:
+    """What :func:`read_state_dict` reads in a folder: its weights, or their index. Where there is
+    neither, the file that is missing."""
+    for name in FOLDER_FILES:
+        for file in (folder / name, folder / (name + INDEX)):
+            if file.is_file():
+                return file
+    return folder / FOLDER_FILES[0]
+
+
+def weights_files(path: Path, error: Callable[[str], Exception] = CheckpointError) -> list[Path]:
+    """The files whose tensors :func:`read_state_dict` reads at ``path``, in order of their names.
+
+    Raises:
+        error: an index that cannot be read.
+    """
+    return _files(path, error)[0]
+
+
+def indexed(index: Path, error: Callable[[str], Exception] = CheckpointError) -> dict[str, Path]:
+    """Which file beside an index has each name.
+
+    Raises:
+        error: no index, or one that names files elsewhere.
+    """
+    content = read_json(index, error)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict):
+        raise error(f"{index} is no index: it must have a weight_map")
+    return {key: inside(index.parent, each, index, error) for key, each in names.items()}
 
 
 def _files(path: Path, error: Callable[[str], Exception]) -> tuple[list[Path], dict[str, Path]]:
     """The files to read, and by an index, where there is one, which of them has each name."""
-    if not path.is_dir():
-        return [path], {}
-    for name in FOLDER_FILES:
-        if (index := path / f"{name}.index.json").is_file():
-            content = read_json(index, error)
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict):
-                raise error(f"{index} is no index: it must have a weight_map")
-            files = {each: inside(path, each, index, error) for each in names.values()}
-            return sorted(files.values()), {key: files[each] for key, each in names.items()}
-        if (path / name).is_file():
-            return [path / name], {}
-    raise error(f"{path} holds neither {' nor '.join(FOLDER_FILES)}, nor an index of either")
+    file = weights_file(path) if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise error(f"{path} holds neither {' nor '.join(FOLDER_FILES)}, nor an index of either")
+    if not file.name.endswith(INDEX):
+        return [file], {}
+    file_of = indexed(file, error)
+    return sorted(set(file_of.values())), file_of
 
 
 def _state_dict_in(
@@ -104,11 +173,40 @@ def _state_dict_in(
             f"{', '.join(CONTAINERS)}; at its top it has "
             f"{listed(str(name) for name in names) or 'no names'}"
         )
-    return without_prefix(content, "module.") if _all_begin(content, "module.") else dict(content)
+    return dict(content)
 
 
-def _all_begin(state: Mapping[str, Any], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in state)
+def plain_names(
+    names: Iterable[str], source: str | Path, error: Callable[[str], Exception] = CheckpointError
+) -> dict[str, str]:
+    """By each name of a state dict, the module's own, without what wrappers put into it:
+    ``module.`` of DistributedDataParallel before all names, ``_orig_mod.`` of ``torch.compile``
+    anywhere, in any order.
+
+    Raises:
+        error: two names that become one.
+    """
+    given = list(names)
+    plain = given
+    while plain:
+        stripped = [".".join(p for p in name.split(".") if p != _COMPILED) for name in plain]
+        if all(name.startswith(_PARALLEL) for name in stripped):
+            stripped = [name.removeprefix(_PARALLEL) for name in stripped]
+        if stripped == plain:
+            break
+        plain = stripped
+    found: dict[str, str] = {}
+    for name, short in zip(given, plain, strict=True):
+        if short in found:
+            raise error(f"{source} has {found[short]} and {name}, which are both {short}")
+        found[short] = name
+    return dict(zip(given, plain, strict=True))
+
+
+def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in half precision as float32; the others as they are."""
+    half = (torch.float16, torch.bfloat16)
+    return {k: v.float() if v.dtype in half else v for k, v in state.items()}
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

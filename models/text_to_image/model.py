@@ -19,7 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import SavedForm, not_finite
+from tokenflow_ext.models.serialization.push import Card
 from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 from tokenflow_ext.sampler import SamplingConfig
@@ -46,6 +48,15 @@ NEGATIVE_PROMPT = (
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
     "username, blurry."
 )
+
+
+_USAGE = """
+from tokenflow_ext.models import TextToImage
+
+model = TextToImage.from_pretrained("REPOSITORY")
+# text_tokenizer: one of transformers, that the model was trained with
+images = model.generate(["a red circle"], text_tokenizer, seed=0)   # uint8 [1, 3, H, W]
+"""
 
 
 class TextToImageOutput(NamedTuple):
@@ -89,6 +100,7 @@ class TextToImage(NextScaleTransformer):
         "what they take: a model of version 1 has to be trained anew",
     )
     kind = "text to image"
+    card = Card("text-to-image model", ("image-generation",), _USAGE, "text-to-image")
     config_class = TextToImageConfig
     config: TextToImageConfig
 
@@ -374,19 +386,27 @@ class TextToImage(NextScaleTransformer):
         source: Mapping[str, Tensor] | str | Path,
         llama_config: PretrainedConfig | None,
         tokenizer: TokenFlowTokenizer,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **options: Any,
     ) -> TextToImage:
         """The model of original weights; it takes the tensors over without a copy.
 
         Args:
             source: a state dict, or where the weights are: a folder of transformers or one file
-                (:mod:`.original_checkpoint`). Every key is used: the
+                (:mod:`.original_checkpoint`), or a hub id. Every key is used: the
                 module's own, and ``image_token_start`` and ``image_token_end`` (with any prefix),
                 which are held against the vocabulary.
             llama_config: transformers configuration of the backbone; its vocabulary includes the
                 image tokens and the padding id. None takes the ``config.json`` in the folder, or
                 beside the file.
             tokenizer: the image tokenizer.
+            filename, revision, cache_dir, token, local_files_only: of a hub id; see
+                :class:`~tokenflow_ext.models.serialization.hub.Hub`.
             options: for the constructor.
 
         Raises:
@@ -395,9 +415,12 @@ class TextToImage(NextScaleTransformer):
             ConfigError: a configuration that is not supported or does not fit the tokenizer.
         """
         name, header = "the state dict", None
+        hub = Hub(filename, revision, cache_dir, token, local_files_only)
         if isinstance(source, Mapping):
+            hub.refuse("a state dict")
             state = source
         else:
+            source = resolve(source, hub, beside=[original_checkpoint.HEADER])
             state, name = read_state_dict(source), str(source)
             if bad := not_finite(state):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
@@ -427,6 +450,12 @@ class TextToImage(NextScaleTransformer):
         model = cls.of_weights(config, tokenizer, weights, name, **options)
         model.unused_tensors, model.original_header = unused, header
         return model
+
+    @classmethod
+    def _of_original(
+        cls, place: Path, tokenizer: TokenFlowTokenizer, options: dict[str, Any]
+    ) -> TextToImage:
+        return cls.from_original(place, None, tokenizer, **options)
 
     def to_original(self) -> dict[str, Tensor]:
         """The original form of the weights: the inverse of :meth:`from_original`.

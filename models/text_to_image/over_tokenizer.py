@@ -4,18 +4,27 @@ weights, their saved form, and how both are loaded."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
-from tokenflow_ext.models.serialization.pretrained import WEIGHTS_FILE, SavedForm, read_weights
-from tokenflow_ext.models.serialization.state_dict import compare
+from tokenflow_ext.models.serialization.files import read_json
+from tokenflow_ext.models.serialization.hub import MODEL_FILES, Hub, resolve
+from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, SavedForm
+from tokenflow_ext.models.serialization.push import Card, Figures, push
+from tokenflow_ext.models.serialization.state_dict import compare, read_weights, weights_file
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from transformers import PreTrainedTokenizerBase
+
 TOKENIZER_FOLDER = "tokenizer"
+TEXT_FOLDER = "text_tokenizer"
 Model = TypeVar("Model", bound="NextScaleTransformer")
 
 
@@ -41,11 +50,13 @@ class NextScaleTransformer(nn.Module):
     Attributes:
         form: how it is saved.
         kind: what messages call it.
+        card: what its model card says.
         config_class: of its configuration.
     """
 
     form: ClassVar[SavedForm]
     kind: ClassVar[str]
+    card: ClassVar[Card]
     config_class: ClassVar[Any]
     tokenizer: TokenFlowTokenizer
     config: Any
@@ -179,30 +190,120 @@ class NextScaleTransformer(nn.Module):
         cls: type[Model],
         path: str | Path,
         tokenizer: TokenFlowTokenizer | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **options: Any,
     ) -> Model:
-        """Loads a directory written by :meth:`save_pretrained` (in evaluation mode, on the CPU).
+        """Loads a trained model (in evaluation mode, on the CPU).
 
         Args:
+            path: a directory written by :meth:`save_pretrained`, or original weights, which need
+                ``tokenizer``: a file, or a directory of transformers; or a hub id of a repository
+                with either.
             tokenizer: the image tokenizer, where it is loaded already; None loads the saved one.
+            filename, revision, cache_dir, token, local_files_only: of a hub id; see
+                :class:`~tokenflow_ext.models.serialization.hub.Hub`.
             options: for the constructor.
 
         Raises:
-            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
-                configuration; the message names file and entry.
+            CheckpointError: a missing, truncated or foreign file, weights that do not fit the
+                configuration, or what the hub does not give; the message names file and entry.
+            ConfigError: original weights without ``tokenizer``, or an argument of the hub beside a
+                path.
         """
-        folder = Path(path)
+        hub = Hub(filename, revision, cache_dir, token, local_files_only)
+        original = partial(cls._is_original, alone=tokenizer is None)
+        saved = [f"{TOKENIZER_FOLDER}/{name}" for name in MODEL_FILES] if tokenizer is None else []
+        folder = resolve(
+            path,
+            hub,
+            files=[*MODEL_FILES, *saved],
+            beside=[CONFIG_FILE],
+            check=lambda place: original(place) or cls.read_config(place),
+        )
+        if original(folder):
+            if tokenizer is None:
+                raise ConfigError(f"tokenizer is missing: {folder} is a file of weights alone")
+            return cls._of_original(folder, tokenizer, options)
         config = cls.read_config(folder)
         beside = tokenizer
         if beside is None:
             beside = TokenFlowTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
-        source = str(folder / WEIGHTS_FILE)
+        source = str(weights_file(folder))
         made: list[Model] = []
-        weights, _ = read_weights(
+        weights = read_weights(
             folder,
             lambda shapes: made.append(cls._skeleton(config, beside, shapes, source, options)),
         )
         return made[0]._filled(weights, source)
+
+    @classmethod
+    def _is_original(cls, place: Path, alone: bool) -> bool:
+        """Whether original weights are at ``place``: a file, or, with a tokenizer given, a folder
+        whose header is of transformers."""
+        if alone or not (place / CONFIG_FILE).is_file():
+            return place.is_file()
+        header = read_json(place / CONFIG_FILE, CheckpointError)
+        return isinstance(header, dict) and "model_type" in header and not cls.is_saved(place)
+
+    @classmethod
+    def _of_original(
+        cls: type[Model], place: Path, tokenizer: TokenFlowTokenizer, options: dict[str, Any]
+    ) -> Model:
+        """The model of original weights at ``place``."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
+        license: str | None = None,
+        metrics: Figures | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        overwrite_card: bool = False,
+    ) -> CommitInfo:
+        """Saves to the hub what :meth:`save_pretrained` writes, with a model card, in one commit;
+        see :meth:`TokenFlowTokenizer.push_to_hub`.
+
+        Args:
+            text_tokenizer: of prompts, saved beside the model, where ``tokenflow generate`` finds
+                it.
+            repo_id, license, metrics, private, token, revision, commit_message, create_pr,
+                overwrite_card: see there.
+
+        Raises:
+            ConfigError, OutputError, MissingPackageError: see there.
+        """
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder)
+            if text_tokenizer is not None:
+                text_tokenizer.save_pretrained(folder / TEXT_FOLDER)
+
+        return push(
+            save,
+            self.form,
+            self.card,
+            self.config.to_dict(),
+            repo_id,
+            license=license,
+            metrics=metrics,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            overwrite_card=overwrite_card,
+        )
 
 
 def _check_tokenizer(config: Shape, tokenizer: TokenFlowTokenizer, kind: str) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
 from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.serialization.config import CheckpointError
-from tokenflow_ext.models.serialization.pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    SavedForm,
-    read_weights,
-)
+from tokenflow_ext.models.serialization.hub import Hub, resolve
+from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, WEIGHTS_FILE, SavedForm
+from tokenflow_ext.models.serialization.push import Card, Figures, push
 from tokenflow_ext.models.serialization.state_dict import (
     compare,
     no_random_init,
     read_state_dict,
+    read_weights,
+    weights_file,
+    widened,
 )
 from tokenflow_ext.models.towers.teachers import load_tower
 from tokenflow_ext.models.towers.towers import build_tower
@@ -37,6 +37,9 @@ from .config import TokenizerConfig
 from .family_quantizer import FamilyQuantizer, arguments_of
 from .semantic_decoder import SemanticDecoder, task_layer
 from .vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
 
@@ -356,6 +359,58 @@ class TokenFlowTokenizer(nn.Module):
         _FORM.write(folder, self.config.to_dict(), state)
         return folder
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        metrics: Figures | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        overwrite_card: bool = False,
+    ) -> CommitInfo:
+        """Saves to the hub what :meth:`save_pretrained` writes, with a model card, in one commit.
+        The repository is made where there is none.
+
+        Args:
+            repo_id: ``ORGANISATION/NAME``.
+            license: the hub's name of the licence of the weights, for the card.
+            metrics: figures by name, for the card.
+            private: whether a new repository is private; None is the organisation's default.
+            token: of an account that may write; None is the stored one.
+            revision: the branch, which is made where there is none [main].
+            commit_message: None says what it is.
+            create_pr: whether to open a pull request rather than write to the branch.
+            overwrite_card: whether to replace a card that ``push_to_hub`` did not write. Without it
+                such a card is left, and a line says so.
+
+        Returns:
+            huggingface_hub's description of the commit.
+
+        Raises:
+            ConfigError: a ``repo_id`` that is none.
+            OutputError: another model is in the repository, no permission, or no server.
+            MissingPackageError: huggingface_hub is not installed.
+        """
+        return push(
+            self.save_pretrained,
+            _FORM,
+            _card(self.config),
+            self.config.to_dict(),
+            repo_id,
+            license=license,
+            metrics=metrics,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            overwrite_card=overwrite_card,
+        )
+
     def save_original(
         self,
         path: str | Path,
@@ -394,25 +449,37 @@ class TokenFlowTokenizer(nn.Module):
         path: str | Path,
         resolution: int | None = None,
         config: TokenizerConfig | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> TokenFlowTokenizer:
         """Loads a trained tokenizer (in evaluation mode, on the CPU).
 
+        Weights in half precision become float32.
+
         Args:
             path: a directory written by :meth:`save_pretrained`, or a file: one of the original
-                checkpoints (see :mod:`.original_checkpoint`), or VAR's (:mod:`.var_checkpoint`).
+                checkpoints (see :mod:`.original_checkpoint`), or VAR's (:mod:`.var_checkpoint`); or
+                a hub id of a repository with either.
             resolution: side of the images in pixels, None for the tokenizer's own. An original B
                 (224) can be read for 256 and VAR's (256) for 512; anywhere else it must be the
                 tokenizer's own.
             config: for a file with the original names but other sizes, its configuration; None
                 infers those of the original tokenizers.
+            filename, revision, cache_dir, token, local_files_only: of a hub id; see
+                :class:`~tokenflow_ext.models.serialization.hub.Hub`.
 
         Raises:
-            CheckpointError: a missing, truncated or foreign file, or weights that do not fit the
-                configuration; the message names file and entry.
+            CheckpointError: a missing, truncated or foreign file, weights that do not fit the
+                configuration, or what the hub does not give; the message names file and entry.
             ValueError: a resolution that the tokenizer was not made for, or one beside ``config``;
-                a ``config`` for a directory.
+                a ``config`` for a directory, or an argument of the hub beside a path.
         """
-        path = Path(path)
+        hub = Hub(filename, revision, cache_dir, token, local_files_only)
+        path = resolve(path, hub, check=_read_config)
         if path.is_file():
             if config is not None and resolution is not None:
                 raise ValueError("config says the resolution: give one of the two")
@@ -454,6 +521,7 @@ class TokenFlowTokenizer(nn.Module):
         with torch.device("meta") if shapes_alone else nullcontext():
             model = cls._to_load(config)
         form = _original_form(config)
+        state = widened(state)
         own, unused = form.from_original(state, config, model.state_dict(), source)
         model.load_state_dict(own)
         model.unused_tensors = {key: value.clone() for key, value in unused.items()}
@@ -475,7 +543,7 @@ class TokenFlowTokenizer(nn.Module):
 
     @classmethod
     def _read_folder(cls, folder: Path) -> tuple[TokenizerConfig, dict[str, Tensor]]:
-        config, file = _read_config(folder), folder / WEIGHTS_FILE
+        config, file = _read_config(folder), weights_file(folder)
         with torch.device("meta"):  # no memory is taken for sizes that the file does not have
             own = cls(config).state_dict()
 
@@ -483,11 +551,22 @@ class TokenFlowTokenizer(nn.Module):
             if difference := compare(found, own):
                 raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}: {difference}")
 
-        state, metadata = read_weights(folder, check)
-        if metadata.get("format") != _FORM.name:
-            raise CheckpointError(f"{file} was not written by save_pretrained")
+        state = widened(read_weights(folder, check))
         check(state)  # the types
         return config, state
+
+
+def _card(config: TokenizerConfig) -> Card:
+    """What a model card says of a tokenizer."""
+    side = config.image_size
+    usage = f"""
+from tokenflow_ext.models import TokenFlowTokenizer
+
+tokenizer = TokenFlowTokenizer.from_pretrained("REPOSITORY")
+indices = tokenizer.encode(images)             # images [B, 3, {side}, {side}] in [-1, 1]
+decoded, semantic = tokenizer.decode(indices)
+"""
+    return Card("image tokenizer", ("image-tokenizer",), usage)
 
 
 def _original_form(config: TokenizerConfig) -> ModuleType:

@@ -27,9 +27,16 @@ from transformers import (
 
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.files import shown
+from tokenflow_ext.models.serialization.hub import (
+    MODEL_FILES,
+    TRANSFORMERS_FILES,
+    Hub,
+    resolve,
+)
 from tokenflow_ext.models.serialization.state_dict import compare, read_state_dict, without_prefix
 from tokenflow_ext.models.serialization.transformers_folder import (
     FILES_ALONE,
+    HEADER,
     TEXT_FILES,
     first_line,
     read_header,
@@ -64,6 +71,11 @@ def load_released_understanding(
     *,
     text_tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
+    filename: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> LlavaForConditionalGeneration:
     """A released understanding model, as transformers' LLaVA.
 
@@ -73,20 +85,28 @@ def load_released_understanding(
     one more.
 
     Args:
-        source: a folder, a file (safetensors or torch, in one file or several with an index), or a
-            state dict.
+        source: a folder, a file (safetensors or torch, in one file or several with an index), a hub
+            id, or a state dict.
         language_config: the language model's configuration of transformers; None reads
             ``config.json`` in the folder or beside the file.
         text_tokenizer: of the language model; None looks for one in the folder.
         dtype: None keeps the language model as it is stored, and computes tokens in float32. With
             a half-precision type the language model is cast to it and the tokenizer is rounded to
             it, as the released programs do: some tokens differ.
+        filename, revision, cache_dir, token, local_files_only: of a hub id; see
+            :class:`~tokenflow_ext.models.serialization.hub.Hub`.
 
     Raises:
         CheckpointError: names that are missing or unknown, other shapes, a file that cannot be
             read, or a tokenizer that is not one of the released.
         ConfigError: a language model that is no Llama or Qwen, or does not fit the weights.
     """
+    hub = Hub(filename, revision, cache_dir, token, local_files_only)
+    if isinstance(source, Mapping):
+        hub.refuse("a state dict")
+    else:
+        beside = [HEADER, *TRANSFORMERS_FILES]
+        source = resolve(source, hub, files=[*MODEL_FILES, *TRANSFORMERS_FILES], beside=beside)
     named = "the state dict" if isinstance(source, Mapping) else str(source)
     header: dict[str, Any] | None = None
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)

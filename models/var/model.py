@@ -18,7 +18,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tokenflow_ext.models.metrics import to_uint8
 from tokenflow_ext.models.serialization.config import CheckpointError
+from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import SavedForm, not_finite, write_torch
+from tokenflow_ext.models.serialization.push import Card
 from tokenflow_ext.models.serialization.state_dict import read_state_dict
 from tokenflow_ext.models.text_to_image.generation import (
     KeyValueCache,
@@ -42,6 +44,16 @@ if TYPE_CHECKING:
 Attention = Literal["scales", "flex"]
 #: How the released models draw.
 SAMPLING = SamplingConfig(top_k=(900,), top_p=(0.96,), guidance=1.5)
+
+
+_USAGE = """
+import torch
+
+from tokenflow_ext.models import VAR
+
+model = VAR.from_pretrained("REPOSITORY")
+images = model.generate(torch.tensor([0, 1]), seed=0)   # uint8 [2, 3, H, W]
+"""
 
 
 class VarOutput(NamedTuple):
@@ -74,6 +86,7 @@ class VAR(NextScaleTransformer):
 
     form = SavedForm("tokenflow-var", 1, "no saved VAR's")
     kind = "VAR"
+    card = Card("class-conditional image generator", ("image-generation", "var"), _USAGE)
     config_class = VarConfig
     config: VarConfig
     lvl_1L: Tensor
@@ -428,13 +441,20 @@ class VAR(NextScaleTransformer):
         tokenizer: TokenFlowTokenizer,
         *,
         attention: Attention = "scales",
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> VAR:
         """The model of released weights; its shape is read off them.
 
         Args:
-            source: a state dict, or a torch or safetensors file with one.
+            source: a state dict, or a torch or safetensors file with one, or a hub id.
             tokenizer: the image tokenizer.
             attention: see the class.
+            filename, revision, cache_dir, token, local_files_only: of a hub id; see
+                :class:`~tokenflow_ext.models.serialization.hub.Hub`.
 
         Raises:
             CheckpointError: a key that is missing, unknown or of another shape, a mask that is not
@@ -443,15 +463,24 @@ class VAR(NextScaleTransformer):
         """
         name = "the state dict"
         state: Mapping[str, Tensor]
+        hub = Hub(filename, revision, cache_dir, token, local_files_only)
         if isinstance(source, Mapping):
+            hub.refuse("a state dict")
             state = source
         else:
+            source = resolve(source, hub)
             state, name = read_state_dict(source), str(source)
             if bad := not_finite(original_checkpoint.without_mask(state)):
                 raise CheckpointError(f"{source} holds numbers that are not finite, as in {bad[0]}")
         config = original_checkpoint.infer_config(state, tokenizer.config.quantizer.scales, name)
         weights = original_checkpoint.read(state, config, name)
         return cls.of_weights(config, tokenizer, weights, name, attention=attention)
+
+    @classmethod
+    def _of_original(
+        cls, place: Path, tokenizer: TokenFlowTokenizer, options: dict[str, Any]
+    ) -> VAR:
+        return cls.from_released(place, tokenizer, **options)
 
     def to_released(self) -> dict[str, Tensor]:
         """The released form of the weights: the inverse of :meth:`from_released`."""

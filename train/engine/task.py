@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from tokenflow_ext.models.serialization.pretrained import read_weights
+from tokenflow_ext.models.serialization.state_dict import read_weights
 
 from .ema import EMA
 from .optimization import OptimizedModel
@@ -130,7 +130,7 @@ class Task(Protocol):
         Raises:
             CheckpointError: a file that is missing, damaged or not finite.
         """
-        return read_weights(path)[0]
+        return read_weights(path)
 
     def restore(self, path: Path) -> None:
         """Take up what the checkpoint at ``path`` holds besides weights and optimizers."""

@@ -19,6 +19,7 @@ from tokenflow_ext.models.serialization.transformers_folder import (
     TEXT_FILES,
     first_line,
 )
+from tokenflow_ext.models.text_to_image.over_tokenizer import TEXT_FOLDER as TEXT_FOLDER
 from tokenflow_ext.models.text_to_image.sequence import FAMILIES, check_header
 from tokenflow_ext.train.data.text_files import say
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from tokenflow_ext.models import TextToImage
 
-TEXT_FOLDER = "text_tokenizer"
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _SHOWN = 5  # names that a message spells out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -20,7 +21,9 @@ from tokenflow_ext.models.serialization.state_dict import (
     compare,
     listed,
     no_random_init,
+    plain_names,
     read_state_dict,
+    weights_file,
 )
 
 
@@ -66,6 +69,77 @@ def test_every_form_is_the_same_tensors(tmp_path):
         found = read_state_dict(path)
         assert found.keys() == state().keys(), name
         assert all(torch.equal(found[key], value) for key, value in state().items()), name
+
+
+def test_shapes_are_seen_before_tensors_are_read(tmp_path):
+    expected = {key: tuple(value.shape) for key, value in state().items()}
+    for name, path in forms(tmp_path).items():
+
+        def check(shapes):
+            assert shapes == expected, name  # noqa: B023
+            raise CheckpointError("too large")
+
+        with pytest.raises(CheckpointError, match=r"^too large$"):
+            read_state_dict(path, check=check)
+
+
+WRAPPED = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.")
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "folder"])
+def test_what_wrappers_put_into_names_is_taken_out(tmp_path, prefix, suffix):
+    wrapped = {prefix + key: value for key, value in state().items()}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "pt":
+        torch.save({"ema": wrapped}, path)
+    elif suffix == "safetensors":
+        save_file(wrapped, path)
+    else:
+        path.mkdir()
+        save_torch_state_dict(wrapped, path, max_shard_size=40)
+        assert len(list(path.glob("*.safetensors"))) > 1
+    found = read_state_dict(path)
+    assert found.keys() == state().keys()
+    assert all(torch.equal(found[key], value) for key, value in state().items())
+
+
+def test_names_of_wrapped_parts_and_those_that_become_one():
+    names = ["a._orig_mod.b", "module.c", "a._orig_mod._orig_mod.d"]
+    assert plain_names(names, "x") == dict(zip(names, ["a.b", "module.c", "a.d"], strict=True))
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    own = list(network.state_dict())
+    network[1] = torch.compile(network[1])
+    wrapped = torch.compile(nn.DataParallel(network)).state_dict()
+    assert list(plain_names(wrapped, "x").values()) == own
+    with pytest.raises(CheckpointError, match=r"^x has a\.b and a\._orig_mod\.b, which are both a"):
+        plain_names(["a.b", "a._orig_mod.b"], "x")
+
+
+def test_an_index_is_read_as_a_file_of_its_own(tmp_path):
+    folder = folder_of(tmp_path / "one", "bin", True)
+    found = read_state_dict(folder / "pytorch_model.bin.index.json")
+    assert found.keys() == state().keys()
+    save_file(state(), folder / "model.safetensors")  # what save_pretrained writes is read first
+    assert weights_file(folder).name == "model.safetensors"
+
+
+def test_an_index_that_disagrees_with_its_files(tmp_path):
+    folder = folder_of(tmp_path / "one", "safetensors", True)
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    first = next(iter(good))
+    for changed, message in (
+        ({k: v for k, v in good.items() if k != first}, f"does not say that .* has {first}"),
+        (good | {"more": "part-0.safetensors"}, "has more, which it has not"),
+        (good | {first: "../part-0.safetensors"}, "is not below"),
+        ({first: "part-7.safetensors"}, "part-7.safetensors is missing"),
+        (good | {first: 3}, "must name files"),
+        (None, "must have a weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(CheckpointError, match=message):
+            read_state_dict(folder)
 
 
 def test_what_is_no_state_dict_says_so_in_the_error_asked_for(tmp_path):

@@ -293,11 +293,6 @@ def test_truncated_and_foreign_files_are_refused(saved):
         with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
             TokenFlowTokenizer.from_pretrained(saved)
     file.write_bytes(whole)
-    state = load_file(file)
-    save_file(state, file)
-    with pytest.raises(CheckpointError, match="was not written by save_pretrained"):
-        TokenFlowTokenizer.from_pretrained(saved)
-    file.write_bytes(whole)
     edit(saved, version=99)
     with pytest.raises(CheckpointError, match="format version 99, this release reads 1"):
         TokenFlowTokenizer.from_pretrained(saved)

@@ -352,8 +352,8 @@ def test_wrong_names_are_named(tmp_path):
     key = "quantize.embedding_vqkd.weight"
     shaped = {**state, key: torch.zeros(64, 31)}
     refused(shaped, config, r"embedding_vqkd\.weight is \(64, 31\) torch.float32, not", tmp_path)
-    typed = {**state, key: state[key].half()}
-    refused(typed, config, r"embedding_vqkd\.weight is \(64, 32\) torch.float16, not", tmp_path)
+    typed = {**state, key: state[key].double()}
+    refused(typed, config, r"embedding_vqkd\.weight is \(64, 32\) torch.float64, not", tmp_path)
     used = {**state, USED: torch.zeros(65536)}
     refused(used, config, r"codebook_used is \(65536,\) torch.float32, not \(131072,\)", tmp_path)
     # All three at once, and a long list cut.
