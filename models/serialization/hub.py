@@ -137,17 +137,20 @@ def resolve(
         hub.refuse(f"{source}, which is {'on the disk' if there else 'no hub id (ORG/NAME)'}")
         return Path(source)
     repository = _Repository(str(source), hub)
+    names = repository.names()
     if hub.filename is not None:
-        return repository.file(hub.filename, beside)
-    folder = repository.fetch([CONFIG_FILE])
-    if (folder / CONFIG_FILE).is_file():
-        if check is not None:
-            check(folder)
-        return repository.fetch([CONFIG_FILE, *files])
-    names = repository.names(folder)
+        return repository.file(hub.filename, beside, names)
+    if names is None or CONFIG_FILE in names:
+        folder = repository.fetch([CONFIG_FILE])
+        if (folder / CONFIG_FILE).is_file():
+            if check is not None:
+                check(folder)
+            return repository.fetch([CONFIG_FILE, *files])
+        there = [path for path in folder.rglob("*") if path.is_file()]
+        names = sorted(path.relative_to(folder).as_posix() for path in there)
     found = [name for name in names if name.endswith(SUFFIXES)]
     if len(found) == 1:
-        return repository.file(found[0], beside)
+        return repository.file(found[0], beside, names)
     if not found:
         raise CheckpointError(
             f"{repository} has neither {CONFIG_FILE} nor a file of weights "
@@ -187,41 +190,44 @@ class _Repository:
         except Exception as error:
             self._refuse(error)
 
-    def names(self, folder: Path) -> list[str]:
-        """The files in the repository; of one that is not asked, those in the cache."""
-        if not self.hub.local_files_only:
-            from huggingface_hub.errors import HfHubHTTPError
+    def names(self) -> list[str] | None:
+        """The files in the repository; None where no server is asked, or none answers."""
+        if self.hub.local_files_only:
+            return None
+        client = api(self.hub.token)
+        try:
+            found = client.model_info(self.name, revision=self.hub.revision).siblings or []
+        except Exception:  # of many types: fetch takes what is in the cache, or says what is wrong
+            return None
+        return sorted(each.rfilename for each in found)
 
-            try:
-                # At the commit of the folder: the branch may have moved on.
-                return sorted(api(self.hub.token).list_repo_files(self.name, revision=folder.name))
-            except HfHubHTTPError as error:
-                self._refuse(error)
-            except Exception:  # of many types: no server, and the folder came from the cache
-                pass
-        files = (path for path in folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(folder).as_posix() for path in files)
-
-    def file(self, name: str, beside: Sequence[str]) -> Path:
-        """A file of the repository; with an index, the files that it names too."""
+    def file(self, name: str, beside: Sequence[str], names: list[str] | None) -> Path:
+        """A file, one of ``names``; with an index, the files that it names too."""
         if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
             raise ConfigError(f"filename must name a file in {self}, got {shown(name)}")
+        if names is not None and name not in names:
+            raise CheckpointError(
+                f"{self} has no file {name}; it has {listed(names) or 'no files'}"
+            )
         start = name[: name.rfind("/") + 1]
         patterns = [glob.escape(name), *(glob.escape(start) + other for other in beside)]
         folder = self.fetch(patterns)
         path = folder / name
         if not path.is_file():
-            if self.hub.local_files_only:
-                raise CheckpointError(
-                    f"{self}: {name} is not in the cache, and local_files_only asks no server"
-                )
-            raise CheckpointError(
-                f"{self} has no file {name}; it has {listed(self.names(folder)) or 'no files'}"
-            )
+            raise CheckpointError(self._not_cached())
         if name.endswith(INDEX):
             parts = {part.relative_to(folder).as_posix() for part in indexed(path).values()}
             self.fetch([*patterns, *map(glob.escape, sorted(parts))])
         return path
+
+    def _not_cached(self) -> str:
+        """That what is wanted is not in the cache."""
+        return (
+            f"nothing at {self.name} on the disk, and the cache "
+            f"({self.hub.cache_dir or 'of huggingface_hub'}) has not "
+            f"{self.hub.filename or 'all that is read'} of {self}"
+            + ("; local_files_only asks no server" if self.hub.local_files_only else "")
+        )
 
     def _refuse(self, error: Exception) -> NoReturn:
         """The error of huggingface_hub in words of ours."""
@@ -230,7 +236,7 @@ class _Repository:
         server = endpoint() or "the hub"
         access = (
             "give the token of an account that may"
-            if self.hub.token is None
+            if self.hub.token in (None, False)
             else "the token that was given does not do"
         )
         if isinstance(error, errors.GatedRepoError):
@@ -243,13 +249,8 @@ class _Repository:
                 f"private one ({access})"
             )
         elif isinstance(error, errors.LocalEntryNotFoundError):
-            said = (
-                f"nothing at {self.name} on the disk, and not all of it in the cache "
-                f"({self.hub.cache_dir or 'of huggingface_hub'})"
-            )
-            if self.hub.local_files_only:
-                said += ", and local_files_only asks no server"
-            else:
+            said = self._not_cached()
+            if not self.hub.local_files_only:
                 why = "" if error.__cause__ is None else f" ({brief(error.__cause__, 120)})"
                 said += (
                     f"; {server} cannot be reached{why}. Put the files into a folder, and give its "

@@ -76,7 +76,8 @@ def push(
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 client.create_branch(repo_id, branch=revision, exist_ok=True)
-            names = set(client.list_repo_files(repo_id, revision=revision))
+            found = client.model_info(repo_id, revision=revision).siblings or []
+            names = {each.rfilename for each in found}
             there = {
                 name: Path(
                     client.hf_hub_download(

@@ -40,7 +40,12 @@ from torch import Tensor
 from tokenflow_ext._deprecated import renamed
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.pretrained import write_torch
-from tokenflow_ext.models.serialization.state_dict import compare, listed, read_state_dict
+from tokenflow_ext.models.serialization.state_dict import (
+    compare,
+    listed,
+    read_state_dict,
+    widened,
+)
 from tokenflow_ext.models.towers.towers import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 
 from .config import TokenizerConfig
@@ -273,7 +278,7 @@ def read_unused(
     Raises:
         CheckpointError: see :func:`.read_state_dict`; or weights of another shape or type.
     """
-    state = read_state_dict(path)
+    state = widened(read_state_dict(path))
     found = {}
     shapes = unused_shapes(config) if isinstance(config, TokenizerConfig) else config
     for key, shape in shapes.items():
