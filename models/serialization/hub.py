@@ -146,8 +146,8 @@ def resolve(
             if check is not None:
                 check(folder)
             return repository.fetch([CONFIG_FILE, *files])
-        there = [path for path in folder.rglob("*") if path.is_file()]
-        names = sorted(path.relative_to(folder).as_posix() for path in there)
+        cached = [path for path in folder.rglob("*") if path.is_file()]
+        names = sorted(path.relative_to(folder).as_posix() for path in cached)
     found = [name for name in names if name.endswith(SUFFIXES)]
     if len(found) == 1:
         return repository.file(found[0], beside, names)

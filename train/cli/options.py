@@ -9,25 +9,57 @@ from typing import Any
 
 from tokenflow_ext._deprecated import warn_renamed
 from tokenflow_ext.models.serialization.files import OutputError
+from tokenflow_ext.models.serialization.hub import Hub
+from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.data import DataError
+from tokenflow_ext.train.engine.checkpoint import check_there
 
 _MOST = 2**31 - 1
 
 
-def add_tokenizer(parser: argparse.ArgumentParser, several: bool = False, more: str = "") -> None:
-    """``--checkpoint`` and ``--resolution`` of a command that uses tokenizers.
+def add_checkpoint(parser: argparse.ArgumentParser, what: str, several: bool = False) -> None:
+    """``--checkpoint``, and ``--filename`` and ``--revision`` of one on the hub; :func:`checkpoint`
+    reads them.
 
     Args:
+        what: what it may be, besides a hub id.
         several: ``--checkpoint`` may be repeated, and is a list.
-        more: what its help says at the end.
     """
     parser.add_argument(
         "--checkpoint",
         required=True,
         action="append" if several else "store",
         metavar="PATH",
-        help=f"a run, a checkpoint, a folder of save_pretrained, or an original checkpoint{more}",
+        help=f"{what}; or a hub id, ORG/NAME",
     )
+    parser.add_argument("--filename", metavar="FILE", help="of a hub id [its only file of weights]")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id [main]")
+
+
+def checkpoint(arguments: argparse.Namespace) -> Any:
+    """What :func:`add_checkpoint` read, as a path on this machine, or a list of them. What is on
+    the hub is fetched.
+
+    Raises:
+        CheckpointError: nothing there.
+        ConfigError: an option of the hub beside a path.
+    """
+    hub = Hub(filename=arguments.filename, revision=arguments.revision)
+    given = arguments.checkpoint
+    if isinstance(given, list):
+        return [str(check_there(source, hub)) for source in given]
+    return str(check_there(given, hub))
+
+
+def add_tokenizer(parser: argparse.ArgumentParser, several: bool = False, more: str = "") -> None:
+    """:func:`add_checkpoint` and ``--resolution`` of a command that uses tokenizers.
+
+    Args:
+        several: ``--checkpoint`` may be repeated, and is a list.
+        more: what its help says at the end.
+    """
+    what = "a run, a checkpoint, a folder of save_pretrained, or an original checkpoint"
+    add_checkpoint(parser, what + more, several)
     parser.add_argument(
         "--resolution",
         type=int,
@@ -61,6 +93,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the model's arithmetic; the search for codes is in float32 [%(default)s]",
+    )
+
+
 def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     """``--batch-size``."""
     parser.add_argument(
@@ -80,11 +122,13 @@ def add_max_tokens(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """``--limit``, ``--batch-size``, ``--workers``, ``--device`` of a command over many images."""
+    """``--limit``, ``--batch-size``, ``--workers``, ``--device``, ``--dtype`` of a command over
+    many images."""
     parser.add_argument("--limit", type=int, metavar="N", help="so many, evenly spread [all]")
     add_batch_size(parser, 32)
     add_workers(parser)
     add_device(parser)
+    add_dtype(parser)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +149,12 @@ def reading(arguments: argparse.Namespace) -> dict[str, Any]:
         DataError: a number that is too small.
     """
     check_counts(arguments, limit=1, batch_size=1, workers=0)
-    return {"limit": arguments.limit, "batch": arguments.batch_size, "workers": arguments.workers}
+    return {
+        "limit": arguments.limit,
+        "batch": arguments.batch_size,
+        "workers": arguments.workers,
+        "dtype": arguments.dtype,
+    }
 
 
 def check_counts(arguments: argparse.Namespace, **least: int) -> None:

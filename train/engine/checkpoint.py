@@ -13,6 +13,7 @@ What else lies in the folder is left alone.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -35,12 +36,20 @@ from tokenflow_ext.models.serialization.files import (
     shown,
     write_file,
 )
+from tokenflow_ext.models.serialization.hub import (
+    MODEL_FILES,
+    TRANSFORMERS_FILES,
+    Hub,
+    resolve,
+)
 from tokenflow_ext.models.serialization.pretrained import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_torch,
     write_torch,
 )
+from tokenflow_ext.models.serialization.state_dict import weights_file, weights_files
+from tokenflow_ext.models.text_to_image.over_tokenizer import TEXT_FOLDER, TOKENIZER_FOLDER
 
 FORMAT = "tokenflow-training-checkpoint"
 VERSION = 1
@@ -50,6 +59,13 @@ _NAME = re.compile(r"step_(\d{8,})")
 # Being written; on its way out; to be put back where its replacement did not come.
 _LEFT_OVER = re.compile(r"\.(writing|old|replaced)_(\d{8,})_[0-9a-f]{8}")
 _TEXT_LIMIT = 1 << 20
+# What is fetched of a repository whose kind is not known yet.
+_ON_THE_HUB = (
+    *MODEL_FILES,
+    *TRANSFORMERS_FILES,
+    *(f"{TOKENIZER_FOLDER}/{name}" for name in MODEL_FILES),
+    *(f"{TEXT_FOLDER}/{name}" for name in TRANSFORMERS_FILES),
+)
 
 
 def digest(path: Path) -> str:
@@ -252,13 +268,18 @@ def saved_config(path: Path) -> str:
     return state["config"]
 
 
-def check_there(path: str | Path) -> Path:
-    """That there is anything at all at ``path``.
+def check_there(path: str | Path, hub: Hub | None = None) -> Path:
+    """What ``path`` means on this machine, where there is anything at all. What a hub id means is
+    fetched.
+
+    Args:
+        hub: how to look up a hub id.
 
     Raises:
         CheckpointError: there is not.
+        ConfigError: ``hub`` says something, and ``path`` is no hub id.
     """
-    given = Path(path)
+    given = resolve(path, hub or Hub(), files=_ON_THE_HUB, beside=[CONFIG_FILE])
     try:
         given.stat()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -269,7 +290,8 @@ def check_there(path: str | Path) -> Path:
 def find(path: str | Path) -> Path:
     """The folder with config.json and model.safetensors that ``path`` means.
 
-    ``path`` is a run (its newest checkpoint is taken), a checkpoint, or a save_pretrained folder.
+    ``path`` is a run (its newest checkpoint is taken), a checkpoint, a save_pretrained folder, or
+    the hub id of one.
 
     Raises:
         CheckpointError: nothing there, or a checkpoint that is not whole.
@@ -281,7 +303,7 @@ def find(path: str | Path) -> Path:
         given = checkpoints[-1]
     if (given / MANIFEST_FILE).exists():
         verify(given)
-    elif not ((given / CONFIG_FILE).is_file() and (given / WEIGHTS_FILE).is_file()):
+    elif not ((given / CONFIG_FILE).is_file() and weights_file(given).is_file()):
         raise CheckpointError(
             f"{given} is neither a run with a checkpoint, nor a checkpoint, nor a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -295,14 +317,19 @@ def find_tokenizer(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there, or a checkpoint that is not whole.
     """
-    return Path(path) if is_released(path) else find(path)
+    given = check_there(path)
+    return given if is_released(given) else find(given)
 
 
 def is_released(path: str | Path) -> bool:
-    """Whether ``path`` is a file of weights on its own: beside a config.json a file is a part of a
-    folder."""
+    """Whether ``path`` is a file of weights on its own: beside a config.json a file with the name
+    of a part of a folder is that."""
     given = Path(path)
-    return given.is_file() and not (given.parent / CONFIG_FILE).is_file()
+    if not given.is_file():
+        return False
+    parts = (*MODEL_FILES, STATE_FILE, MANIFEST_FILE)
+    part = any(fnmatch.fnmatch(given.name, name) for name in parts)
+    return not (part and (given.parent / CONFIG_FILE).is_file())
 
 
 def load_tokenizer(
@@ -325,8 +352,12 @@ def load_tokenizer(
 
 
 def weights_digest(place: Path) -> str:
-    """SHA-256 of the weights of what :func:`find` or :func:`find_tokenizer` found."""
-    return digest(place if place.is_file() else place / WEIGHTS_FILE)
+    """SHA-256 of the weights of what :func:`find` or :func:`find_tokenizer` found; of several files
+    that of their SHA-256 in a row."""
+    several = [digest(file) for file in weights_files(place)]
+    if len(several) == 1:
+        return several[0]
+    return hashlib.sha256("".join(several).encode()).hexdigest()
 
 
 __getattr__ = renamed(

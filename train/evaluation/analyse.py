@@ -55,6 +55,8 @@ def names_of(sources: Sequence[str]) -> list[str]:
         name = path.name or path.resolve().name
         if path.parent.name == "checkpoints":
             name = f"{path.parent.parent.name}-{name}"
+        elif path.parent.name == "snapshots":  # in the hub's cache: models--ORG--NAME
+            name = path.parent.parent.name.rpartition("--")[2]
         names.append(name)
     return distinct_names(names, "-semantic.png")
 
@@ -119,6 +121,7 @@ def run(
     workers: int = 0,
     shown: int = 8,
     columns: int = 10,
+    dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Analyse the tokenizers at ``sources`` on the images below ``folder``, print and write.
@@ -130,6 +133,7 @@ def run(
         limit: so many of the images, evenly spread.
         shown: clusters in a picture.
         columns: images shown of a cluster.
+        dtype: of the encoders' arithmetic.
 
     Returns:
         What analysis.json holds (on the first process).
@@ -162,7 +166,9 @@ def run(
                 f"{', '.join(model.config.branches)}"
             )
         images = crops_of(folder, limit, model.config.image_size)
-        assigned, digest = assign(model, images, codebooks, group, batch=batch, workers=workers)
+        assigned, digest = assign(
+            model, images, codebooks, group, batch=batch, workers=workers, dtype=dtype
+        )
         codes = model.quantizer.codebook_size
         found += [
             (Clusters(name, by, codes, row), images)
@@ -202,7 +208,7 @@ def run(
         "data": {"folder": folder, "images": len(images)},
         "notes": notes,
         "paper": PAPER,
-        "environment": environment(group) | {"batch": batch},
+        "environment": environment(group) | {"batch": batch, "dtype": dtype},
     }
     with target.together():
         for name, one in content.items():

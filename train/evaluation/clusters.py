@@ -19,6 +19,7 @@ from tokenflow_ext import nearest_code
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data import read_batches
 from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.precision import arithmetic
 
 from .preprocess import CenterCropDataset, collate, digest_of, evenly_spread, to_float
 
@@ -106,6 +107,7 @@ def assign(
     *,
     batch: int = 32,
     workers: int = 0,
+    dtype: str = "float32",
 ) -> tuple[Tensor, str]:
     """The code of every image in each codebook; the images are dealt out to the processes.
 
@@ -117,7 +119,8 @@ def assign(
     with tqdm(total=len(mine), unit="image", disable=not group.first) as bar:
         found: list[tuple[Any, ...]] = []
         for indices, pixels, _, digests in loader:
-            h = model.features(to_float(pixels.to(group.device)))
+            with arithmetic(group.device, dtype):
+                h = model.features(to_float(pixels.to(group.device)))
             codes = [nearest(model, h, by).tolist() for by in codebooks]
             found += zip(indices, digests, *codes, strict=True)
             bar.update(len(indices))

@@ -86,7 +86,7 @@ def _answers(
     """The model's own answers about pictures [N, 3, S, S] uint8."""
     from .answering import Answerer  # needs transformers
 
-    model = Answerer(place, generator.model.device)
+    model = Answerer(place, generator.model.device, generator.dtype)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
     found: list[dict[str, str]] = [{} for _ in pictures]
     for name, question in questions.items():

@@ -20,6 +20,7 @@ from tokenflow_ext.train.data.image_files import PREPROCESSING
 from tokenflow_ext.train.data.outputs import Outputs
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes
+from tokenflow_ext.train.engine.precision import arithmetic
 
 from .metrics import EIGHT_BITS, METRICS, PAPER, Reconstruction, evaluate
 from .networks import choose_features, choose_head, choose_perceptual, choose_teacher
@@ -47,6 +48,7 @@ def run(
     vgg16: str | None = None,
     teacher: str | None = None,
     clip: str | None = None,
+    dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Evaluate the tokenizer at ``source`` on the images below ``folder``, print and write.
@@ -54,6 +56,7 @@ def run(
     Args:
         resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
         clip: :data:`.zero_shot.WANTED`; None leaves zero-shot classification out.
+        dtype: of the tokenizer's arithmetic; what measures is in float32.
 
     Returns:
         What metrics.json and images.jsonl hold (on the first process).
@@ -88,8 +91,11 @@ def run(
         )
 
     def reconstruct(images: Tensor) -> Reconstruction:
-        indices = model.encode(images)
-        made, semantic = model.decode(indices)
+        with arithmetic(group.device, dtype):
+            indices = model.encode(images)
+            made, semantic = model.decode(indices)
+        made = None if made is None else made.float()
+        semantic = None if semantic is None else semantic.float()
         indices = model.quantizer.code_numbers(indices)
         if network is None or semantic is None:
             return Reconstruction(indices, made)
@@ -155,7 +161,7 @@ def run(
             "tokens_per_image": model.quantizer.num_tokens,
         },
         "paper": PAPER,
-        "environment": environment(group) | {"batch": batch},
+        "environment": environment(group) | {"batch": batch, "dtype": dtype},
         "images": [
             row | {"image": Path(row["image"]).relative_to(root).as_posix()}
             for row in result.images

@@ -124,7 +124,7 @@ def compare(
     one: str | Path,
     other: str | Path,
     weights: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     batch: int = 64,
     *,
     more: bool = False,
@@ -180,7 +180,7 @@ def fid(
     one: str | Path,
     other: str | Path,
     weights: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     batch: int = 64,
 ) -> float:
     """The FID alone; arguments and errors as of :func:`compare`.

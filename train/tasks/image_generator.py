@@ -22,6 +22,7 @@ from tokenflow_ext.sampler import MultiStepSampler, SamplingConfig
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
+from tokenflow_ext.train.engine.precision import find_dtype
 
 from .language import load_drawing_side, load_text_tokenizer
 
@@ -34,6 +35,7 @@ class ImageGenerator:
         negative: the text that guidance leads away from; training drops captions to "".
         batch: images drawn at once. An image does not depend on it.
         weights: SHA-256 of the model's, which pictures are marked with.
+        dtype: of the transformer; the image tokenizer is in float32.
     """
 
     model: TextToImage
@@ -43,9 +45,12 @@ class ImageGenerator:
     negative: str = ""
     batch: int = 16
     weights: str = ""
+    dtype: str = "float32"
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", **options: Any) -> ImageGenerator:
+    def load(
+        cls, path: str | Path, device: str = "auto", dtype: str = "float32", **options: Any
+    ) -> ImageGenerator:
         """From a run, one of its checkpoints, or a folder with a saved model and text tokenizer; a
         model that answers too is one.
 
@@ -53,7 +58,7 @@ class ImageGenerator:
             CheckpointError: nothing there, or not whole.
             ConfigError: no such device.
         """
-        place = find_device(device)
+        place, kind = find_device(device), find_dtype(dtype)
         folder = checkpoint.find(path)
         if VAR.is_saved(folder):
             raise CheckpointError(f"the model in {folder} draws classes: use tokenflow sample")
@@ -67,12 +72,16 @@ class ImageGenerator:
             model = TextToImage.from_pretrained(folder)
             parts = [checkpoint.weights_digest(part) for part in (folder, folder / "tokenizer")]
         weights = hashlib.sha256("".join(parts).encode()).hexdigest()
-        return cls(model.to(place), text, weights=weights, **options)
+        model = model.to(device=place, dtype=kind)
+        return cls(model, text, weights=weights, dtype=dtype, **options)
 
     @property
     def facts(self) -> dict[str, str]:
         """What a picture depends on besides its prompt and seed."""
-        return {**facts(self.steps, self.guidance, self.negative), "weights": self.weights}
+        return {
+            **facts(self.steps, self.guidance, self.negative, self.dtype),
+            "weights": self.weights,
+        }
 
     @property
     def runs(self) -> int:
@@ -124,6 +133,7 @@ class ClassImageGenerator:
         more_smooth: see :meth:`VAR.generate`.
         batch: images drawn at once. An image does not depend on it.
         weights: SHA-256 of the model's, which pictures are marked with.
+        dtype: of the transformer; the image tokenizer is in float32.
     """
 
     model: VAR
@@ -133,13 +143,15 @@ class ClassImageGenerator:
     more_smooth: bool = False
     batch: int = 16
     weights: str = ""
+    dtype: str = "float32"
 
     @classmethod
     def load(
         cls,
         path: str | Path,
-        device: str = "cpu",
+        device: str = "auto",
         tokenizer: str | Path | None = None,
+        dtype: str = "float32",
         **options: Any,
     ) -> ClassImageGenerator:
         """From a run, one of its checkpoints, a folder with a saved model, or a released file.
@@ -151,7 +163,9 @@ class ClassImageGenerator:
             CheckpointError: nothing there, not whole, or another kind of model.
             ConfigError: no such device, or a tokenizer too many or too few.
         """
-        place, released = find_device(device), checkpoint.is_released(path)
+        place, kind = find_device(device), find_dtype(dtype)
+        path = checkpoint.check_there(path)
+        released = checkpoint.is_released(path)
         if released != (tokenizer is not None):
             raise ConfigError(
                 f"--tokenizer is missing: {path} is a file of weights alone"
@@ -170,13 +184,14 @@ class ClassImageGenerator:
             model, places = VAR.from_pretrained(folder), [folder, folder / "tokenizer"]
         parts = [checkpoint.weights_digest(part) for part in places]
         weights = hashlib.sha256("".join(parts).encode()).hexdigest()
-        return cls(model.to(place), weights=weights, **options)
+        model = model.to(device=place, dtype=kind)
+        return cls(model, weights=weights, dtype=dtype, **options)
 
     @property
     def facts(self) -> dict[str, str]:
         """What a picture depends on besides its class and seed."""
         names = ("guidance", "top_k", "top_p", "more_smooth", "weights")
-        return {name: str(getattr(self, name)) for name in names}
+        return {name: str(getattr(self, name)) for name in names} | _dtype_fact(self.dtype)
 
     def labels(self, prompts: Sequence[str]) -> list[int]:
         """The classes of these names.
@@ -220,7 +235,7 @@ class ClassImageGenerator:
 
 
 def load_generator(
-    path: str | Path, device: str = "cpu", **options: Any
+    path: str | Path, device: str = "auto", **options: Any
 ) -> ImageGenerator | ClassImageGenerator:
     """What draws with the model at ``path``, of prompts or of classes.
 
@@ -231,6 +246,7 @@ def load_generator(
         CheckpointError, ConfigError: see :meth:`ImageGenerator.load`; or an option that is not for
             this kind of model.
     """
+    path = checkpoint.check_there(path)
     kind = ClassImageGenerator if VAR.is_saved(checkpoint.find(path)) else ImageGenerator
     known = {field.name for field in fields(kind)}
     given = {name: value for name, value in options.items() if value is not None}
@@ -239,6 +255,12 @@ def load_generator(
     return kind.load(path, device, **given)
 
 
-def facts(steps: str, guidance: float, negative: str) -> dict[str, str]:
+def facts(steps: str, guidance: float, negative: str, dtype: str = "float32") -> dict[str, str]:
     """How pictures are drawn, as their files say it."""
-    return {"steps": steps, "guidance": repr(float(guidance)), "negative": negative}
+    said = {"steps": steps, "guidance": repr(float(guidance)), "negative": negative}
+    return said | _dtype_fact(dtype)
+
+
+def _dtype_fact(dtype: str) -> dict[str, str]:
+    """The type, but for that of files which do not say it."""
+    return {} if dtype == "float32" else {"dtype": dtype}

@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     """The command; under torchrun, one process of it."""
     options.check_counts(arguments, clusters=1, members=1)
     many = options.reading(arguments)
+    sources = options.checkpoint(arguments)
     with processes(arguments.device) as group:
         analyse.run(
-            arguments.checkpoint,
+            sources,
             arguments.data,
             arguments.out,
             group,

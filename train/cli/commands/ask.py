@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 
 from tokenflow_ext.models.understanding.chat import IMAGE
-from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.data import DataError, open_image
 from tokenflow_ext.train.data.image_files import suffixes
-from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 
 HELP = "ask about pictures"
@@ -29,14 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PHOTO ... [QUESTION]",
         help="one picture or several, and a question; without it, a conversation",
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the language model [%(default)s]"
+    options.add_checkpoint(
+        parser,
+        "a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
     )
     options.add_max_tokens(parser)
     parser.add_argument(
@@ -47,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of drawn answers [%(default)s]")
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def split(words: list[str]) -> tuple[list[str], str | None]:
@@ -72,10 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     names, question = split(arguments.words)
     pictures = [open_image(name) for name in names]
     device = find_device(arguments.device)
-    checkpoint.check_there(arguments.checkpoint)
+    source = options.checkpoint(arguments)
     from tokenflow_ext.train.evaluation.answering import Answerer, Message  # needs transformers
 
-    model = Answerer(arguments.checkpoint, device, arguments.dtype)
+    model = Answerer(source, device, arguments.dtype)
     torch.manual_seed(arguments.seed)
     places = f"{IMAGE}\n" * len(pictures)
     messages: list[Message] = []

@@ -31,9 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     """The command; under torchrun, one process of it."""
     options.check_counts(arguments, pictures=0)
     many = options.reading(arguments)
+    source = options.checkpoint(arguments)
     with processes(arguments.device) as group:
         evaluate.run(
-            arguments.checkpoint,
+            source,
             arguments.data,
             arguments.out,
             group,

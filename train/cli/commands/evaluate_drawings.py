@@ -8,7 +8,6 @@ from pathlib import Path
 from tokenflow_ext.sampler import PRESETS
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.data import DataError, outputs
-from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.evaluation import drawings
 from tokenflow_ext.train.tasks.image_generator import load_generator
@@ -18,11 +17,9 @@ HELP = "how often a model draws what it is asked for"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run of train/unified.py, train/text_to_image.py or train/var.py, or a saved model",
+    options.add_checkpoint(
+        parser,
+        "a run of train/unified.py, train/text_to_image.py or train/var.py, or a saved model",
     )
     parser.add_argument(
         "--real",
@@ -59,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="[7.5; 1.5 for classes]")
     options.add_batch_size(parser, 32)
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -66,18 +64,19 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, each=1, batch_size=1, guidance=0, seed=0)
     questions = None if arguments.ask is None else dict(map(_question, arguments.ask))
     find_device(arguments.device)
-    checkpoint.check_there(arguments.checkpoint)
+    source = options.checkpoint(arguments)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     target.claim(drawings.FILES)
     generator = load_generator(
-        arguments.checkpoint,
+        source,
         arguments.device,
         steps=arguments.steps,
         guidance=arguments.guidance,
         batch=arguments.batch_size,
+        dtype=arguments.dtype,
     )
     drawings.run(
-        arguments.checkpoint,
+        source,
         generator,
         target,
         real=arguments.real,

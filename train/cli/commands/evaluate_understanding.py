@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.engine.distributed import processes
 
@@ -13,11 +12,9 @@ HELP = "how often an understanding model answers right"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
+    options.add_checkpoint(
+        parser,
+        "a run of train/understanding.py or train/unified.py, a checkpoint, or a saved model",
     )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="questions and answers in LLaVA's form"
@@ -34,20 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", type=int, default=16, metavar="N", help="on the page [%(default)s]"
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the language model [%(default)s]"
-    )
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The command; under torchrun, one process of it."""
     options.check_counts(arguments, limit=1, batch_size=1, max_tokens=1, pictures=0)
+    source = options.checkpoint(arguments)
     with processes(arguments.device) as group:
         from tokenflow_ext.train.evaluation import understanding  # needs transformers
 
         understanding.run(
-            arguments.checkpoint,
+            source,
             arguments.data,
             arguments.out,
             group,

@@ -8,7 +8,6 @@ from pathlib import Path
 from tokenflow_ext.sampler import PRESETS
 from tokenflow_ext.train.cli import image_generator, options
 from tokenflow_ext.train.data import DataError, outputs, text_files
-from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import find_device
 from tokenflow_ext.train.tasks.image_generator import ImageGenerator, facts
 
@@ -24,11 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one a line; GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of prompts",
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run of train/text_to_image.py or train/unified.py, a checkpoint, or a saved model",
+    options.add_checkpoint(
+        parser,
+        "a run of train/text_to_image.py or train/unified.py, a checkpoint, or a saved model",
     )
     options.add_out(parser, "outputs")
     options.add_overwrite(parser)
@@ -48,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_batch_size(parser, 16)
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(f"--seed must be a whole number of 64 bits, got {arguments.seed}")
     text_files.check_text(arguments.negative, "--negative")
     find_device(arguments.device)
-    checkpoint.check_there(arguments.checkpoint)
+    source = options.checkpoint(arguments)
     if arguments.prompts is not None:
         prompts = image_generator.read_prompts(arguments.prompts, arguments.layout)
     elif arguments.layout == "plain":
@@ -70,17 +68,18 @@ def run(arguments: argparse.Namespace) -> None:
     # Before the model is read: everything but whether what is there is another model's.
     steps, guidance = arguments.steps or ImageGenerator.steps, arguments.guidance
     guidance = ImageGenerator.guidance if guidance is None else guidance
-    drawn = facts(steps, guidance, arguments.negative)
+    drawn = facts(steps, guidance, arguments.negative, arguments.dtype)
     wanted = image_generator.pictures(prompts, arguments.layout, each, arguments.seed, drawn)
     target = outputs.Outputs(Path(arguments.out), arguments.overwrite)
     image_generator.claim(target, prompts, wanted, arguments.layout, grid=False)
     generator = ImageGenerator.load(
-        arguments.checkpoint,
+        source,
         arguments.device,
         steps=steps,
         guidance=guidance,
         negative=arguments.negative,
         batch=arguments.batch_size,
+        dtype=arguments.dtype,
     )
     written = image_generator.write(
         generator,

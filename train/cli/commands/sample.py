@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tokenflow_ext.train.cli import image_generator, options, samples
 from tokenflow_ext.train.data import DataError, outputs
-from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import processes
 from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator
 
@@ -19,11 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "classes", nargs="*", metavar="CLASS", help="names, or numbers where they have none [all]"
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a run of train/var.py, a checkpoint, a saved model, or a released file",
+    options.add_checkpoint(
+        parser, "a run of train/var.py, a checkpoint, a saved model, or a released file"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="of a released file")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -45,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_batch_size(parser, 32)
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,18 +49,19 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, each=1, batch_size=1, guidance=0, seed=0, top_k=0, top_p=0)
     if samples.PART % arguments.batch_size and arguments.npz is not None:
         raise DataError(f"--batch-size must divide {samples.PART}, got {arguments.batch_size}")
-    checkpoint.check_there(arguments.checkpoint)
+    source = options.checkpoint(arguments)
     with processes(arguments.device) as group:
         with group.together():
             if group.first:
                 _check_target(arguments)
         chosen = {name: getattr(arguments, name) for name in ("guidance", "top_k", "top_p")}
         generator = ClassImageGenerator.load(
-            arguments.checkpoint,
+            source,
             str(group.device),
             arguments.tokenizer,
             more_smooth=arguments.more_smooth,
             batch=arguments.batch_size,
+            dtype=arguments.dtype,
             **{name: value for name, value in chosen.items() if value is not None},
         )
         config = generator.model.config

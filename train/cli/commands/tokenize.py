@@ -55,12 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="of classes in metadata.jsonl and NAME.json [label class]",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the encoders' arithmetic [%(default)s]",
-    )
     options.add_workers(parser)
     parser.add_argument(
         "--strict", action="store_true", help="end at the first image that cannot be read"
@@ -75,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray-workers", type=int, metavar="N", help="actors [one a GPU, or one a core]"
     )
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_counts(arguments, batch_size=1, shard_size=1, workers=0, ray_workers=1)
     tokenize(
         arguments.sources,
-        arguments.checkpoint,
+        options.checkpoint(arguments),
         arguments.out,
         engine=arguments.engine,
         device=arguments.device,
