@@ -361,10 +361,10 @@ again = type(model).from_pretrained("some/large")
 assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 """
 UNDERSTANDING = """
+import tokenflow_ext.models
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from understanding_models import understanding
-import tokenflow_ext.models
 model, processor = understanding()
 model.push_to_hub("some/answers", token="hf_writer")
 processor.push_to_hub("some/answers", token="hf_writer")
