@@ -277,8 +277,7 @@ class NextScaleTransformer(nn.Module):
         Args:
             text_tokenizer: of prompts, saved beside the model, where ``tokenflow generate`` finds
                 it.
-            repo_id, license, metrics, private, token, revision, commit_message, create_pr,
-                overwrite_card: see there.
+            repo_id: ``ORGANISATION/NAME``; it and the others as there.
 
         Raises:
             ConfigError, OutputError, MissingPackageError: see there.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 
+import hub_server
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -152,6 +154,29 @@ def test_files_and_the_original_header(tmp_path, qwen, form):
 
 
 @pytest.mark.once
+def test_from_the_hub_in_several_files_and_half(tmp_path, monkeypatch, qwen):
+    """By the names of a wrapped model."""
+    state, config = qwen
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    named = {f"_orig_mod.module.{key}": value for key, value in half.items()}
+    save_torch_state_dict(named, folder, max_shard_size="100MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    config.to_json_file(folder / "config.json")
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repository("some/released", folder, private=True).commit({"notes.bin": b"no"})
+        options = {"cache_dir": tmp_path / "cache", "token": "hf_reader"}
+        model = load_released_understanding("some/released", **options)
+        assert "notes.bin" not in hub.downloads()
+        with pytest.raises(CheckpointError, match="no revision gone"):
+            load_released_understanding("some/released", revision="gone", **options)
+    same(load_released_understanding(half, config).state_dict(), model.state_dict())
+    with pytest.raises(ConfigError, match="token is for models on the hub"):
+        load_released_understanding(half, config, token="hf_reader")
+
+
 def test_stored_in_half_precision():
     state, config = release("llava_qwen", dtype=torch.bfloat16)
     model = load_released_understanding(state, config)
