@@ -34,7 +34,12 @@ class Models:
     answering: dict[str, Answerer] = field(default_factory=dict)
 
 
-def load(sources: Sequence[str], device: torch.device, resolution: int | None = None) -> Models:
+def load(
+    sources: Sequence[str],
+    device: torch.device,
+    resolution: int | None = None,
+    dtype: str = "float32",
+) -> Models:
     """The models at ``sources``.
 
     Where a tokenizer is among them, the models' own are not shown beside it: a model that draws
@@ -42,6 +47,7 @@ def load(sources: Sequence[str], device: torch.device, resolution: int | None = 
 
     Args:
         resolution: see :meth:`TokenFlowTokenizer.from_pretrained`.
+        dtype: of the models that draw and answer; tokenizers are in float32.
 
     Raises:
         CheckpointError: nothing there, not whole, or of a kind that no tab is for.
@@ -57,11 +63,11 @@ def load(sources: Sequence[str], device: torch.device, resolution: int | None = 
             check_tokenizer(tokenizer, source)
             found.tokenizers[name] = tokenizer.to(device)
         if kind in ("text", "both"):
-            found.drawing[name] = ImageGenerator.load(source, str(device))
+            found.drawing[name] = ImageGenerator.load(source, str(device), dtype)
         if kind == "classes":
-            found.drawing[name] = ClassImageGenerator.load(source, str(device))
+            found.drawing[name] = ClassImageGenerator.load(source, str(device), dtype=dtype)
         if kind in ("answers", "both"):
-            found.answering[name] = Answerer(source, device)
+            found.answering[name] = Answerer(source, device, dtype)
         if name in found.drawing:
             brought[name] = found.drawing[name].model.tokenizer
     if not found.tokenizers:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import hub_server
 import pytest
+import tiny_models
 import torch
 import var_models
 from PIL import Image
 from safetensors.torch import load_file
+from understanding_models import picture, text_tokenizer, understanding
 
-from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
+from tokenflow_ext.models import (
+    CheckpointError,
+    ConfigError,
+    TextToImage,
+    TextToImageConfig,
+    TokenFlowTokenizer,
+)
 from tokenflow_ext.train.cli import commands, entry
 from tokenflow_ext.train.cli.commands.reconstruct import reconstruct
 from tokenflow_ext.train.data.image_files import read_square
@@ -95,6 +104,37 @@ def test_a_generator_on_the_hub(hub, tmp_path):
             }
         assert next(generator.model.parameters()).dtype == getattr(torch, dtype)
         assert next(generator.model.tokenizer.parameters()).dtype == torch.float32
+
+
+def test_prompts_and_questions_of_models_on_the_hub(hub, image_tokenizer, tmp_path, capsys):
+    tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
+    text, own = text_tokenizer(), tiny_models.image_tokenizer()
+    shape = TextToImageConfig.for_tokenizer(tiny_models.backbone(), own, len(text), 7)
+    drawing = TextToImage(shape, own)
+    drawing.push_to_hub("some/drawing", text_tokenizer=text, token="hf_writer")
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "one"]
+    entry.main(["generate", "red", "--checkpoint", "some/drawing", "--dtype", "bfloat16", *out])
+    with Image.open(tmp_path / "out" / "00000_red.png") as made:
+        assert made.info["dtype"] == "bfloat16"
+    model, processor = understanding(tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "answers")
+    processor.save_pretrained(tmp_path / "answers")
+    hub.repository("some/answers", tmp_path / "answers")
+    picture(1).save(tmp_path / "one.png")
+    ask = ["ask", str(tmp_path / "one.png"), "color?", "--max-tokens", "4", "--device", "cpu"]
+    capsys.readouterr()
+    answers = []
+    for place in ("some/answers", str(tmp_path / "answers")):
+        entry.main([*ask, "--checkpoint", place])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+
+
+def test_without_huggingface_hub(monkeypatch, image_tokenizer):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit, match=r"^error: .*need huggingface_hub: pip install"):
+        entry.main(["tokenize", "folder", "--checkpoint", "some/tokenizer"])
+    TokenFlowTokenizer.from_pretrained(image_tokenizer)  # on the disk: none is needed
 
 
 def test_where_a_checkpoint_is(hub, image_tokenizer, tmp_path):
@@ -188,7 +228,7 @@ def test_every_command_with_a_model_has_the_same_options():
         commands.COMMANDS[name].add_arguments(parser)
         options = {option for action in parser._actions for option in action.option_strings}
         wanted = {"--checkpoint", "--filename", "--revision", "--device", "--dtype"}
-        wanted |= set() if name == "ask" else {"--batch-size"}
+        wanted |= set() if name in ("ask", "demo") else {"--batch-size"}
         assert wanted <= options, name
         assert parser.get_default("device") == "auto"
         assert parser.get_default("dtype") == "float32"

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free [%(default)s]")
     options.add_device(parser)
+    options.add_dtype(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise MissingPackageError("tokenflow demo needs gradio: pip install 'tokenflow_ext[demo]'")
     from tokenflow_ext.train.demo import models  # needs transformers
 
-    found = models.load(arguments.checkpoint, device, arguments.resolution)
+    sources = options.checkpoint(arguments)
+    found = models.load(sources, device, arguments.resolution, arguments.dtype)
     with folder_of_gradio():
         from tokenflow_ext.train.demo import page  # needs gradio
 

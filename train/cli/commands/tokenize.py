@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.cli import options
 from tokenflow_ext.train.config import CaptionConfig, LabelConfig
 from tokenflow_ext.train.corpus.tokenize import tokenize as tokenize
