@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data.text_files import Tally
+from tokenflow_ext.train.engine.precision import arithmetic
 
 from .decoding import Batch
 from .writing import Row
@@ -51,11 +52,11 @@ class Encoder:
     """A tokenizer that takes decoded pixels.
 
     Args:
-        dtype: of the encoders' arithmetic; the search for codes is in float32 at least.
+        dtype: of the encoders' arithmetic (:func:`arithmetic`).
     """
 
     def __init__(
-        self, model: TokenFlowTokenizer, device: torch.device, dtype: torch.dtype = torch.float32
+        self, model: TokenFlowTokenizer, device: torch.device, dtype: str = "float32"
     ) -> None:
         self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
 
@@ -64,8 +65,7 @@ class Encoder:
         """uint8 [n, S, S, 3] -> tokens int32 [n, L] on the device."""
         images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         images = images.div_(127.5).sub_(1.0)
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype if half else None, enabled=half):
+        with arithmetic(self.device, self.dtype):
             return self.model.encode(images).to(torch.int32)
 
 

@@ -14,16 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from tokenflow_ext.models.understanding.names import DTYPES
 from tokenflow_ext.train.config import CaptionConfig, LabelConfig
 from tokenflow_ext.train.data import DataError, text_files
 from tokenflow_ext.train.data.places import place
 from tokenflow_ext.train.data.tokens import INDEX, LAYOUTS, facts, fingerprint
 from tokenflow_ext.train.engine import checkpoint
 from tokenflow_ext.train.engine.distributed import Processes, find_device, processes
+from tokenflow_ext.train.engine.precision import find_dtype
 
 from .decoding import Batch, Decoded, read_batches
 from .encoding import EncodedUnit, Encoder, encode_units
@@ -56,9 +55,9 @@ class Job:
         return self.about["layout"]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """Of the encoders' arithmetic."""
-        return getattr(torch, self.about["dtype"])
+        return self.about["dtype"]
 
     def shard(self, unit: Unit) -> Shard:
         """Where a unit's tokens are written."""
@@ -142,12 +141,12 @@ def tokenize(
 
     Raises:
         OutputError: ``out`` holds other things, or tokens of something else.
+        ConfigError: no such dtype or device.
         DataError: a source that cannot be read, or no picture in any.
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
-    if dtype not in DTYPES:
-        raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    find_dtype(dtype)  # before anything is read
     if engine not in ("torch", "ray"):
         raise DataError(f"engine must be torch or ray, got {engine}")
     if engine == "torch" and ray_workers is not None:
