@@ -73,7 +73,8 @@ def push(
         save(folder)
         text = write_card(card, config, repo_id, license, metrics)
         try:
-            client.create_repo(repo_id, private=private, exist_ok=True)
+            if not client.repo_exists(repo_id):
+                client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 client.create_branch(repo_id, branch=revision, exist_ok=True)
             found = client.model_info(repo_id, revision=revision).siblings or []
