@@ -19,6 +19,7 @@ from tokenflow_ext.train.engine.messages import ending_in_one_line
 ROOT = Path(__file__).resolve().parents[1]
 BUILTIN = {
     errors.KernelsMissingError: ImportError,
+    errors.BuildFactsMissingError: ImportError,
     errors.InstructionSetError: RuntimeError,
     errors.ConfigError: ValueError,
     errors.CheckpointError: RuntimeError,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import BuildFactsMissingError as BuildFactsMissingError
 from .errors import InstructionSetError as InstructionSetError
 from .errors import KernelsMissingError as KernelsMissingError
 
@@ -54,6 +57,14 @@ def load_library() -> None:
         ) from error
 
 
+def _pythons_with_facts() -> str:
+    """The versions of Python that the module of build facts is there for: "3.11, 3.12"."""
+    names = [path.name for path in LIBRARY.parent.glob("_build_info.cpython-*.so")]
+    found = [match for name in names if (match := re.search(r"cpython-(\d)(\d+t?)-", name))]
+    found.sort(key=lambda match: (match[1], len(match[2]), match[2]))
+    return ", ".join(f"{match[1]}.{match[2]}" for match in found) or "none"
+
+
 def build_info() -> dict[str, Any]:
     """Facts about the build and about where it runs.
 
@@ -65,12 +76,19 @@ def build_info() -> dict[str, Any]:
 
     Raises:
         KernelsMissingError: the package was not built.
+        BuildFactsMissingError: it was built, but without the facts' module for this Python.
         InstructionSetError: TOKENFLOW_CPU asks for what this machine does not run.
     """
     try:
         module = importlib.import_module("tokenflow_ext._build_info")
     except ImportError as error:
-        raise KernelsMissingError(f"no build facts: {error}. {_HOW_TO_BUILD}") from error
+        if not LIBRARY.is_file():
+            raise KernelsMissingError(f"no build facts: {error}. {_HOW_TO_BUILD}") from error
+        raise BuildFactsMissingError(
+            f"the operators were built without build facts for Python {platform.python_version()} "
+            f"(there are facts for {_pythons_with_facts()}): build_info() does not work, all else "
+            f"does. A wheel that was built beside this Python has them"
+        ) from error
     try:
         facts = module.facts()
     except RuntimeError as error:

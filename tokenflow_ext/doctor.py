@@ -69,16 +69,23 @@ def check_torch(torch: dict[str, Any] | None, error: str) -> Finding:
 
 
 def check_library(build: dict[str, Any] | None, error: str) -> Finding:
-    """Whether the compiled operators load and compute."""
+    """Whether the compiled operators load and compute.
+
+    Args:
+        build: what `build_info` says. Where this Python has no facts, its message as "missing".
+        error: what stands in the way, where `build` is None.
+    """
     if build is None:
         return Finding(BROKEN, f"the compiled operators do not work: {error}")
+    if "missing" in build:
+        return Finding(LIMITED, build["missing"])
     cuda = f"CUDA {build['cuda']} kernels" if build["cuda"] else "no CUDA kernels"
     return Finding(GOOD, f"operators built with torch {build['torch']}: CPU and {cuda}")
 
 
 def check_cuda(torch: dict[str, Any], build: dict[str, Any]) -> list[Finding]:
     """What stands between the kernels and a GPU."""
-    if torch["cuda"] is None:
+    if torch["cuda"] is None or "missing" in build:
         return []
     if build["cuda"] is None:
         return [Finding(LIMITED, f"CUDA tensors are not supported: {build['cuda_reason']}")]
@@ -164,7 +171,11 @@ def examine() -> Iterator[Finding]:
     build, error = _ask(
         "import torch, tokenflow_ext as t\n"
         "assert t.nearest_code(torch.eye(3), torch.eye(3)).tolist() == [0, 1, 2]\n"
-        "print(json.dumps(t.build_info()))"
+        "try:\n"
+        "    facts = t.build_info()\n"
+        "except t.errors.BuildFactsMissingError as error:\n"
+        "    facts = {'missing': str(error)}\n"
+        "print(json.dumps(facts))"
     )
     yield check_library(build, error)
     if build is None:

@@ -17,6 +17,11 @@ class KernelsMissingError(TokenFlowError, ImportError):
     """The compiled operators are missing or do not load; the message says how to build them."""
 
 
+class BuildFactsMissingError(TokenFlowError, ImportError):
+    """The operators are there, and the module of build facts for this Python is not: `build_info()`
+    alone does not work."""
+
+
 class InstructionSetError(TokenFlowError, RuntimeError):
     """TOKENFLOW_CPU names no instruction set of this machine; the message says which it has."""
 

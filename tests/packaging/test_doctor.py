@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_a_part_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor.main() == 1
 
 
+def test_a_python_without_build_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators are tried all the same: a wheel serves every Python."""
+    torch_is = {"version": "2.13.0", "cuda": "13.0", "devices": True}
+    hidden = "import sys; sys.modules['tokenflow_ext._build_info'] = None\n"
+    ask = doctor._ask
+    monkeypatch.setattr(
+        doctor, "_ask", lambda code: ask(hidden + code) if "t.nearest" in code else (torch_is, "")
+    )
+    [_, (state, text), *_] = doctor.examine()
+    assert state == LIMITED
+    assert f"without build facts for Python {platform.python_version()} (there are facts" in text
+
+
 def test_errors_of_another_python_are_one_line() -> None:
     value, error = doctor._ask("raise ImportError('first\\nsecond')")
     assert (value, error) == (None, "second")
@@ -48,6 +62,7 @@ def test_errors_of_another_python_are_one_line() -> None:
     ("torch_cuda", "devices", "build", "expected"),
     [
         (None, False, BUILD, []),
+        ("13.0", True, {"missing": "no build facts"}, []),
         ("13.0", True, BUILD, ["CUDA tensors are not supported: no nvcc was found"]),
         ("13.0", True, {**BUILD, "cuda": "13.0"}, []),
         (

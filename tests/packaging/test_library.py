@@ -119,6 +119,21 @@ class TestBuildInfo:
         assert "portable" in last
         assert last.endswith("got garbage")
 
+    def test_a_python_that_the_facts_were_not_built_for(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "tokenflow_ext._build_info", None)
+        for name in ("310-x", "39-x", "314t-x", "313-y"):
+            (tmp_path / f"_build_info.cpython-{name}.so").touch()
+        monkeypatch.setattr(_build, "LIBRARY", tmp_path / "libtokenflow_ops.so")
+        with pytest.raises(_build.KernelsMissingError, match="no build facts"):
+            _build.build_info()
+        _build.LIBRARY.touch()
+        with pytest.raises(
+            _build.BuildFactsMissingError, match=re.escape("3.9, 3.10, 3.13, 3.14t)")
+        ):
+            _build.build_info()
+
     def test_import_needs_torch_alone(self) -> None:
         # Some of these come with `import torch` where they are installed.
         code = (

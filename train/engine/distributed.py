@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tokenflow_ext import build_info
+from tokenflow_ext.errors import BuildFactsMissingError
 from tokenflow_ext.models import ConfigError
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.train.data.text_files import DataError
@@ -130,10 +131,12 @@ def find_device(asked: str) -> torch.device:
     number = match[1] if match[1] is not None else os.environ.get("LOCAL_RANK", "0")
     if int(number) >= count:
         raise ConfigError(f"device {asked!r}: number {number} of {count} CUDA devices, from 0 on")
-    if build_info()["cuda"] is None:
-        raise ConfigError(
-            f"device {asked!r}: tokenflow_ext was built without CUDA, {build_info()['cuda_reason']}"
-        )
+    with suppress(BuildFactsMissingError):  # then the first kernel says whether it is there
+        facts = build_info()
+        if facts["cuda"] is None:
+            raise ConfigError(
+                f"device {asked!r}: tokenflow_ext was built without CUDA, {facts['cuda_reason']}"
+            )
     return torch.device("cuda", int(number))
 
 

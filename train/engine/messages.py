@@ -8,13 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
 
 from tokenflow_ext._build import build_info
-from tokenflow_ext.errors import TokenFlowError, printable
+from tokenflow_ext.errors import BuildFactsMissingError, TokenFlowError, printable
 
 from .missing_package import not_installed
 
@@ -52,7 +52,10 @@ def ending_in_one_line() -> Iterator[None]:
     handled = alone and threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
-        build_info()  # refuses an instruction set that this machine lacks before anything is read
+        # Refuses an instruction set that this machine lacks before anything is read. Without the
+        # facts, the first kernel refuses it.
+        with suppress(BuildFactsMissingError):
+            build_info()
         yield
     except EXPECTED as error:
         sys.exit(f"error: {one_line(error)}")

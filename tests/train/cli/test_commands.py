@@ -380,6 +380,12 @@ def test_an_unknown_instruction_set_is_one_line(monkeypatch):
         entry.main(["fid", "here", "there"])
 
 
+def test_a_python_without_build_facts_runs_commands(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenflow_ext._build_info", None)
+    with pytest.raises(SystemExit, match="error: no folder at here"):
+        entry.main(["fid", "here", "there"])
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     for name in [name for name in sys.modules if name.startswith("tokenflow_ext.train")]:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenflow_ext import _build
 from tokenflow_ext.models import ConfigError
 from tokenflow_ext.models.serialization import files
 from tokenflow_ext.train.data import outputs
@@ -249,6 +250,10 @@ def test_devices_that_are_not_there(monkeypatch):
         with pytest.raises(ConfigError, match=r"number \d+ of 2 CUDA devices"):
             distributed.find_device(asked)
     monkeypatch.setenv("LOCAL_RANK", "0")
+    with monkeypatch.context() as patch:  # what was built is not known: the kernels will say it
+        patch.setitem(sys.modules, "tokenflow_ext._build_info", None)
+        patch.setattr(distributed, "build_info", _build.build_info)
+        assert distributed.find_device("cuda") == torch.device("cuda:0")
     facts = {"cuda": None, "cuda_reason": "no nvcc"}
     monkeypatch.setattr(distributed, "build_info", lambda: facts)
     with pytest.raises(ConfigError, match="built without CUDA, no nvcc"):
