@@ -26,6 +26,16 @@ from .stochastic import sample_code
 
 _moved.install()
 
+
+def __getattr__(name: str) -> str:
+    """``__version__``, which the package's metadata say."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("tokenflow_ext")
+
+
 __all__ = [
     "CodebookUsage",
     "Draw",

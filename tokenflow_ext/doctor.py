@@ -80,7 +80,9 @@ def check_library(build: dict[str, Any] | None, error: str) -> Finding:
     if "missing" in build:
         return Finding(LIMITED, build["missing"])
     cuda = f"CUDA {build['cuda']} kernels" if build["cuda"] else "no CUDA kernels"
-    return Finding(GOOD, f"operators built with torch {build['torch']}: CPU and {cuda}")
+    version = build["version"]
+    text = f"tokenflow_ext {version}, operators built with torch {build['torch']}: CPU and {cuda}"
+    return Finding(GOOD, text)
 
 
 def check_cuda(torch: dict[str, Any], build: dict[str, Any]) -> list[Finding]:

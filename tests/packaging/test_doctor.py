@@ -16,14 +16,20 @@ from tokenflow_ext import doctor
 from tokenflow_ext.doctor import BROKEN, GOOD, LIMITED
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = {"torch": "2.13.0+cpu", "cuda": None, "cuda_reason": "no nvcc was found"}
+BUILD = {
+    "version": "0.1.0",
+    "torch": "2.13.0+cpu",
+    "cuda": None,
+    "cuda_reason": "no nvcc was found",
+}
 
 
 def test_this_environment_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"      ok  torch {torch.__version__}, ")
-    assert "operators built with torch" in lines[1]
+    version = importlib.metadata.version("tokenflow_ext")
+    assert f"tokenflow_ext {version}, operators built with torch" in lines[1]
     assert any("extra models" in line for line in lines)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from kernel_build import find_compiler
 
+import tokenflow_ext
 from tokenflow_ext import _build
 
 
@@ -133,6 +134,11 @@ class TestBuildInfo:
             _build.BuildFactsMissingError, match=re.escape("3.9, 3.10, 3.13, 3.14t)")
         ):
             _build.build_info()
+
+    def test_the_version_is_the_metadatas(self) -> None:
+        assert tokenflow_ext.__version__ == importlib.metadata.version("tokenflow_ext")
+        with pytest.raises(AttributeError, match="no attribute '__author__'"):
+            tokenflow_ext.__author__  # noqa: B018
 
     def test_import_needs_torch_alone(self) -> None:
         # Some of these come with `import torch` where they are installed.

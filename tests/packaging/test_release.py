@@ -98,7 +98,21 @@ def test_a_python_that_is_none(python):
         python_facts(python)
 
 
-def test_a_file_that_is_not_ours_is_not_written_over(tmp_path):
+def test_an_earlier_wheel_is_replaced_and_nothing_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "made.whl", "w") as archive:
+        archive.writestr("tokenflow_ext/__init__.py", "new")
+    out = tmp_path / "dist"
+    assert (
+        wheel.put(tmp_path / "made.whl", out).read_bytes() == (tmp_path / "made.whl").read_bytes()
+    )
+    wheel.put(tmp_path / "made.whl", out)
+    (out / "made.whl").write_bytes(b"somebody's")
+    with pytest.raises(SystemExit, match="no wheel of this package"):
+        wheel.put(tmp_path / "made.whl", out)
+    assert (out / "made.whl").read_bytes() == b"somebody's"
+
+
+def test_files_of_ours_are_known(tmp_path):
     (tmp_path / "text.whl").write_bytes(b"no archive")
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("other/__init__.py", "")

@@ -35,10 +35,11 @@ TESTS = [f"tests/quantizer/test_{name}.py" for name in ("codebook", "module", "p
 
 # In a Python without torch: the library loads beside torch's, and the module tells the facts.
 _WITHOUT_TORCH = """
-import ctypes, importlib.util, sys
+import ctypes, importlib.util, os, sys
 folder, libraries, module = sys.argv[1:]
-for name in ("libc10.so", "libtorch_cpu.so"):
-    ctypes.CDLL(f"{libraries}/{name}", ctypes.RTLD_GLOBAL)
+for name in ("libc10.so", "libtorch_cpu.so", "libc10_cuda.so", "libtorch_cuda.so"):
+    if os.path.exists(f"{libraries}/{name}"):
+        ctypes.CDLL(f"{libraries}/{name}", ctypes.RTLD_GLOBAL)
 ctypes.CDLL(f"{folder}/libtokenflow_ops.so")
 spec = importlib.util.spec_from_file_location("_build_info", module)
 facts = importlib.util.module_from_spec(spec)
@@ -76,12 +77,8 @@ def local_version() -> str:
     return f"cu{nvcc.replace('.', '')}" if cuda and nvcc else ""
 
 
-def build(folder: Path, out: Path, pythons: dict[str, str]) -> Path:
-    """Builds the wheel in ``folder``, and writes it into ``out`` with its manylinux tag.
-
-    Raises:
-        SystemExit: a wheel of that name, but other content, is there.
-    """
+def build(folder: Path, pythons: dict[str, str]) -> Path:
+    """Builds the wheel in ``folder``; the one that it returns has its manylinux tag."""
     others = [python for python in pythons.values() if python != sys.executable]
     environment = {
         **os.environ,
@@ -96,11 +93,20 @@ def build(folder: Path, out: Path, pythons: dict[str, str]) -> Path:
     excluded = [word for name in NOT_OURS for word in ("--exclude", name)]
     run([*command, *excluded, str(plain)], environment)
     [tagged] = (folder / "tagged").glob("*.whl")
-    target = out / tagged.name
+    return tagged
+
+
+def put(wheel: Path, out: Path) -> Path:
+    """Copies a wheel into a folder, over an earlier one of its name; returns the copy.
+
+    Raises:
+        SystemExit: something else has its name.
+    """
+    target = out / wheel.name
     out.mkdir(parents=True, exist_ok=True)
     if target.exists() and not ours(target):
         raise SystemExit(f"{target} is there and is no wheel of this package: move it away")
-    shutil.copyfile(tagged, target)
+    shutil.copyfile(wheel, target)
     return target
 
 
@@ -185,10 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Python {', '.join(pythons)}" + (f"; not found: {', '.join(missing)}" if missing else "")
     )
     with tempfile.TemporaryDirectory() as name:
-        wheel = build(Path(name), known.out, pythons)
-        check(wheel, Path(name), pythons)
+        made = build(Path(name), pythons)
+        check(made, Path(name), pythons)
         if not known.no_install:
-            check_installed(wheel, Path(name))
+            check_installed(made, Path(name))
+        wheel = put(made, known.out)
     print(f"{wheel} ({wheel.stat().st_size / 2**20:.1f} MiB)")
 
 
