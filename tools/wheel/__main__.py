@@ -155,20 +155,28 @@ def check(wheel: Path, folder: Path, pythons: dict[str, str]) -> None:
 
 
 def check_installed(wheel: Path, folder: Path) -> None:
-    """Installs a wheel in an environment with torch alone, and runs its doctor and some tests."""
+    """Installs a wheel in an environment with torch alone, and runs its doctor and some tests.
+
+    Raises:
+        SystemExit: a test fails, or what is tested is not what was installed.
+    """
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment = folder / "bare"
     run([sys.executable, "-m", "venv", str(environment)])
     python = str(environment / "bin" / "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     pins = ["-c", str(ROOT / "constraints.txt")] if torch.version.cuda is None else []
     wanted = f"torch=={torch.__version__.split('+')[0]}"
-    run([*pip, *pins, wanted, str(wheel)])
+    run([*pip, *pins, wanted, str(wheel)], clean)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    print(run([python, "-m", "tokenflow_ext.doctor"], cwd=str(elsewhere)).strip())
-    run([*pip, *pins, "numpy", "pytest", "hypothesis"])
+    where = [python, "-c", "import tokenflow_ext; print(tokenflow_ext.__file__)"]
+    found = run(where, clean, str(elsewhere)).split()[-1]
+    if not Path(found).is_relative_to(environment):
+        raise SystemExit(f"{found} was imported, which the wheel did not install")
+    print(run([python, "-m", "tokenflow_ext.doctor"], clean, str(elsewhere)).strip())
+    run([*pip, *pins, "numpy", "pytest", "hypothesis"], clean)
     tests = [str(ROOT / test) for test in TESTS]
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     said = run([str(environment / "bin" / "pytest"), "-q", *tests], clean, str(elsewhere))
     print(said.strip().splitlines()[-1])
 
