@@ -18,29 +18,19 @@ model = LlamaForCausalLM(config).eval()
 
 
 @torch.no_grad()
-def generate(classes: list[int], seeds: list[int], length: int = 16) -> torch.Tensor:
-    """Tokens [B, length]. Class 0 is the unconditional one."""
-    ids = torch.tensor(classes + [0] * len(classes))[:, None]
-    tokens, cache = [], None
-    for position in range(length):
+def generate(classes: list[int], seeds: list[int]) -> torch.Tensor:
+    """Tokens [B, 16]. Class 0 is the unconditional one."""
+    settings = {"guidance": 2.0, "top_k": 600, "top_p": 0.9, "seed": torch.tensor(seeds)}
+    ids, cache, tokens = torch.tensor(classes + [0] * len(classes))[:, None], None, []
+    for position in range(16):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cond, uncond = out.logits[:, -1].chunk(2)
-        drawn = sample_top_k_top_p(
-            cond,
-            uncond=uncond,
-            guidance=2.0,
-            top_k=600,
-            top_p=0.9,
-            seed=torch.tensor(seeds),
-            offset=position,
-        )
-        tokens.append(drawn)
-        ids, cache = drawn.repeat(2)[:, None], out.past_key_values
+        tokens.append(sample_top_k_top_p(cond, uncond=uncond, offset=position, **settings))
+        ids, cache = tokens[-1].repeat(2)[:, None], out.past_key_values
     return torch.stack(tokens, dim=1)
 
 
 batch = generate([7, 8, 9], seeds=[10, 11, 12])
-for row in batch.tolist():
-    print(*row)
+print(*batch.tolist(), sep="\n")
 alone = generate([8], seeds=[11])
 print(f"the second row alone gets the same tokens: {torch.equal(alone, batch[1:2])}")

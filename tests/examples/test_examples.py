@@ -76,12 +76,10 @@ def test_head_says_how_to_run_it(script: Path) -> None:
 
 def test_train_quantizer(run: Run) -> None:
     output = run("train_quantizer.py")
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
     errors = [float(error) for error in re.findall(r"relative error ([\d.]+)", output)]
-    assert losses[-1] < losses[0] / 4
-    assert len(errors) == 4
+    assert len(errors) == 5
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.2
+    assert errors[-1] < errors[0] / 8
 
 
 def test_swap_tokenflow(run: Run) -> None:
@@ -137,7 +135,7 @@ def test_sample_scales(run: Run) -> None:
 
 def test_sample_loop(run: Run) -> None:
     *rows, last = run("sample_loop.py").splitlines()
-    tokens = torch.tensor([[int(token) for token in row.split()] for row in rows])
+    tokens = torch.tensor([ast.literal_eval(row) for row in rows])
     assert tokens.shape == (3, 16)
     assert 0 <= tokens.min() <= tokens.max() < 1024
     assert last == "the second row alone gets the same tokens: True"
