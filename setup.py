@@ -13,6 +13,7 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -32,6 +33,18 @@ class SourceDistribution(sdist):
         super().make_release_tree(base_dir, files)
         for link in LINKS:
             os.symlink(os.readlink(ROOT / link), os.path.join(base_dir, link))
+
+
+class Metadata(egg_info):
+    """Gives the version the local part of TOKENFLOW_LOCAL_VERSION, such as cu130.
+
+    As an option of setup() it would be overridden by the setup.cfg of a source distribution.
+    """
+
+    def finalize_options(self) -> None:
+        if local := os.environ.get("TOKENFLOW_LOCAL_VERSION"):
+            self.tag_build = f"+{local}"
+        super().finalize_options()
 
 
 def kernels() -> dict[str, Any]:
@@ -118,8 +131,9 @@ def kernels() -> dict[str, Any]:
             # Objects are kept, so that a second build compiles only what changed.
             self.build_temp = f"build/kernels/{get_platform()}-torch{torch.__version__}/{ext.name}"
             if ext is info:
-                version = json.dumps(self.distribution.get_version())
-                ext.define_macros.append(("TOKENFLOW_VERSION", version))
+                # The metadata's, which may have a local part.
+                version = self.get_finalized_command("egg_info").egg_version
+                ext.define_macros.append(("TOKENFLOW_VERSION", json.dumps(version)))
             for name, part in parts.items() if ext is ops else ():
                 folder, arguments = f"{self.build_temp}/{name}", [*flags["cxx"], *flags[name]]
                 ext.extra_objects += self.compiler.compile(
@@ -161,7 +175,5 @@ if not {"egg_info", "dist_info", "sdist", "build_py"} & set(sys.argv):
         arguments = kernels()
     except kernel_build.BuildError as error:
         raise SystemExit(f"\ntokenflow_ext cannot be built: {error}\n") from error
-arguments["cmdclass"]["sdist"] = SourceDistribution
-if local := os.environ.get("TOKENFLOW_LOCAL_VERSION"):  # such as cu130
-    arguments["options"] = {"egg_info": {"tag_build": f"+{local}"}}
+arguments["cmdclass"] |= {"egg_info": Metadata, "sdist": SourceDistribution}
 setup(packages=find_packages(include=["tokenflow_ext*"]), **arguments)

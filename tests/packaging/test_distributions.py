@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -229,7 +230,11 @@ class TestArguments:
     def test_with_cuda_of_another_major_version(self, unpacked: Path, tmp_path: Path) -> None:
         command = ["-c", WITH_CUDA, "12.8", str(tmp_path), str(tmp_path / "lib")]
         found, said = self.recorded(
-            tmp_path, command, unpacked, TORCH_CUDA_ARCH_LIST="7.0 8.0 9.0+PTX"
+            tmp_path,
+            command,
+            unpacked,
+            TORCH_CUDA_ARCH_LIST="7.0 8.0 9.0+PTX",
+            TOKENFLOW_LOCAL_VERSION="cu128",
         )
         assert "WARNING: nvcc is a major version ahead" in said
         assert "CUDA architectures: 8.0;9.0+PTX; older than 8.0, left out: ['7.0']" in said
@@ -244,6 +249,8 @@ class TestArguments:
                 "-gencode=arch=compute_90,code=compute_90",
             }
         assert {"-DUSE_CUDA", "-DTOKENFLOW_WITH_CUDA"} <= {*found["operators_cuda.cpp"]}
+        [version] = [word for word in found["build_info.cpp"] if "TOKENFLOW_VERSION" in word]
+        assert re.search(r"=\W*\d+\.\d+\.\d+\+cu128\W*$", version)
         library = found["libtokenflow_ops.so"]
         assert {"-ltorch_cpu", "-ltorch_cuda", "-lcudart_static"} <= {*library}
         assert {"-lcudart", "-lc10", "-lc10_cuda", "-ltorch_python"}.isdisjoint(library)

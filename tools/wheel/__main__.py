@@ -35,12 +35,10 @@ TESTS = [f"tests/quantizer/test_{name}.py" for name in ("codebook", "module", "p
 
 # In a Python without torch: the library loads beside torch's, and the module tells the facts.
 _WITHOUT_TORCH = """
-import ctypes, importlib.util, os, sys
-folder, libraries, module = sys.argv[1:]
-for name in ("libc10.so", "libtorch_cpu.so", "libc10_cuda.so", "libtorch_cuda.so"):
-    if os.path.exists(f"{libraries}/{name}"):
-        ctypes.CDLL(f"{libraries}/{name}", ctypes.RTLD_GLOBAL)
-ctypes.CDLL(f"{folder}/libtokenflow_ops.so")
+import ctypes, importlib.util, sys
+module, *libraries = sys.argv[1:]
+for library in libraries:
+    ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 spec = importlib.util.spec_from_file_location("_build_info", module)
 facts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(facts)
@@ -143,15 +141,21 @@ def check(wheel: Path, folder: Path, pythons: dict[str, str]) -> None:
         raise SystemExit(f"{wheel.name} has not the tags of a wheel for every Python")
     zipfile.ZipFile(wheel).extractall(folder / "unpacked")
     package = folder / "unpacked" / "tokenflow_ext"
-    symbols = run(["nm", "-D", "--undefined-only", str(package / "libtokenflow_ops.so")])
+    operators = str(package / "libtokenflow_ops.so")
+    symbols = run(["nm", "-D", "--undefined-only", operators])
     if named := re.findall(r"\b_?Py[A-Z]\w*", symbols):
         raise SystemExit(f"the operators' library needs {named[0]} of Python")
-    libraries = Path(torch.__file__).parent / "lib"
+    # libtorch_cpu.so, and libtorch_cuda.so with CUDA.
+    needed = re.findall(r"\[(libtorch\w*\.so)\]", run(["readelf", "-d", operators]))
+    libraries = [str(Path(torch.__file__).parent / "lib" / name) for name in needed]
     for version, python in pythons.items():
         plain = version.replace(".", "")
         [module] = package.glob(f"_build_info.cpython-{plain}-*.so")
-        words = [str(package), str(libraries), str(module)]
-        print(f"Python {version}:", run([python, "-c", _WITHOUT_TORCH, *words]).strip())
+        words = [str(module), *libraries, operators]
+        said = run([python, "-c", _WITHOUT_TORCH, *words]).strip()
+        print(f"Python {version}: {said}")
+        if said.split()[0] != wheel.name.split("-")[1]:
+            raise SystemExit(f"{module.name} has not the version of {wheel.name}: {said}")
 
 
 def check_installed(wheel: Path, folder: Path) -> None:
