@@ -135,15 +135,14 @@ def test_a_wheel_of_one_python_or_one_machine_is_refused(tmp_path, name):
         wheel.check(tmp_path / name, tmp_path, {})
 
 
-@pytest.mark.parametrize(("local", "version"), [("", "0.1.0"), ("cu130", "0.1.0+cu130")])
-def test_the_local_version_is_in_the_metadata(tmp_path, local, version):
+@pytest.mark.parametrize(("local", "added"), [("", ""), ("cu130", "+cu130")])
+def test_the_local_version_is_in_the_metadata(tmp_path, local, added):
     """Read without building anything, as pip does first."""
-    assert release.version() == "0.1.0"
     environment = os.environ | {"TOKENFLOW_LOCAL_VERSION": local}
     command = [sys.executable, "setup.py", "-q", "dist_info", "--output-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     [metadata] = tmp_path.glob("*.dist-info/METADATA")
-    assert f"\nVersion: {version}\n" in metadata.read_text()
+    assert f"\nVersion: {release.version()}{added}\n" in metadata.read_text()
 
 
 # -- releases -------------------------------------------------------------------------------------
