@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,9 +32,12 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Adds files to a branch, and gives the commit."""
+    def commit(
+        self, files: dict[str, bytes], branch: str = "main", gone: Collection[str] = ()
+    ) -> str:
+        """Adds files to a branch, takes out those that are ``gone``, and gives the commit."""
         content = dict(self.commits.get(self.branches.get(branch, ""), {})) | files
+        content = {name: each for name, each in content.items() if name not in gone}
         parts = [f"{len(self.commits)}", *(f"{k} {_sha256(v)}" for k, v in sorted(content.items()))]
         sha = hashlib.sha1("\n".join(parts).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = content, sha
@@ -71,6 +74,8 @@ class Hub(ThreadingHTTPServer):
         broken: names of files of which half is sent.
         lfs: whether large files are uploaded by themselves.
         status: answered to every request, where it is given.
+        silent: nothing is answered while it is clear.
+        meanwhile: called before a commit, as another person would make one.
     """
 
     def __init__(self) -> None:
@@ -81,6 +86,9 @@ class Hub(ThreadingHTTPServer):
         self.broken: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.lfs, self.status = False, 0
+        self.silent = threading.Event()
+        self.silent.set()
+        self.meanwhile: Callable[[], object] = lambda: None
         self.connections: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -90,6 +98,7 @@ class Hub(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Ends the connections that clients keep open, too."""
+        self.silent.set()
         super().server_close()
         for each in self.connections:
             with suppress(OSError):
@@ -132,6 +141,7 @@ class _Requests(BaseHTTPRequestHandler):
         self.server.asked.append((self.command, self.path, self.token))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, self.query = unquote(urlsplit(self.path).path), parse_qs(urlsplit(self.path).query)
+        self.server.silent.wait()
         try:
             if self.server.status:
                 raise _Refused(self.server.status)
@@ -287,18 +297,23 @@ class _Requests(BaseHTTPRequestHandler):
 
     def commit(self, name: str, revision: str) -> None:
         repository = self._writable(name)
+        self.server.meanwhile()
         start = self._commit(repository, revision)
-        files, message = {}, ""
+        files, gone, message = {}, set(), ""
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit", start) != start:
+                    raise _Refused(412, message="A commit has happened since. Please refresh")
             elif entry["key"] == "file":
                 assert value["encoding"] == "base64"
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                gone.add(value["path"])
             else:
                 raise _Refused(501, message=entry["key"])
         request = None
@@ -306,7 +321,7 @@ class _Requests(BaseHTTPRequestHandler):
             revision = f"refs/pr/{1 + sum(b.startswith('refs/pr/') for b in repository.branches)}"
             repository.branches[revision] = start
             request = f"{self.server.url}/{name}/discussions/{revision.rpartition('/')[2]}"
-        sha = repository.commit(files, revision)
+        sha = repository.commit(files, revision, gone)
         repository.messages.append(message)
         url = f"{self.server.url}/{name}/commit/{sha}"
         made = {"commitUrl": url, "commitOid": sha, "pullRequestUrl": request, "success": True}

@@ -20,7 +20,7 @@ from tokenflow_ext.errors import MissingPackageError
 from .config import CheckpointError, ConfigError
 from .files import brief, shown
 from .pretrained import CONFIG_FILE
-from .state_dict import FOLDER_FILES, INDEX, indexed, listed
+from .state_dict import INDEX, WEIGHTS_FILES, indexed, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -31,14 +31,6 @@ _LONGEST_ID = 96
 #: Files of weights on their own.
 SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 _FILES = (*SUFFIXES, ".json", ".yaml", ".gguf")
-_WEIGHTS = (
-    *FOLDER_FILES,
-    *(name + INDEX for name in FOLDER_FILES),
-    "model-?????-of-?????.safetensors",
-    "pytorch_model-?????-of-?????.bin",
-)
-#: What a folder with a header and weights has.
-MODEL_FILES = (CONFIG_FILE, *_WEIGHTS)
 #: What else transformers reads in a folder of its own: a text tokenizer, a processor, how to
 #: generate.
 TRANSFORMERS_FILES = (
@@ -106,19 +98,23 @@ def resolve(
     source: str | Path,
     hub: Hub,
     *,
-    files: Sequence[str] = MODEL_FILES,
+    parts: Sequence[str] = (),
+    files: Sequence[str] = (),
     beside: Sequence[str] = (),
     check: Callable[[Path], object] | None = None,
 ) -> Path:
     """The local file or folder that a path or a hub id means.
 
-    A repository with a ``config.json`` is a folder, of which ``files`` are fetched. In any other
-    the only file of weights is taken, or ``hub.filename``.
+    A repository with a ``config.json`` is a folder. Of it the header and the weights are fetched,
+    in the one form that is read. In any other the only file of weights is taken, or
+    ``hub.filename``.
 
     Args:
         source: a path, which comes first where something is there, or a hub id.
         hub: how to look up the latter.
-        files: names, or patterns of names, that are read.
+        parts: folders in the repository that have a header and weights as well, where they are
+            there.
+        files: others that are fetched with a folder, where they are there.
         beside: those that are fetched with a single file, from its folder, where they are there.
         check: is given a folder that has nothing but ``config.json`` yet, and may refuse it before
             weights are fetched.
@@ -137,20 +133,20 @@ def resolve(
         hub.refuse(f"{source}, which is {'on the disk' if there else 'no hub id (ORG/NAME)'}")
         return Path(source)
     repository = _Repository(str(source), hub)
-    names = repository.names()
     if hub.filename is not None:
-        return repository.file(hub.filename, beside, names)
+        return repository.file(hub.filename, beside)
+    names = repository.names
     if names is None or CONFIG_FILE in names:
         folder = repository.fetch([CONFIG_FILE])
-        if (folder / CONFIG_FILE).is_file():
+        if names is None:
+            names = _cached(folder)
+        if CONFIG_FILE in names:
             if check is not None:
                 check(folder)
-            return repository.fetch([CONFIG_FILE, *files])
-        cached = [path for path in folder.rglob("*") if path.is_file()]
-        names = sorted(path.relative_to(folder).as_posix() for path in cached)
+            return repository.folder(names, parts, files)
     found = [name for name in names if name.endswith(SUFFIXES)]
     if len(found) == 1:
-        return repository.file(found[0], beside, names)
+        return repository.file(found[0], beside)
     if not found:
         raise CheckpointError(
             f"{repository} has neither {CONFIG_FILE} nor a file of weights "
@@ -163,17 +159,37 @@ def resolve(
 
 
 class _Repository:
-    """A repository on the hub, at a revision."""
+    """A repository on the hub, at a revision.
+
+    Attributes:
+        names: of the files in it; None where no server is asked, or none answers.
+    """
 
     def __init__(self, name: str, hub: Hub) -> None:
         self.name, self.hub = name, hub
+        self.failure: Exception | None = None
+        self.names = None if hub.local_files_only else self._ask()
 
     def __str__(self) -> str:
         at = "" if self.hub.revision is None else f" at {self.hub.revision}"
         return f"the repository {self.name}{at}"
 
-    def fetch(self, patterns: Sequence[str]) -> Path:
-        """The folder of the revision in the cache, with the files that match."""
+    def _ask(self) -> list[str] | None:
+        from huggingface_hub import errors
+
+        client = api(self.hub.token)
+        try:
+            found = client.model_info(self.name, revision=self.hub.revision, timeout=patience())
+        except errors.RevisionNotFoundError as error:
+            self._refuse(error)
+        except Exception as error:  # of many types: the cache may have it all the same
+            self.failure = error
+            return None
+        return sorted(each.rfilename for each in found.siblings or [])
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """The folder of the revision in the cache, with the files of these names that are in the
+        repository. Of a server that did not answer nothing is asked again."""
         hub = self.hub
         try:
             return Path(
@@ -182,51 +198,66 @@ class _Repository:
                     revision=hub.revision,
                     cache_dir=hub.cache_dir,
                     token=hub.token,
-                    local_files_only=hub.local_files_only,
-                    allow_patterns=list(patterns),
+                    local_files_only=self.names is None,
+                    allow_patterns=[glob.escape(name) for name in names],
                     endpoint=endpoint(),
                 )
             )
         except Exception as error:
             self._refuse(error)
 
-    def names(self) -> list[str] | None:
-        """The files in the repository; None where no server is asked, or none answers."""
-        if self.hub.local_files_only:
-            return None
-        client = api(self.hub.token)
-        try:
-            found = client.model_info(self.name, revision=self.hub.revision).siblings or []
-        except Exception:  # of many types: fetch takes what is in the cache, or says what is wrong
-            return None
-        return sorted(each.rfilename for each in found)
+    def _with_indexed(self, names: Sequence[str]) -> Path:
+        """As :meth:`fetch`, with the files that indexes among ``names`` name too."""
+        folder = self.fetch(names)
+        indexes = [folder / n for n in names if n.endswith(INDEX) and (folder / n).is_file()]
+        if not indexes:
+            return folder
+        more = {part for index in indexes for part in indexed(index).values()}
+        return self.fetch([*names, *sorted(part.relative_to(folder).as_posix() for part in more)])
 
-    def file(self, name: str, beside: Sequence[str], names: list[str] | None) -> Path:
-        """A file, one of ``names``; with an index, the files that it names too."""
+    def folder(self, names: Sequence[str], parts: Sequence[str], files: Sequence[str]) -> Path:
+        """The folder with the header and the weights at its top and in ``parts``, and ``files``.
+
+        Args:
+            names: of what is in the repository.
+        """
+        wanted = list(files)
+        for start in ("", *(f"{part}/" for part in parts)):
+            weights = [start + name for name in WEIGHTS_FILES if start + name in names]
+            wanted += [start + CONFIG_FILE, *weights[:1]]
+            if self.names is None and not weights and start + CONFIG_FILE in names:
+                raise CheckpointError(self._not_cached())
+        return self._with_indexed(wanted)
+
+    def file(self, name: str, beside: Sequence[str]) -> Path:
+        """A file, and those of its folder that are read with it."""
         if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+            if self.hub.filename is None:
+                raise CheckpointError(f"{self} has a file {shown(name)}, which is not below it")
             raise ConfigError(f"filename must name a file in {self}, got {shown(name)}")
-        if names is not None and name not in names:
+        if self.names is not None and name not in self.names:
             raise CheckpointError(
-                f"{self} has no file {name}; it has {listed(names) or 'no files'}"
+                f"{self} has no file {name}; it has {listed(self.names) or 'no files'}"
             )
         start = name[: name.rfind("/") + 1]
-        patterns = [glob.escape(name), *(glob.escape(start) + other for other in beside)]
-        folder = self.fetch(patterns)
-        path = folder / name
+        path = self._with_indexed([name, *(start + other for other in beside)]) / name
         if not path.is_file():
             raise CheckpointError(self._not_cached())
-        if name.endswith(INDEX):
-            parts = {part.relative_to(folder).as_posix() for part in indexed(path).values()}
-            self.fetch([*patterns, *map(glob.escape, sorted(parts))])
         return path
 
     def _not_cached(self) -> str:
-        """That what is wanted is not in the cache."""
-        return (
+        """That what is wanted is not in the cache, and why no server gave it."""
+        said = (
             f"nothing at {self.name} on the disk, and the cache "
             f"({self.hub.cache_dir or 'of huggingface_hub'}) has not "
-            f"{self.hub.filename or 'all that is read'} of {self}"
-            + ("; local_files_only asks no server" if self.hub.local_files_only else "")
+            f"{self.hub.filename or 'all that is read'} of {self}; "
+        )
+        if self.failure is None:
+            return f"{said}local_files_only asks no server"
+        why = brief(self.failure, 120)
+        return (
+            f"{said}{endpoint() or 'the hub'} cannot be reached ({why}). Put the files into a "
+            "folder, and give its path"
         )
 
     def _refuse(self, error: Exception) -> NoReturn:
@@ -239,6 +270,10 @@ class _Repository:
             if self.hub.token in (None, False)
             else "the token that was given does not do"
         )
+        missing = isinstance(error, errors.LocalEntryNotFoundError)
+        if missing and self.failure is not None:
+            error = self.failure
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
         if isinstance(error, errors.GatedRepoError):
             said = f"{self} is gated: ask for access on its page, and {access}"
         elif isinstance(error, errors.RevisionNotFoundError):
@@ -248,22 +283,26 @@ class _Repository:
                 f"nothing at {self.name} on the disk, and {server} has no such repository, or a "
                 f"private one ({access})"
             )
-        elif isinstance(error, errors.LocalEntryNotFoundError):
+        elif status in (401, 403):
+            said = f"{server} answers {status} for {self}: {access}"
+        elif missing:
             said = self._not_cached()
-            if not self.hub.local_files_only:
-                why = "" if error.__cause__ is None else f" ({brief(error.__cause__, 120)})"
-                said += (
-                    f"; {server} cannot be reached{why}. Put the files into a folder, and give its "
-                    "path"
-                )
-        elif isinstance(error, errors.HfHubHTTPError):
-            status = error.response.status_code
+        elif status:
             said = f"{server} answers {status} for {self}"
-            if status in (401, 403):
-                said += f": {access}"
         else:
             said = f"{self} cannot be fetched from {server}: {brief(error)}"
         raise CheckpointError(said) from error
+
+
+def _cached(folder: Path) -> list[str]:
+    """The files of a repository that the cache has."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def patience() -> float:
+    """How many seconds a server may take to say what it has: ``HF_HUB_ETAG_TIMEOUT`` of the
+    environment, as for huggingface_hub's own questions."""
+    return float(package().constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def endpoint() -> str | None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointError, ConfigError
 from .files import OutputError, brief, shown
-from .hub import api, is_hub_id, package
+from .hub import api, is_hub_id, package, patience
 from .pretrained import CONFIG_FILE, SavedForm
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, ModelInfo
 
 LIBRARY = "tokenflow_ext"
 CARD_FILE = "README.md"
@@ -68,21 +68,27 @@ def push(
         raise ConfigError(f"repo_id must be ORGANISATION/NAME, got {shown(repo_id)}")
     from_hub = package()
     client = api(token)
+
+    def ask(at: str | None) -> ModelInfo:
+        return client.model_info(repo_id, revision=at, timeout=patience())
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save(folder)
         text = write_card(card, config, repo_id, license, metrics)
         try:
-            if not client.repo_exists(repo_id):
+            try:
+                ask(None)
+            except from_hub.errors.RepositoryNotFoundError:
                 client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 client.create_branch(repo_id, branch=revision, exist_ok=True)
-            found = client.model_info(repo_id, revision=revision).siblings or []
-            names = {each.rfilename for each in found}
+            found = ask(revision)
+            names = {each.rfilename for each in found.siblings or []}
             there = {
                 name: Path(
                     client.hf_hub_download(
-                        repo_id, name, revision=revision, cache_dir=Path(temporary) / "cache"
+                        repo_id, name, revision=found.sha, cache_dir=Path(temporary) / "cache"
                     )
                 )
                 for name in (CONFIG_FILE, CARD_FILE)
@@ -106,6 +112,7 @@ def push(
                 commit_message=commit_message or f"Upload {card.kind}",
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=found.sha,  # what has been looked at: refused where another came
             )
         except OutputError:
             raise

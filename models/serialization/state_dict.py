@@ -30,6 +30,9 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 """How the name of an index ends: a JSON file whose ``weight_map`` names the file of each tensor."""
 
+WEIGHTS_FILES = tuple(name + end for name in FOLDER_FILES for end in ("", INDEX))
+"""Under what names a folder may have its weights. The first that is there is read."""
+
 _PARALLEL = "module."
 _COMPILED = "_orig_mod"
 _LISTED = 8  # names that a message spells out, and sentences
@@ -117,11 +120,8 @@ def read_weights(
 def weights_file(folder: Path) -> Path:
     """What :func:`read_state_dict` reads in a folder: its weights, or their index. Where there is
     neither, the file that is missing."""
-    for name in FOLDER_FILES:
-        for file in (folder / name, folder / (name + INDEX)):
-            if file.is_file():
-                return file
-    return folder / FOLDER_FILES[0]
+    found = (folder / name for name in WEIGHTS_FILES if (folder / name).is_file())
+    return next(found, folder / WEIGHTS_FILES[0])
 
 
 def weights_files(path: Path, error: Callable[[str], Exception] = CheckpointError) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.files import read_json
-from tokenflow_ext.models.serialization.hub import MODEL_FILES, Hub, resolve
+from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, SavedForm
 from tokenflow_ext.models.serialization.push import Card, Figures, push
 from tokenflow_ext.models.serialization.state_dict import compare, read_weights, weights_file
@@ -217,11 +217,10 @@ class NextScaleTransformer(nn.Module):
         """
         hub = Hub(filename, revision, cache_dir, token, local_files_only)
         original = partial(cls._is_original, alone=tokenizer is None)
-        saved = [f"{TOKENIZER_FOLDER}/{name}" for name in MODEL_FILES] if tokenizer is None else []
         folder = resolve(
             path,
             hub,
-            files=[*MODEL_FILES, *saved],
+            parts=[TOKENIZER_FOLDER] if tokenizer is None else [],
             beside=[CONFIG_FILE],
             check=lambda place: original(place) or cls.read_config(place),
         )

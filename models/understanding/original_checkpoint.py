@@ -28,7 +28,6 @@ from transformers import (
 from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
 from tokenflow_ext.models.serialization.files import shown
 from tokenflow_ext.models.serialization.hub import (
-    MODEL_FILES,
     TRANSFORMERS_FILES,
     Hub,
     resolve,
@@ -106,7 +105,7 @@ def load_released_understanding(
         hub.refuse("a state dict")
     else:
         beside = [HEADER, *TRANSFORMERS_FILES]
-        source = resolve(source, hub, files=[*MODEL_FILES, *TRANSFORMERS_FILES], beside=beside)
+        source = resolve(source, hub, files=TRANSFORMERS_FILES, beside=beside)
     named = "the state dict" if isinstance(source, Mapping) else str(source)
     header: dict[str, Any] | None = None
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)

@@ -36,19 +36,18 @@ from tokenflow_ext.models.serialization.files import (
     shown,
     write_file,
 )
-from tokenflow_ext.models.serialization.hub import (
-    MODEL_FILES,
-    TRANSFORMERS_FILES,
-    Hub,
-    resolve,
-)
+from tokenflow_ext.models.serialization.hub import TRANSFORMERS_FILES, Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_torch,
     write_torch,
 )
-from tokenflow_ext.models.serialization.state_dict import weights_file, weights_files
+from tokenflow_ext.models.serialization.state_dict import (
+    WEIGHTS_FILES,
+    weights_file,
+    weights_files,
+)
 from tokenflow_ext.models.text_to_image.over_tokenizer import TEXT_FOLDER, TOKENIZER_FOLDER
 
 FORMAT = "tokenflow-training-checkpoint"
@@ -59,12 +58,12 @@ _NAME = re.compile(r"step_(\d{8,})")
 # Being written; on its way out; to be put back where its replacement did not come.
 _LEFT_OVER = re.compile(r"\.(writing|old|replaced)_(\d{8,})_[0-9a-f]{8}")
 _TEXT_LIMIT = 1 << 20
-# What is fetched of a repository whose kind is not known yet.
-_ON_THE_HUB = (
-    *MODEL_FILES,
-    *TRANSFORMERS_FILES,
-    *(f"{TOKENIZER_FOLDER}/{name}" for name in MODEL_FILES),
-    *(f"{TEXT_FOLDER}/{name}" for name in TRANSFORMERS_FILES),
+# What a folder with a header and weights has.
+_MODEL_FILES = (
+    CONFIG_FILE,
+    *WEIGHTS_FILES,
+    "model-?????-of-?????.safetensors",
+    "pytorch_model-?????-of-?????.bin",
 )
 
 
@@ -279,7 +278,15 @@ def check_there(path: str | Path, hub: Hub | None = None) -> Path:
         CheckpointError: there is not.
         ConfigError: ``hub`` says something, and ``path`` is no hub id.
     """
-    given = resolve(path, hub or Hub(), files=_ON_THE_HUB, beside=[CONFIG_FILE])
+    # The kind of model is not known yet.
+    text = [f"{TEXT_FOLDER}/{name}" for name in TRANSFORMERS_FILES]
+    given = resolve(
+        path,
+        hub or Hub(),
+        parts=[TOKENIZER_FOLDER],
+        files=[*TRANSFORMERS_FILES, *text],
+        beside=[CONFIG_FILE],
+    )
     try:
         given.stat()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -327,7 +334,7 @@ def is_released(path: str | Path) -> bool:
     given = Path(path)
     if not given.is_file():
         return False
-    parts = (*MODEL_FILES, STATE_FILE, MANIFEST_FILE)
+    parts = (*_MODEL_FILES, STATE_FILE, MANIFEST_FILE)
     part = any(fnmatch.fnmatch(given.name, name) for name in parts)
     return not (part and (given.parent / CONFIG_FILE).is_file())
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hub_server
@@ -148,6 +149,14 @@ def test_nothing_is_written_over_what_is_not_ours(hub, cache, tokenizer, tmp_pat
     assert b"license: mit" in repository.commits[repository.branches["main"]]["README.md"]
 
 
+def test_what_another_person_commits_meanwhile_is_not_written_over(hub, tokenizer):
+    repository = hub.repository("some/tokenizer")
+    hub.meanwhile = lambda: repository.commit({"README.md": b"mine", "config.json": b"mine"})
+    with pytest.raises(OutputError, match=r"cannot write to the repository some/tok.*412"):
+        tokenizer.push_to_hub("some/tokenizer", token="hf_writer")
+    assert repository.commits[repository.branches["main"]]["config.json"] == b"mine"
+
+
 def test_who_may_not_write(hub, tokenizer):
     hub.repository("some/tokenizer")
     for token in ("hf_reader", False):
@@ -189,6 +198,30 @@ def test_a_server_that_is_gone(cache, tokenizer, saved, monkeypatch):
     refused(f"{hub.url} cannot be reached.*Put the files into a folder", "some/other", cache)
     with pytest.raises(OutputError, match="cannot write to the repository some/tokenizer"):
         tokenizer.push_to_hub("some/tokenizer", token="hf_writer")
+
+
+def test_a_server_that_says_nothing(hub, cache, tokenizer, saved, monkeypatch):
+    """It is not waited for, and what is in the cache does."""
+    hub.repository("some/tokenizer", saved)
+    load("some/tokenizer", cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.5)
+    hub.silent.clear()
+    start = time.monotonic()
+    assert same(load("some/tokenizer", cache), tokenizer)
+    refused("cannot be reached .*timed out.*Put the files into a folder", "some/other", cache)
+    with pytest.raises(OutputError, match=r"cannot write to the repository some/t.*timed out"):
+        tokenizer.push_to_hub("some/tokenizer", token="hf_writer")
+    assert time.monotonic() - start < 20
+
+
+def test_half_of_a_model_in_the_cache(cache, saved, monkeypatch):
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repository("some/tokenizer", saved)
+        refused("is no saved VAR's", "some/tokenizer", cache, VAR)  # of its header alone
+        message = "the cache .* has not all that is read of the repository some/tokenizer; "
+        refused(message + "local_files_only", "some/tokenizer", cache, local_files_only=True)
+    refused(message + f"{hub.url} cannot be reached", "some/tokenizer", cache)
 
 
 def test_a_server_in_trouble_and_half_a_file(hub, cache, saved):
@@ -241,6 +274,32 @@ def torch_bytes(content):
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()
+
+
+def test_one_form_of_the_weights_is_fetched(hub, cache, tokenizer, saved):
+    """The one that is read."""
+    repository = hub.repository("some/forms", saved)
+    others = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tf_model.h5", "other.pt")
+    repository.commit(dict.fromkeys((*others, "model.safetensors.index.json"), b"no"))
+    assert same(load("some/forms", cache), tokenizer)
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors"]
+    assert same(load("some/forms", cache, local_files_only=True), tokenizer)
+
+
+def test_names_that_lead_out_of_the_repository(hub, cache, saved, tmp_path):
+    hub.repository("some/file").commit({"../../../out.pt": b"x"})
+    refused(r"has a file '../../../out.pt', which is not below it", "some/file", cache)
+    index = json.dumps({"weight_map": {"a": "../../../../out.safetensors"}}).encode()
+    header = (saved / "config.json").read_bytes()
+    hub.repository("some/index").commit(
+        {"model.safetensors.index.json": index, "config.json": header}
+    )
+    refused(r"names '../../../../out.safetensors', which is not below", "some/index", cache)
+    hub.repository("some/alone").commit({"w.safetensors.index.json": index})
+    options = {"filename": "w.safetensors.index.json"}
+    refused(r"names '../../../../out.safetensors', which is not", "some/alone", cache, **options)
+    assert not [*tmp_path.rglob("out.*")]
+    assert not [name for name in hub.downloads() if "out" in name]
 
 
 def test_released_var_by_filename(hub, cache, tmp_path):
