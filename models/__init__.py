@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         load_released_understanding,
         save_released_understanding,
     )
+    from .understanding.push import push_understanding
     from .unified.build import as_text_to_image, build_unified
 
 register()  # before any import of torchvision, on whichever way
@@ -65,6 +66,7 @@ __all__ = [
     "build_unified",
     "encode_prompts",
     "load_released_understanding",
+    "push_understanding",
     "save_released_understanding",
 ]
 
@@ -75,6 +77,7 @@ _LATER = {
     "build_understanding": "understanding.build",
     "build_unified": "unified.build",
     "load_released_understanding": "understanding.original_checkpoint",
+    "push_understanding": "understanding.push",
     "save_released_understanding": "understanding.original_checkpoint",
 }
 

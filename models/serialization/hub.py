@@ -175,9 +175,9 @@ class _Repository:
         return f"the repository {self.name}{at}"
 
     def _ask(self) -> list[str] | None:
-        from huggingface_hub import errors
-
         client = api(self.hub.token)
+        from huggingface_hub import errors  # after what says how to get it
+
         try:
             found = client.model_info(self.name, revision=self.hub.revision, timeout=patience())
         except errors.RevisionNotFoundError as error:

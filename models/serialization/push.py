@@ -5,19 +5,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointError, ConfigError
 from .files import OutputError, brief, shown
 from .hub import api, is_hub_id, package, patience
-from .pretrained import CONFIG_FILE, SavedForm
+from .pretrained import CONFIG_FILE, WEIGHTS_FILE
+from .state_dict import INDEX, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, ModelInfo
 
 LIBRARY = "tokenflow_ext"
 CARD_FILE = "README.md"
+# What save_pretrained writes weights to, here and in transformers.
+_WEIGHTS = (WEIGHTS_FILE, WEIGHTS_FILE + INDEX, "model-?????-of-?????.safetensors")
 _MARK = "<!-- Written by push_to_hub of tokenflow_ext. Without this line it is left as it is. -->"
 
 Figures = Mapping[str, float | int | str]
@@ -42,7 +46,7 @@ class Card:
 
 def push(
     save: Callable[[Path], object],
-    form: SavedForm,
+    is_own: Callable[[Path], bool],
     card: Card,
     config: Mapping[str, Any],
     repo_id: str,
@@ -60,7 +64,7 @@ def push(
 
     Args:
         save: writes the model into a folder.
-        form: of that folder.
+        is_own: whether a folder's ``config.json`` is that of such a model.
         card: what its card says.
         config: as it is saved, for the card.
     """
@@ -96,7 +100,7 @@ def push(
             }
             written = [path for path in folder.rglob("*") if path.is_file()]
             files = {path.relative_to(folder).as_posix(): path for path in written}
-            _check_own(form, there, names & files.keys(), repo_id)
+            _check_own(is_own, there, names & files.keys(), repo_id)
             if CARD_FILE in there and not overwrite_card and _MARK not in _text(there[CARD_FILE]):
                 print(
                     f"left {CARD_FILE} of {repo_id}, which push_to_hub did not write: "
@@ -106,14 +110,20 @@ def push(
             else:
                 files[CARD_FILE] = folder / CARD_FILE
                 files[CARD_FILE].write_text(text, encoding="utf-8")
-            return client.create_commit(
+            # Of an earlier save in other files: one of them might be read in the place of these.
+            old = sorted(n for n in names - files.keys() if any(fnmatch(n, p) for p in _WEIGHTS))
+            changes = [from_hub.CommitOperationAdd(*each) for each in sorted(files.items())]
+            made: CommitInfo = client.create_commit(
                 repo_id,
-                [from_hub.CommitOperationAdd(name, path) for name, path in sorted(files.items())],
+                [*changes, *map(from_hub.CommitOperationDelete, old)],
                 commit_message=commit_message or f"Upload {card.kind}",
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=found.sha,  # what has been looked at: refused where another came
             )
+            if old:
+                print(f"removed {listed(old)} of an earlier model from {repo_id}", flush=True)
+            return made
         except OutputError:
             raise
         except Exception as error:  # of many types; each means the same to the user
@@ -122,14 +132,16 @@ def push(
             ) from error
 
 
-def _check_own(form: SavedForm, there: dict[str, Path], taken: set[str], repo_id: str) -> None:
+def _check_own(
+    is_own: Callable[[Path], bool], there: dict[str, Path], taken: set[str], repo_id: str
+) -> None:
     """That the files of these names in the repository are an earlier save's.
 
     Raises:
         OutputError: they are not.
     """
     try:
-        own = form.is_in(there[CONFIG_FILE].parent) if CONFIG_FILE in there else not taken
+        own = is_own(there[CONFIG_FILE].parent) if CONFIG_FILE in there else not taken
     except CheckpointError:
         own = False
     if not own:

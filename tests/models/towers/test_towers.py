@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 
+import hub_server
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from weights import needs_lite0
 
 from tokenflow_ext.models import ConfigError, TokenizerConfig, TowerConfig, WeightsError
@@ -81,6 +83,30 @@ def test_clip_tower_is_clips(clip_model, clip_file, images):
         got = tower(images)
     assert got.shape == (2, 16, 32)
     torch.testing.assert_close(got, clip_tokens(clip_model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_towers_of_folders_and_of_the_hub(clip_file, images, monkeypatch, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    state = load_file(clip_file)
+    save_torch_state_dict(state, folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    tower, other = build_tower(CLIP).eval(), build_tower(CLIP).eval()
+    load_tower(tower, clip_file)
+    assert load_tower(other, folder) == folder / "model.safetensors.index.json"
+    torch.testing.assert_close(other(images), tower(images), rtol=0, atol=0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repository("some/folder", folder).commit({"config.json": b"{}"})
+        hub.repository("some/file").commit({"clip.safetensors": clip_file.read_bytes()})
+        for name in ("some/folder", "some/file"):
+            again = build_teacher(CLIP, name)
+            torch.testing.assert_close(again(images), tower(images), rtol=1e-4, atol=1e-5)
+        with pytest.raises(
+            WeightsError, match=r"some/gone on the disk.*; wanted: CLIP ViT-B/16's weights"
+        ):
+            build_teacher(CLIP, "some/gone")
 
 
 def test_clip_teacher_projects_every_token(clip_model, clip_file, images):

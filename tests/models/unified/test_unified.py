@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import hub_server
 import pytest
 import torch
 from tiny_models import FAMILIES, backbone, image_tokenizer, pictures
@@ -24,6 +25,7 @@ from tokenflow_ext.models import (
     build_processor,
     build_unified,
     encode_prompts,
+    push_understanding,
 )
 from tokenflow_ext.models.understanding.build import with_image_token
 from tokenflow_ext.models.unified.language_model import TokenFlowForCausalLM, TokenFlowTextConfig
@@ -223,6 +225,20 @@ def test_saved_and_loaded_both_ways(tmp_path):
     as_text_to_image(loaded).save_pretrained(tmp_path / "drawing")
     alone = TextToImage.from_pretrained(tmp_path / "drawing")
     assert torch.equal(alone(ids, tokens, mask).logits, results[0])
+
+
+@torch.no_grad()
+def test_its_model_card(monkeypatch):
+    model, processor = unified()
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        made = push_understanding(model, processor, "some/both", token="hf_writer")
+        files = hub.repositories["some/both"].commits[made.oid]
+    card = files["README.md"].decode()
+    assert "- text-to-image" in card
+    assert "Model that answers and draws, by the library" in card
+    assert "| text_config.model_type | tokenflow_text |" in card
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= files.keys()
 
 
 @torch.no_grad()
