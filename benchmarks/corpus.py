@@ -210,6 +210,8 @@ def as_markdown(result: dict[str, Any], facts: dict[str, Any]) -> str:
         for what, row in result["rows"].items()
     ]
     lines = [
+        "# Tokenizing a corpus",
+        "",
         *Table("", cells, "").lines(),
         "",
         f"- one process: {result['of what both allow']:.1%} of what decoding alone and encoding "
