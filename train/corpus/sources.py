@@ -29,7 +29,7 @@ from tokenflow_ext.train.data.places import (
     state,
 )
 from tokenflow_ext.train.data.text_files import METADATA, DataError, Tally, decode, parse_json, say
-from tokenflow_ext.train.data.webdataset import beside, find_shards
+from tokenflow_ext.train.data.webdataset import beside, check_once, find_shards
 
 from .writing import Row
 
@@ -98,19 +98,15 @@ def open_corpus(
     for source in sources:
         shards = find_shards(source)
         if shards:
-            for text in expand(source):
-                beside(text)
+            beside(source)
             sha.update(json.dumps([keys.captions, keys.labels]).encode())
         for shard in shards:
             sha.update(json.dumps([shard.name, state(shard)]).encode())
             units.append(Unit(len(units), tar=str(shard)))
         for text in [] if shards else expand(source):
             units += _pictures(place(text), len(units), shard_size, keys, webdataset, sha)
-    tars = [unit.tar for unit in units if unit.tar]
-    first = [unit.pictures[0].place for unit in units if unit.pictures]
-    for named in (tars, first):
-        if twice := sorted({text for text in named if named.count(text) > 1}):
-            raise DataError(f"{twice[0]} is named twice")
+    check_once(unit.tar for unit in units if unit.tar)
+    check_once(unit.pictures[0].place for unit in units if unit.pictures)
     return Corpus(list(sources), units, sha.hexdigest())
 
 

@@ -330,7 +330,7 @@ class Shards(webdataset.Shards):
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | list[Path],
         size: int,
         streams: tuple[int, int],
         joint: int,
@@ -484,11 +484,11 @@ def open_source(
     folder = place(path)
     if not webdataset.is_shard(folder) and tokens.is_tokens(folder):
         return Tokens(folder, form.scales, form.codebook_size, choice, form.tokenizer)
-    if webdataset.find_shards(path):
+    if shards := webdataset.find_shards(path):
         if choice != _ALL:
             raise DataError(f"data.match, unseen and limit are not for shards, which {path} holds")
         across, along = config.streams
-        source = Shards(path, form.image_size, (across, along), joint, seed, config.caption_keys)
+        source = Shards(shards, form.image_size, (across, along), joint, seed, config.caption_keys)
         source.beside = webdataset.beside(path)
         return source
     return Pictures(folder, form.image_size, choice, config.caption_keys, config.cache)

@@ -394,7 +394,7 @@ class ListedShards(webdataset.Shards):
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | list[Path],
         writer: Writer,
         length: int,
         size: int,
@@ -537,14 +537,14 @@ def open_source(
     Raises:
         DataError: see the classes.
     """
-    if _shards(path):
+    if shards := _shards(path):
         if choice is not None:
             raise DataError(f"{path} holds shards, of which all are read: none can be held out")
         if images is not None or known is not None:
             raise DataError(f"{path} holds shards, which have their pictures inside")
         across, along = config.streams
         return ListedShards(
-            path, writer, config.length, form.image_size, config.pad, (across, along), joint, seed
+            shards, writer, config.length, form.image_size, config.pad, (across, along), joint, seed
         )
     named = None
     if known is not None:

@@ -242,7 +242,12 @@ class Shards(webdataset.Shards):
     wanted = "with a class"
 
     def __init__(
-        self, source: str | Path, size: int, joint: int, seed: int, config: LabelConfig
+        self,
+        source: str | Path | list[Path],
+        size: int,
+        joint: int,
+        seed: int,
+        config: LabelConfig,
     ) -> None:
         across, along = config.streams
         super().__init__(webdataset.find_shards(source), (across, along), joint, seed)
@@ -410,8 +415,8 @@ def _open(
                 f"data.resize and data.flip are for pictures, and {folder} holds tokens"
             )
         return Tokens(folder, form, config)
-    if webdataset.find_shards(path):
-        source = Shards(path, form.image_size, joint, seed, config)
+    if shards := webdataset.find_shards(path):
+        source = Shards(shards, form.image_size, joint, seed, config)
         source.beside = webdataset.beside(path)
         return source
     return Pictures(folder, form.image_size, config)

@@ -11,8 +11,8 @@ import io
 import math
 import posixpath
 import tarfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -227,17 +227,19 @@ def _means_one_shard(path: Path) -> bool:
     return is_shard(path) and (is_remote(path) or not is_folder(path))
 
 
-def find_shards(source: str | Path) -> list[Path]:
+def find_shards(source: str | Path | list[Path]) -> list[Path]:
     """The shards that ``source`` means: a folder's, one, or those of a pattern with braces, on this
-    machine or by URL. None where it means folders of something else.
+    machine or by URL. None where it means folders of something else. A list is what was found
+    before.
 
     Raises:
         DataError: nothing of that name, shards beside folders of something else, or one twice.
     """
-    texts = expand(source) if isinstance(source, str) else [source]
+    if isinstance(source, list):
+        return source
     found: list[Path] = []
     other = []
-    for text in texts:
+    for text in expand(source) if isinstance(source, str) else [source]:
         path = place(text)
         if _means_one_shard(path):
             if not is_remote(path):
@@ -251,26 +253,39 @@ def find_shards(source: str | Path) -> list[Path]:
             other.append(text)
     if found and other:
         raise DataError(f"{source} means shards, but {other[0]} holds none")
-    if len(set(found)) < len(found):
-        raise DataError(f"{next(p for p in found if found.count(p) > 1)} is named twice")
+    check_once(found)
     return found
 
 
+def check_once(found: Iterable[Path | str]) -> None:
+    """That nothing is there twice.
+
+    Raises:
+        DataError: naming what is.
+    """
+    twice, count = max(Counter(found).items(), key=lambda entry: entry[1], default=("", 0))
+    if count > 1:
+        raise DataError(f"{twice} is named twice")
+
+
 def beside(source: str | Path) -> int:
-    """How many images a folder of shards holds that are not read, the shards being; a line says
-    so, and what else there is.
+    """How many images the folders that ``source`` means hold that are not read, the shards being; a
+    line says so of each, and what else there is.
 
     Raises:
         DataError: see :func:`pictures.find_images`.
     """
-    folder = place(source)
-    if _means_one_shard(folder) or not is_folder(folder):
-        return 0
-    images, other = find_images(folder, shards=True)
-    if images:
-        other.add("images beside the shards, which alone are read", images[0], len(images))
-    other.say()
-    return len(images)
+    total = 0
+    for text in expand(source) if isinstance(source, str) else [source]:
+        folder = place(text)
+        if _means_one_shard(folder):
+            continue
+        images, other = find_images(folder, shards=True)
+        if images:
+            other.add("images beside the shards, which alone are read", images[0], len(images))
+        other.say()
+        total += len(images)
+    return total
 
 
 class Shards:
