@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .config import CheckpointError, ConfigError
 from .files import OutputError, brief, shown
@@ -44,6 +44,31 @@ class Card:
     pipeline: str | None = None
 
 
+class PushOptions(TypedDict, total=False):
+    """How a model is pushed: keyword arguments of every ``push_to_hub``.
+
+    Attributes:
+        license: the hub's name of the licence of the weights, for the card.
+        metrics: figures by name, for the card.
+        private: whether a new repository is private; None is the organisation's default.
+        token: of an account that may write; None is the stored one.
+        revision: the branch, which is made where there is none [main].
+        commit_message: None says what it is.
+        create_pr: whether to open a pull request rather than write to the branch.
+        overwrite_card: whether to replace a card that ``push_to_hub`` did not write. Without it
+            such a card is left, and a line says so.
+    """
+
+    license: str | None
+    metrics: Figures | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    commit_message: str | None
+    create_pr: bool
+    overwrite_card: bool
+
+
 def push(
     save: Callable[[Path], object],
     is_own: Callable[[Path], bool],
@@ -51,16 +76,16 @@ def push(
     config: Mapping[str, Any],
     repo_id: str,
     *,
-    license: str | None,
-    metrics: Figures | None,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    commit_message: str | None,
-    create_pr: bool,
-    overwrite_card: bool,
+    license: str | None = None,
+    metrics: Figures | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    overwrite_card: bool = False,
 ) -> CommitInfo:
-    """Saves a model to the hub; see ``push_to_hub`` of the models.
+    """Saves a model to the hub; see ``push_to_hub`` of the models, and :class:`PushOptions`.
 
     Args:
         save: writes the model into a folder.

@@ -15,11 +15,13 @@ from tokenflow_ext.models.serialization.config import CheckpointError, ConfigErr
 from tokenflow_ext.models.serialization.files import read_json
 from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, SavedForm
-from tokenflow_ext.models.serialization.push import Card, Figures, push
+from tokenflow_ext.models.serialization.push import Card, PushOptions, push
 from tokenflow_ext.models.serialization.state_dict import compare, read_weights, weights_file
 from tokenflow_ext.models.tokenizer.model import TokenFlowTokenizer
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
@@ -261,14 +263,7 @@ class NextScaleTransformer(nn.Module):
         repo_id: str,
         *,
         text_tokenizer: PreTrainedTokenizerBase | None = None,
-        license: str | None = None,
-        metrics: Figures | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        overwrite_card: bool = False,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
         """Saves to the hub what :meth:`save_pretrained` writes, with a model card, in one commit;
         see :meth:`TokenFlowTokenizer.push_to_hub`.
@@ -276,7 +271,7 @@ class NextScaleTransformer(nn.Module):
         Args:
             text_tokenizer: of prompts, saved beside the model, where ``tokenflow generate`` finds
                 it.
-            repo_id: ``ORGANISATION/NAME``; it and the others as there.
+            repo_id, options: as there.
 
         Raises:
             ConfigError, OutputError, MissingPackageError: see there.
@@ -293,14 +288,7 @@ class NextScaleTransformer(nn.Module):
             self.card,
             self.config.to_dict(),
             repo_id,
-            license=license,
-            metrics=metrics,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
+            **options,
         )
 
 

@@ -19,7 +19,7 @@ from tokenflow_ext._deprecated import RenamedAttribute
 from tokenflow_ext.models.serialization.config import CheckpointError
 from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, WEIGHTS_FILE, SavedForm
-from tokenflow_ext.models.serialization.push import Card, Figures, push
+from tokenflow_ext.models.serialization.push import Card, PushOptions, push
 from tokenflow_ext.models.serialization.state_dict import (
     compare,
     no_random_init,
@@ -39,6 +39,8 @@ from .semantic_decoder import SemanticDecoder, task_layer
 from .vqgan import AttnBlock, Decoder, Encoder, ResnetBlock
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from huggingface_hub import CommitInfo
 
 _FORM = SavedForm("tokenflow-tokenizer", 1, "not a saved tokenizer's")
@@ -362,30 +364,16 @@ class TokenFlowTokenizer(nn.Module):
     def push_to_hub(
         self,
         repo_id: str,
-        *,
-        license: str | None = None,
-        metrics: Figures | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        overwrite_card: bool = False,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
         """Saves to the hub what :meth:`save_pretrained` writes, with a model card, in one commit.
         The repository is made where there is none.
 
         Args:
             repo_id: ``ORGANISATION/NAME``.
-            license: the hub's name of the licence of the weights, for the card.
-            metrics: figures by name, for the card.
-            private: whether a new repository is private; None is the organisation's default.
-            token: of an account that may write; None is the stored one.
-            revision: the branch, which is made where there is none [main].
-            commit_message: None says what it is.
-            create_pr: whether to open a pull request rather than write to the branch.
-            overwrite_card: whether to replace a card that ``push_to_hub`` did not write. Without it
-                such a card is left, and a line says so.
+            options: ``license``, ``metrics``, ``private``, ``token``, ``revision``,
+                ``commit_message``, ``create_pr``, ``overwrite_card``: see
+                :class:`.serialization.push.PushOptions`.
 
         Returns:
             huggingface_hub's description of the commit.
@@ -401,14 +389,7 @@ class TokenFlowTokenizer(nn.Module):
             _card(self.config),
             self.config.to_dict(),
             repo_id,
-            license=license,
-            metrics=metrics,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
+            **options,
         )
 
     def save_original(

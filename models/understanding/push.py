@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from tokenflow_ext.models.serialization.config import ConfigError
-from tokenflow_ext.models.serialization.push import Card, Figures, push
+from tokenflow_ext.models.serialization.push import Card, PushOptions, push
 from tokenflow_ext.models.serialization.transformers_folder import answers
 
 from .vision import TokenFlowVisionModel
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from huggingface_hub import CommitInfo
 
 _USAGE = """
@@ -39,14 +41,7 @@ def push_understanding(
     repo_id: str,
     *,
     max_shard_size: str = "5GB",
-    license: str | None = None,
-    metrics: Figures | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    overwrite_card: bool = False,
+    **options: Unpack[PushOptions],
 ) -> CommitInfo:
     """Saves to the hub what ``save_pretrained`` of the model and of its processor write, with a
     model card, in one commit. transformers' own ``push_to_hub`` writes neither figures nor licence,
@@ -56,8 +51,7 @@ def push_understanding(
         model: of :func:`.build.build_understanding`, ``build_unified`` or
             :func:`.original_checkpoint.load_released_understanding`.
         processor: of :func:`.build.build_processor`.
-        repo_id: ``ORGANISATION/NAME``; it and those not named here as for
-            :meth:`~tokenflow_ext.models.TokenFlowTokenizer.push_to_hub`.
+        repo_id, options: as for :meth:`~tokenflow_ext.models.TokenFlowTokenizer.push_to_hub`.
         max_shard_size: the largest file; what does not fit into one goes into several.
 
     Raises:
@@ -87,12 +81,5 @@ def push_understanding(
         Card(kind, tuple(tags), _USAGE, "image-text-to-text"),
         config,
         repo_id,
-        license=license,
-        metrics=metrics,
-        private=private,
-        token=token,
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
-        overwrite_card=overwrite_card,
+        **options,
     )
