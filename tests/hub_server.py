@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from loopback import running
+
 #: Files from this size on go over LFS, where the hub has it on.
 LFS_FROM = 4096
 
@@ -346,12 +348,5 @@ _ROUTES = (
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A hub without repositories; its ``url`` goes into HF_ENDPOINT."""
-    hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(Hub()) as hub:
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()

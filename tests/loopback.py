@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 
 
 class _Files(SimpleHTTPRequestHandler):
@@ -54,6 +55,16 @@ def serve(folder: Path, ranges: bool = True) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=str(folder)))
     server.ranges, server.asked, server.breaks = ranges, [], set()
     server.url = f"http://127.0.0.1:{server.server_port}"
+    with running(server):
+        yield server
+
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """The server, answering in a thread of its own until the block ends."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
