@@ -135,7 +135,7 @@ report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 wheel: $(VENV)/.installed
-	$(BIN)/python -m tools.wheel $(ARGS)
+	$(BIN)/python -m tools.build_wheel $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

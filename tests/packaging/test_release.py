@@ -15,11 +15,10 @@ import yaml
 if sys.version_info < (3, 11):
     pytest.skip("needs tomllib", allow_module_level=True)
 
+import build_wheel as wheel
+import release
 import tomllib
 from kernel_build import BuildError, python_facts
-
-from tools import release
-from tools.wheel import __main__ as wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -70,7 +69,7 @@ def test_workflows_call_what_there_is():
     assert made
     assert {target for _, target in made} <= targets
     modules = {match[1] for _, line in called for match in re.finditer(r"-m (tools[\w.]*)", line)}
-    assert modules == {"tools.wheel", "tools.release"}
+    assert modules == {"tools.build_wheel", "tools.release"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
     tested = re.findall(r"{project}/(\S+)", " ".join(settings["test-command"]))
     assert tested == wheel.TESTS

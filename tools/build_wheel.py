@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 from kernel_build import BuildError, decide_cuda, find_toolkit, python_facts  # noqa: E402
@@ -188,7 +188,7 @@ def check_installed(wheel: Path, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.wheel",
+        prog="python -m tools.build_wheel",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

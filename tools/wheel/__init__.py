@@ -1,1 +1,0 @@
-"""The wheel that is published: `python -m tools.wheel`, or `make wheel`."""
