@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenflow_ext import MultiScaleQuantizer, QuantizerOutput
 from tokenflow_ext._deprecated import RenamedAttribute
+from tokenflow_ext.errors import ConfigError
 from tokenflow_ext.models.serialization.config import CheckpointError
 from tokenflow_ext.models.serialization.hub import Hub, resolve
 from tokenflow_ext.models.serialization.pretrained import CONFIG_FILE, WEIGHTS_FILE, SavedForm
@@ -324,7 +325,13 @@ class TokenFlowTokenizer(nn.Module):
         return images, tokens
 
     def decode_pixels(self, f_hat: Tensor) -> Tensor:
-        """Quantized features [B, sum(dims), h, w] -> images, by the pixel branch alone."""
+        """Quantized features [B, sum(dims), h, w] -> images, by the pixel branch alone.
+
+        Raises:
+            ConfigError: the tokenizer decodes no images.
+        """
+        if not self.config.pixel.enabled:
+            raise ConfigError("the tokenizer decodes no images: its pixel.enabled is false")
         images = self.decoder(self.post_quant_conv(f_hat[:, -self.config.dims[-1] :]))
         inside = self.config.pixel.input_size
         if inside:

@@ -184,8 +184,7 @@ def test_reconstruct_photo(
     run: Run, write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, tokens = write(tmp_path, monkeypatch)
-    output = run("reconstruct_photo.py", weights, "--out", tmp_path / "back.png")
-    assert f"-> (1, {tokens}) tokens" in output
+    output = run("reconstruct_photo.py", weights, photographs()[0], tmp_path / "back.png")
     counts = re.findall(r"^ *(\d+) tokens: (-?[\d.]+) dB$", output, re.MULTILINE)
     assert int(counts[-1][0]) == tokens
     with Image.open(tmp_path / "back.png") as picture:
@@ -197,18 +196,18 @@ def test_reconstruct_photo(
 
 def test_reconstruct_photo_writes_over_nothing(run: Run, saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "back.png"
-    run("reconstruct_photo.py", saved, PICTURE, "--out", out)
+    run("reconstruct_photo.py", saved, PICTURE, out)
     before = out.read_bytes()
-    assert "is there already" in fails(run, "reconstruct_photo.py", saved, PICTURE, "--out", out)
+    assert str(out) in fails(run, "reconstruct_photo.py", saved, PICTURE, out)
     assert out.read_bytes() == before
 
 
 def test_reconstruct_photo_bad_input(run: Run, saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "back.png"
     missing = tmp_path / "missing.png"
-    assert str(missing) in fails(run, "reconstruct_photo.py", saved, missing, "--out", out)
-    assert str(missing) in fails(run, "reconstruct_photo.py", missing, "--out", out)
-    assert str(PICTURE) in fails(run, "reconstruct_photo.py", PICTURE, "--out", out)
+    assert str(missing) in fails(run, "reconstruct_photo.py", saved, missing, out)
+    assert str(missing) in fails(run, "reconstruct_photo.py", missing, PICTURE, out)
+    assert str(PICTURE) in fails(run, "reconstruct_photo.py", PICTURE, PICTURE, out)
     assert not out.exists()
 
 
@@ -225,8 +224,10 @@ def test_draw_scales(run: Run, saved: Path, tmp_path: Path) -> None:
         assert picture.tobytes() == before
 
 
-@pytest.mark.parametrize("script", ["reconstruct_photo.py", "draw_scales.py"])
-def test_a_tokenizer_without_pixels(run: Run, script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [("reconstruct_photo.py", PICTURE), ("draw_scales.py", "--out")], ids=lambda c: c[0]
+)
+def test_a_tokenizer_without_pixels(run: Run, command: tuple, tmp_path: Path) -> None:
     tower = TowerConfig("clip", 16, 4, width=16, depth=1, heads=2, mlp_width=32)
     config = TokenizerConfig(
         16,
@@ -237,9 +238,17 @@ def test_a_tokenizer_without_pixels(run: Run, script: str, tmp_path: Path) -> No
         QuantizerConfig(48, (1, 2, 4)),
     )
     TokenFlowTokenizer(config).save_pretrained(tmp_path / "blind")
-    line = fails(run, script, tmp_path / "blind", "--out", tmp_path / "out.png")
-    assert "decodes no images" in line
+    script, option = command
+    assert "pixel" in fails(run, script, tmp_path / "blind", option, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("script", ["reconstruct_photo.py", "ask_picture.py"])
+@pytest.mark.parametrize("arguments", [(), ("a", "b"), ("a", "b", "c", "d")], ids=len)
+def test_other_arguments_print_the_head(run: Run, script: str, arguments: tuple) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(script, *arguments)
+    assert end.value.code == ast.get_docstring(ast.parse((EXAMPLES / script).read_text()), False)
 
 
 # -- a question -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tokenflow_ext.errors import ConfigError
 from tokenflow_ext.models import (
     CheckpointError,
     PixelConfig,
@@ -91,6 +92,8 @@ def test_shapes(kind):
     else:
         assert images is None
         assert output.images is None
+        with pytest.raises(ConfigError, match=r"decodes no images: its pixel\.enabled is false"):
+            model.decode_pixels(output.quantizer.quantized)
     if settings.semantic.enabled:
         assert semantic.shape == (2, grid * grid, settings.semantic_dim)
         torch.testing.assert_close(semantic, output.semantic, rtol=1e-4, atol=1e-4)
