@@ -65,6 +65,18 @@ def _blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def _entry(file: str, content: bytes) -> dict[str, object]:
+    """What the hub says of a file."""
+    entry = {"type": "file", "path": file, "size": len(content), "oid": _blob(content)}
+    if len(content) >= LFS_FROM:
+        entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def _directory(path: str) -> dict[str, object]:
+    return {"type": "directory", "path": path, "oid": _blob(path.encode())}
+
+
 class Hub(ThreadingHTTPServer):
     """The server.
 
@@ -218,12 +230,24 @@ class _Requests(BaseHTTPRequestHandler):
             files = {k: v for k, v in files.items() if k.startswith(f"{folder}/")}
             if not files:
                 raise _Refused(404, "EntryNotFound", f"{folder} does not exist")
+        entries = {file: _entry(file, content) for file, content in sorted(files.items())}
+        if self.query.get("recursive", ["False"])[0].lower() not in ("true", "1"):
+            start = 0 if folder is None else len(folder) + 1
+            for file in [file for file in entries if "/" in file[start:]]:
+                del entries[file]
+                inside = file[: file.index("/", start)]
+                entries[inside] = _directory(inside)
+        self._json(list(entries.values()))
+
+    def paths(self, name: str, revision: str) -> None:
+        repository = self._readable(name)
+        files = repository.commits[self._commit(repository, revision)]
         entries = []
-        for file, content in sorted(files.items()):
-            entry = {"type": "file", "path": file, "size": len(content), "oid": _blob(content)}
-            if len(content) >= LFS_FROM:
-                entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
-            entries.append(entry)
+        for path in parse_qs(self.body.decode())["paths"]:
+            if path in files:
+                entries.append(_entry(path, files[path]))
+            elif any(file.startswith(f"{path}/") for file in files):
+                entries.append(_directory(path))
         self._json(entries)
 
     def resolve(self, name: str, revision: str, file: str) -> None:
@@ -238,8 +262,9 @@ class _Requests(BaseHTTPRequestHandler):
         status = 200
         if found:
             status, start = 206, int(found[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            content = content[start:]
+            end = min(int(found[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            content = content[start : end + 1]
         if file in self.server.broken and self.command == "GET":
             headers["Content-Length"] = str(len(content))
             self._send(content[: len(content) // 2], status, headers)
@@ -331,10 +356,12 @@ class _Requests(BaseHTTPRequestHandler):
 
 
 _NAME = r"([^/]+/[^/]+)"
+_KIND = "(?:models|datasets)"
 _ROUTES = (
-    ("GET", rf"/api/models/{_NAME}(?:/revision/(.+))?", _Requests.info),
-    ("GET", rf"/api/models/{_NAME}/tree/(refs/pr/\d+|[^/]+)(?:/(.+))?", _Requests.tree),
-    ("GET", rf"/{_NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Requests.resolve),
+    ("GET", rf"/api/{_KIND}/{_NAME}(?:/revision/(.+))?", _Requests.info),
+    ("GET", rf"/api/{_KIND}/{_NAME}/tree/(refs/pr/\d+|[^/]+)(?:/(.+))?", _Requests.tree),
+    ("POST", rf"/api/datasets/{_NAME}/paths-info/([^/]+)", _Requests.paths),
+    ("GET", rf"/(?:datasets/)?{_NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Requests.resolve),
     ("POST", r"/api/repos/create", _Requests.create),
     ("POST", rf"/api/models/{_NAME}/branch/(.+)", _Requests.branch),
     ("POST", r"/api/validate-yaml", _Requests.yaml),

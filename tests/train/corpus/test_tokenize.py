@@ -9,12 +9,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
 
 import fsspec
+import hub_server
 import numpy as np
 import pytest
 import torch
@@ -454,6 +456,26 @@ def test_a_source_on_the_web(shards, expected, image_tokenizer, tmp_path, ranges
     }
     mine, theirs = (tokens.read(f, SCALES, 64)[0] for f in (tmp_path / "tokens", expected))
     assert torch.equal(torch.cat(mine), torch.cat(theirs))
+
+
+def test_a_dataset_on_the_hub(shards, expected, image_tokenizer, tmp_path, monkeypatch):
+    """Its shards are read through the hub's own driver, where they lie and by a pattern."""
+    with hub_server.serve() as hub:
+        hub.repository("us/pictures").commit(
+            {f"train/{p.name}": p.read_bytes() for p in shards.iterdir()}
+        )
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        for i, source in enumerate(("train", "train/part-{000..004}.tar")):
+            words = arguments(
+                f"hf://datasets/us/pictures/{source}", image_tokenizer, tmp_path / f"{i}"
+            )
+            subprocess.run([COMMAND, *words], check=True, timeout=300)
+    wanted, listed = tokens.read_rows(expected, SCALES, 64)
+    for i in range(2):
+        found, rows = tokens.read_rows(tmp_path / f"{i}", SCALES, 64)
+        assert torch.equal(torch.cat(found), torch.cat(wanted))
+        assert rows == listed
 
 
 def test_a_connection_that_breaks_ends_the_run(shards, expected, image_tokenizer, tmp_path):
