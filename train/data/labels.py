@@ -267,15 +267,18 @@ class Shards(webdataset.Shards):
         return found
 
     def _label(self, path: Path, member: webdataset.Member) -> tuple[str, str]:
+        span, name = (member.json, "JSON") if member.cls is None else (member.cls, "class")
+        content = None if span is None else crops.read_span(path, span)
         try:
+            text = None if content is None else decode(content, f"its {name}")
             if member.cls is not None:
-                label = decode(crops.read_span(path, member.cls), "its class").strip()
+                label = (text or "").strip()
                 return label, "" if label else "with an empty .cls"
-            entry = None
-            if member.json is not None:
-                entry = parse_json(decode(crops.read_span(path, member.json), "its JSON"))
-        except ValueError:  # DataError is one
-            return "", "whose description cannot be read"
+            entry = None if text is None else parse_json(text)
+        except DataError:
+            return "", f"whose {name} is not UTF-8"
+        except ValueError:
+            return "", "whose description is not JSON"
         return find_label(entry, self.keys, member.name)
 
     def read(self, path: Path, number: int) -> tuple[np.ndarray, str]:

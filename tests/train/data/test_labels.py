@@ -228,6 +228,25 @@ def test_shards(shards, capsys):
         [labelled(shards, count=2)[i] for i in range(12)]
 
 
+@pytest.mark.parametrize(
+    ("description", "why"),
+    [
+        ({"1.cls": b"\xff2"}, "whose class is not UTF-8"),
+        ({"1.json": b'{"label": "\xff"}'}, "whose JSON is not UTF-8"),
+        ({"1.json": b'{"label": 2'}, "whose description is not JSON"),
+        ({"1.json": b"[" * 100_000}, "whose description is not JSON"),
+        ({"1.cls": b" \n", "1.json": b'{"label": 2}'}, "with an empty .cls"),
+    ],
+)
+def test_classes_of_shards_that_cannot_be_read(tmp_path, capsys, description, why):
+    """They are left out and counted; the others are read."""
+    good = {"0.png": encoded(0), "0.cls": b"2"}
+    write_tar(tmp_path / "0.tar", good | {"1.png": encoded(1)} | description)
+    found = labelled(tmp_path, count=3)
+    assert [(level(s.picture), s.label) for s in (found[0], found[1])] == [(0, 2), (0, 2)]
+    assert f"1 pictures {why}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_named_shards(tmp_path):
     write_tar(tmp_path / "0.tar", {"ant/0.png": encoded(0), "bee/1.png": encoded(1)})
     names = tmp_path / "names.txt"
