@@ -21,6 +21,7 @@ from tokenflow_ext.models.tokenizer.family_quantizer import FamilyQuantizer
 from tokenflow_ext.models.towers.teachers import build_teacher
 from tokenflow_ext.train.config import DecoderConfig, TrainConfig, leaves
 from tokenflow_ext.train.data import BatchPartition
+from tokenflow_ext.train.data.text_files import say
 from tokenflow_ext.train.engine import checkpoint, parallel
 from tokenflow_ext.train.engine.distributed import Processes
 from tokenflow_ext.train.engine.ema import EMA
@@ -195,7 +196,12 @@ class TokenizerTask(Task):
     def start(self) -> None:
         """Set the codes by k-means on the features of the first batches."""
         codebook = self.config.codebook
-        if self.config.init is not None or not codebook.kmeans_batches or not self._codebooks:
+        if self.config.init is not None or not codebook.kmeans_batches:
+            return
+        if not self._codebooks:
+            say(
+                f"codebook.kmeans_batches={codebook.kmeans_batches} sets nothing: no codes to set"
+            )
             return
         batches = self.crops.batches(0)
         count = codebook.kmeans_batches * self.config.optim.accumulate

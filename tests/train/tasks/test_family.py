@@ -50,9 +50,11 @@ def settings(micro, run, images, kind: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run(micro, images, tmp_path, kind):
+def test_a_run(micro, images, tmp_path, kind, capsys):
     run = tmp_path / "run"
     tokenizer.main(settings(micro, run, images, kind))
+    unset = "codebook.kmeans_batches=2 sets nothing" in capsys.readouterr().err
+    assert unset == (kind in ("signs", "projected", "levels"))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if line["kind"] == "held_out"]
     assert [line["step"] for line in held_out] == [0, 3, 6]
