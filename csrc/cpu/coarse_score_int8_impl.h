@@ -13,6 +13,7 @@
 // matters, is rounded to units of a b. On x86 codes are stored with 128 added, as unsigned bytes,
 // which is what the instructions multiply with signed ones; it adds 128 sum Z to every score of a
 // row alike.
+// On AVX2 products are summed in 16 bits first (narrow_sums.h).
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #else
@@ -22,6 +23,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "narrow_sums.h"
 #include "packing.h"
 
 namespace tokenflow::cpu {
@@ -38,11 +40,17 @@ constexpr int kRowLevels = 127;
 constexpr int kTimesFloat = 3;
 constexpr int kCodeOffset = 0;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 6;
 // Two products of a code (at most 255) and a row meet in 16 bits: 2 * 255 * 63 < 2^15.
 constexpr int kRowLevels = 63;
-constexpr int kTimesFloat = 2;
+constexpr int kTimesFloat = 3;
 constexpr int kCodeOffset = 128;
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kNarrowSums = false;
+#else
+constexpr bool kNarrowSums = true;
 #endif
 
 // GCC keeps arrays of this type in registers; of __m512i it does not.
@@ -103,14 +111,22 @@ static inline Ints maximum(Ints a, Ints b) {
 }
 
 static inline int32_t horizontal_maximum(Ints a) {
-  int32_t best = a[0];
-  for (int i = 1; i < kLanes; ++i) best = a[i] > best ? a[i] : best;
-  return best;
+  __m128i best = _mm_max_epi32(_mm256_castsi256_si128(raw(a)), _mm256_extracti128_si256(raw(a), 1));
+  best = _mm_max_epi32(best, _mm_shuffle_epi32(best, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(best, _mm_shuffle_epi32(best, 0xb1)));
 }
 
-static inline Ints dot4(Ints sum, Ints codes, Ints row) {
-  const __m256i pairs = _mm256_maddubs_epi16(raw(codes), raw(row));
-  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// The same in 16 bits, two sums a lane.
+typedef uint16_t Sums __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
+
+static inline Sums dot4(Sums sum, Ints codes, Ints row) {
+  return sum + reinterpret_cast<Sums>(_mm256_maddubs_epi16(raw(codes), raw(row)));
+}
+
+// The two sums of every lane added up.
+static inline Ints widen(Sums sums) {
+  return reinterpret_cast<Ints>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(sums), _mm256_set1_epi16(1)));
 }
 
 static inline unsigned at_least(Ints a, Ints b) {
@@ -122,6 +138,12 @@ static inline Ints scaled_bias(const float* bias, float scale) {
   return reinterpret_cast<Ints>(
       _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(bias), _mm256_set1_ps(scale))));
 }
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+typedef Ints Sums;
+
+static inline Ints widen(Sums sums) { return sums; }
 #endif
 
 typedef int32_t HalfInts __attribute__((vector_size(kHalfLanes * sizeof(int32_t)), aligned(4)));
@@ -140,8 +162,20 @@ static inline int quads_of(int dim) { return (dim + 3) / 4; }
 // A panel: the biases, then [quads][kPanelWidth] groups of four channels of a code.
 size_t panel_bytes(int dim) { return sizeof(float) * kPanelWidth * (1 + quads_of(dim)); }
 
-// A tile: [quads][rows] groups of four channels of a row.
-size_t row_bytes(int dim) { return sizeof(int32_t) * quads_of(dim); }
+// A tile: lines [rows] of four channels of a row each. Narrow sums have a line before all others
+// that holds the number of quads in a chunk, and one before each chunk of what its parts start
+// from.
+size_t row_bytes(int dim) {
+  const int quads = quads_of(dim);
+  const int most_chunks = (quads + kShortestChunk - 1) / kShortestChunk;
+  return sizeof(int32_t) * (quads + (kNarrowSums ? 1 + most_chunks : 0));
+}
+
+static inline int32_t four_bytes(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof(four));
+  return four;
+}
 
 double step(double largest) { return largest > 0 ? largest / kCodeLevels : 1.0; }
 
@@ -166,6 +200,7 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
     measure(code, layout, *bounds, &lengths);
     double exact[kChunk];
     Doubles squared_error = {};
+    LongestPart parts[] = {LongestPart(4), LongestPart(8), LongestPart(16)};
     for (int first = 0; first < dim; first += kChunk) {
       const int count = scale_chunk(code, layout, lengths.scale, bounds->centre, first, exact);
       uint8_t values[kChunk];
@@ -174,8 +209,10 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
         // Positive before the conversion cuts the fraction off; `step` keeps it within a byte.
         const HalfInts value =
             __builtin_convertvector(c * per_step + (kPositive + 0.5), HalfInts) - kPositive;
-        const Doubles error = c - __builtin_convertvector(value, Doubles) * bounds->step;
+        const Doubles whole = __builtin_convertvector(value, Doubles);
+        const Doubles error = c - whole * bounds->step;
         squared_error += error * error;
+        for (int k = 0; kNarrowSums && k < kChunkSizes; ++k) parts[k].count(whole * whole);
         *reinterpret_cast<HalfBytes*>(values + i) =
             __builtin_convertvector(value + kCodeOffset, HalfBytes);
       }
@@ -183,6 +220,9 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
       for (int i = 0; i < count && first + i < dim; i += 4, out += 4 * kPanelWidth) {
         std::memcpy(out, values + i, 4);
       }
+    }
+    for (int k = 0; kNarrowSums && k < kChunkSizes; ++k) {
+      bounds->parts[k] = larger(bounds->parts[k], parts[k].squared());
     }
     bias_line[lane] = static_cast<float>(lengths.bias);
     largest.count(lengths, horizontal_sum(squared_error));
@@ -194,31 +234,50 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
   }
 }
 
+// Less the offset of codes, times four channels of a row, in the two sums that a chunk starts from.
+static inline void take_back_offset(const int8_t* four, int8_t* sums) {
+  uint16_t parts[2];
+  std::memcpy(parts, sums, sizeof(parts));
+  for (int i = 0; i < 4; ++i) parts[i / 2] -= static_cast<uint16_t>(kCodeOffset * four[i]);
+  std::memcpy(sums, parts, sizeof(parts));
+}
+
 void pack_tile(const float* rows, int count, const CodebookLayout& layout, const CodeBounds& bounds,
                void* tile, RowScale* scales) {
   const int dim = layout.dim;
+  const int chunk = kNarrowSums ? chunk_quads(bounds, quads_of(dim), kRowLevels) : quads_of(dim);
+  const int64_t line = 4 * static_cast<int64_t>(count);
   int8_t* bytes = static_cast<int8_t*>(tile);
-  for (int r = 0; r < count; ++r) {
+  for (int r = 0; r < count; ++r, bytes += 4) {
     const float* row = rows + static_cast<int64_t>(r) * dim;
+    int8_t *out = bytes, *sums = nullptr;
+    if (kNarrowSums) {
+      std::memcpy(out, &chunk, 4);
+      out += line;
+    }
     Lengths lengths;
     measure(row, layout, bounds, &lengths);
     if (!__builtin_isfinite(lengths.squared)) {
-      for (int q = 0; q < quads_of(dim); ++q) std::memset(bytes + 4 * (q * count + r), 0, 4);
+      const int8_t* end = bytes + static_cast<int64_t>(row_bytes(dim)) * count;
+      for (; out < end; out += line) std::memset(out, 0, 4);
       scales[r] = {__builtin_nanf(""), 0};
       continue;
     }
     double exact[kChunk];
     int in_chunk = 0;
     Doubles largest = {};
+    LongestPart part(chunk);
     for (int first = 0; first < dim; first += kChunk) {
       in_chunk = scale_chunk(row, layout, lengths.scale, bounds.centre, first, exact);
       for (int i = 0; i < in_chunk; i += kHalfLanes) {
         const Doubles z = *reinterpret_cast<const Doubles*>(exact + i);
         largest = z > largest ? z : largest;
         largest = -z > largest ? -z : largest;
+        if (kNarrowSums) part.count(z * z);
       }
     }
     double unit = bounds.bias / (bounds.step * kLargestBias);
+    if (kNarrowSums) unit = larger(unit, least_step(bounds, chunk, part.squared()));
     for (int i = 0; i < kHalfLanes; ++i) unit = larger(unit, largest[i] / kRowLevels);
     if (!(unit > 0)) unit = 1;
     const double per_unit = 1 / unit;
@@ -237,8 +296,14 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
         packed_length += packed * packed;
         *reinterpret_cast<HalfBytes*>(values + i) = __builtin_convertvector(value, HalfBytes);
       }
-      for (int d = first; d < dim && d < first + kChunk; d += 4) {
-        std::memcpy(bytes + (static_cast<int64_t>(d) / 4 * count + r) * 4, values + d - first, 4);
+      for (int i = 0; i < in_chunk && first + i < dim; i += 4, out += line) {
+        if (kNarrowSums && (first + i) / 4 % chunk == 0) {
+          sums = out;
+          std::memset(sums, 0, 4);
+          out += line;
+        }
+        std::memcpy(out, values + i, 4);
+        if (kNarrowSums) take_back_offset(values + i, sums);
       }
     }
     const double bias_scale = 1 / (unit * bounds.step);
@@ -255,37 +320,57 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
   }
 }
 
-template <int kRows, bool kHasBias>
-void score_rows(const int8_t* tile, int quads, const RowScale* scales, const uint8_t* panels,
-                int64_t num_panels, float* block_max, int64_t stride) {
+// What a row's sums start from; `line` is what the chunk begins with, where it has such a line.
+static inline Sums start(const int8_t* line) {
+  return reinterpret_cast<Sums>(broadcast(kNarrowSums ? four_bytes(line) : 0));
+}
+
+template <int kRows, bool kHasBias, bool kIsOneChunk>
+void score_rows(const int8_t* tile, int quads, int chunk, const RowScale* scales,
+                const uint8_t* panels, int64_t num_panels, float* block_max, int64_t stride) {
   Ints best[kRows];
   for (int r = 0; r < kRows; ++r) best[r] = broadcast(INT32_MIN);
   for (int64_t p = 0; p < num_panels; ++p) {
     const float* bias = reinterpret_cast<const float*>(panels);
     const uint8_t* code = panels + sizeof(float) * kPanelWidth;
-    Ints low[kRows], high[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      low[r] = kHasBias ? scaled_bias(bias, scales[r].bias_scale) : broadcast(0);
-      high[r] = kHasBias ? scaled_bias(bias + kLanes, scales[r].bias_scale) : broadcast(0);
-    }
     const int8_t* z = tile;
-    for (int q = 0; q < quads; ++q) {
-      const Ints code_low = load(code), code_high = load(code + sizeof(Ints));
+    Ints sum_low[kRows], sum_high[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows && !kIsOneChunk; ++r) sum_low[r] = sum_high[r] = broadcast(0);
+    int left = quads;
+    do {
+      const int in_chunk = kIsOneChunk || left < chunk ? left : chunk;
+      left -= in_chunk;
+      Sums low[kRows], high[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) low[r] = high[r] = start(z + 4 * r);
+      if (kNarrowSums) z += 4 * kRows;
+      for (int q = 0; q < in_chunk; ++q) {
+        const Ints code_low = load(code), code_high = load(code + sizeof(Ints));
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Ints value = broadcast(four_bytes(z + 4 * r));
+          low[r] = dot4(low[r], code_low, value);
+          high[r] = dot4(high[r], code_high, value);
+        }
+        code += 4 * kPanelWidth;
+        z += 4 * kRows;
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        int32_t four;
-        __builtin_memcpy(&four, z + 4 * r, sizeof(four));
-        const Ints value = broadcast(four);
-        low[r] = dot4(low[r], code_low, value);
-        high[r] = dot4(high[r], code_high, value);
+        sum_low[r] = kIsOneChunk ? widen(low[r]) : sum_low[r] + widen(low[r]);
+        sum_high[r] = kIsOneChunk ? widen(high[r]) : sum_high[r] + widen(high[r]);
       }
-      code += 4 * kPanelWidth;
-      z += 4 * kRows;
-    }
+    } while (!kIsOneChunk && left > 0);
     panels = code;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) best[r] = maximum(best[r], maximum(low[r], high[r]));
+    for (int r = 0; r < kRows; ++r) {
+      if (kHasBias) {
+        sum_low[r] += scaled_bias(bias, scales[r].bias_scale);
+        sum_high[r] += scaled_bias(bias + kLanes, scales[r].bias_scale);
+      }
+      best[r] = maximum(best[r], maximum(sum_low[r], sum_high[r]));
+    }
   }
   for (int r = 0; r < kRows; ++r) {
     block_max[r * stride] = static_cast<float>(horizontal_maximum(best[r]));
@@ -300,11 +385,18 @@ void score_tile_from(const int8_t* tile, int count, int quads, const RowScale* s
     if (count != kRows) {
       score_tile_from<kRows - 1>(tile, count, quads, scales, has_bias, panels, num_panels,
                                  block_max, stride);
-    } else if (has_bias) {
-      score_rows<kRows, true>(tile, quads, scales, panels, num_panels, block_max, stride);
-    } else {
-      score_rows<kRows, false>(tile, quads, scales, panels, num_panels, block_max, stride);
+      return;
     }
+    // Tiles of narrow sums begin with a line of their own.
+    const int chunk = kNarrowSums ? four_bytes(tile) : quads;
+    if (kNarrowSums) tile += 4 * kRows;
+    auto* score = has_bias ? score_rows<kRows, true, true> : score_rows<kRows, false, true>;
+    if constexpr (kNarrowSums) {
+      if (quads > chunk) {
+        score = has_bias ? score_rows<kRows, true, false> : score_rows<kRows, false, false>;
+      }
+    }
+    score(tile, quads, chunk, scales, panels, num_panels, block_max, stride);
   }
 }
 
@@ -323,6 +415,9 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
   const int quads = quads_of(dim);
   const int64_t bytes = static_cast<int64_t>(panel_bytes(dim));
   const int8_t* row = static_cast<const int8_t*>(tile) + 4 * r;
+  const int64_t line = 4 * static_cast<int64_t>(count);
+  const int chunk = kNarrowSums ? four_bytes(row) : quads;
+  if (kNarrowSums) row += line;
   int found = 0;
   // Several panels at once, for enough independent sums to keep the multipliers busy.
   constexpr int kPanels = 4;
@@ -341,15 +436,27 @@ int scan_block(const void* tile, int count, int r, int dim, const RowScale* scal
             has_bias ? scaled_bias(bias + v * kLanes, scales[r].bias_scale) : broadcast(0);
       }
     }
-    for (int q = 0; q < quads; ++q) {
-      int32_t four;
-      __builtin_memcpy(&four, row + static_cast<int64_t>(4) * q * count, sizeof(four));
-      const Ints value = broadcast(four);
+    const int8_t* z = row;
+    for (int left = quads; left > 0;) {
+      const int in_chunk = left < chunk ? left : chunk;
+      left -= in_chunk;
+      Sums sums[kPanels][kVectors];
+#pragma GCC unroll 4
+      for (int k = 0; k < kPanels; ++k) sums[k][0] = sums[k][1] = start(z);
+      if (kNarrowSums) z += line;
+      for (int q = 0; q < in_chunk; ++q, z += line) {
+        const Ints value = broadcast(four_bytes(z));
+#pragma GCC unroll 4
+        for (int k = 0; k < kPanels; ++k) {
+          sums[k][0] = dot4(sums[k][0], load(code[k]), value);
+          sums[k][1] = dot4(sums[k][1], load(code[k] + sizeof(Ints)), value);
+          code[k] += 4 * kPanelWidth;
+        }
+      }
 #pragma GCC unroll 4
       for (int k = 0; k < kPanels; ++k) {
-        scores[k][0] = dot4(scores[k][0], load(code[k]), value);
-        scores[k][1] = dot4(scores[k][1], load(code[k] + sizeof(Ints)), value);
-        code[k] += 4 * kPanelWidth;
+        scores[k][0] += widen(sums[k][0]);
+        scores[k][1] += widen(sums[k][1]);
       }
     }
 #pragma GCC unroll 4

@@ -18,6 +18,9 @@ constexpr int kMostBlockCodes = 256;
 // Alignment of packed codes and rows.
 constexpr size_t kAlignment = 64;
 
+// Of sums in 16 bits: how many lengths a chunk of channels may have, but for the shortest.
+constexpr int kChunkSizes = 3;
+
 // What coarse scores need to know of the codebook. Its codes c, and the rows z, are normalised and
 // each scaled by the square root of the weight and by `scale`; `packed` is what became of them.
 // Biases are those of such codes.
@@ -35,6 +38,7 @@ struct CodeBounds {
   double length = 0;  // largest |c|, whatever was taken from it
   const double* centre = nullptr;  // [dim] or null
   double centre_bias = 0;
+  double parts[kChunkSizes] = {};  // largest squared lengths, in steps, of parts (narrow_sums.h)
 };
 
 // `distance_error` in units of the packed numbers, which the margins count. It leaves more than

@@ -65,8 +65,13 @@ void raise(std::atomic<double>& to, double value) {
 // long as scoring the codebook.
 int64_t crowd(int64_t codes) { return 64 + codes / 256; }
 
+void prefetch(const float* values, int count) {
+  constexpr int kLine = 64 / sizeof(float);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(values + i);
+}
+
 // A row's index while it is not known: it has too many candidates, or is zero and all are.
-constexpr int64_t kCrowded = -1, kZeroRow = -2;
+constexpr int64_t kCrowded = -1, kZeroRow = -2, kUndecided = -3;
 
 // Codes whose lengths are within a factor of 8 are a class, and so many of one are compared without
 // a search.
@@ -170,7 +175,32 @@ struct Searcher<float>::Scratch {
   size_t tile_bytes = 0;
   std::vector<RowScale> scales;
   std::vector<float> block_max;
-  std::vector<int64_t> candidates;
+
+  // Of rows that are refined: the codes that may be the nearest, and the maxima that count.
+  std::vector<std::vector<int64_t>> candidates;
+  std::vector<float> thresholds;
+  // The rows that a block has to be scanned for, as lists.
+  struct Visit {
+    int64_t row, next;
+  };
+  std::vector<Visit> visits;
+  std::vector<int64_t> first_visit;
+  std::vector<int> near;
+
+  void start(int64_t num_rows, int blocks) {
+    const size_t rows = num_rows;
+    if (candidates.size() < rows) candidates.resize(rows);
+    for (size_t n = 0; n < rows; ++n) candidates[n].clear();
+    if (thresholds.size() < rows) thresholds.resize(rows);
+    near.resize(blocks);
+    visits.clear();
+    first_visit.assign(blocks, -1);
+  }
+
+  void visit(int block, int64_t row) {
+    visits.push_back({row, first_visit[block]});
+    first_visit[block] = static_cast<int64_t>(visits.size()) - 1;
+  }
 
   Tiles pack(const Searcher& searcher, const float* rows, int64_t num_rows) {
     const CoarseScoreKernels& coarse = *searcher.packed_->coarse;
@@ -288,7 +318,7 @@ std::shared_ptr<const PackedCodebook> Searcher<float>::pack(
         std::inner_product(packed.centre.begin(), packed.centre.end(), packed.centre.begin(), 0.0);
     packed.bounds.centre_bias = centre_bias(square, layout_);
   }
-  std::atomic<double> norm{0}, length{0}, error{0}, bias{0};
+  std::atomic<double> norm{0}, length{0}, error{0}, bias{0}, parts[kChunkSizes] = {};
   executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
     CodeBounds bounds = packed.bounds;
     for (int64_t p = begin; p < end; ++p) {
@@ -301,11 +331,13 @@ std::shared_ptr<const PackedCodebook> Searcher<float>::pack(
     raise(length, bounds.length);
     raise(error, bounds.error);
     raise(bias, bounds.bias);
+    for (int i = 0; i < kChunkSizes; ++i) raise(parts[i], bounds.parts[i]);
   });
   packed.bounds.norm = norm;
   packed.bounds.length = length;
   packed.bounds.error = error;
   packed.bounds.bias = bias;
+  std::copy_n(parts, kChunkSizes, packed.bounds.parts);
   packed.bounds.has_bias = bias > kLeastBias;
   return std::make_shared<const PackedCodebook>(std::move(packed));
 }
@@ -475,52 +507,78 @@ void Searcher<float>::score_blocks(const Tiles& tiles, int64_t first_block, int6
 }
 
 void Searcher<float>::refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices) {
+  // At last a row may have any number of candidates, so few rows are refined at once.
+  const int64_t group = level_ == Level::kLast ? tiles.tile_rows : tiles.num_rows;
+  for (int64_t first = 0; first < tiles.num_rows; first += group) {
+    refine_group(tiles, first, std::min(group, tiles.num_rows - first), block_max, indices);
+  }
+}
+
+void Searcher<float>::refine_group(const Tiles& tiles, int64_t first, int64_t count,
+                                   const float* block_max, int64_t* indices) {
   const int dim = layout_.dim;
   const int blocks = static_cast<int>(num_blocks());
   const int64_t block_panels = block_codes_ / packed_->coarse->panel_width;
-  std::vector<int64_t>& candidates = scratch().candidates;
-  std::vector<int> near(blocks);
+  const size_t most = level_ == Level::kLast ? layout_.codes : crowd(layout_.codes);
+  Scratch& mine = scratch();
+  mine.start(count, blocks);
   int64_t scanned = 0, compared = 0;
-  for (int64_t n = 0; n < tiles.num_rows; ++n) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t n = first + r;
     const float* row = tiles.rows + n * dim;
-    const int64_t t = n / tiles.tile_rows;
+    std::vector<int64_t>& candidates = mine.candidates[r];
     if ((layout_.metric == Metric::kDot || layout_.l2_norm) && is_zero(row, dim)) {
       indices[n] = kZeroRow;
       continue;
     }
-    float threshold;
     const int found = kernels().near_blocks(block_max + n * blocks, blocks, tiles.scales[n].margin,
-                                            near.data(), &threshold);
-    candidates.clear();
-    if (!std::isfinite(threshold)) {
-      if (!std::isfinite(squared_norm(row, 0, dim))) {
-        indices[n] = 0;
-        continue;
-      }
+                                            mine.near.data(), &mine.thresholds[r]);
+    indices[n] = kUndecided;
+    if (std::isfinite(mine.thresholds[r])) {
+      scanned += found;
+      for (int k = 0; k < found; ++k) mine.visit(mine.near[k], r);
+    } else if (!std::isfinite(squared_norm(row, 0, dim))) {
+      indices[n] = 0;
+    } else if (static_cast<size_t>(layout_.codes) > most) {
+      indices[n] = kCrowded;
+    } else {
       // The row is too long for scores in float32: every code is compared.
-      for (int64_t i = 0; i < layout_.codes; ++i) candidates.push_back(i);
+      candidates.resize(layout_.codes);
+      std::iota(candidates.begin(), candidates.end(), int64_t{0});
     }
-    const size_t most = level_ == Level::kLast ? layout_.codes : crowd(layout_.codes);
-    for (int k = 0; k < found && candidates.size() <= most; ++k) {
+  }
+  // A block is read once for all rows that it may hold the nearest code of.
+  for (int b = 0; b < blocks; ++b) {
+    const int64_t panel = b * block_panels;
+    for (int64_t v = mine.first_visit[b]; v >= 0; v = mine.visits[v].next) {
+      const int64_t n = first + mine.visits[v].row, t = n / tiles.tile_rows;
+      std::vector<int64_t>& candidates = mine.candidates[mine.visits[v].row];
+      if (candidates.size() > most) continue;
       int codes[kMostBlockCodes];
-      const int64_t panel = near[k] * block_panels;
-      const int count = packed_->coarse->scan_block(
+      const int near = packed_->coarse->scan_block(
           tiles.tile(t), tiles.count(t), static_cast<int>(n - tiles.first_row(t)), dim,
           tiles.scales + tiles.first_row(t), packed_->bounds.has_bias,
           packed_->panels.get() + panel * packed_->panel_bytes,
-          std::min(block_panels, packed_->num_panels - panel), threshold, codes);
-      for (int i = 0; i < count; ++i) {
-        const int64_t code = int64_t{near[k]} * block_codes_ + codes[i];
-        if (code < layout_.codes) candidates.push_back(code);
+          std::min(block_panels, packed_->num_panels - panel), mine.thresholds[mine.visits[v].row],
+          codes);
+      for (int i = 0; i < near; ++i) {
+        const int64_t code = int64_t{b} * block_codes_ + codes[i];
+        if (code >= layout_.codes) continue;
+        candidates.push_back(code);
+        prefetch(codebook_ + code * dim, dim);  // to be compared when all blocks are scanned
       }
     }
-    scanned += found;
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t n = first + r;
+    const std::vector<int64_t>& candidates = mine.candidates[r];
     compared += static_cast<int64_t>(candidates.size());
+    if (indices[n] != kUndecided) continue;
     indices[n] = candidates.size() > most ? kCrowded
                  : candidates.size() == 1 ? candidates[0]
-                                          : nearest_of(row, candidates);
+                                          : nearest_of(tiles.rows + n * dim, candidates);
   }
-  rows_seen_ += tiles.num_rows;
+  rows_seen_ += count;
   blocks_scanned_ += scanned;
   codes_compared_ += compared;
 }

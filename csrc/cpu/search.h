@@ -66,6 +66,8 @@ class Searcher<float> {
   void score_blocks(const Tiles& tiles, int64_t first_block, int64_t end_block,
                     float* block_max) const;
   void refine_rows(const Tiles& tiles, const float* block_max, int64_t* indices);
+  void refine_group(const Tiles& tiles, int64_t first, int64_t count, const float* block_max,
+                    int64_t* indices);
   int64_t nearest_of(const float* row, const std::vector<int64_t>& candidates) const;
   static Scratch& scratch();
 

@@ -320,6 +320,14 @@ int main() {
         for (size_t i = 0; i < half_rows.size(); ++i) half_rows[i] = i % dim == 0 ? 63.0f : 5.499f;
         for (int i = 0; i < 20; ++i) halves[i * dim] *= -1;
         test_scorer(scorer, layout, halves, half_rows, name + ", rounding to one side");
+        // The longest sums: every channel as large as the largest, and rows along codes.
+        std::vector<float> flat(40 * dim);
+        for (float& value : flat) value = generator() % 2 ? 1.0f : -1.0f;
+        std::fill_n(flat.begin(), dim, 1.0f);
+        std::fill_n(flat.begin() + dim, dim, -1.0f);
+        test_scorer(scorer, layout, flat, flat, name + ", equal magnitudes");
+        test_scorer(scorer, layout, flat, rows_of(30, dim, 0),
+                    name + ", codes of equal magnitudes");
       }
     }
   }
