@@ -90,6 +90,7 @@ def plain_python(code, *arguments):
     return result.stdout.split()
 
 
+@pytest.mark.once
 def test_torchvision_can_be_imported_and_says_whether_it_computes():
     """With operators that load nothing is declared; without, calling one stays an error."""
     code = (

@@ -199,9 +199,7 @@ class TokenizerTask(Task):
         if self.config.init is not None or not codebook.kmeans_batches:
             return
         if not self._codebooks:
-            say(
-                f"codebook.kmeans_batches={codebook.kmeans_batches} sets nothing: no codes to set"
-            )
+            say(f"codebook.kmeans_batches={codebook.kmeans_batches} sets nothing: no codes to set")
             return
         batches = self.crops.batches(0)
         count = codebook.kmeans_batches * self.config.optim.accumulate

@@ -189,6 +189,7 @@ def test_folders_and_shards_together(micro, shards, image_tokenizer, tmp_path, w
     ]
 
 
+@pytest.mark.once
 def test_two_processes_write_the_same_bytes(pattern, expected, image_tokenizer, tmp_path):
     words = arguments(pattern, image_tokenizer, tmp_path / "tokens")
     output = torchrun.finish(torchrun.launch(COMMAND, words, processes=2))
@@ -219,6 +220,7 @@ def test_half_precision_is_told_apart(pattern, expected, image_tokenizer, tmp_pa
 # -- broken off -----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("engine", ["one", "torchrun"])
 def test_killed_and_gone_on_with(shards, image_tokenizer, tmp_path, engine):
     """SIGKILL once shards are there: what is finished is not made again, the end is the same."""

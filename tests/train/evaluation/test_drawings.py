@@ -206,6 +206,7 @@ def test_the_command(run, pairs, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "drawings.json").read_text()) == found
 
 
+@pytest.mark.once
 def test_drawings_are_the_generator_s(run, pairs):
     """Prompts, seeds and answers, computed apart."""
     from tokenflow_ext.train.evaluation.answering import Answerer
@@ -230,6 +231,7 @@ def test_drawings_are_the_generator_s(run, pairs):
     assert report["judge"] == {}
 
 
+@pytest.mark.once
 def test_a_model_that_draws_alone(micro, image_tokenizer, pairs, tmp_path, capsys):
     run = tmp_path / "run"
     text_to_image.main(micro.text_overrides(run, image_tokenizer, pairs, "optim.steps=2"))
