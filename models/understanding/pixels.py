@@ -13,7 +13,7 @@ from tokenflow_ext.models.registration import register
 from tokenflow_ext.models.serialization.config import need
 from tokenflow_ext.models.serialization.files import shown
 
-from .squares import to_pixels
+from .squares import to_pixels, to_square
 
 
 class TokenFlowImageProcessor(BaseImageProcessor):
@@ -43,6 +43,10 @@ class TokenFlowImageProcessor(BaseImageProcessor):
         self.size = _square(224 if size is None else size)
         self.crop_size = dict(self.size)  # where transformers looks when it counts placeholders
         self.do_pad = do_pad
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """What a model reads of a picture, in 8 bits: RGB, S x S. Its pixels are the picture's."""
+        return to_square(_as_rgb(image), self.size["height"], self.do_pad)
 
     def preprocess(
         self,

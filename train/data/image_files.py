@@ -318,17 +318,23 @@ def _eight_bits(file: Image.Image) -> Image.Image:
 # -- the square of a tokenizer --------------------------------------------------------------------
 
 
+def cut_long(image: Image.Image) -> Image.Image:
+    """Of an image over 16 times as long as wide the middle 16 : 1; otherwise the image."""
+    longest = _LONGEST * min(image.size)
+    width, height = min(image.width, longest), min(image.height, longest)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def to_square(image: Image.Image, size: int) -> Image.Image:
     """The middle square of an RGB image at ``size`` pixels: see ``PREPROCESSING``.
 
     The released code's evaluation does the same. Every command that takes whole pictures does it,
     so that their figures compare; training crops otherwise, see data.py.
     """
-    longest = _LONGEST * min(image.size)
-    width, height = min(image.width, longest), min(image.height, longest)
-    if (width, height) != image.size:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+    image = cut_long(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -11,6 +11,7 @@ from PIL import Image
 from understanding_models import picture
 
 from tokenflow_ext.models import ConfigError
+from tokenflow_ext.models.understanding import squares
 from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor
 
 
@@ -38,6 +39,37 @@ def test_pixels_are_the_releases(width, height, side, pad, seed):
     assert found.shape == (1, 3, side, side)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found[0].numpy(), by_hand(image, side, pad), atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 900))
+def test_a_padded_picture_is_never_in_memory_whole(width, height, side, at_once):
+    """The pixels are the same however many rows are padded at a time."""
+    image = picture(3, width, height)
+    made = []
+    new = Image.new
+
+    def counted(mode, size, *more):
+        made.append(size[0] * size[1])
+        return new(mode, size, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squares, "_AT_ONCE", at_once)
+        patch.setattr(Image, "new", counted)
+        found = squares.to_pixels(image, side, True)
+    longer = max(width, height)
+    assert max(made, default=0) <= max(at_once, longer, side * longer)
+    np.testing.assert_allclose(found, by_hand(image, side, True), atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.booleans())
+def test_a_square_has_the_pictures_pixels(width, height, side, pad):
+    processor, image = TokenFlowImageProcessor(side, do_pad=pad), picture(1, width, height)
+    square = processor.square(image)
+    assert square.size == (side, side)
+    expected, found = (processor(x, return_tensors="pt")["pixel_values"] for x in (image, square))
+    assert found.equal(expected)
 
 
 def test_every_form_of_a_picture_is_the_same():
