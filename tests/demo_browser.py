@@ -5,6 +5,7 @@ python tests/demo_browser.py RUN docs/images/demo.png
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import shutil
@@ -12,11 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,14 +41,22 @@ def missing() -> str | None:
 
     for package in ("gradio", "playwright"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-    return None if executable() else "no Chromium: apt-get install chromium"
+            return f"the package {package}"
+    return None if executable() else "Chromium: apt-get install chromium"
 
 
 def executable() -> str | None:
     """Where the browser is."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next(filter(None, map(shutil.which, names)), None)
+
+
+def marks() -> list[Any]:
+    """Of the tests in the browser: once, and only where there is one."""
+    import pytest
+
+    lacks = missing()
+    return [pytest.mark.once, pytest.mark.skipif(lacks is not None, reason=f"needs {lacks}")]
 
 
 class Server:
@@ -114,15 +124,59 @@ def browser() -> Iterator[Any]:
             found.close()
 
 
-def open_page(found: Any, address: str, height: int = 1000) -> tuple[Any, list[str]]:
-    """The page with a first picture in it, and the addresses of all that it asks for."""
+def open_page(
+    found: Any, address: str, height: int = 1000, ready: str = ".tf-all-steps .tf-step img"
+) -> tuple[Any, list[str]]:
+    """The page with a first picture in it, and the addresses of all that it asks for.
+
+    Args:
+        ready: what is there as soon as the page can be used.
+    """
     page = found.new_context(viewport={"width": 1280, "height": height}).new_page()
     page.set_default_timeout(1000 * WAIT)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
-    page.wait_for_selector(".tf-all-steps .tf-step img")
+    page.wait_for_selector(ready)
     return page, asked
+
+
+def shown(page: Any, selector: str) -> np.ndarray:
+    """The pixels of the last picture in a piece of the page."""
+    source = page.locator(f"{selector} img").last.get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+
+
+def codes(page: Any) -> list[int]:
+    """The codes of all tokens that are shown, by their numbers."""
+    found = page.locator(".tf-all-steps .tf-token").evaluate_all(
+        "all => all.map(x => [Number(x.dataset.number), x.title])"
+    )
+    return [int(title.split()[1].rstrip(",")) for _, title in sorted(found)]
+
+
+def wait_for_other(page: Any, selector: str, action: Callable[[], Any]) -> None:
+    """Do something, and wait until a piece of the page has changed."""
+    selector += " .tf"  # without the sign that something is going on
+    script = "selector => document.querySelector(selector)?.innerHTML"
+    before = page.evaluate(script, selector)
+    action()
+    page.wait_for_function(
+        f"([selector, before]) => ({script})(selector) != before", arg=[selector, before]
+    )
+
+
+def upload(page: Any, file: Path) -> None:
+    """Drop a file in the first place for one that can be seen."""
+    page.locator("input[type=file]").first.set_input_files(file)
+
+
+def draw_picture(file: Path, side: int = 70) -> Path:
+    """A picture that is none of the examples."""
+    y, x = np.mgrid[0:side, 0:60]
+    pixels = np.stack([x * 4, y * 210 // side, 255 - x * 2], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
 
 
 def take_picture(run: str, file: Path, example: int = 1, code: int = 700) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -11,19 +12,17 @@ from PIL import Image
 
 from tokenflow_ext.models.understanding.chat import IMAGE
 from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.data.image_files import to_square
 from tokenflow_ext.train.data.text_files import check_text
 from tokenflow_ext.train.evaluation.answering import Answerer, Message
 
 from . import html
-from .parts import EVENT, KEPT, Examples, number, read_upload, told, upload
+from .parts import EVENT, KEPT, Examples, number, on_upload, read_upload, told, upload
 from .streaming import streamed
 
 LEAD = (
     "The model reads a picture's tokens as it reads words, and answers. Pick a picture and ask. "
     "Another picture begins a new conversation."
 )
-_SHOWN = 320
 
 
 class Ask:
@@ -36,6 +35,11 @@ class Ask:
         self, picture: Image.Image | None, said: list[Message], question: str, longest: int
     ) -> Iterator[list[Message]]:
         """The conversation with the question, again and again as the answer grows.
+
+        Args:
+            picture: what the model reads of one, see :meth:`Answerer.square`.
+            said: the conversation so far.
+            longest: ids of the answer, at most.
 
         Raises:
             DataError: no picture or question, or the conversation has become too long.
@@ -59,9 +63,14 @@ class Ask:
             yield [*asked, {"role": "assistant", "content": answer.strip()}]
 
 
+def _shown(talk: list[Message]) -> list[Message]:
+    """A conversation as Gradio shows it to the letter: it takes texts for HTML."""
+    return [message | {"content": escape(message["content"], quote=False)} for message in talk]
+
+
 def _view(picture: Image.Image) -> str:
-    pixels = np.asarray(to_square(picture, _SHOWN))
-    return html.framed(html.picture(pixels, "the picture that is asked about"))
+    about = "the picture that is asked about, as the model reads it"
+    return html.framed(f'<div class="tf-asked">{html.picture(np.asarray(picture), about)}</div>')
 
 
 def build(answerer: Answerer, examples: Examples) -> None:
@@ -72,7 +81,7 @@ def build(answerer: Answerer, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             shelf = examples.show()
-            view = gr.HTML()
+            view = gr.HTML(elem_classes="tf-asked-about")
             file = upload()
         with gr.Column(scale=4, min_width=420):
             chat = gr.Chatbot(label="conversation", render_markdown=False, buttons=[], height=420)
@@ -82,26 +91,27 @@ def build(answerer: Answerer, examples: Examples) -> None:
                 longest = gr.Slider(1, 512, 64, step=1, label="longest answer, in tokens")
 
     def begin(image: Image.Image) -> tuple[Any, ...]:
-        return image, [], _view(image), []
+        # Kept for a session: the whole of a large picture would be hundreds of megabytes.
+        square = answerer.square(image)
+        return square, [], _view(square), []
 
     @told
     def on_example(event: gr.EventData) -> tuple[Any, ...]:
         return begin(examples.open(number(event, len(examples.paths))))
 
     @told
-    def on_upload(content: bytes) -> tuple[Any, ...]:
-        return begin(read_upload(content))
-
-    @told
     def on_ask(
         image: Image.Image | None, before: list[Message] | None, text: str, count: float
     ) -> Iterator[tuple[Any, ...]]:
         for talk in tab.answer(image, before or [], text or "", int(count)):
-            yield talk, talk, ""
+            yield talk, _shown(talk), ""
 
-    begun = [picture, said, view, chat]
-    shelf.click(on_example, None, begun, **EVENT)
-    file.upload(on_upload, file, begun, **EVENT)
-    chat.clear(lambda: [], None, said, **EVENT)
-    for event in (button.click, question.submit):
+    asked = [
         event(on_ask, [picture, said, question, longest], [said, chat, question], **EVENT)
+        for event in (button.click, question.submit)
+    ]
+    # What begins a new conversation ends an answer that is still being written.
+    begun, anew = [picture, said, view, chat], EVENT | {"cancels": asked}
+    shelf.click(on_example, None, begun, **anew)
+    on_upload(file, lambda content: begin(read_upload(content)), begun, cancels=asked)
+    chat.clear(lambda: ([], []), None, [said, chat], **anew)

@@ -44,6 +44,7 @@ STYLE = """
 .tf-pair img {width: 200px; height: 200px}
 .tf-pair.tf-small figure, .tf-pair.tf-small img {width: 128px; height: auto}
 .tf-pair.tf-large figure, .tf-pair.tf-large img {width: 300px; height: auto}
+.tf-asked img {width: 260px; height: 260px}
 .tf img {image-rendering: pixelated; border-radius: 6px; display: block; margin: 0}
 .tf figcaption {font-size: .86rem; margin-top: .3rem}
 .tf-facts {display: flex; flex-direction: column; gap: .5rem; font-size: .86rem; flex: 1 1 180px;

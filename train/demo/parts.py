@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_ext.train.data import DataError, list_images, open_image, photographs
-from tokenflow_ext.train.data.image_files import to_square
-from tokenflow_ext.train.engine.messages import EXPECTED, one_line
+from tokenflow_ext.train.data.image_files import cut_long, to_square
+from tokenflow_ext.train.engine.messages import EXPECTED, one_line, out_of_memory
 from tokenflow_ext.train.evaluation.preprocess import evenly_spread
 
 from . import html
@@ -36,20 +36,16 @@ _EXAMPLES, _SIDE = 12, 96
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its expected errors shown to people as one line."""
-
-    def shown(error: BaseException) -> gr.Error:
-        text = escape(one_line(error))
-        return gr.Error(text, title="This did not work", print_exception=False)
-
+    """The function with its expected errors shown to people as one line; what the page shows stays
+    as it is. (An error of Gradio's would hide it.)"""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
         def steps(*arguments: Any) -> Iterator[Any]:
             try:
                 yield from function(*arguments)
-            except EXPECTED as error:
-                raise shown(error) from error
+            except Exception as error:
+                yield _tell(error)
 
         return steps
 
@@ -57,10 +53,23 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except EXPECTED as error:
-            raise shown(error) from error
+        except Exception as error:
+            return _tell(error)
 
     return call
+
+
+def _tell(error: Exception) -> dict[str, Any]:
+    """Show an error's line; gives what changes nothing on the page.
+
+    Raises:
+        Exception: the error itself, where it is a fault of the program.
+    """
+    line = one_line(error) if isinstance(error, EXPECTED) else out_of_memory(error)
+    if line is None:
+        raise error
+    gr.Warning(escape(line))
+    return gr.skip()
 
 
 def number(event: gr.EventData, count: int) -> int:
@@ -117,19 +126,28 @@ class Examples:
 
 
 def upload() -> gr.File:
-    """Where a picture of one's own is dropped: its bytes."""
-    return gr.File(
-        label="or drop a picture of your own",
-        file_types=["image"],
-        type="binary",
-        height=170,
-    )
+    """Where a picture of one's own is dropped: its bytes, whatever its name."""
+    return gr.File(label="or drop a picture of your own", type="binary", height=170)
+
+
+def on_upload(
+    file: gr.File, function: Callable[[bytes], Any], outputs: list[Any], cancels: Any = None
+) -> None:
+    """What becomes of a picture that is dropped. Then the next one can be, whether this one could
+    be read or not.
+
+    Args:
+        cancels: events that end with it.
+    """
+    event = file.upload(told(function), file, outputs, cancels=cancels, **EVENT)
+    event.then(lambda: None, None, file, api_visibility="private", queue=False)
 
 
 def read_upload(content: bytes) -> Image.Image:
-    """What was dropped, as RGB; the bytes decide what it is, not its name.
+    """What was dropped, as RGB; the bytes decide what it is, not its name. Of a picture over 16
+    times as long as wide the middle 16 : 1.
 
     Raises:
         BrokenImageError: no image that can be read.
     """
-    return open_image(Path("that you chose"), content)
+    return cut_long(open_image(Path("that you chose"), content))

@@ -11,7 +11,7 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data import DataError
 
 from . import html, pictures
-from .parts import EVENT, KEPT, Examples, held, number, read_upload, told, upload
+from .parts import EVENT, KEPT, Examples, held, number, on_upload, read_upload, told, upload
 from .patches import PatchIndex
 from .pictures import TokenPicture
 
@@ -128,10 +128,6 @@ def build(
         return tab.example(number(event, len(examples.paths)))
 
     @told
-    def on_upload(content: bytes) -> tuple[Any, ...]:
-        return tab.uploaded(content)
-
-    @told
     def on_token(shown: TokenPicture | None, event: gr.EventData) -> tuple[Any, ...]:
         return tab.choose(held(shown), number(event, count))
 
@@ -159,7 +155,7 @@ def build(
 
     page.load(told(lambda: tab.example(0)), None, outputs, **EVENT)
     shelf.click(on_example, None, outputs, **EVENT)
-    file.upload(on_upload, file, outputs, **EVENT)
+    on_upload(file, tab.uploaded, outputs)
     steps.click(on_token, picture, outputs, **EVENT)
     similar.click(on_code, [picture, chosen], outputs, **EVENT)
     put_in.click(on_number, [picture, chosen, code], outputs, **EVENT)

@@ -32,6 +32,17 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split("\n")).strip())
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say where an error is about memory that there is not; None of any other error."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"out of memory: {one_line(str(error) or 'a smaller batch needs less')}"
+    # torch has a class of its own for the memory of accelerators alone.
+    asked = re.search(r"can't allocate memory.*?(\d+) bytes", str(error))
+    if not isinstance(error, RuntimeError) or asked is None:
+        return None
+    return f"out of memory: asked for {int(asked[1]) / 2**30:.1f} GiB at once"
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
@@ -61,14 +72,11 @@ def ending_in_one_line() -> Iterator[None]:
         sys.exit(f"error: {one_line(error)}")
     except ModuleNotFoundError as error:
         sys.exit(not_installed(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: out of memory: {one_line(str(error) or 'a smaller batch needs less')}")
-    except RuntimeError as error:
-        # torch has a class of its own for the memory of accelerators alone.
-        asked = re.search(r"can't allocate memory.*?(\d+) bytes", str(error))
-        if asked is None:
+    except (MemoryError, RuntimeError) as error:
+        line = out_of_memory(error)
+        if line is None:
             raise
-        sys.exit(f"error: out of memory: asked for {int(asked[1]) / 2**30:.1f} GiB at once")
+        sys.exit(f"error: {line}")
     except BrokenPipeError:
         # As of `tokenflow ... | head`. At its end Python would flush the output once more.
         print("stopped: nobody reads the output any more", file=sys.stderr)

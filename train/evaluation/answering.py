@@ -61,6 +61,10 @@ class Answerer:
     def _reach(self) -> int | None:
         return getattr(self.model.config.text_config, "max_position_embeddings", None)
 
+    def square(self, picture: Image.Image) -> Image.Image:
+        """What the model reads of a picture: its answers about both are the same."""
+        return cast(Image.Image, self.processor.image_processor.square(picture))
+
     def inputs(
         self,
         chats: Sequence[Sequence[Message]],

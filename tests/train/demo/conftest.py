@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import demo_browser
 import pytest
 import torch
+import understanding_models
 
-from tokenflow_ext.models import VAR, TokenFlowTokenizer, VarConfig
+from tokenflow_ext.models import (
+    VAR,
+    TokenFlowTokenizer,
+    VarConfig,
+    build_processor,
+    build_understanding,
+)
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +31,31 @@ def classes_run(image_tokenizer, tmp_path_factory) -> Path:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.save_pretrained(tmp_path_factory.mktemp("demo") / "var")
+
+
+@pytest.fixture(scope="session")
+def answers_run(tmp_path_factory) -> Path:
+    """A saved understanding model of random weights. Its answers are words, and as long as they may
+    be."""
+    text = understanding_models.text_tokenizer()
+    language = understanding_models.language_model(text=text, max_position_embeddings=2048)
+    model = build_understanding(
+        language, understanding_models.image_tokenizer(), "last", text_tokenizer=text
+    )
+    words = (text.decode([number]) for number in range(len(text)))
+    model.generation_config.suppress_tokens = [
+        number
+        for number, word in enumerate(words)
+        if not (word.startswith(" ") and word[1:].isalpha() and word.isascii())
+    ]
+    folder = tmp_path_factory.mktemp("demo") / "answers"
+    model.save_pretrained(folder)
+    build_processor(model, text).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser."""
+    with demo_browser.browser() as found:
+        yield found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,18 +10,14 @@ from pathlib import Path
 import demo_browser
 import numpy as np
 import pytest
+from demo_browser import codes, draw_picture, shown, upload, wait_for_other
 from PIL import Image
 
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.demo import pictures
 from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(
-        demo_browser.missing() is not None, reason=f"needs a browser: {demo_browser.missing()}"
-    ),
-]
+pytestmark = demo_browser.marks()
 
 
 def files_below(folder: Path) -> list[str]:
@@ -81,48 +75,6 @@ def server(image_tokenizer, classes_run, images, places, connected):
     }
     with demo_browser.Server(words, places["work"], **environment) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with demo_browser.browser() as found:
-        yield found
-
-
-def shown(page, selector: str) -> np.ndarray:
-    """The pixels of the last picture in a piece of the page."""
-    source = page.locator(f"{selector} img").last.get_attribute("src")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
-
-
-def codes(page) -> list[int]:
-    """The codes of all tokens that are shown."""
-    titles = page.locator(".tf-all-steps .tf-token").evaluate_all("all => all.map(x => x.title)")
-    return [int(title.split()[1].rstrip(",")) for title in titles]
-
-
-def wait_for_other(page, selector: str, action) -> None:
-    """Do something, and wait until a piece of the page has changed."""
-    selector += " .tf"  # without the sign that something is going on
-    script = "selector => document.querySelector(selector).innerHTML"
-    before = page.evaluate(script, selector)
-    action()
-    page.wait_for_function(
-        "([selector, before]) => document.querySelector(selector).innerHTML != before",
-        arg=[selector, before],
-    )
-
-
-def upload(page, file: Path) -> None:
-    page.locator("input[type=file]").first.set_input_files(file)
-
-
-def draw_picture(file: Path) -> Path:
-    """A picture that is none of the examples."""
-    y, x = np.mgrid[0:70, 0:60]
-    pixels = np.stack([x * 4, y * 3, 255 - x * 2], axis=-1).astype(np.uint8)
-    Image.fromarray(pixels).save(file)
-    return file
 
 
 def test_a_picture_goes_in_and_tokens_and_reconstruction_come_out(

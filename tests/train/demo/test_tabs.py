@@ -210,12 +210,12 @@ def test_a_picture_of_too_many_pixels(tab, monkeypatch):
 def test_errors_are_told_in_one_escaped_line():
     import gradio as gr
 
-    def fail(kind):
-        raise kind("no <b>such</b>\nthing")
+    def fail(kind, *words):
+        raise kind(*words)
 
-    with pytest.raises(gr.Error) as told:
-        parts.told(fail)(DataError)
-    assert told.value.message == "no &lt;b&gt;such&lt;/b&gt; thing"
+    # Where there is no page, Gradio warns.
+    with pytest.warns(UserWarning, match="^no &lt;b&gt;such&lt;/b&gt; thing$"):
+        assert parts.told(fail)(DataError, "no <b>such</b>\nthing") == gr.skip()
     with pytest.raises(ZeroDivisionError):  # a fault of the program stays one
         parts.told(fail)(ZeroDivisionError)
 
@@ -225,8 +225,29 @@ def test_errors_are_told_in_one_escaped_line():
 
     steps = parts.told(items)()
     assert next(steps) == 1
-    with pytest.raises(gr.Error, match="late"):
-        next(steps)
+    with pytest.warns(UserWarning, match="late"):
+        assert list(steps) == [gr.skip()]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: CUDA"),
+        (RuntimeError("can't allocate memory: you tried 8589934592 bytes"), "asked for 8.0 GiB"),
+        (RuntimeError("a shape"), None),
+    ],
+)
+def test_too_little_memory_is_told_and_other_faults_are_not(error, said):
+    def fail():
+        raise error
+
+    if said is None:
+        with pytest.raises(RuntimeError, match="a shape"):
+            parts.told(fail)()
+    else:
+        with pytest.warns(UserWarning, match=said):
+            parts.told(fail)()
 
 
 # -- draw -----------------------------------------------------------------------------------------
