@@ -442,27 +442,40 @@ class Quantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, upto: int | None = None, size: Size | None = None) -> Tensor:
+    def decode(
+        self,
+        indices: Tensor,
+        upto: int | None = None,
+        size: Size | None = None,
+        *,
+        rounds: int | None = None,
+    ) -> Tensor:
         """`f^ [B, D, *size]` of token indices.
 
         Args:
             indices: [B, L(, G)(, depth)] of all scales.
             upto: how many scales to sum; all by default.
             size: (height, width) of the result; the last scale's grid by default.
+            rounds: how many rounds of the last of these scales to sum; all by default.
 
         Raises:
-            TypeError, ValueError, RuntimeError: a wrong dtype or shape, `upto` or an index out of
-                range.
+            TypeError, ValueError, RuntimeError: a wrong dtype or shape, `upto`, `rounds` or an
+                index out of range.
         """
         scales = len(self.scales)
-        if upto is not None and not 1 <= upto <= scales:
-            raise ValueError(f"upto must be 1 to {scales}, got {upto}")
+        for name, value, most in (("upto", upto, scales), ("rounds", rounds, self.depth)):
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {value}")
+        steps = (scales if upto is None else upto) * self.depth
+        if rounds is not None:
+            steps -= self.depth - rounds
         maps = []
         for part, tokens in zip(self._parts, self._tokens(indices), strict=True):
-            steps = upto
-            if upto is not None and isinstance(part, MultiScaleQuantizer):
-                steps = upto * self.depth  # its scales are all rounds
-            maps.append(part.decode(self._for(part, tokens), upto=steps, size=size))
+            own = self._for(part, tokens)
+            if isinstance(part, MultiScaleQuantizer):  # its scales are all rounds
+                maps.append(part.decode(own, steps, size))
+            else:
+                maps.append(part.decode(own, upto, size, rounds=rounds))
         return torch.cat(maps, dim=1)
 
     @torch.no_grad()

@@ -311,16 +311,24 @@ class ScalarQuantizer(nn.Module):
         return self._values(self._unpack(indices), like)
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, upto: int | None = None, size: Size | None = None) -> Tensor:
+    def decode(
+        self,
+        indices: Tensor,
+        upto: int | None = None,
+        size: Size | None = None,
+        *,
+        rounds: int | None = None,
+    ) -> Tensor:
         """`f^ [B, D, *size]` of the token indices [B, G, L] of all scales.
 
         Args:
             indices: int64.
             upto: how many scales to sum; all by default.
             size: (height, width) of the result; the last scale's grid by default.
+            rounds: how many rounds of the last of these scales to sum; all by default.
 
         Raises:
-            ValueError: a wrong shape, `upto` or an index out of range.
+            ValueError: a wrong shape, `upto`, `rounds` or an index out of range.
         """
         expected = (self.books, self.num_tokens)
         if indices.dim() != 3 or indices.shape[1:] != expected:
@@ -329,8 +337,10 @@ class ScalarQuantizer(nn.Module):
                 f"{tuple(indices.shape)}"
             )
         upto = len(self.scales) if upto is None else upto
-        if not 1 <= upto <= len(self.scales):
-            raise ValueError(f"upto must be 1 to {len(self.scales)}, got {upto}")
+        rounds = self.depth if rounds is None else rounds
+        for name, value, most in (("upto", upto, len(self.scales)), ("rounds", rounds, self.depth)):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {value}")
         if indices.device.type == "cpu" and not bool(
             ((indices >= 0) & (indices <= self.codebook_size - 1)).all()
         ):
@@ -339,7 +349,7 @@ class ScalarQuantizer(nn.Module):
                 f"indices must be in [0, {self.codebook_size}), got {int(low)} to {int(high)}"
             )
         maps = self.maps(self.codes(indices), self.scales[-1] if size is None else size)
-        return torch.stack(maps[: upto * self.depth]).sum(0)
+        return torch.stack(maps[: (upto - 1) * self.depth + rounds]).sum(0)
 
     def maps(self, rows: Tensor, size: Size) -> list[Tensor]:
         """What each scale's rounds add to f^, `[B, D, *size]` each, of rows [B, L, D]."""

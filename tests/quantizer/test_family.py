@@ -381,6 +381,34 @@ def test_any_quantizer(quantizer: Quantizer, double: bool, batch: int) -> None:
     ]
 
 
+@settings(max_examples=60, deadline=None)
+@given(quantizer=quantizers(), data=st.data())
+def test_the_first_scales_and_rounds_are_sums_of_their_codes(
+    quantizer: Quantizer, data: st.DataObject
+) -> None:
+    scales, depth = quantizer.scales, quantizer.depth
+    upto = data.draw(st.integers(1, len(scales)))
+    rounds = data.draw(st.integers(1, depth))
+    tokens = quantizer.encode(torch.randn(2, quantizer.dim, 4, 5))
+    codes = quantizer.indices_to_codes(tokens).double()
+    codes = codes.view(2, quantizer.num_tokens, depth, quantizer.dim)
+    expected = torch.zeros(2, quantizer.dim, 4, 5, dtype=torch.float64)
+    parts = codes.split([height * width for height, width in scales], dim=1)
+    for scale, part in enumerate(parts[:upto]):
+        summed = part[:, :, : rounds if scale == upto - 1 else depth].sum(2)
+        plane = summed.mT.unflatten(2, scales[scale])
+        if scales[scale] != (4, 5):
+            plane = F.interpolate(plane, (4, 5), mode="bicubic", align_corners=False)
+        expected += plane
+    found = quantizer.decode(tokens, upto, (4, 5), rounds=rounds)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    whole = quantizer.decode(tokens, upto, (4, 5), rounds=depth)
+    assert torch.equal(whole, quantizer.decode(tokens, upto, (4, 5)))
+    for wrong in (0, depth + 1):
+        with pytest.raises(ValueError, match=f"rounds must be 1 to {depth}, got {wrong}"):
+            quantizer.decode(tokens, upto, rounds=wrong)
+
+
 @pytest.mark.parametrize("index", ["shared", "own"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_bits(index: str, depth: int) -> None:

@@ -470,6 +470,8 @@ def test_bad_tokens_and_features() -> None:
         quantizer.decode(torch.tensor([[[0, 1, 2, 9]]]))
     with pytest.raises(ValueError, match="upto must be 1 to 1"):
         quantizer.decode(torch.zeros(1, 1, 4, dtype=torch.int64), upto=2)
+    with pytest.raises(ValueError, match="rounds must be 1 to 1, got 2"):
+        quantizer.decode(torch.zeros(1, 1, 4, dtype=torch.int64), rounds=2)
     with pytest.raises(ValueError, match=r"h must have shape \[B, 2, H, W\]"):
         quantizer(torch.zeros(1, 3, 2, 2))
     with pytest.raises(TypeError, match="floating-point"):
