@@ -156,9 +156,9 @@ def codes(page: Any) -> list[int]:
 
 
 def wait_for_other(page: Any, selector: str, action: Callable[[], Any]) -> None:
-    """Do something, and wait until a piece of the page has changed."""
+    """Do something, and wait until a piece of the page has changed, in any of its tabs."""
     selector += " .tf"  # without the sign that something is going on
-    script = "selector => document.querySelector(selector)?.innerHTML"
+    script = "all => [...document.querySelectorAll(all)].map((one) => one.innerHTML).join()"
     before = page.evaluate(script, selector)
     action()
     page.wait_for_function(

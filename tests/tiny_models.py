@@ -15,33 +15,85 @@ from tokenflow_ext.models import (
     TokenizerConfig,
     TowerConfig,
 )
+from tokenflow_ext.models.tokenizer.config import FamilyConfig
 
 SCALES = (1, 2, 3, 4)
 CODES = 48
 WORDS = 50
+#: Quantizers of the family, as `image_tokenizer` takes them.
+FAMILY = {
+    "groups": {"dims": (8, 8), "codes": 16, "family": {"group_dim": 4, "metric": "dot"}},
+    "lengths": {"codes": 16, "l2_norm": False, "family": {"metric": "dot"}},
+    "rounds": {
+        "scales": (4,),
+        "codes": 16,
+        "l2_norm": False,
+        "codebook_update": "ema",
+        "family": {"depth": 3, "errors": "running", "straight_through": "identity"},
+    },
+    "shared": {"codes": 24, "weights": (1.0, 2.0), "family": {"index": "shared", "depth": 2}},
+    "projected": {"codes": 16, "scales": (2, 4), "family": {"code": "projected"}},
+    "convolutions": {
+        "codes": 16,
+        "family": {"convolutions": True, "errors": "running", "straight_through": "identity"},
+    },
+    "signs": {"family": {"code": "signs"}},
+    "unit signs": {
+        "dims": (6, 6),
+        "scales": (4,),
+        "family": {"code": "signs", "spherical": True, "group_dim": 3, "depth": 2},
+    },
+    "levels": {
+        "dims": (3, 3),
+        "scales": (2, 4),
+        "family": {"code": "levels", "levels": (5, 4, 3), "depth": 2},
+    },
+}
 TEXT = 9
 DIMS = (6, 8)
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-def image_tokenizer(scales=SCALES, codes=CODES, seed=0):
+def image_tokenizer(scales=SCALES, codes=CODES, seed=0, dims=DIMS, pixel=True, **quantizer):
+    """A tokenizer of both branches, or of the semantic one alone.
+
+    Args:
+        dims: channels of the semantic and of the pixel codes.
+        pixel: whether there is a pixel branch.
+        quantizer: of ``QuantizerConfig``, beside codes and scales.
+    """
     torch.manual_seed(seed)
     tower = TowerConfig("clip", 4 * scales[-1], 4, width=16, depth=1, heads=2, mlp_width=32)
     semantic = SemanticConfig(
         tower,
-        code_dim=DIMS[0],
+        code_dim=dims[0],
         decoder_width=24,
         decoder_depth=1,
         decoder_heads=4,
         decoder_grid=scales[-1],
     )
-    pixel = PixelConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, z_channels=16, groups=4)
-    quantizer = QuantizerConfig(codebook_size=codes, scales=scales)
-    model = TokenFlowTokenizer(TokenizerConfig(4 * scales[-1], pixel, semantic, quantizer))
+    branch = PixelConfig(
+        enabled=pixel,
+        code_dim=dims[1],
+        channels=8,
+        multipliers=(1, 2, 2),
+        res_blocks=1,
+        z_channels=16,
+        groups=4,
+    )
+    shape = QuantizerConfig(codebook_size=codes, scales=scales, **quantizer)
+    model = TokenFlowTokenizer(TokenizerConfig(4 * scales[-1], branch, semantic, shape))
     with torch.no_grad():  # rows that are not of unit length, as trained ones
         for group in model.quantizer.codebooks:
             group.mul_(0.5 + torch.rand(codes, 1))
     return model
+
+
+def family_tokenizer(kind, **changes):
+    """A tokenizer of one of the kinds of ``FAMILY``."""
+    options = {**FAMILY[kind], **changes}
+    family = FamilyConfig(**options.pop("family"))
+    return image_tokenizer(kind="family", family=family, scale_drop=0.0, **options).eval()
 
 
 def backbone(family="llama", **changes):

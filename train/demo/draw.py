@@ -15,10 +15,11 @@ from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.data.text_files import check_text
 from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator, ImageGenerator
 
-from . import html
-from .codes import Codes
+from . import grids, html
+from .indices import codes_of
+from .layout import Layout
 from .parts import EVENT, told
-from .pictures import decode_scales, sides
+from .pictures import decode_steps
 from .streaming import streamed
 
 LEAD = (
@@ -35,8 +36,7 @@ class Draw:
 
     def __init__(self, generator: ImageGenerator | ClassImageGenerator) -> None:
         self.generator, self.tokenizer = generator, generator.model.tokenizer
-        self.codes = Codes(self.tokenizer.quantizer)
-        self.scales = sides(self.tokenizer)
+        self.codes, self.layout = codes_of(self.tokenizer), Layout.of(self.tokenizer)
 
     def pictures(self, prompt: str, seed: float | None, **settings: Any) -> Iterator[str]:
         """The page's piece after each scale; the last has the picture of ``tokenflow generate`` or
@@ -67,18 +67,18 @@ class Draw:
         steps: list[Tensor] = []
         for tokens, image in streamed(work):
             if image is None:
-                steps.append(decode_scales(self.tokenizer, tokens, last=True)[0])
+                steps.append(decode_steps(self.tokenizer, tokens, last=True)[0])
             else:
                 steps[-1] = image
             yield self._shown(tokens, steps, prompt)
 
     def _shown(self, tokens: Tensor, steps: list[Tensor], prompt: str) -> str:
-        count, every = len(steps), len(self.scales)
+        count, every = len(steps), len(self.layout.scales)
         made = html.of_tensor(steps[-1], f"{prompt}: after {count} of {every} scales")
         noun = "token" if len(tokens) == 1 else "tokens"
         caption = f"{len(tokens)} {noun}, {count} of {every} scales"
         large = f"<figure>{made}<figcaption>{caption}</figcaption></figure>"
-        cards = html.steps(self.codes, self.scales, tokens, torch.stack(steps))
+        cards = grids.steps(self.codes, self.layout, tokens, torch.stack(steps))
         return html.framed(f'<div class="tf-pair tf-large">{large}</div>') + cards
 
 

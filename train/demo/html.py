@@ -1,9 +1,9 @@
-"""The page's own pieces of HTML. What comes from people or files is escaped here."""
+"""What the page's own pieces of HTML are made of: style, pictures, frames. What comes from people
+or files is escaped here."""
 
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from html import escape
 
@@ -11,17 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from tokenflow_ext.train.data.outputs import png
-
-from .codes import Codes
-from .patches import PatchIndex
-from .pictures import Place, TokenPicture
-
-LEFT_OVER = (
-    " From the second scale on a token stands for what earlier tokens have left out, so that "
-    "patches of one code can look unlike each other."
-)
-#: Codes on the map, at most: those used most.
-MOST_ON_MAP = 4096
 
 CLICKS = """
 element.addEventListener("click", (event) => {
@@ -62,7 +51,12 @@ STYLE = """
 .tf-token:hover {outline: 2px solid var(--body-text-color); z-index: 1}
 .tf-token.tf-chosen {outline: 3px solid var(--body-text-color); outline-offset: 1px; z-index: 2}
 .tf-token.tf-swapped {box-shadow: inset 0 0 0 2px white, inset 0 0 0 3px black}
-.tf-step img {width: 100%}
+.tf-step img {width: 100%; max-width: 320px}
+.tf-steps.tf-many {grid-template-columns: repeat(auto-fit, minmax(330px, 1fr))}
+.tf-many .tf-step {max-width: 660px}
+.tf-groups {display: grid; gap: .5rem; margin-bottom: .5rem;
+  grid-template-columns: repeat(auto-fill, minmax(140px, 1fr))}
+.tf-groups small {opacity: .7}
 .tf-step p {margin: .35rem 0 0; font-size: .86rem}
 .tf-bar {height: 4px; border-radius: 2px; background: var(--border-color-primary);
   margin-top: .2rem}
@@ -86,6 +80,18 @@ STYLE = """
 .tf-codes img {width: 46px; height: 46px}
 .tf-codes i {display: block; height: 8px; border-radius: 4px; margin: 3px 0 1px}
 .tf h5 {margin: .4rem 0 .25rem; font-size: .95rem; font-weight: 600}
+.tf-table {border-collapse: collapse; font-size: .86rem; margin: .3rem 0}
+.tf-table td, .tf-table th {padding: .15rem .7rem; text-align: right; font-weight: 400;
+  border: 0; border-bottom: 1px solid var(--border-color-primary)}
+.tf-table th:first-child {text-align: left}
+.tf-digits {display: flex; flex-wrap: wrap; gap: 3px; margin: .2rem 0 .5rem; font-size: .8rem}
+.tf-digits span {min-width: 1.6em; padding: 1px 4px; text-align: center; border-radius: 4px;
+  border: 1px solid var(--border-color-primary)}
+.tf-channels {display: grid; grid-template-columns: auto 1fr; gap: 3px .7rem; font-size: .8rem;
+  align-items: center; max-width: 40rem}
+.tf-channels div {display: flex; height: 1.4em; border-radius: 4px; overflow: hidden}
+.tf-channels i {display: block; overflow: hidden; text-align: center; font-style: normal;
+  color: black; white-space: nowrap}
 .tf-map {width: 100%; max-width: 600px; aspect-ratio: 1; border-radius: 10px; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-primary)}
 .tf-map circle:hover {stroke: var(--body-text-color); stroke-width: .35}
@@ -118,132 +124,6 @@ def lead(text: str) -> str:
     return framed(f'<p class="tf-lead">{text}</p>')
 
 
-def side(scale: tuple[int, int]) -> str:
-    """A scale's name: its rows and columns."""
-    return f"{scale[0]} × {scale[1]}"
-
-
-def _decibels(value: float) -> str:
-    return "no difference" if math.isinf(value) else f"{value:.1f} dB"
-
-
-def token_grid(
-    codes: Codes,
-    scale: tuple[int, int],
-    tokens: Sequence[int],
-    first: int,
-    chosen: int | None = None,
-    swapped: Sequence[int] = (),
-) -> str:
-    """A scale's tokens as coloured squares, which can be clicked.
-
-    Args:
-        tokens: of the scale, row by row.
-        first: the number of its first token in the picture.
-        chosen: the number of the token that is looked at.
-        swapped: the numbers of tokens that are not the picture's own.
-    """
-    cells = []
-    for at, code in enumerate(tokens):
-        number = first + at
-        marks = "tf-token" + " tf-chosen" * (number == chosen) + " tf-swapped" * (number in swapped)
-        where = f"row {at // scale[1] + 1}, column {at % scale[1] + 1}"
-        said = f"code {code}, {where}" + ", swapped" * (number in swapped)
-        cells.append(
-            f'<button class="{marks}" data-number="{number}" title="{said}" aria-label="{said}" '
-            f'style="background:{codes.hex(code)}"></button>'
-        )
-    columns = f"grid-template-columns: repeat({scale[1]}, 1fr)"
-    return f'<div class="tf-grid" style="{columns}">{"".join(cells)}</div>'
-
-
-def steps(
-    codes: Codes,
-    scales: Sequence[tuple[int, int]],
-    tokens: Tensor,
-    images: Tensor,
-    psnr: Sequence[float] | None = None,
-    chosen: int | None = None,
-    swapped: Sequence[int] = (),
-) -> str:
-    """A card for each scale: its tokens, and the picture decoded from all tokens so far.
-
-    Args:
-        scales: the sides of all of the tokenizer's scales.
-        tokens: [l] of the first scales.
-        images: [S, 3, H, W] uint8, after each of them.
-        psnr: of the images, where there is an original.
-    """
-    cards, first, marked = [], 0, frozenset(swapped)
-    for number, image in enumerate(images):
-        scale = scales[number]
-        count = scale[0] * scale[1]
-        own = tokens[first : first + count].tolist()
-        grid = token_grid(codes, scale, own, first, chosen, marked)  # type: ignore[arg-type]
-        noun = "token" if count == 1 else "tokens"
-        title = f"<h4>{side(scale)} <small>{count} {noun}</small></h4>"
-        shown = of_tensor(image, f"the picture from the first {first + count} tokens")
-        measured = ""
-        if psnr is not None:
-            share = min(1.0, max(0.0, psnr[number] / 40))
-            measured = (
-                f"<p>{_decibels(psnr[number])}</p>"
-                f'<div class="tf-bar"><i style="width:{share:.0%}"></i></div>'
-            )
-        cards.append(f'<div class="tf-step">{title}{grid}{shown}{measured}</div>')
-        first += count
-    return framed(
-        "<h5>The tokens, coarse to fine, and what is drawn from all tokens so far</h5>",
-        f'<div class="tf-steps">{"".join(cards)}</div>',
-    )
-
-
-def comparison(picture_: TokenPicture, codebook: int) -> str:
-    """Original and reconstruction side by side, with what they cost."""
-    height, width = picture_.original.shape[-2:]
-    count, bits = len(picture_.tokens), math.log2(codebook)
-    size, plain = math.ceil(count * bits / 8), 3 * height * width
-    swapped = picture_.swapped
-
-    def figure(image: Tensor, caption: str) -> str:
-        return f"<figure>{of_tensor(image, caption)}<figcaption>{caption}</figcaption></figure>"
-
-    shown = [
-        figure(picture_.original, f"the picture, {width} × {height} pixels"),
-        figure(picture_.before, f"drawn again from its {count} tokens"),
-    ]
-    if swapped:
-        noun = "token" if len(swapped) == 1 else "tokens"
-        shown.append(figure(picture_.steps[-1], f"with {len(swapped)} {noun} swapped"))
-    facts = (
-        f'<div class="tf-facts"><div><b>{count} tokens</b>each one of {codebook:,} codes</div>'
-        f"<div><b>{size:,} bytes</b>the pixels themselves are {plain:,}, "
-        f"{plain / size:.0f} times as many</div>"
-        f"<div><b>{_decibels(picture_.psnr[-1])}</b>how near the last picture is to the first "
-        "(PSNR: more is nearer, and the eye hardly sees a difference from about 40 on)</div></div>"
-    )
-    return framed(f'<div class="tf-pair">{"".join(shown)}{facts}</div>')
-
-
-def effect(picture_: TokenPicture) -> str:
-    """What swapped tokens change, beside the field that swaps them; nothing where none is."""
-    if not picture_.swapped:
-        return framed('<p class="tf-note">Put another code in, and see here what it changes.</p>')
-    before, after = picture_.before, picture_.steps[-1]
-    change = (after.int() - before.int()).abs().amax(dim=0)
-    scaled = (change * 255 // change.max().clamp_min(1)).to(before.dtype).expand_as(before)
-    shown = (
-        (before, "before"),
-        (after, "after"),
-        (scaled, f"where it changed, most by {int(change.max())} of 255"),
-    )
-    figures = "".join(
-        f"<figure>{of_tensor(image, caption)}<figcaption>{caption}</figcaption></figure>"
-        for image, caption in shown
-    )
-    return framed(f'<div class="tf-pair tf-small">{figures}</div>')
-
-
 def examples(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
     """Small pictures to pick one of: (name, pixels) each."""
     buttons = (
@@ -252,108 +132,3 @@ def examples(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
         for number, (name, pixels) in enumerate(pictures)
     )
     return framed(f'<h5>Pick a picture</h5><div class="tf-examples">{"".join(buttons)}</div>')
-
-
-def _patches(index: PatchIndex, code: int, scale: int, count: int) -> str:
-    shown = []
-    for patch in index.nearest(code, scale, count):
-        where = f"row {patch.place.row + 1}, column {patch.place.column + 1}"
-        own = "this code" if patch.code == code else f"code {patch.code}"
-        about = f"{index.images.paths[patch.picture].name}, {where}: {own}"
-        shown.append(picture(index.pixels(patch), about))
-    return f'<div class="tf-patches">{"".join(shown)}</div>'
-
-
-def code_card(index: PatchIndex, code: int, scale: int, where: str, shown: int = 16) -> str:
-    """A code: how often it is used, and the patches of known pictures that are nearest to it.
-
-    Args:
-        scale: of the patches.
-        where: the title's second half.
-    """
-    hits, total = int(index.hits[code]), int(index.hits.sum())
-    own = (
-        f"{hits:,} of {total:,} tokens of {len(index.images)} known pictures are this code"
-        if hits
-        else f"no token of {len(index.images)} known pictures is this code"
-    )
-    return framed(
-        f'<div class="tf-code"><div class="tf-swatch" style="background:{index.codes.hex(code)}">'
-        f'</div><div><h3>Code {code}{where}</h3><div class="tf-note">{own}</div></div></div>',
-        f"<h5>What it stands for: the nearest patches at {side(index.sides[scale])}</h5>",
-        _patches(index, code, scale, shown),
-        f'<p class="tf-note">Nearest of {index.searched(scale):,} patches of {len(index.images)} '
-        f"pictures, the nearest first.{LEFT_OVER if scale else ''}</p>",
-    )
-
-
-def token_place(place: Place) -> str:
-    """Where a token stands, after its code."""
-    where = side((place.height, place.width))
-    return f" at {where}, row {place.row + 1}, column {place.column + 1}"
-
-
-def neighbours(index: PatchIndex, code: int, scale: int, count: int = 8) -> str:
-    """The codes nearest to one as buttons, each with the patch nearest to it."""
-    buttons = []
-    for other in index.codes.nearest(code, count):
-        [patch] = index.nearest(other, scale, 1)
-        image = picture(index.pixels(patch), f"code {other}")
-        buttons.append(
-            f'<button data-number="{other}">{image}'
-            f'<i style="background:{index.codes.hex(other)}"></i>{other}</button>'
-        )
-    return framed(
-        "<h5>Similar codes: click one to put it in this place</h5>",
-        f'<div class="tf-codes">{"".join(buttons)}</div>',
-    )
-
-
-def code_map(index: PatchIndex, chosen: int | None = None) -> str:
-    """The codes as dots on a plane, larger where they are used more; each can be clicked."""
-    codes, usage = index.codes, index.hits
-    order = usage.argsort(descending=True, stable=True)[:MOST_ON_MAP].tolist()
-    largest = max(1, int(usage.max()))
-    if chosen in order:  # above all others
-        order.append(order.pop(order.index(chosen)))
-    dots = []
-    for code in order:
-        x, y = (4 + 92 * codes.places[code]).tolist()
-        hits = int(usage[code])
-        radius = 0.45 + 1.1 * (hits / largest) ** 0.5
-        mark = ' class="tf-chosen"' if code == chosen else ""
-        dots.append(
-            f'<circle{mark} data-number="{code}" cx="{x:.2f}" cy="{100 - y:.2f}" r="{radius:.2f}" '
-            f'fill="{codes.hex(code)}"><title>code {code}: {hits:,} tokens</title></circle>'
-        )
-    left = ""
-    if len(codes) > len(order):
-        left = f" The {len(codes) - len(order):,} codes used least are left out."
-    note = (
-        f"{len(order):,} codes, flattened to the two directions in which they differ most "
-        f"(principal components). Larger dots are used more.{left}"
-    )
-    return framed(
-        f'<svg class="tf-map" viewBox="0 0 100 100" role="img" aria-label="map of the codes">'
-        f"{''.join(dots)}</svg>",
-        f'<p class="tf-note">{note}</p>',
-    )
-
-
-def usage_plot(index: PatchIndex) -> str:
-    """How often codes are used, the most used first, on a logarithmic axis, as a filled line."""
-    hits = np.sort(index.hits.numpy())[::-1]
-    used, total = int((hits > 0).sum()), int(hits.sum())
-    heights = np.log1p(hits) / np.log1p(hits[0])
-    places = np.unique(np.linspace(0, len(hits) - 1, min(len(hits), 600)).round().astype(int))
-    path = " ".join(f"{100 * at / len(hits):.2f},{30 - 29 * heights[at]:.2f}" for at in places)
-    median = int(np.median(hits))
-    return framed(
-        f"<h5>{used:,} of {len(hits):,} codes are used ({used / len(hits):.1%})</h5>",
-        f'<svg class="tf-usage" viewBox="0 0 100 30" preserveAspectRatio="none" role="img" '
-        f'aria-label="use of each code"><polygon fill="var(--color-accent)" fill-opacity=".75" '
-        f'points="0,30 {path} 100,30"/></svg>',
-        f'<p class="tf-note">How often each code is one of {total:,} tokens of '
-        f"{len(index.images)} pictures, the most used on the left ({int(hits[0]):,} times, the "
-        f"middle one {median:,} times), on a logarithmic scale.</p>",
-    )

@@ -16,8 +16,6 @@ from tokenflow_ext.train.evaluation.analyse import names_of
 from tokenflow_ext.train.evaluation.answering import Answerer
 from tokenflow_ext.train.tasks.image_generator import ClassImageGenerator, ImageGenerator
 
-from .pictures import check_tokenizer
-
 
 @dataclass
 class Models:
@@ -51,7 +49,6 @@ def load(
 
     Raises:
         CheckpointError: nothing there, not whole, or of a kind that no tab is for.
-        ConfigError: a tokenizer that cannot be shown; see :func:`.pictures.check_tokenizer`.
     """
     for source in sources:  # before the first, which may be large, is read
         checkpoint.check_there(source)
@@ -60,7 +57,6 @@ def load(
         kind = _kind(source)
         if kind == "tokenizer":
             tokenizer, _ = checkpoint.load_tokenizer(source, resolution)
-            check_tokenizer(tokenizer, source)
             found.tokenizers[name] = tokenizer.to(device)
         if kind in ("text", "both"):
             found.drawing[name] = ImageGenerator.load(source, str(device), dtype)

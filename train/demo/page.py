@@ -14,10 +14,10 @@ from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.evaluation.preprocess import CenterCropDataset, crops_of
 
 from . import ask, codebook, draw, html, reconstruct
-from .codes import Codes
 from .models import Models
 from .parts import KEPT, Examples
-from .patches import PatchIndex
+from .patches import indices_of
+from .pictures import decodes
 
 Item = TypeVar("Item")
 
@@ -35,6 +35,10 @@ _HEAD = """
 <div class="tf"><h2 style="margin:.2rem 0 0">tokenflow</h2>
 <p class="tf-note" style="margin:0">Pictures as tokens, and back. Showing {names}.</p></div>
 """
+_BLIND = (
+    '<p class="tf-note"><b>{name}</b> decodes no pictures (its pixel.enabled is false): it has the '
+    "tab <i>codebook</i> alone.</p>"
+)
 
 
 def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
@@ -54,16 +58,19 @@ def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
     for name, tokenizer in models.tokenizers.items():
         size = tokenizer.config.image_size
         images = datasets.setdefault(size, crops_of(folder, limit, size))
-        indices[name] = PatchIndex(tokenizer, Codes(tokenizer.quantizer), images, name)
+        indices[name] = indices_of(tokenizer, images, name)
+    drawn = {name: one for name, one in models.tokenizers.items() if decodes(one)}
     names = dict.fromkeys((*models.tokenizers, *models.drawing, *models.answering))
     with gr.Blocks(
         title="tokenflow", analytics_enabled=False, delete_cache=(_LOOKED, KEPT)
     ) as page:
         gr.HTML(_HEAD.format(names=", ".join(f"<b>{escape(name)}</b>" for name in names)))
+        for name in models.tokenizers.keys() - drawn.keys():
+            gr.HTML(html.framed(_BLIND.format(name=escape(name))))
         with gr.Tabs():
             _tab(
                 "Reconstruct",
-                models.tokenizers,
+                drawn,
                 lambda name, one: reconstruct.build(page, one, indices[name], examples),
             )
             _tab("Draw", models.drawing, lambda _, one: draw.build(one))

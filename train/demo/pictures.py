@@ -1,4 +1,4 @@
-"""A picture as its tokens: encoded, decoded after each scale, and with tokens swapped."""
+"""A picture as its tokens: encoded, decoded after each step, and with tokens swapped."""
 
 from __future__ import annotations
 
@@ -8,82 +8,49 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
+from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr, to_uint8
+from tokenflow_ext.models.tokenizer.family_quantizer import FamilyQuantizer
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.data.image_files import to_square, to_tensor
 
-
-def check_tokenizer(tokenizer: TokenFlowTokenizer, name: str) -> None:
-    """That a tokenizer can be shown.
-
-    Raises:
-        ConfigError: it decodes no pictures, or a token is more than one number.
-    """
-    tokenizer.config.need_one_index(f"the demo (asked to show {name})")
-    if not tokenizer.config.pixel.enabled:
-        raise ConfigError(
-            f"the tokenizer {name} has no tab in the demo: it decodes no pictures (its "
-            "pixel.enabled is false)"
-        )
+from .layout import Layout
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a token stands: its scale and row and column there, from 0, and the scale's sides."""
-
-    scale: int
-    row: int
-    column: int
-    height: int
-    width: int
-
-    def box(self, size: int) -> tuple[int, int, int, int]:
-        """The part of a picture of ``size`` pixels that it covers: left, top, right, bottom."""
-        return (
-            self.column * size // self.width,
-            self.row * size // self.height,
-            -(-(self.column + 1) * size // self.width),
-            -(-(self.row + 1) * size // self.height),
-        )
-
-
-def sides(tokenizer: TokenFlowTokenizer) -> list[tuple[int, int]]:
-    """(height, width) of each scale."""
-    return list(tokenizer.quantizer.scales)
-
-
-def place_of(scales: list[tuple[int, int]], number: int) -> Place:
-    """Where token ``number`` of a picture stands.
-
-    Raises:
-        DataError: there are not so many.
-    """
-    left = number
-    for scale, (height, width) in enumerate(scales):
-        if 0 <= left < height * width:
-            return Place(scale, left // width, left % width, height, width)
-        left -= height * width
-    raise DataError(f"a picture has {sum(h * w for h, w in scales)} tokens, there is no {number}")
+def decodes(tokenizer: TokenFlowTokenizer) -> bool:
+    """Whether a tokenizer decodes pictures."""
+    return tokenizer.config.pixel.enabled
 
 
 @torch.no_grad()
-def decode_scales(tokenizer: TokenFlowTokenizer, tokens: Tensor, last: bool = False) -> Tensor:
-    """Pictures [S, 3, H, W] uint8 of tokens [l], after each of the S scales that they are of. All
-    of them are decoded in one batch.
+def features_after(
+    tokenizer: TokenFlowTokenizer, layout: Layout, indices: Tensor, step: int, grid: tuple[int, int]
+) -> Tensor:
+    """Quantized features [B, D, *grid] of a tokenizer's indices [B, ...] after a step."""
+    scale, part = divmod(step, layout.depth)
+    if isinstance(tokenizer.quantizer, FamilyQuantizer):
+        return tokenizer.quantizer.decode(indices, scale + 1, grid, rounds=part + 1)
+    return tokenizer.quantizer.decode(indices, scale + 1, grid)
+
+
+@torch.no_grad()
+def decode_steps(tokenizer: TokenFlowTokenizer, tokens: Tensor, last: bool = False) -> Tensor:
+    """Pictures [S, 3, H, W] uint8 of tokens [N], after each of the S steps that they are of. All of
+    them are decoded in one batch.
 
     Args:
-        last: only after the last of the scales, [1, 3, H, W].
+        tokens: of all scales, or with one index of the first.
+        last: only after the last of the steps, [1, 3, H, W].
 
     Raises:
         DataError: one is not finite.
     """
-    quantizer, grid = tokenizer.quantizer, (tokenizer.config.grid, tokenizer.config.grid)
-    row = tokens[None].to(next(tokenizer.parameters()).device)
-    held = len(quantizer.split(row))
-    shown = range(held if last else 1, held + 1)
-    f_hat = torch.cat([quantizer.decode(row, upto, grid) for upto in shown])
-    images = tokenizer.decode_pixels(f_hat)
+    layout, grid = Layout.of(tokenizer), (tokenizer.config.grid, tokenizer.config.grid)
+    held = layout.whole_steps(len(tokens))
+    indices = tokens.to(next(tokenizer.parameters()).device).view(1, -1, *layout.shape[1:])
+    shown = range(held - 1 if last else 0, held)
+    f_hat = [features_after(tokenizer, layout, indices, step, grid) for step in shown]
+    images = tokenizer.decode_pixels(torch.cat(f_hat))
     if not images.isfinite().all():  # 8 bits would hide it
         raise DataError("the decoded picture is not finite")
     return to_uint8(images).cpu()
@@ -95,9 +62,9 @@ class TokenPicture:
 
     Attributes:
         original: uint8 [3, H, W].
-        encoded: tokens [L] int64.
+        encoded: tokens [N] int64, see :class:`.layout.Layout`.
         tokens: the same with some swapped.
-        steps: decoded after each scale, uint8 [S, 3, H, W].
+        steps: decoded after each step, uint8 [S, 3, H, W].
         before: the last of the steps, of the tokens as they were encoded.
     """
 
@@ -109,7 +76,7 @@ class TokenPicture:
 
     @property
     def psnr(self) -> list[float]:
-        """In dB, after each scale; infinite where nothing differs."""
+        """In dB, after each step; infinite where nothing differs."""
         original = self.original.expand_as(self.steps)
         return psnr(self.steps, original, reduction="none").tolist()
 
@@ -124,8 +91,8 @@ def encode(tokenizer: TokenFlowTokenizer, image: Image.Image) -> TokenPicture:
     """The middle square of an RGB image through the tokenizer, as ``tokenflow reconstruct``."""
     pixels = to_tensor(to_square(image, tokenizer.config.image_size))
     device = next(tokenizer.parameters()).device
-    tokens = tokenizer.encode(pixels[None].to(device))[0].cpu()
-    steps = decode_scales(tokenizer, tokens)
+    tokens = tokenizer.encode(pixels[None].to(device))[0].flatten().cpu()
+    steps = decode_steps(tokenizer, tokens)
     return TokenPicture(to_uint8(pixels), tokens, tokens, steps, steps[-1])
 
 
@@ -137,13 +104,12 @@ def swap(
     Raises:
         DataError: no such token or code.
     """
-    place_of(sides(tokenizer), number)
-    codes = tokenizer.quantizer.codebook_size
+    codes = tokenizer.quantizer.codes_per_group[Layout.of(tokenizer).place(number).group]
     if not 0 <= code < codes:
         raise DataError(f"a code is a number from 0 to {codes - 1}, got {code}")
     tokens = picture.tokens.clone()
     tokens[number] = code
-    return replace(picture, tokens=tokens, steps=decode_scales(tokenizer, tokens))
+    return replace(picture, tokens=tokens, steps=decode_steps(tokenizer, tokens))
 
 
 def put_back(
@@ -152,5 +118,5 @@ def put_back(
     """The picture with one of its tokens, or all, as they were encoded."""
     if number is not None:
         return swap(tokenizer, picture, number, int(picture.encoded[number]))
-    steps = decode_scales(tokenizer, picture.encoded)
+    steps = decode_steps(tokenizer, picture.encoded)
     return replace(picture, tokens=picture.encoded, steps=steps)

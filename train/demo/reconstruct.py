@@ -1,7 +1,8 @@
-"""The tab *reconstruct*: a picture, its tokens scale by scale, and the picture drawn from them."""
+"""The tab *reconstruct*: a picture, its tokens step by step, and the picture drawn from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,56 +11,82 @@ import torch
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.data import DataError
 
-from . import html, pictures
+from . import cards, grids, html, pictures
+from .layout import Layout
 from .parts import EVENT, KEPT, Examples, held, number, on_upload, read_upload, told, upload
 from .patches import PatchIndex
 from .pictures import TokenPicture
 
-LEAD = (
+_WHAT = (
     "A <b>tokenizer</b> writes a picture down as a list of whole numbers, its <b>tokens</b>, and "
-    "draws the picture again from them. The first tokens stand for the whole picture, later ones "
-    "for smaller and smaller parts. Each coloured square below is one token. <b>Click a square</b> "
-    "to see what its number stands for, and to put another number in its place."
+    "draws the picture again from them. "
+)
+_SCALES = "The first tokens stand for the whole picture, later ones for smaller and smaller parts. "
+_GROUPS = "Each place has {count} tokens side by side, each for some of its channels: its groups. "
+_ROUNDS = "Each place has {count} tokens one after the other, each for what is still missing. "
+_CLICK = (
+    "Each coloured square below is one token. <b>Click a square</b> to see what its number stands "
+    "for, and to put another number in its place."
 )
 
 
+def lead(layout: Layout) -> str:
+    """What the tab is about."""
+    text = _WHAT + _SCALES * (len(layout.scales) > 1 and layout.scales[0] == (1, 1))
+    text += _GROUPS.format(count=layout.groups) * (layout.groups > 1)
+    return text + _ROUNDS.format(count=layout.depth) * (layout.depth > 1) + _CLICK
+
+
 class Reconstruct:
-    """What the tab does, without Gradio's components: functions of a session's state."""
+    """What the tab does, without Gradio's components: functions of a session's state.
+
+    Args:
+        indices: of each of the tokenizer's indices.
+    """
 
     def __init__(
-        self, tokenizer: TokenFlowTokenizer, index: PatchIndex, examples: Examples
+        self, tokenizer: TokenFlowTokenizer, indices: Sequence[PatchIndex], examples: Examples
     ) -> None:
-        self.tokenizer, self.index, self.examples = tokenizer, index, examples
-        self.scales = pictures.sides(tokenizer)
+        self.tokenizer, self.indices, self.examples = tokenizer, indices, examples
+        self.layout = Layout.of(tokenizer)
+        self.codes = [index.codes for index in indices]
+
+    @property
+    def most_codes(self) -> int:
+        """Codes of the largest index."""
+        return max(map(len, self.codes))
 
     def first_chosen(self) -> int:
         """The token that is looked at first: in the middle of a scale of about 4 x 4."""
-        scale = min(range(len(self.scales)), key=lambda at: abs(self.scales[at][0] - 4))
-        height, width = self.scales[scale]
-        first = sum(h * w for h, w in self.scales[:scale])
-        return first + height // 2 * width + width // 2
+        scales = self.layout.scales
+        scale = min(range(len(scales)), key=lambda at: abs(scales[at][0] - 4))
+        height, width = scales[scale]
+        numbers = self.layout.numbers(scale * self.layout.depth, 0)
+        return numbers[height // 2 * width + width // 2]
 
     def show(self, picture: TokenPicture, chosen: int) -> tuple[Any, ...]:
         """State and pieces of the page: picture, chosen token, comparison, steps, code, similar
         codes, what swaps change, the number in the field."""
         code = int(picture.tokens[chosen])
-        place = pictures.place_of(self.scales, chosen)
+        place = self.layout.place(chosen)
+        index, step = self.indices[place.group], self.layout.step_of(place)
+        where = cards.token_place(self.layout, place, index.codes.name)
         return (
             picture,
             chosen,
-            html.comparison(picture, len(self.index.codes)),
-            html.steps(
-                self.index.codes,
-                self.scales,
+            grids.comparison(picture, self.codes, self.layout),
+            grids.steps(
+                self.codes,
+                self.layout,
                 picture.tokens,
                 picture.steps,
                 picture.psnr,
                 chosen,
                 picture.swapped,
             ),
-            html.code_card(self.index, code, place.scale, html.token_place(place)),
-            html.neighbours(self.index, code, place.scale),
-            html.effect(picture),
+            cards.code_card(index, code, step, where),
+            cards.neighbours(index, code, step),
+            grids.effect(picture),
             code,
         )
 
@@ -85,7 +112,8 @@ class Reconstruct:
 
     def random(self, picture: TokenPicture, chosen: int) -> tuple[Any, ...]:
         """Put a code drawn at random in the place of the chosen token."""
-        code = int(torch.randint(len(self.index.codes), ()))
+        codes = self.codes[self.layout.place(chosen).group]
+        code = int(torch.randint(len(codes), ()))
         return self.swap(picture, chosen, code)
 
     def put_back(self, picture: TokenPicture, chosen: int, all_of_them: bool) -> tuple[Any, ...]:
@@ -95,13 +123,17 @@ class Reconstruct:
 
 
 def build(
-    page: gr.Blocks, tokenizer: TokenFlowTokenizer, index: PatchIndex, examples: Examples
+    page: gr.Blocks,
+    tokenizer: TokenFlowTokenizer,
+    indices: Sequence[PatchIndex],
+    examples: Examples,
 ) -> None:
     """Lay the tab out, inside its ``gr.Tab``."""
-    tab = Reconstruct(tokenizer, index, examples)
+    tab = Reconstruct(tokenizer, indices, examples)
     picture, chosen = (gr.State(None, time_to_live=KEPT) for _ in range(2))
-    count = sum(height * width for height, width in tab.scales)
-    gr.HTML(html.lead(LEAD))
+    alike = len(set(map(len, tab.codes))) == 1
+    any_code = f"0 to {tab.most_codes - 1}" if alike else "by its number in this group"
+    gr.HTML(html.lead(lead(tab.layout)))
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             shelf = examples.show()
@@ -114,7 +146,7 @@ def build(
             card = gr.HTML(elem_classes="tf-chosen-code")
         with gr.Column(scale=3, min_width=320):
             similar = gr.HTML(js_on_load=html.CLICKS, elem_classes="tf-similar")
-            code = gr.Number(label=f"or any code, 0 to {len(index.codes) - 1}", precision=0)
+            code = gr.Number(label=f"or any code, {any_code}", precision=0)
             with gr.Row():
                 put_in = gr.Button("Put it in", variant="primary", size="md", min_width=90)
                 dice = gr.Button("Random", size="md", min_width=90)
@@ -129,11 +161,11 @@ def build(
 
     @told
     def on_token(shown: TokenPicture | None, event: gr.EventData) -> tuple[Any, ...]:
-        return tab.choose(held(shown), number(event, count))
+        return tab.choose(held(shown), number(event, tab.layout.count))
 
     @told
     def on_code(shown: TokenPicture | None, at: int | None, event: gr.EventData) -> tuple[Any, ...]:
-        return tab.swap(held(shown), held(at), number(event, len(index.codes)))
+        return tab.swap(held(shown), held(at), number(event, tab.most_codes))
 
     @told
     def on_number(

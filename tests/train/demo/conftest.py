@@ -6,6 +6,7 @@ from pathlib import Path
 
 import demo_browser
 import pytest
+import tiny_models
 import torch
 import understanding_models
 
@@ -52,6 +53,25 @@ def answers_run(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     build_processor(model, text).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_runs(tmp_path_factory) -> dict[str, Path]:
+    """Saved tokenizers of the family: of several groups and rounds, and of signs."""
+    root = tmp_path_factory.mktemp("family")
+    rounds = tiny_models.FAMILY["groups"]["family"] | {"depth": 2}
+    made = {
+        "groups": tiny_models.family_tokenizer("groups", scales=(2, 4), family=rounds),
+        "signs": tiny_models.family_tokenizer("signs"),
+    }
+    return {name: one.save_pretrained(root / name) for name, one in made.items()}
+
+
+@pytest.fixture(scope="session")
+def blind_run(tmp_path_factory) -> Path:
+    """A saved tokenizer without a pixel branch."""
+    tokenizer = tiny_models.image_tokenizer(pixel=False)
+    return tokenizer.save_pretrained(tmp_path_factory.mktemp("blind") / "blind")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from tokenflow_ext import MultiScaleQuantizer, nearest_code
-from tokenflow_ext.train.demo.codes import Codes, colours, comparable, principal_components
+from tokenflow_ext.train.demo.codes import TableCodes, colours, hex_of, principal_components
 
 
 def quantizer(l2_norm: bool = True, weights=(1.0, 3.0)) -> MultiScaleQuantizer:
@@ -24,7 +24,8 @@ def test_the_nearest_comparable_code_is_the_quantizers(l2_norm, weights):
     model = quantizer(l2_norm, weights)
     rows = torch.randn(200, 9)
     codebook = model.joint_codebook()
-    found = torch.cdist(comparable(model, rows), comparable(model, codebook)).argmin(dim=1)
+    codes = TableCodes(model)
+    found = codes.find(codes.comparable(rows))
     assert torch.equal(found, nearest_code(rows, codebook, (6, 3), weights, l2_norm))
     assert torch.equal(found, model.nearest(rows[None])[0, 0])
 
@@ -58,13 +59,34 @@ def test_near_codes_have_near_colours():
 
 def test_codes_of_a_quantizer():
     model = quantizer()
-    codes = Codes(model)
+    codes = TableCodes(model)
     assert len(codes) == 60
     assert codes.places.shape == (60, 2)
     assert codes.places.min() == 0
     assert codes.places.max() == 1
-    assert codes.hex(3) == "#{:02x}{:02x}{:02x}".format(*codes.colours[3])
+    assert hex_of(codes, 3) == "#{:02x}{:02x}{:02x}".format(*codes.colours[3])
     distances = torch.cdist(codes.rows, codes.rows)[7]
     expected = [code for code in distances.argsort().tolist() if code != 7]
     assert codes.nearest(7, 5) == expected[:5]
     assert codes.nearest(7, 1000) == expected
+    assert codes.similar(7, 2) == [(code, str(code)) for code in expected[:2]]
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_the_nearest_comparable_code_has_the_largest_inner_product(l2_norm):
+    torch.manual_seed(1)
+    model = MultiScaleQuantizer(
+        50, (4, 4), (2,), l2_norm=l2_norm, index="own", metric="dot", scale_drop=0.0
+    )
+    with torch.no_grad():  # of very different lengths
+        for table in model.codebooks:
+            table.copy_(torch.randn(50, 4) * torch.rand(50, 1) * 3)
+    rows = torch.randn(300, 8)
+    for book in range(2):
+        codes = TableCodes(model, book, slice(4 * book, 4 * book + 4))
+        own, table = rows[:, codes.columns].double(), model.codebooks[book].detach().double()
+        if l2_norm:
+            table = table / table.norm(dim=1, keepdim=True)
+        expected = (own @ table.T).argmax(dim=1)
+        found = codes.find(codes.comparable(rows[:, codes.columns]))
+        assert torch.equal(found, expected)

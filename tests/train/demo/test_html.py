@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from tiny_models import image_tokenizer
 
-from tokenflow_ext.train.demo import html, pictures
-from tokenflow_ext.train.demo.codes import Codes
-from tokenflow_ext.train.demo.patches import PatchIndex
+from tokenflow_ext.train.demo import cards, grids, html, pictures
+from tokenflow_ext.train.demo.codes import hex_of
+from tokenflow_ext.train.demo.patches import indices_of
 from tokenflow_ext.train.evaluation.preprocess import crops_of
 
 
@@ -51,9 +51,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def index(tokenizer, images):
-    return PatchIndex(
-        tokenizer, Codes(tokenizer.quantizer), crops_of(str(images), None, 16), "mine"
-    )
+    [found] = indices_of(tokenizer, crops_of(str(images), None, 16), "mine")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +68,21 @@ def test_a_picture_is_its_pixels():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))), pixels)
 
 
-def test_steps(tokenizer, index, picture):
-    scales = pictures.sides(tokenizer)
-    piece = html.steps(
-        index.codes, scales, picture.tokens, picture.steps, picture.psnr, chosen=3, swapped=[7]
+def test_steps(index, picture):
+    piece = grids.steps(
+        [index.codes],
+        index.layout,
+        picture.tokens,
+        picture.steps,
+        picture.psnr,
+        chosen=3,
+        swapped=[7],
     )
     found = Elements(piece)
     tokens = found.named("button")
     assert [int(token["data-number"]) for token in tokens] == list(range(30))
     for token, code in zip(tokens, picture.tokens.tolist(), strict=True):
-        assert token["style"] == f"background:{index.codes.hex(code)}"
+        assert token["style"] == f"background:{hex_of(index.codes, code)}"
         assert token["title"].startswith(f"code {code}, row ")
     assert [n for n, token in enumerate(tokens) if "tf-chosen" in token["class"]] == [3]
     assert [n for n, token in enumerate(tokens) if "tf-swapped" in token["class"]] == [7]
@@ -87,32 +91,30 @@ def test_steps(tokenizer, index, picture):
     assert [f"{value:.1f} dB" for value in picture.psnr] == re.findall(r"[\d.]+ dB", piece)
 
 
-def test_the_first_scales_alone(tokenizer, index, picture):
-    piece = html.steps(
-        index.codes, pictures.sides(tokenizer), picture.tokens[:5], picture.steps[:2]
-    )
+def test_the_first_scales_alone(index, picture):
+    piece = grids.steps([index.codes], index.layout, picture.tokens[:5], picture.steps[:2])
     assert len(Elements(piece).named("button")) == 5
     assert " dB" not in piece
 
 
-def test_what_a_picture_costs(picture):
-    piece = html.comparison(picture, 48)
+def test_what_a_picture_costs(index, picture):
+    piece = grids.comparison(picture, [index.codes], index.layout)
     assert "<b>30 tokens</b>" in piece
     assert "<b>21 bytes</b>" in piece  # 30 * log2(48) / 8 = 20.9
     assert "are 768, 37 times" in piece  # 16 * 16 * 3
     assert len(Elements(piece).named("img")) == 2
 
 
-def test_a_swapped_picture_is_shown_beside(tokenizer, picture):
+def test_a_swapped_picture_is_shown_beside(tokenizer, index, picture):
     changed = pictures.swap(tokenizer, picture, 0, (int(picture.tokens[0]) + 1) % 48)
-    assert len(Elements(html.comparison(changed, 48)).named("img")) == 3
+    assert len(Elements(grids.comparison(changed, [index.codes], index.layout)).named("img")) == 3
 
 
-def test_no_difference_is_no_number(picture):
+def test_no_difference_is_no_number(index, picture):
     import dataclasses
 
     same = dataclasses.replace(picture, original=picture.steps[-1])
-    assert "<b>no difference</b>" in html.comparison(same, 48)
+    assert "<b>no difference</b>" in grids.comparison(same, [index.codes], index.layout)
 
 
 def test_names_are_escaped():
@@ -129,30 +131,30 @@ def test_names_are_escaped():
 
 def test_a_code(index):
     code = int(index.hits.argmax())
-    piece = html.code_card(index, code, 2, " at 3 × 3")
+    piece = cards.code_card(index, code, 2, " at 3 × 3")
     assert f"Code {code} at 3 × 3" in piece
     assert f"{int(index.hits[code])} of 90 tokens of 3 known pictures" in piece
     assert "27 patches of 3 pictures" in piece
-    assert html.LEFT_OVER in piece
-    assert html.LEFT_OVER not in html.code_card(index, code, 0, "")
+    assert cards.LEFT_OVER in piece
+    assert cards.LEFT_OVER not in cards.code_card(index, code, 0, "")
     assert len(Elements(piece).named("img")) == 16
     unused = int((index.hits == 0).nonzero()[0])
-    assert "no token of 3 known pictures" in html.code_card(index, unused, 0, "")
+    assert "no token of 3 known pictures" in cards.code_card(index, unused, 0, "")
 
 
 def test_neighbours(index):
-    found = Elements(html.neighbours(index, 4, 1))
+    found = Elements(cards.neighbours(index, 4, 1))
     numbers = [int(button["data-number"]) for button in found.named("button")]
     assert numbers == index.codes.nearest(4, 8)
 
 
 def test_the_map(index, monkeypatch):
-    dots = Elements(html.code_map(index, chosen=9)).named("circle")
+    dots = Elements(cards.code_map(index, index.codes, chosen=9)).named("circle")
     assert sorted(int(dot["data-number"]) for dot in dots) == list(range(48))
     assert [dot["data-number"] for dot in dots if dot.get("class") == "tf-chosen"] == ["9"]
     assert all(0 <= float(dot[axis]) <= 100 for dot in dots for axis in ("cx", "cy"))
-    monkeypatch.setattr(html, "MOST_ON_MAP", 10)
-    piece = html.code_map(index)
+    monkeypatch.setattr(cards, "MOST_ON_MAP", 10)
+    piece = cards.code_map(index, index.codes)
     assert "38 codes used least are left out" in piece
     shown = {int(dot["data-number"]) for dot in Elements(piece).named("circle")}
     assert len(shown) == 10
@@ -161,7 +163,7 @@ def test_the_map(index, monkeypatch):
 
 
 def test_usage(index):
-    piece = html.usage_plot(index)
+    piece = cards.usage_plot(index)
     used = int((index.hits > 0).sum())
     assert f"{used} of 48 codes are used ({used / 48:.1%})" in piece
     [plot] = Elements(piece).named("polygon")

@@ -9,15 +9,16 @@ import var_models
 from tiny_models import image_tokenizer as two_branches
 
 from tokenflow_ext.models import TokenFlowTokenizer
-from tokenflow_ext.train.demo.codes import Codes
-from tokenflow_ext.train.demo.patches import PatchIndex, scale_rows
+from tokenflow_ext.train.demo.indices import codes_of
+from tokenflow_ext.train.demo.patches import PatchIndex, indices_of, step_rows
 from tokenflow_ext.train.evaluation.clusters import nearest
 from tokenflow_ext.train.evaluation.preprocess import crops_of, to_float
 
 
 def build(tokenizer: TokenFlowTokenizer, folder, batch: int = 2) -> PatchIndex:
     data = crops_of(str(folder), None, tokenizer.config.image_size)
-    return PatchIndex(tokenizer, Codes(tokenizer.quantizer), data, "mine", batch)
+    [found] = indices_of(tokenizer, data, "mine", batch)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_the_nearest_code_of_a_scales_rows_is_its_token(make, images):
     with torch.no_grad():
         h = tokenizer.features(pixels)
         tokens = tokenizer.quantizer.encode(h)
-        rows = scale_rows(tokenizer, h, tokens)
-    codes = Codes(tokenizer.quantizer)
+        [codes] = codes_of(tokenizer)
+        [rows] = step_rows(tokenizer, [codes], h, tokens)
     found = torch.cat([torch.cdist(part, codes.rows).argmin(dim=2) for part in rows], dim=1)
     # A tie or a near one may go the other way in another order of sums.
     assert (found == tokens).double().mean() > 0.99
@@ -57,7 +58,8 @@ def test_nearest_patches_against_all_distances(tokenizer, index, images):
     pixels = to_float(torch.stack([data[number][1] for number in range(3)]))
     with torch.no_grad():
         h = tokenizer.features(pixels)
-        rows = scale_rows(tokenizer, h, index.tokens)[2].flatten(0, 1)
+        [steps] = step_rows(tokenizer, [index.codes], h, index.tokens)
+        rows = steps[2].flatten(0, 1)
     order = torch.cdist(rows, index.codes.rows[5][None])[:, 0].argsort(stable=True)[:6].tolist()
     found = index.nearest(5, 2, 6)
     assert [p.picture * 9 + p.place.row * 3 + p.place.column for p in found] == order
@@ -86,7 +88,7 @@ def test_usage(index):
         (index.tokens[:, a:b] == code).double().mean()
         for a, b in ((0, 1), (1, 5), (5, 14), (14, 30))
     ]
-    assert index.scale_of(code) == int(torch.stack(shares).argmax())
+    assert index.step_of(code) == int(torch.stack(shares).argmax())
 
 
 def test_clusters_are_those_of_the_analysis(tokenizer, index):

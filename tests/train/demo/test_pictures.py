@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tokenflow_ext.models import ConfigError, TokenFlowTokenizer
+from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.models.metrics import psnr, to_uint8
-from tokenflow_ext.train.config import load_config
 from tokenflow_ext.train.data import DataError
 from tokenflow_ext.train.data.image_files import read_square
 from tokenflow_ext.train.demo import pictures
-
-SIDES = [(1, 1), (2, 2), (4, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +41,8 @@ def test_it_is_the_tokenizers_own(tokenizer, picture, images):
 
 def test_only_the_last_step(tokenizer, picture):
     for count, scale in ((1, 0), (5, 1), (21, 2)):
-        [last] = pictures.decode_scales(tokenizer, picture.tokens[:count], last=True)
+        [last] = pictures.decode_steps(tokenizer, picture.tokens[:count], last=True)
         assert (last.int() - picture.steps[scale].int()).abs().max() <= 1
-
-
-def test_places():
-    assert pictures.place_of(SIDES, 0) == pictures.Place(0, 0, 0, 1, 1)
-    assert pictures.place_of(SIDES, 3) == pictures.Place(1, 1, 0, 2, 2)
-    assert pictures.place_of(SIDES, 20) == pictures.Place(2, 3, 3, 4, 4)
-    for number in (-1, 21):
-        with pytest.raises(DataError, match="21 tokens"):
-            pictures.place_of(SIDES, number)
-
-
-def test_boxes_cover_a_picture():
-    covered = np.zeros((10, 10), int)
-    for row in range(3):
-        for column in range(3):
-            left, top, right, bottom = pictures.Place(0, row, column, 3, 3).box(10)
-            covered[top:bottom, left:right] += 1
-    assert covered.min() == 1
-    assert pictures.Place(0, 0, 0, 1, 1).box(10) == (0, 0, 10, 10)
 
 
 def test_a_swap_changes_what_comes_from_its_scale_on(tokenizer, picture):
@@ -96,17 +73,9 @@ def test_a_picture_that_is_not_finite(image_tokenizer, picture):
     with torch.no_grad():
         broken.last_layer.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
-        pictures.decode_scales(broken, picture.tokens)
+        pictures.decode_steps(broken, picture.tokens)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("model.quantizer.kind=family", r"asked to show mine.*'family'"),
-        ("model.pixel.enabled=no", "mine has no tab in the demo: it decodes no pictures"),
-    ],
-)
-def test_tokenizers_that_cannot_be_shown(micro, tmp_path, images, change, said):
-    config = load_config(None, micro.overrides(tmp_path, images, change)).model
-    with torch.device("meta"), pytest.raises(ConfigError, match=said):
-        pictures.check_tokenizer(TokenFlowTokenizer(config), "mine")
+def test_a_part_of_a_scale_is_not_decoded(tokenizer, picture):
+    with pytest.raises(DataError, match="7 tokens are no whole scales of 21"):
+        pictures.decode_steps(tokenizer, picture.tokens[:7])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenflow_ext.models import CheckpointError, ConfigError, TokenFlowTokenizer
@@ -19,8 +20,7 @@ from tokenflow_ext.train import text_to_image, understanding, unified
 from tokenflow_ext.train.cli import entry
 from tokenflow_ext.train.data import BrokenImageError, DataError
 from tokenflow_ext.train.demo import models
-from tokenflow_ext.train.demo.codes import Codes
-from tokenflow_ext.train.demo.patches import PatchIndex
+from tokenflow_ext.train.demo.patches import indices_of
 from tokenflow_ext.train.demo.temporary import folder_of_gradio
 from tokenflow_ext.train.evaluation.preprocess import crops_of
 
@@ -59,8 +59,7 @@ def examples(images) -> parts.Examples:
 def tab(image_tokenizer, images, examples) -> reconstruct.Reconstruct:
     tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
     data = crops_of(str(images), None, 32)
-    index = PatchIndex(tokenizer, Codes(tokenizer.quantizer), data, "mine")
-    return reconstruct.Reconstruct(tokenizer, index, examples)
+    return reconstruct.Reconstruct(tokenizer, indices_of(tokenizer, data, "mine"), examples)
 
 
 # -- which models get a tab -----------------------------------------------------------------------
@@ -112,6 +111,52 @@ def test_the_page_has_a_tab_for_each_kind(
         "Codebook",
         *("saved", "other"),
     ]
+
+
+def test_the_family_has_all_tabs_of_a_tokenizer(family_runs, images):
+    import gradio as gr
+
+    with folder_of_gradio():
+        found = models.load(list(map(str, family_runs.values())), CPU)
+        made = page.build(found, str(images), 2)
+    labels = [block.label for block in made.blocks.values() if isinstance(block, gr.Tab)]
+    names = ["groups", "signs"]
+    assert labels == ["Reconstruct", *names, "Codebook", *names]
+    [group] = [block for block in made.blocks.values() if isinstance(block, gr.Radio)][:1]
+    assert [name for name, _ in group.choices] == ["semantic 1", "semantic 2", "pixel 1", "pixel 2"]
+
+
+def test_a_tokenizer_that_decodes_no_pictures_has_its_codes_shown(
+    blind_run, image_tokenizer, images
+):
+    import gradio as gr
+
+    def built(*sources):
+        with folder_of_gradio():
+            made = page.build(models.load(list(map(str, sources)), CPU), str(images), 2)
+        blocks = made.blocks.values()
+        told = [one.value for one in blocks if isinstance(one, gr.HTML) and one.value]
+        labels = [one.label for one in blocks if isinstance(one, gr.Tab)]
+        return labels, [piece for piece in told if "decodes no pictures" in piece]
+
+    labels, said = built(blind_run)
+    assert labels == ["Codebook"]
+    assert len(said) == 1
+    assert "<b>blind</b> decodes no pictures (its pixel.enabled is false)" in said[0]
+    labels, said = built(image_tokenizer, blind_run)
+    assert labels == ["Reconstruct", "Codebook", "saved", "blind"]
+    assert len(said) == 1
+    assert built(image_tokenizer)[1] == []
+
+
+def test_weights_without_a_decoder_are_refused_by_what_is_missing(image_tokenizer, tmp_path):
+    folder = tmp_path / "torn"
+    shutil.copytree(image_tokenizer, folder)
+    state = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.startswith("decoder.")}
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"torn.*decoder\."):
+        models.load([str(folder)], CPU)
 
 
 def test_two_tokenizers_of_one_name(image_tokenizer, tmp_path):
@@ -205,6 +250,16 @@ def test_a_picture_of_too_many_pixels(tab, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     with pytest.raises(BrokenImageError, match="decompression bomb"):
         tab.uploaded(content.getvalue())
+
+
+def test_a_line_of_pixels_is_cut_to_its_middle():
+    pixels = np.zeros((2, 400, 3), np.uint8)
+    pixels[:, 190:210] = 255
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    image = parts.read_upload(content.getvalue())
+    assert image.size == (32, 2)
+    assert np.array_equal(np.asarray(image), pixels[:, 184:216])
 
 
 def test_errors_are_told_in_one_escaped_line():
@@ -341,9 +396,23 @@ def test_what_cannot_be_asked(asked_run, examples, picture, question, longest, s
 # -- codebook -------------------------------------------------------------------------------------
 
 
+def test_another_group_and_another_code(family_runs, images):
+    tokenizer = TokenFlowTokenizer.from_pretrained(family_runs["groups"])
+    indices = indices_of(tokenizer, crops_of(str(images), None, 16), "groups")
+    for index in indices:
+        plane, card, used, shared = codebook.whole(index)
+        most = int(index.hits.argmax())
+        assert f"Code {most}" in card
+        assert f'class="tf-chosen" data-number="{most}"' in plane
+        assert f"of {len(index.codes)} codes are used" in used
+        assert f"By the group {index.codes.name}" in shared
+        assert "Code 5" in codebook.code(index, 5)[1]
+
+
 def test_clusters(tab):
-    piece = codebook.clusters(tab.index)
-    [entry] = tab.index.clusters
+    [index] = tab.indices
+    piece = codebook.clusters(index)
+    [entry] = index.clusters
     assert f"{len(entry.largest_first()) / 64:.0%} of its codes" in piece
     assert piece.count("<img") == 1
 
