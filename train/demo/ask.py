@@ -103,8 +103,10 @@ def build(answerer: Answerer, examples: Examples) -> None:
     def on_ask(
         image: Image.Image | None, before: list[Message] | None, text: str, count: float
     ) -> Iterator[tuple[Any, ...]]:
+        emptied: Any = ""  # once: the next question may be typed while this one is answered
         for talk in tab.answer(image, before or [], text or "", int(count)):
-            yield talk, _shown(talk), ""
+            yield talk, _shown(talk), emptied
+            emptied = gr.skip()
 
     asked = [
         event(on_ask, [picture, said, question, longest], [said, chat, question], **EVENT)

@@ -93,7 +93,13 @@ def build(generator: ImageGenerator | ClassImageGenerator) -> None:
                 names = list(config.class_names or map(str, range(config.classes)))
                 prompt: Any = gr.Dropdown(names, value=names[0], label="what to draw")
             else:
-                prompt = gr.Textbox(label="what to draw, in words", lines=2, max_length=1000)
+                most = generator.model.config.prompt_length
+                prompt = gr.Textbox(
+                    label="what to draw, in words",
+                    info=f"The first {most} text tokens are read. Without words: anything.",
+                    lines=2,
+                    max_length=1000,
+                )
             guidance = gr.Slider(
                 0,
                 15,

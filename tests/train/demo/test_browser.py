@@ -150,13 +150,38 @@ def test_a_class_is_drawn(server, chromium, classes_run):
     page.context.close()
 
 
-def test_what_is_no_picture_is_told_in_one_line(server, chromium, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("broken.png", b"<svg onload='alert(1)'>", "of no known format"),
+        ("notes.txt", b"no picture at all", "of no known format"),
+        ("empty.png", b"", "it is empty"),
+        ("half.png", b"\x89PNG\r\n\x1a\n", "of no known format"),
+    ],
+)
+def test_what_is_no_picture_is_told_in_one_line(server, chromium, tmp_path, name, content, said):
     page, _ = demo_browser.open_page(chromium, server.address)
     before = codes(page)
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"<svg onload='alert(1)'>")
-    upload(page, broken)
-    page.get_by_text("cannot read the image that you chose: of no known format").wait_for()
+    (tmp_path / name).write_bytes(content)
+    upload(page, tmp_path / name)
+    page.get_by_text(f"cannot read the image that you chose: {said}").wait_for()
+    assert codes(page) == before
+    assert page.locator(".tf-all-steps .tf-step img").first.is_visible()  # nothing is hidden
+    # The next one is read, whatever its name.
+    draw_picture(tmp_path / "mine.png").rename(tmp_path / "a picture \u00fc without a suffix")
+    wait_for_other(
+        page, ".tf-all-steps", lambda: upload(page, tmp_path / "a picture \u00fc without a suffix")
+    )
+    page.context.close()
+    assert "Traceback" not in server.said
+
+
+def test_a_picture_of_too_many_pixels_is_told(server, chromium, tmp_path):
+    page, _ = demo_browser.open_page(chromium, server.address)
+    before = codes(page)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    upload(page, tmp_path / "huge.png")
+    page.get_by_text("Image size (400000000 pixels) exceeds limit").wait_for()
     assert codes(page) == before
     page.context.close()
 

@@ -13,6 +13,7 @@ from demo_browser import draw_picture, shown, upload
 from PIL import Image
 
 from tokenflow_ext.models.understanding.squares import to_square
+from tokenflow_ext.train.demo.temporary import folder_of_gradio
 from tokenflow_ext.train.evaluation.answering import Answerer
 
 pytestmark = demo_browser.marks()
@@ -91,12 +92,21 @@ def test_words_stream_out_and_a_second_question_goes_on(page, answerer, tmp_path
     seen = np.asarray(to_square(Image.open(file).convert("RGB"), 16, True))
     assert np.array_equal(shown(page, ".tf-asked-about"), seen)
     page.evaluate(WATCH)
-    ask(page, first, expected, 150)
+    page.get_by_label("number input for longest answer").fill("150")
+    page.get_by_label("question").fill(first)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.locator(MODEL).wait_for()
+    page.wait_for_function(
+        "asked => [...document.querySelectorAll('textarea')].every((one) => one.value != asked)",
+        arg=first,
+    )
+    page.get_by_label("question").fill(second)  # while the first is being answered
+    page.locator(MODEL).filter(has_text=expected).wait_for()
     grown = [" ".join(text.split()) for text in page.evaluate("window.seen")]
     assert grown[-1] == expected
     assert len(grown) > 3  # it came in pieces, each the one before and more
     assert all(one.startswith(other) for other, one in itertools.pairwise(grown))
-    assert page.get_by_label("question").input_value() == ""
+    assert page.get_by_label("question").input_value() == second
 
     again = answer_of(answerer, file, [first, expected, second], 40)
     assert again != answer_of(answerer, file, [second], 40)  # what was said before matters
@@ -112,23 +122,36 @@ def test_words_stream_out_and_a_second_question_goes_on(page, answerer, tmp_path
     assert page.locator(USER).all_inner_texts() == [second]
 
 
-def test_an_example_is_asked_about_until_the_conversation_is_cleared(page):
-    def press(times: int) -> None:
+def test_an_example_is_asked_about_until_the_conversation_is_cleared(page, answerer, tmp_path):
+    def press() -> None:
         page.get_by_label("question").fill("What?")
         page.get_by_label("question").press("Enter")
-        page.locator(MODEL).nth(times - 1).wait_for()
 
+    def answered(text: str) -> None:
+        page.locator(MODEL).filter(has_text=text).last.wait_for()
+
+    example = tmp_path / "example.png"
+    with folder_of_gradio():
+        from tokenflow_ext.train.demo.parts import Examples
+    Examples(None).open(1).save(example)
+    first = answer_of(answerer, example, ["What?"], 5)
+    second = answer_of(answerer, example, ["What?", first, "What?"], 5)
     page.locator(".tf-examples button").nth(1).click()
     page.wait_for_selector(VIEW)
     page.get_by_label("number input for longest answer").fill("512")
-    press(1)
+    press()
+    page.locator(MODEL).wait_for()
     # While it is being written: then the answer ends.
     page.get_by_label("Clear").first.click()
     page.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
     page.get_by_label("number input for longest answer").fill("5")
-    press(1)
-    press(2)
-    assert page.locator(USER).all_inner_texts() == ["What?"] * 2
+    press()
+    answered(first)
+    while page.locator(USER).count() < 2:  # none is taken while one is being answered
+        press()
+        page.wait_for_timeout(200)
+    answered(second)
+    assert page.locator(MODEL).all_inner_texts() == [first, second]
 
 
 def test_what_cannot_be_asked_is_told_and_the_conversation_stays(page, answerer, tmp_path):
@@ -159,6 +182,29 @@ def test_what_cannot_be_asked_is_told_and_the_conversation_stays(page, answerer,
     assert page.locator(USER).all_inner_texts() == ["What?"]
     assert page.locator(MODEL).all_inner_texts() == [answer]
     ask(page, "Why?", answer_of(answerer, file, ["What?", answer, "Why?"], 20), 20)
+
+
+def test_two_people_ask_at_once_and_one_leaves(server, chromium, answerer, tmp_path):
+    files = [draw_picture(tmp_path / f"{side}.png", side) for side in (70, 200)]
+    people = [
+        demo_browser.open_page(chromium, server.address, ready=".tf-examples button:visible")[0]
+        for _ in files
+    ]
+    for person, file in zip(people, files, strict=True):
+        put_in(person, file)
+    one, other = people
+    for person, longest in ((one, "512"), (other, "30")):
+        person.get_by_label("number input for longest answer").fill(longest)
+        person.get_by_label("question").fill("What?")
+    for person in people:
+        person.get_by_role("button", name="Ask", exact=True).click()
+    one.locator(MODEL).wait_for()
+    one.context.close()  # in the middle of its answer, or after it
+    expected = answer_of(answerer, files[1], ["What?"], 30)
+    other.locator(MODEL).filter(has_text=expected).wait_for()
+    assert other.locator(MODEL).all_inner_texts() == [expected]
+    other.context.close()
+    assert "Traceback" not in server.said
 
 
 def test_what_is_said_is_shown_to_the_letter(page, tmp_path):
