@@ -215,8 +215,9 @@ def usage_table(indices: Sequence[PatchIndex]) -> str:
         name = index.codes.name or "all"
         rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("group", *names))
+    by = " by group" * (len(indices) > 1)
     return framed(
-        f"<h5>Use of the codes by group, in {len(indices[0].images)} pictures</h5>",
+        f"<h5>Use of the codes{by}, in {len(indices[0].images)} pictures</h5>",
         f'<div style="overflow-x:auto"><table class="tf-table"><tr>{head}</tr>{"".join(rows)}'
         "</table></div>",
         '<p class="tf-note">Perplexity: so many codes, all used as often, would say as much.</p>',

@@ -19,6 +19,11 @@ _TOGETHER = (
     "a group alone."
 )
 
+_UNSEEN = (
+    "This token is of the semantic branch. The picture is drawn from the pixel branch alone, so "
+    "that no other code here changes it."
+)
+
 
 def _decibels(value: float) -> str:
     return "no difference" if math.isinf(value) else f"{value:.1f} dB"
@@ -161,10 +166,16 @@ def comparison(picture: TokenPicture, codes: Sequence[Codes], layout: Layout) ->
     return framed(f'<div class="tf-pair">{"".join(shown)}{facts}</div>')
 
 
-def effect(picture: TokenPicture) -> str:
-    """What swapped tokens change, beside the field that swaps them; nothing where none is."""
+def effect(picture: TokenPicture, unseen: bool = False) -> str:
+    """What swapped tokens change, beside the field that swaps them; nothing where none is.
+
+    Args:
+        unseen: whether the token that is looked at is of no branch that draws.
+    """
+    note = f'<p class="tf-note">{_UNSEEN}</p>' * unseen
     if not picture.swapped:
-        return framed('<p class="tf-note">Put another code in, and see here what it changes.</p>')
+        asked = "Put another code in, and see here what it changes."
+        return framed(note or f'<p class="tf-note">{asked}</p>')
     before, after = picture.before, picture.steps[-1]
     change = (after.int() - before.int()).abs().amax(dim=0)
     scaled = (change * 255 // change.max().clamp_min(1)).to(before.dtype).expand_as(before)
@@ -177,4 +188,4 @@ def effect(picture: TokenPicture) -> str:
         f"<figure>{of_tensor(image, caption)}<figcaption>{caption}</figcaption></figure>"
         for image, caption in shown
     )
-    return framed(f'<div class="tf-pair tf-small">{figures}</div>')
+    return framed(note, f'<div class="tf-pair tf-small">{figures}</div>')

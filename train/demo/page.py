@@ -65,7 +65,7 @@ def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
         title="tokenflow", analytics_enabled=False, delete_cache=(_LOOKED, KEPT)
     ) as page:
         gr.HTML(_HEAD.format(names=", ".join(f"<b>{escape(name)}</b>" for name in names)))
-        for name in models.tokenizers.keys() - drawn.keys():
+        for name in (name for name in models.tokenizers if name not in drawn):
             gr.HTML(html.framed(_BLIND.format(name=escape(name))))
         with gr.Tabs():
             _tab(

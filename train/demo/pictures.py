@@ -22,6 +22,11 @@ def decodes(tokenizer: TokenFlowTokenizer) -> bool:
     return tokenizer.config.pixel.enabled
 
 
+def is_drawn(tokenizer: TokenFlowTokenizer, columns: slice) -> bool:
+    """Whether pictures are drawn from any of these channels: those of the pixel branch are last."""
+    return int(columns.stop) > sum(tokenizer.config.dims) - tokenizer.config.dims[-1]
+
+
 @torch.no_grad()
 def features_after(
     tokenizer: TokenFlowTokenizer, layout: Layout, indices: Tensor, step: int, grid: tuple[int, int]

@@ -86,7 +86,7 @@ class Reconstruct:
             ),
             cards.code_card(index, code, step, where),
             cards.neighbours(index, code, step),
-            grids.effect(picture),
+            grids.effect(picture, not pictures.is_drawn(self.tokenizer, index.codes.columns)),
             code,
         )
 

@@ -103,6 +103,10 @@ def test_groups_and_rounds(opened, family_runs, tmp_path):
     page.get_by_role("button", name="Put it in").click()
     page.get_by_text("a code is a number from 0 to 15, got 16").wait_for()
 
+    # A token of the semantic branch draws nothing, and says so.
+    wait_for_other(page, ".tf-effect", page.locator(".tf-token[data-number='0']").click)
+    assert "This token is of the semantic branch" in page.locator(".tf-effect").first.inner_text()
+
     page.get_by_role("tab", name="Codebook").click()
     assert page.locator(".tf-use th").all_inner_texts()[-4:] == [
         "semantic 1",

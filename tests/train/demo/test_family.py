@@ -152,6 +152,20 @@ def test_a_swap_changes_what_comes_from_its_step_on(tokenizers, shown, kind):
 
 
 @pytest.mark.parametrize("kind", FAMILY)
+def test_a_group_that_draws_nothing_is_told(tokenizers, shown, kind):
+    """Of each group, whether other codes for all of its tokens change the picture."""
+    tokenizer, picture = tokenizers[kind], shown[kind]
+    layout, codes = Layout.of(tokenizer), codes_of(tokenizer)
+    for group, one in enumerate(codes):
+        tokens = picture.tokens.clone().view(layout.places, layout.groups, layout.depth)
+        tokens[:, group] = (tokens[:, group] + len(one) // 2) % len(one)
+        changed = pictures.decode_steps(tokenizer, tokens.flatten())[-1]
+        draws = not torch.equal(changed, picture.steps[-1])
+        assert pictures.is_drawn(tokenizer, one.columns) == draws
+        assert ("of the semantic branch" in grids.effect(picture, not draws)) != draws
+
+
+@pytest.mark.parametrize("kind", FAMILY)
 def test_usage_is_counted_by_group_and_step(tokenizers, indices, images, kind):
     layout = Layout.of(tokenizers[kind])
     with torch.no_grad():
