@@ -189,6 +189,38 @@ def test_usage_is_counted_by_group_and_step(tokenizers, indices, images, kind):
     assert cells[:3] == [f"{len(index.codes):,}", f"{used:.1%}", f"{perplexity:,.1f}"]
 
 
+@pytest.mark.parametrize("kind", ["groups", "rounds", "unit signs", "levels"])
+def test_nearest_patches_of_a_group_at_a_round(tokenizers, indices, images, kind):
+    """Against the distances to the values that the quantizer decodes a code to at that round."""
+    tokenizer, layout = tokenizers[kind], Layout.of(tokenizers[kind])
+    with torch.no_grad():
+        h = tokenizer.features(pixels_of(images))
+        found = tokenizer.quantizer.encode(h)
+    group, step = layout.groups - 1, len(layout.steps) - 1
+    index = indices[kind][group]
+    scale, part = layout.steps[step]
+    height, width = layout.scales[scale]
+    code = len(index.codes) // 3
+    tokens = torch.zeros(layout.places, layout.groups, layout.depth, dtype=torch.int64)
+    tokens[-1, group, part] = code
+    values = tokenizer.quantizer.indices_to_codes(tokens.view(1, *layout.shape))
+    value = values.view(layout.places, layout.depth, -1)[-1, part, index.codes.columns]
+    if isinstance(index.codes, TableCodes):
+        value = index.codes.comparable(value)
+    rows = step_rows(tokenizer, [index.codes], h, found)[0][step].flatten(0, 1)
+    order = (rows - value).double().norm(dim=1).argsort(stable=True)[:5].tolist()
+    shaped = found.view(3, layout.places, layout.groups, layout.depth)
+    nearest = index.nearest(code, step, 5)
+    places = [(one.picture, one.place.row, one.place.column) for one in nearest]
+    assert places == [
+        (at // (height * width), at % (height * width) // width, at % width) for at in order
+    ]
+    for one in nearest:
+        place = one.place.row * width + one.place.column - height * width
+        assert one.code == shaped[one.picture, place, group, part]
+        assert (one.place.scale, one.place.group, one.place.round) == (scale, group, part)
+
+
 @pytest.mark.parametrize("kind", FAMILY)
 def test_all_tokens_can_be_clicked(indices, shown, kind):
     picture, codes = shown[kind], [index.codes for index in indices[kind]]
@@ -256,6 +288,17 @@ def test_what_has_no_table_shows_its_channels_and_says_so(indices, kind):
         shown = re.findall(r'<span title="channel \d+">(.*?)</span>', card)
         own = codes.digits(torch.tensor(offered[:1]))[0].tolist()
         assert shown == [codes.shown(channel, digit) for channel, digit in enumerate(own)]
+
+
+def test_unit_signs_are_compared_by_direction(tokenizers):
+    """And a code's row has unit length, as the quantizer has it."""
+    unit, plain = (codes_of(tokenizers[kind])[0] for kind in ("unit signs", "signs"))
+    rows = torch.randn(20, len(unit.code.counts))
+    torch.testing.assert_close(unit.comparable(5 * rows), unit.comparable(rows))
+    torch.testing.assert_close(unit.comparable(rows).norm(dim=1), torch.ones(20))
+    assert float(unit.row(3).norm()) == pytest.approx(1)
+    wide = torch.randn(20, len(plain.code.counts))
+    assert torch.equal(plain.comparable(wide), wide)
 
 
 def test_how_digits_are_read(tokenizers):
