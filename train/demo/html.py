@@ -80,6 +80,7 @@ STYLE = """
 .tf-codes img {width: 46px; height: 46px}
 .tf-codes i {display: block; height: 8px; border-radius: 4px; margin: 3px 0 1px}
 .tf h5 {margin: .4rem 0 .25rem; font-size: .95rem; font-weight: 600}
+.tf-table, .tf-table tr {border: 0 !important}
 .tf-table {border-collapse: collapse; font-size: .86rem; margin: .3rem 0}
 .tf-table td, .tf-table th {padding: .15rem .7rem; text-align: right; font-weight: 400;
   border: 0; border-bottom: 1px solid var(--border-color-primary)}
