@@ -59,6 +59,10 @@ def marks() -> list[Any]:
     return [pytest.mark.once, pytest.mark.skipif(lacks is not None, reason=f"needs {lacks}")]
 
 
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Server:
     """A process of the command, from the line with its address on."""
 
@@ -72,6 +76,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # What a shell starts in the background ignores Ctrl-C, and so do its children.
+            preexec_fn=_hear_ctrl_c,
         )
         self.lines: list[str] = []
         self._ready = threading.Event()
