@@ -112,8 +112,11 @@ def build(answerer: Answerer, examples: Examples) -> None:
         event(on_ask, [picture, said, question, longest], [said, chat, question], **EVENT)
         for event in (button.click, question.submit)
     ]
-    # What begins a new conversation ends an answer that is still being written.
-    begun, anew = [picture, said, view, chat], EVENT | {"cancels": asked}
-    shelf.click(on_example, None, begun, **anew)
-    on_upload(file, lambda content: begin(read_upload(content)), begun, cancels=asked)
-    chat.clear(lambda: ([], []), None, [said, chat], **anew)
+    # What begins a new conversation ends an answer that is still being written. The page calls what
+    # an event is for in the order below, each after the one before.
+    for event in (shelf.click, file.upload, chat.clear):
+        event(None, None, None, cancels=asked, api_visibility="private", queue=False)
+    begun = [picture, said, view, chat]
+    shelf.click(on_example, None, begun, **EVENT)
+    on_upload(file, lambda content: begin(read_upload(content)), begun)
+    chat.clear(lambda: ([], []), None, [said, chat], **EVENT)

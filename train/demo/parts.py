@@ -130,16 +130,10 @@ def upload() -> gr.File:
     return gr.File(label="or drop a picture of your own", type="binary", height=170)
 
 
-def on_upload(
-    file: gr.File, function: Callable[[bytes], Any], outputs: list[Any], cancels: Any = None
-) -> None:
+def on_upload(file: gr.File, function: Callable[[bytes], Any], outputs: list[Any]) -> None:
     """What becomes of a picture that is dropped. Then the next one can be, whether this one could
-    be read or not.
-
-    Args:
-        cancels: events that end with it.
-    """
-    event = file.upload(told(function), file, outputs, cancels=cancels, **EVENT)
+    be read or not."""
+    event = file.upload(told(function), file, outputs, **EVENT)
     event.then(lambda: None, None, file, api_visibility="private", queue=False)
 
 

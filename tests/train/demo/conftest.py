@@ -36,10 +36,12 @@ def classes_run(image_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def answers_run(tmp_path_factory) -> Path:
-    """A saved understanding model of random weights. Its answers are words, and as long as they may
-    be."""
+    """A saved understanding model of random weights. Its answers are words, as many as there may be
+    tokens, and the longest take seconds."""
     text = understanding_models.text_tokenizer()
-    language = understanding_models.language_model(text=text, max_position_embeddings=2048)
+    language = understanding_models.language_model(
+        text=text, max_position_embeddings=2048, num_hidden_layers=12
+    )
     model = build_understanding(
         language, understanding_models.image_tokenizer(), "last", text_tokenizer=text
     )

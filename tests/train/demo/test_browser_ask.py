@@ -138,6 +138,7 @@ def test_an_example_is_asked_about_until_the_conversation_is_cleared(page, answe
     second = answer_of(answerer, example, ["What?", first, "What?"], 5)
     page.locator(".tf-examples button").nth(1).click()
     page.wait_for_selector(VIEW)
+    page.evaluate(WATCH)
     page.get_by_label("number input for longest answer").fill("512")
     press()
     page.locator(MODEL).wait_for()
@@ -152,6 +153,8 @@ def test_an_example_is_asked_about_until_the_conversation_is_cleared(page, answe
         page.wait_for_timeout(200)
     answered(second)
     assert page.locator(MODEL).all_inner_texts() == [first, second]
+    # Of 512 words few came.
+    assert 0 < max(len(text.split()) for text in page.evaluate("window.seen")) < 400
 
 
 def test_what_cannot_be_asked_is_told_and_the_conversation_stays(page, answerer, tmp_path):
