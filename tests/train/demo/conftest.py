@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+from contextlib import ExitStack
 from pathlib import Path
 
 import demo_browser
@@ -17,6 +19,13 @@ from tokenflow_ext.models import (
     build_processor,
     build_understanding,
 )
+from tokenflow_ext.train import text_to_image, understanding
+from tokenflow_ext.train.demo.temporary import folder_of_gradio
+
+# Gradio decides where it writes when it is imported, and writes there later too.
+_folder = ExitStack()
+_folder.enter_context(folder_of_gradio())
+atexit.register(_folder.close)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +41,28 @@ def classes_run(image_tokenizer, tmp_path_factory) -> Path:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.save_pretrained(tmp_path_factory.mktemp("demo") / "var")
+
+
+@pytest.fixture(scope="session")
+def brief() -> tuple[str, ...]:
+    """Settings of a run of a step."""
+    return ("optim.steps=1", "output.eval_every=1", "output.checkpoint_every=1")
+
+
+@pytest.fixture(scope="session")
+def text_run(micro, brief, image_tokenizer, pairs, tmp_path_factory) -> Path:
+    """A run of text to image, of one step."""
+    run = tmp_path_factory.mktemp("demo") / "text"
+    text_to_image.main(micro.text_overrides(run, image_tokenizer, pairs, *brief))
+    return run
+
+
+@pytest.fixture(scope="session")
+def asked_run(micro, brief, image_tokenizer, questions, tmp_path_factory) -> Path:
+    """A run of understanding, of one step."""
+    run = tmp_path_factory.mktemp("demo") / "asked"
+    understanding.main(micro.understanding_overrides(run, image_tokenizer, questions, *brief))
+    return run
 
 
 @pytest.fixture(scope="session")
