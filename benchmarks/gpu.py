@@ -7,31 +7,35 @@
     threads    samplers of different sizes from several threads at once
     odd        inputs that make many codes tie, against ordinary inputs of the same size
     time       graphs and calls of the search, the pyramids and the sampler, kernel by kernel
+    profile    the kernels that matter under Nsight Compute, and whether they are bound as claimed
+    once       the calls that `profile` looks at, each once
 
-Each mode prints its lines and, with --out, writes them to DIR/MODE.txt. A mode that finds something
-wrong makes the program end with status 1. All but `sanitize` run on the CPU too (--device cpu).
+Each mode prints its lines and, with --out, writes them to DIR/MODE.txt; `profile` leaves ncu's
+report and its CSV beside them. A mode that finds something wrong makes the program end with status
+1. All but `sanitize` and `profile` run on the CPU too (--device cpu). docs/measurements.md says
+which claims each mode settles.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import gpu_profile, machine
 from benchmarks.cases import DIMS, PYRAMIDS
-from benchmarks.timing import seconds
+from benchmarks.gpu_calls import DIM, Lines, Settings, Wrong, features, quantizer_for, step
+from benchmarks.gpu_time import measure
+from benchmarks.timing import median
 from tokenflow_ext import (
     MultiScaleQuantizer,
     nearest_code,
@@ -42,56 +46,6 @@ from tokenflow_ext import (
 from tokenflow_ext.var import VarQuantizer
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-DIM = sum(DIMS)
-
-
-class Wrong(Exception):
-    """A mode found a wrong result; the message says which."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where and how much."""
-
-    device: str
-    codes: int
-    pyramid: str
-    batch: int
-    seconds: float
-
-    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, device=self.device).to(dtype)
-
-
-Lines = Iterator[str]
-
-
-def _quantizer(settings: Settings, device: str) -> MultiScaleQuantizer:
-    quantizer = MultiScaleQuantizer(
-        settings.codes, DIMS, PYRAMIDS[settings.pyramid], scale_drop=0.0
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for codebook in quantizer.codebooks:
-            codebook.copy_(torch.randn(codebook.shape, generator=generator))
-    return quantizer.to(device).train()
-
-
-def _step(quantizer: MultiScaleQuantizer, h: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Forward and backward: indices, features, loss and all gradients."""
-    h = h.detach().requires_grad_()
-    out = quantizer(h)
-    loss = out.vq_loss + out.commitment_loss
-    wanted = {"gradient of h": h, **{f"codebook {i}": c for i, c in enumerate(quantizer.codebooks)}}
-    gradients = torch.autograd.grad([out.quantized, loss], list(wanted.values()), [grad, None])
-    found = {"indices": out.indices, "quantized": out.quantized, "loss": loss}
-    return {k: v.detach() for k, v in found.items()} | dict(zip(wanted, gradients, strict=True))
-
-
-def _features(settings: Settings) -> tuple[Tensor, Tensor]:
-    side = PYRAMIDS[settings.pyramid][-1]
-    shape = (settings.batch, DIM, side, side)
-    return torch.randn(shape), torch.randn(shape)
 
 
 def smoke(settings: Settings) -> Lines:
@@ -159,10 +113,10 @@ def sanitize(settings: Settings) -> Lines:
 
 
 def agree(settings: Settings) -> Lines:
-    h, grad = _features(settings)
-    expected = _step(_quantizer(settings, "cpu"), h, grad)
-    found = _step(
-        _quantizer(settings, settings.device), *(t.to(settings.device) for t in (h, grad))
+    h, grad = features(settings)
+    expected = step(quantizer_for(settings, "cpu"), h, grad)
+    found = step(
+        quantizer_for(settings, settings.device), *(t.to(settings.device) for t in (h, grad))
     )
     differ = int((found["indices"].cpu() != expected["indices"]).sum())
     yield f"{differ} of {expected['indices'].numel()} indices differ from the CPU kernels'"
@@ -178,16 +132,16 @@ def agree(settings: Settings) -> Lines:
 
 
 def soak(settings: Settings) -> Lines:
-    quantizer = _quantizer(settings, settings.device)
-    h, grad = (t.to(settings.device) for t in _features(settings))
-    expected = {name: value.clone() for name, value in _step(quantizer, h, grad).items()}
+    quantizer = quantizer_for(settings, settings.device)
+    h, grad = (t.to(settings.device) for t in features(settings))
+    expected = {name: value.clone() for name, value in step(quantizer, h, grad).items()}
     other = torch.randn(2048, 2048, device=settings.device)
     side = torch.cuda.Stream() if settings.device == "cuda" else None
     end, steps = time.monotonic() + settings.seconds, 0
     while time.monotonic() < end or steps == 0:
         with torch.cuda.stream(side) if side else torch.no_grad():
             other @ other
-        for name, value in _step(quantizer, h, grad).items():
+        for name, value in step(quantizer, h, grad).items():
             if not torch.equal(value, expected[name]):
                 raise Wrong(f"{name} has other bits in step {steps}")
         steps += 1
@@ -252,123 +206,9 @@ def odd(settings: Settings) -> Lines:
     else:
         yield "half of the codes NaN: left out, the CPU refuses such a codebook"
     for name, (x, codebook, options) in cases.items():
-        usual = _median(lambda options=options: nearest_code(rows, codes, **options), 5)
-        this = _median(lambda x=x, c=codebook, o=options: nearest_code(x, c, **o), 3)
+        usual = median(lambda options=options: nearest_code(rows, codes, **options), 5)
+        this = median(lambda x=x, c=codebook, o=options: nearest_code(x, c, **o), 3)
         yield f"{name}: {1e3 * this:.3f} ms, {this / usual:.1f} times the usual {1e3 * usual:.3f}"
-
-
-def _median(call: Callable[[], object], rounds: int) -> float:
-    call()
-    return statistics.median(seconds(call) for _ in range(rounds))
-
-
-def _copy_rate(device: str) -> float:
-    """Bytes a second, read and written."""
-    block = torch.ones(2**28, device=device)
-    other = torch.empty_like(block)
-    return 2 * block.nbytes / _median(lambda: other.copy_(block), 10)
-
-
-def _graph(call: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # lazy state is made outside the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def _kernels(call: Callable[[], object], most: int = 12) -> Lines:
-    """Microseconds of each kernel of a call, the longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    repeats = 5
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    found = [
-        (event.self_device_time_total / repeats, event.count / repeats, event.key)
-        for event in profiler.key_averages()
-        if event.self_device_time_total > 0
-    ]
-    yield f"    kernels: {sum(time for time, _, _ in found):.1f} us"
-    for microseconds, count, name in sorted(found, reverse=True)[:most]:
-        short = name.replace("tokenflow::cuda::", "").replace("(anonymous namespace)::", "")
-        yield f"    {microseconds:9.1f} us {count:5.1f} x {short[:90]}"
-
-
-def _timed(
-    settings: Settings, name: str, call: Callable[[], object], detail: bool = False
-) -> Lines:
-    launched = _median(call, 20)
-    line = f"{name}: {1e3 * launched:.4f} ms"
-    if settings.device == "cuda" and detail:
-        line += f", as a graph {1e3 * _median(_graph(call), 20):.4f} ms"
-    yield line
-    if settings.device == "cuda" and detail:
-        yield from _kernels(call)
-
-
-def measure(settings: Settings) -> Lines:
-    device = settings.device
-    copy = _copy_rate(device)
-    yield f"copy: {copy / 1e9:.0f} GB/s read and written"
-    codebook = settings.randn(settings.codes, DIM)
-    for count in (8192, 23328):
-        rows = settings.randn(count, DIM)
-        call = lambda rows=rows: nearest_code(rows, codebook, DIMS)  # noqa: E731
-        yield from _timed(settings, f"search, {count} rows, {settings.codes} codes", call, True)
-        best = _median(_graph(call) if device == "cuda" else call, 20)
-        work = 2 * count * settings.codes * DIM
-        yield f"    {work / best / 1e12:.1f} TFLOP/s counted as 2 N K {DIM}"
-        z, c = (torch.nn.functional.normalize(t, dim=1) for t in (rows, codebook))
-        eager = _median(lambda z=z, c=c: (z @ c.T).argmax(1), 5)
-        yield f"    product + argmax in float32: {1e3 * eager:.3f} ms, {eager / best:.1f} times"
-    for pyramid, batch in (("B", 1), ("B", 32), ("XL", 32)):
-        case = Settings(device, settings.codes, pyramid, batch, settings.seconds)
-        quantizer = _quantizer(case, device)
-        h, grad = (t.to(device) for t in _features(case))
-
-        def forward(quantizer: MultiScaleQuantizer = quantizer, h: Tensor = h) -> object:
-            with torch.no_grad():
-                return quantizer.eval()(h)
-
-        def both(
-            quantizer: MultiScaleQuantizer = quantizer, h: Tensor = h, grad: Tensor = grad
-        ) -> object:
-            return _step(quantizer.train(), h, grad)
-
-        yield from _timed(settings, f"{pyramid}, batch {batch}, forward", forward, True)
-        yield from _timed(settings, f"{pyramid}, batch {batch}, forward+backward", both)
-        if device == "cuda" and batch > 1:
-            yield from _kernels(both)
-    for dtype in (torch.float32, torch.bfloat16):
-        logits, uncond = (settings.randn(4096, settings.codes, dtype=dtype) for _ in range(2))
-        for top_k, top_p in ((1200, 0.8), (100, 0.8), (1, 0.0), (0, 0.9)):
-            options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "guidance": 3.75}
-
-            def draw(
-                rows: int = 4096,
-                logits: Tensor = logits,
-                uncond: Tensor = uncond,
-                options: dict[str, Any] = options,
-            ) -> object:
-                return sample_top_k_top_p(
-                    logits[:rows], uncond=uncond[:rows], check=False, **options
-                )
-
-            name = (
-                f"sampler, 4096 rows of {str(dtype).removeprefix('torch.')}, k {top_k}, p {top_p}"
-            )
-            yield from _timed(settings, name, draw)
-            took = _median(draw, 10)
-            yield f"    logits read: {2 * logits.nbytes / took / copy:.0%} of copy"
-        few = lambda draw=draw: draw(16)  # noqa: E731
-        yield from _timed(settings, f"sampler, 16 rows of {dtype}", few, True)
 
 
 MODES: dict[str, Callable[[Settings], Lines]] = {
@@ -379,6 +219,8 @@ MODES: dict[str, Callable[[Settings], Lines]] = {
     "threads": threads,
     "odd": odd,
     "time": measure,
+    "profile": gpu_profile.profile,
+    "once": gpu_profile.once,
 }
 
 
@@ -402,11 +244,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("there is no GPU here; --device cpu runs the same on the CPU")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        taken = [f"{mode}.txt" for mode in options.modes if (options.out / f"{mode}.txt").exists()]
+        taken = sorted(
+            file.name for mode in options.modes for file in options.out.glob(f"{mode}.*")
+        )
         if taken:
             parser.error(f"{options.out} already has {', '.join(taken)}")
     settings = Settings(
-        options.device, options.codes, options.pyramid, options.batch_size, options.seconds
+        options.device,
+        options.codes,
+        options.pyramid,
+        options.batch_size,
+        options.seconds,
+        options.out,
     )
     run = machine.facts([])
     run["command"] = " ".join(["python -m benchmarks.gpu", *options.modes])

@@ -26,6 +26,12 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - begin
 
 
+def median(call: Callable[[], object], rounds: int) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    call()
+    return statistics.median(seconds(call) for _ in range(rounds))
+
+
 @dataclass
 class Times:
     """Seconds of each candidate, round by round ("ours" is one of them), and what the machine's

@@ -40,7 +40,7 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
 
 
 def _off_by_a_bit(times: int) -> Callable[..., dict[str, torch.Tensor]]:
-    right, calls = gpu._step, iter(range(1000))
+    right, calls = gpu.step, iter(range(1000))
 
     def step(*arguments: object) -> dict[str, torch.Tensor]:
         found = right(*arguments)
@@ -55,7 +55,7 @@ def _off_by_a_bit(times: int) -> Callable[..., dict[str, torch.Tensor]]:
 def test_a_wrong_result_is_told(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "_step", _off_by_a_bit(1))
+    monkeypatch.setattr(gpu, "step", _off_by_a_bit(1))
     assert gpu.main([mode, *SMALL]) == 1
     assert "WRONG: quantized" in capsys.readouterr().out
 
