@@ -11,6 +11,7 @@ VENV ?= .venv$(addprefix -,$(SET))
 BIN := $(VENV)/bin
 CMAKE ?= cmake
 CMAKE_DIR ?= build/cmake
+CUDA_ARCHITECTURES ?= 80 86 89 90 90a 100 120
 NPROC ?= 1
 # Compilers at once in the CMake builds.
 JOBS ?= $(shell nproc)
@@ -31,7 +32,7 @@ TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report wheel docs lint \
-	format cpp cpp-aarch64 cuda-compile sass setup clean FORCE
+	format cpp cpp-aarch64 cuda-compile cuda-architectures sass setup clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +58,8 @@ help:
 	@echo 'make cpp           build the C++ library without torch and run its tests; make cpp-aarch64 the'
 	@echo '                   same for aarch64 (needs g++-aarch64-linux-gnu and qemu-user)'
 	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
+	@echo 'make cuda-architectures   the same for every architecture of CUDA_ARCHITECTURES; fails where a kernel'
+	@echo '                   spills or uses local memory on one of them'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
 	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory)'
 	@echo 'make setup         only create $(VENV) with everything in it, and say whether it fits together'
@@ -166,6 +169,14 @@ cpp:
 cuda-compile:
 	$(CMAKE) -S . -B $(CMAKE_DIR) -DTOKENFLOW_WERROR=ON
 	$(CMAKE) --build $(CMAKE_DIR) --parallel $(JOBS) --target cuda_compile
+
+# The check needs nothing but Python.
+ARCHITECTURES_DIR := build/architectures
+cuda-architectures:
+	$(CMAKE) -S . -B $(ARCHITECTURES_DIR) -DTOKENFLOW_WERROR=ON \
+		"-DTOKENFLOW_CUDA_ARCHITECTURES=$$(echo $(CUDA_ARCHITECTURES) | tr ' ' ';')"
+	$(CMAKE) --build $(ARCHITECTURES_DIR) --parallel $(JOBS) --target cuda_compile
+	$(PYTHON) -m tools.sass --build $(ARCHITECTURES_DIR)/cuda --check
 
 sass: $(VENV)/.installed cuda-compile
 	$(BIN)/python -m tools.sass --build $(CMAKE_DIR)/cuda $(ARGS)

@@ -123,6 +123,14 @@ __device__ __forceinline__ void atomic_max_not_negative(double* address, double 
   }
 }
 
+// Compute capabilities 8.6 and 8.9 have two lanes for float64 a multiprocessor, 8.0 and 9.0 have 32
+// and 64.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr bool kFewFloat64Lanes = true;
+#else
+constexpr bool kFewFloat64Lanes = false;
+#endif
+
 // The number itself, of which the compiler knows nothing: what is computed from it stays where it
 // is needed and holds no register before.
 __device__ __forceinline__ int64_t opaque(int64_t value) {

@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kRefineThreads = 128;
 
+// Blocks of a multiprocessor, as many as its registers allow without a spill. Few float64 lanes are
+// busy with fewer: a row is some 50 instructions in float64 of 1,000.
+constexpr int kRefineBlocks = kFewFloat64Lanes ? 4 : 5;
+
 // A score in float64 is the work of a team of lanes, one team for each code of a group.
 constexpr int kTeamLanes = kWarpSize / kGroupCodes;
 
@@ -288,7 +292,7 @@ constexpr float kExcludedScore = -0x1p29f;
 // different groups closer together than the coarse scores can tell cost four codes more; where both
 // groups are in one record, it is scored again, 4 KiB a step of the operands and a tile.
 // Codes closer together than scores in float64 can tell cost a distance each.
-__global__ void __launch_bounds__(kRefineThreads, 5)
+__global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
                   const ScoreRuns runs) {
   const CodebookLayout& layout = args.layout;
