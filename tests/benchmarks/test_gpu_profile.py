@@ -179,6 +179,24 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, then: str = "pass") -
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
+def test_documents_say_what_each_mode_settles() -> None:
+    text = (ROOT / "docs/measurements.md").read_text()
+    table = text.partition("| step | settles |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == gpu.MODES.keys() - {"once"}
+
+
+def test_claims_are_those_of_the_documents() -> None:
+    """The column of what binds each kernel, in the tables of its launches."""
+    text = (ROOT / "docs/kernels.md").read_text().partition("\n## CUDA")[2]
+    text = text.partition("\n### What the compiler made of it")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, re.MULTILINE)
+    bounds = {f"{kernel}_kernel": bound for kernel, bound in rows}
+    for kernel, claim in KERNELS.items():
+        if kernel in bounds:
+            assert claim in bounds[kernel]
+    assert len(KERNELS.keys() & bounds.keys()) >= 8
+
+
 class TestMode:
     def test_without_ncu(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))

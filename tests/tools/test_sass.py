@@ -20,9 +20,10 @@ from sass.errors import SassError
 from sass.kernels import make_kernel, parse_resources, short_name
 from sass.objects import PACKAGES, find_tool, read_objects
 from sass.occupancy import MULTIPROCESSORS, blocks_resident, shared_budget
-from sass.report import BEGIN, END, replace_block
+from sass.report import block_of, markers, replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = markers("sass")
 
 
 KERNEL = "_ZN4demo6kernelILi8EEEvPKfPf"
@@ -215,6 +216,9 @@ class TestInstructions:
 
 
 class TestLoops:
+    def test_depth(self) -> None:
+        assert [loop.depth for loop in find_loops(code_of(NESTED))] == [1, 2]
+
     def test_nested(self) -> None:
         outer, inner = find_loops(code_of(NESTED))
         assert [loop.innermost for loop in (outer, inner)] == [False, True]
@@ -230,6 +234,15 @@ class TestLoops:
         assert inner.multiply_adds == 64
         assert inner.shared_bytes == 512 + 128
         assert inner.lines == "demo.cu:43-44"
+
+    def test_frames(self) -> None:
+        code = code_of(
+            NESTED.replace("EXIT\n    .L_x_5", "EXIT\n$__division:\nFADD R0, R0, R1\n    .L_x_5")
+        )
+        frames = {i.opcode: i.frames for i in code.instructions}
+        assert frames["FFMA"] == (("tile.cuh", 7), ("demo.cu", 44))  # its own place first
+        assert frames["BAR.SYNC.DEFER_BLOCKING"] == (("demo.cu", 40),)
+        assert frames["LDC"] == frames["FADD"] == ()  # the compiler's own
 
     def test_straight_code(self) -> None:
         assert find_loops(code_of("MOV R0, R1\nEXIT\n.L_x_0:\nBRA `(.L_x_0)")) == []
@@ -405,17 +418,17 @@ class TestDocument:
     def test_replaces_what_is_between(self) -> None:
         text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
         expected = f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-        assert replace_block(text, "new") == expected
-        assert replace_block(expected, "new") == expected
+        assert replace_block(text, "sass", "new") == expected
+        assert replace_block(expected, "sass", "new") == expected
+        assert block_of(text, "sass") == "old"
+        assert block_of(expected, "sass") == "new"
 
-    @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}"])
+    @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
     def test_markers_missing(self, text: str) -> None:
         with pytest.raises(SassError, match="once each"):
-            replace_block(text, "new")
-
-    def test_report_has_the_block(self) -> None:
-        text = (ROOT / "docs/benchmarks/machine-code/report.md").read_text()
-        assert replace_block(text, "new") != text
+            replace_block(text, "sass", "new")
+        with pytest.raises(SassError, match="once each"):
+            block_of(text, "sass")
 
 
 class TestTools:
@@ -546,7 +559,7 @@ class TestCompiled:
             (k.architecture, k.symbol): (k.stack, k.spill_stores, k.spill_loads, k.registers)
             for k in kernels
         } == expected
-        assert re.fullmatch(r"ptxas \d+\.\d+\.\d+", compiler)
+        assert re.fullmatch(r"ptxas \d+\.\d+\.\d+, read by nvdisasm \d+\.\d+\.\d+", compiler)
 
     def test_kernels(self, compiled: tuple[Path, str], tmp_path: Path) -> None:
         assert main(["--json", str(tmp_path / "sass.json"), str(compiled[0])]) == 0

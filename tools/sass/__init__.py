@@ -5,8 +5,11 @@ every architecture. For each kernel this prints what decides how many of its blo
 holds, whether registers were spilled, and what its hot loop issues:
 
     python -m tools.sass                          tables of all kernels
-    python -m tools.sass --check                  fails where local memory is used
-    python -m tools.sass --write FILE             renews the tables between the markers of FILE
+    python -m tools.sass --check                  fails where local memory is used, or where a
+                                                  document is out of date
+    python -m tools.sass --write                  renews the documents: the tables, and in
+                                                  docs/kernels.md what times the counted
+                                                  instructions allow on two devices
 
 The loops come from the control-flow graph that the branches of the disassembly make: a loop is a
 strongly connected part of it, and what remains of a loop without its header holds the loops inside.

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import documents
 from .errors import SassError
+from .kernels import Kernel
 from .objects import ROOT, built_objects, read_objects
-from .report import replace_block, tables
+from .report import tables
 
 BUILD = ROOT / "build" / "cmake" / "cuda"
 
@@ -33,43 +35,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--markdown", action="store_true", help="print tables for the documents")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="put the tables between the markers of FILE"
-    )
+    parser.add_argument("--write", action="store_true", help="renew the documents")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="fail where a kernel spills, has a stack frame or touches local memory, or where its "
-        "fences, loads or asynchronous copies are not as they must be",
+        help="fail where a kernel spills, has a stack frame or touches local memory, where its "
+        "fences, loads or asynchronous copies are not as they must be, or where a document is out "
+        "of date",
     )
     options = parser.parse_args(arguments)
     try:
         kernels, compiler = read_objects(options.objects or built_objects(options.build))
-        markdown = "\n\n".join(
-            [f"Compiled by {compiler}.", *(t.markdown() for t in tables(kernels))]
-        )
         if options.json:
             record = {"compiler": compiler, "kernels": [kernel.as_json() for kernel in kernels]}
             options.json.write_text(json.dumps(record, indent=1) + "\n")
         if options.write:
-            options.write.write_text(replace_block(options.write.read_text(), markdown))
+            documents.write(kernels, compiler)
+        if options.check:
+            # Objects that were named need not be those of this source.
+            return _check(kernels, compiler, with_documents=not options.objects)
     except (SassError, OSError) as error:
         print(f"sass: {error}", file=sys.stderr)
         return 2
-    if options.check:
-        problems = [(kernel, text) for kernel in kernels if (text := kernel.problem())]
-        for kernel, text in problems:
-            print(f"sass: {kernel.architecture} {kernel.name}: {text}", file=sys.stderr)
-        if problems:
-            return 1
-        counts = Counter(kernel.architecture for kernel in kernels)
-        found = ", ".join(f"{number} kernels for {name}" for name, number in counts.items())
-        print(f"{found}: no stack frame, spill or local memory access; fences and copies in order")
-    elif options.markdown:
-        print(markdown)
+    if options.markdown:
+        print(f"Compiled by {compiler}.", *(t.markdown() for t in tables(kernels)), sep="\n\n")
     elif not options.write:
         print(f"compiled by {compiler}")
         print("", *(table.text() + "\n" for table in tables(kernels)), sep="\n")
+    return 0
+
+
+def _check(kernels: Sequence[Kernel], compiler: str, with_documents: bool) -> int:
+    problems = [(kernel, text) for kernel in kernels if (text := kernel.problem())]
+    for kernel, text in problems:
+        print(f"sass: {kernel.architecture} {kernel.name}: {text}", file=sys.stderr)
+    old, other = documents.out_of_date(kernels, compiler) if with_documents else ([], [])
+    for name in old:
+        print(f"sass: {name} is out of date: `make sass ARGS=--write` renews it", file=sys.stderr)
+    if problems or old:
+        return 1
+    counts = Counter(kernel.architecture for kernel in kernels)
+    found = ", ".join(f"{number} kernels for {name}" for name, number in counts.items())
+    print(f"{found}: no stack frame, spill or local memory access; fences and copies in order")
+    for name in other:
+        print(f"{name} is of other machine code, and was not compared")
     return 0
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .disassembly import Code, Instruction
-from .occupancy import WARP, Multiprocessor
+from .occupancy import Multiprocessor
+from .pipes import cycles
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Loop:
 
     instructions: tuple[Instruction, ...]
     innermost: bool
+    depth: int = 1  # loops that it is in, itself among them
 
     @cached_property
     def kinds(self) -> Counter[str]:
@@ -44,18 +46,8 @@ class Loop:
 
     def cycles(self, sm: Multiprocessor) -> dict[str, float]:
         """The least cycles that a warp's iteration takes of a scheduler, by what it occupies."""
-        tensor = [i for i in self.instructions if i.kind == "tensor"]
-        cycles = {
-            "issue": float(len(self.instructions)),
-            "float32": self.kinds["float32"] * WARP / sm.float32_lanes,
-            "integer": sum(i.integer_lanes for i in self.instructions) * WARP / sm.integer_lanes,
-            "tensor": 0.0,
-        }
-        if all(i.tensor_rate for i in tensor):
-            cycles["tensor"] = sum(
-                i.multiply_adds / (i.tensor_rate * sm.tensor_multiply_adds) for i in tensor
-            )
-        return cycles
+        taken = cycles(self.instructions, sm)
+        return {name: taken[name] for name in ("issue", "float32", "integer", "tensor")}
 
 
 Graph = dict[int, set[int]]
@@ -70,8 +62,10 @@ def _reached(graph: Graph, start: int, nodes: set[int]) -> set[int]:
     return seen
 
 
-def _nested(forward: Graph, backward: Graph, nodes: set[int]) -> list[tuple[set[int], bool]]:
-    """Loops within `nodes`, outer ones first: their own nodes, and whether none is inside."""
+def _nested(
+    forward: Graph, backward: Graph, nodes: set[int], depth: int = 1
+) -> list[tuple[set[int], bool, int]]:
+    """Loops within `nodes`, outer ones first: their own nodes, whether none is inside, depth."""
     loops = []
     left = set(nodes)
     while left:
@@ -81,8 +75,8 @@ def _nested(forward: Graph, backward: Graph, nodes: set[int]) -> list[tuple[set[
         if len(part) == 1 and node not in forward[node]:
             continue
         entries = [n for n in part if backward[n] - part]
-        inner = _nested(forward, backward, part - {min(entries, default=node)})
-        loops.append((part.difference(*(nodes for nodes, _ in inner)), not inner))
+        inner = _nested(forward, backward, part - {min(entries, default=node)}, depth + 1)
+        loops.append((part.difference(*(nodes for nodes, _, _ in inner)), not inner, depth))
         loops += inner
     return loops
 
@@ -108,11 +102,11 @@ def find_loops(code: Code) -> list[Loop]:
             backward[target].add(start)
 
     loops = []
-    for nodes, innermost in _nested(forward, backward, set(blocks)):
+    for nodes, innermost, depth in _nested(forward, backward, set(blocks)):
         body = [i for start in sorted(nodes) for i in instructions[start : blocks[start]]]
         # A kernel ends in a branch to itself that nothing reaches.
         if any(i.mnemonic != "BRA" for i in body):
-            loops.append(Loop(tuple(body), innermost))
+            loops.append(Loop(tuple(body), innermost, depth))
     return loops
 
 

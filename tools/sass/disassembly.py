@@ -50,7 +50,12 @@ class Instruction:
     operands: str = ""
     guard: str = ""  # the predicate that decides whether it runs: !P0
     note: str = ""  # what nvdisasm says of it: SpillRefill, BRANCH_TARGETS ...
-    source: tuple[str, int] | None = None  # file and line, in the kernel where code was inlined
+    frames: tuple[tuple[str, int], ...] = ()  # file and line; where code was inlined, its own first
+
+    @property
+    def source(self) -> tuple[str, int] | None:
+        """File and line in the kernel, to which code was inlined."""
+        return self.frames[-1] if self.frames else None
 
     @property
     def mnemonic(self) -> str:
@@ -160,19 +165,25 @@ def parse_sass(text: str) -> dict[str, Code]:
     """Kernels of `nvdisasm -c -gi`, by their mangled names."""
     kernels: dict[str, Code] = {}
     code: Code | None = None
-    source: tuple[str, int] | None = None
+    frames: list[tuple[str, int]] = []
+    complete = True  # what follows begins another place
     for line in text.splitlines():
         if section := _SECTION.match(line):
             code = kernels.setdefault(section.group(1), Code())
-            source = None
+            frames, complete = [], True
         elif code is None:
             continue
         elif location := _SOURCE.match(line):
             # One line for each level of inlining, the kernel's own last.
-            source = (Path(location.group(1)).name, int(location.group(2)))
+            if complete:
+                frames, complete = [], False
+            frames.append((Path(location.group(1)).name, int(location.group(2))))
         elif label := _LABEL_LINE.match(line):
+            if label.group(1).startswith("$"):  # a function of the compiler's, of no source
+                frames, complete = [], True
             code.labels[label.group(1)] = len(code.instructions)
         elif found := _INSTRUCTION.match(line):
+            complete = True
             operands = found["operands"]
             code.instructions.append(
                 Instruction(
@@ -181,7 +192,7 @@ def parse_sass(text: str) -> dict[str, Code]:
                     operands=_NOTE.sub("", operands).strip(),
                     guard=found["guard"] or "",
                     note=" ".join(_NOTE.findall(operands)),
-                    source=source,
+                    frames=tuple(frames),
                 )
             )
     return kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 
 from . import protocols
 from .control_flow import Loop, find_loops, hot_loop
@@ -38,6 +38,7 @@ class Kernel:
     loops: int
     hot_loop: Loop | None = None
     protocol: tuple[str, ...] = ()  # what is wrong with fences, loads and copies
+    code: Code = field(default_factory=Code, repr=False)
 
     @property
     def multiprocessor(self) -> Multiprocessor | None:
@@ -78,8 +79,9 @@ class Kernel:
 
     def as_json(self) -> dict[str, object]:
         """All numbers, for `--json`."""
-        record = asdict(self)
-        del record["protocol"]
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("protocol", "code"):
+            del record[name]
         record |= {"blocks": self.blocks, "occupancy": self.occupancy}
         if (loop := self.hot_loop) is not None:
             sm, work = self.multiprocessor, loop.multiply_adds
@@ -175,4 +177,5 @@ def make_kernel(
         loops=len(loops),
         hot_loop=hot_loop(loops),
         protocol=tuple(protocols.problems(name, code)),
+        code=code,
     )

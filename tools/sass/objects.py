@@ -54,6 +54,11 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
     return result.stdout
 
 
+def _version(tool: str) -> str:
+    found = re.search(r"\bV([\d.]+)", _run(find_tool(tool), "--version"))
+    return found[1] if found else "of an unknown version"
+
+
 def demangle(symbols: Sequence[str]) -> list[str]:
     """The symbols' C++ names, or the symbols themselves where there is no c++filt."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
@@ -86,7 +91,7 @@ def read_objects(paths: Iterable[Path]) -> tuple[list[Kernel], str]:
     """Kernels of objects, libraries and cubins, by architecture, in the files' order.
 
     Returns:
-        The kernels, and the compilers' names and versions.
+        The kernels, and the names and versions of the compilers and of what read their code.
 
     Raises:
         SassError: a tool is missing, or a file holds no machine code.
@@ -112,7 +117,7 @@ def read_objects(paths: Iterable[Path]) -> tuple[list[Kernel], str]:
     if not kernels:
         raise SassError("no kernel in these files")
     kernels.sort(key=lambda kernel: kernel.architecture)
-    return kernels, ", ".join(sorted(compilers))
+    return kernels, f"{', '.join(sorted(compilers))}, read by nvdisasm {_version('nvdisasm')}"
 
 
 def _is_cubin(path: Path) -> bool:

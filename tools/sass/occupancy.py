@@ -17,15 +17,22 @@ class Multiprocessor:
     shared_bytes_block: int  # the most that one block may ask for
     float32_lanes: int  # a scheduler
     tensor_multiply_adds: int  # a scheduler and cycle
+    float64_lanes: int  # a scheduler
     integer_lanes: int = 16  # a scheduler: additions, logic, comparisons, minima and maxima
+    special_lanes: int = 4  # a scheduler: reciprocals, roots, and conversions from and to 64 bits
+    shared_bytes_cycle: int = 32  # a scheduler's part of what shared memory delivers
     threads: int = 2048
     blocks: int = 32
     registers: int = 65536
 
 
 MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(164 << 10, 163 << 10, float32_lanes=16, tensor_multiply_adds=256),
-    "sm_90": Multiprocessor(228 << 10, 227 << 10, float32_lanes=32, tensor_multiply_adds=512),
+    "sm_80": Multiprocessor(
+        164 << 10, 163 << 10, float32_lanes=16, tensor_multiply_adds=256, float64_lanes=8
+    ),
+    "sm_90": Multiprocessor(
+        228 << 10, 227 << 10, float32_lanes=32, tensor_multiply_adds=512, float64_lanes=16
+    ),
 }
 SCHEDULERS = 4
 WARP = 32

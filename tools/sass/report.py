@@ -10,7 +10,10 @@ from .errors import SassError
 from .kernels import Kernel
 from .occupancy import MULTIPROCESSORS, shared_budget
 
-BEGIN, END = "<!-- sass: begin -->", "<!-- sass: end -->"
+
+def markers(block: str) -> tuple[str, str]:
+    """The lines between which a document has the block of that name."""
+    return f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,30 @@ def tables(kernels: Sequence[Kernel]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def replace_block(text: str, block: str) -> str:
-    """The document with `block` between the two markers.
+def _around(text: str, block: str) -> tuple[str, str, str]:
+    begin, end = markers(block)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SassError(f"the document needs {begin} and after it {end}, once each")
+    head, rest = text.split(begin)
+    inside, tail = rest.split(end)
+    return head, inside.strip("\n"), tail
+
+
+def block_of(text: str, block: str) -> str:
+    """What a document has between the markers of a block.
 
     Raises:
         SassError: the document does not have each marker once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SassError(f"the document needs {BEGIN} and after it {END}, once each")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+    return _around(text, block)[1]
+
+
+def replace_block(text: str, block: str, content: str) -> str:
+    """The document with `content` between the markers of a block.
+
+    Raises:
+        SassError: the document does not have each marker once, in order.
+    """
+    head, _, tail = _around(text, block)
+    begin, end = markers(block)
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"

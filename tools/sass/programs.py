@@ -1,0 +1,259 @@
+"""What a warp of the kernels that matter runs: parts of their sources, and how often.
+
+Everything is of two groups of 32 and 8 channels, as TokenFlow has them. How often a loop runs
+follows from shapes; what depends on the numbers themselves is assumed, and stands here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .source import Part, Place
+
+CHANNELS = 40
+GROUPS = 2
+#: Steps of 16 columns: the channels, and three spare columns.
+STEPS = 3
+#: Codes that a tile of packed codes, a record and a group hold.
+TILE, RECORD, GROUP = 128, 512, 4
+#: Threads of a block of a kernel that works on planes, and its warps.
+PLANE_THREADS, PLANE_WARPS = 256, 8
+
+#: Assumed: rows with a second group within the bound of its coarse score (docs/kernels.md).
+SECOND_GROUPS = 0.039
+SAMPLER = "sample_kernel<(LogitType)0, 1024>"  # of float32
+
+Path = tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a warp of a kernel runs.
+
+    `once` is what it runs beside the parts, the whole kernel where that is empty. `loads` are those
+    from the L2 that each wait for the one before, and `barriers` the steps of a block that end in
+    one, both as read from the source.
+    """
+
+    kernel: str
+    parts: tuple[Part, ...]
+    once: Path = ()
+    loads: int = 0
+    barriers: int = 0
+
+
+def _at(path: Path, file: str, text: str, nth: int = 0) -> Path:
+    return (*path, Place(file, text, nth))
+
+
+def coarse_score() -> Program:
+    """A tile of codes and a warp's 64 rows."""
+    kernel = _at((), "coarse_score.cu", "coarse_score_kernel(const __grid_constant__")
+    tile = _at(kernel, "coarse_score.cu", "for (int i = 0; i < block.tiles; ++i) {")
+    codes = _at(tile, "coarse_score.cu", "for (int c = 0; c < kTileFragments; ++c) {")
+    end = _at(tile, "coarse_score.cu", "if (ends_record(runs, block, i)) {")
+    parts = (Part(codes, TILE / 16), Part(end, TILE / RECORD))
+    return Program("coarse_score_kernel<3, 4>", parts, tile)
+
+
+def refine(records: int, near: float = 1 + SECOND_GROUPS, rescored: float = 0) -> Program:
+    """A row with that many records.
+
+    `near` groups are within the bound of the best coarse score; of `rescored` records a second one
+    is, so that their tiles are scored again.
+    """
+    rounds = -(-records // 32)
+
+    def at(path: Path, text: str) -> Path:
+        return _at(path, "refine.cu", text)
+
+    kernel = at((), "refine_kernel(const __grid_constant__")
+    looks = at(kernel, "for (int r0 = 0; r0 < num_records")
+    groups = at(looks, "for (; near != 0; near &= near - 1) {")
+    look = at(groups, "look_at(const SearchArgs& args")
+    team = at(look, "for (unsigned lanes = ballot(codes")
+    score = at(team, "exact_score(const SearchArgs& args")
+    score_group = at(score, "for (int g = 0; g < layout.groups; ++g)")
+    dot = at(score_group, "for (int d = layout.begin[g] + lane_index() % kLanes")
+    error = at(kernel, "row_squared_error(const SearchArgs& args")
+    error_group = at(error, "for (int g = 0; g < layout.groups; ++g)")
+    difference = at(error_group, "for (int d = layout.begin[g] + lane_index()")
+    never = [
+        at(kernel, "if (is_dropped(args)) {"),
+        at(kernel, "is_zero(const float* row, int dim) {"),
+        at(kernel, "nearest_to_zero(const SearchArgs& args)"),
+        # Outliers.
+        at(looks, "outlier_margin(const SearchArgs& args"),
+        at(looks, "if (lane < codes.num_outliers) {"),
+        at(looks, "const double most = max_over_warp(score, 1)"),
+        # What even float64 does not tell apart.
+        at(team, "for (; near != 0; near &= near - 1) {"),
+    ]
+    again = at(groups, "if (rescore) {")
+    half = at(again, "for (int part = 0; part < kTileFragments / kFragments; ++part) {")
+    step = at(half, "for (int s = 0; s < steps; ++s) {")
+    tiles = RECORD / TILE * rescored
+    eight_lanes = -(-32 // 8) + -(-8 // 8)
+    parts = [
+        Part(at(kernel, "for (int r = lane; r < num_records"), rounds, "LDG"),
+        *(Part(looks, rounds), Part(groups, near), Part(look, near), Part(team, near)),
+        *(Part(score, near), Part(score_group, GROUPS * near)),
+        *(Part(dot, eight_lanes * near, "DFMA"), Part(error_group, GROUPS)),
+        *(Part(difference, 2), Part(again, tiles), Part(half, 2 * tiles)),
+        *(Part(step, 2 * STEPS * tiles),),
+        *(Part(path, 0) for path in never),
+    ]
+    return Program("refine_kernel", tuple(parts), loads=8)
+
+
+def _pack(vector: Place, measured: bool) -> Program:
+    """Eight vectors, four lanes each."""
+
+    def at(path: Path, text: str) -> Path:
+        return _at(path, "pack.cuh", text)
+
+    measure = at((vector,), "measure_vector(const float* vector,")
+    measure_group = at(measure, "for (int g = 0; g < layout.groups; ++g) {")
+    square = at(measure_group, "quad_squared_norm(const float* vector,")
+    pack = at((vector,), "PackedLengths pack_vector(")
+    pack_group = at(pack, "for (int g = 0; g < layout.groups; ++g) {")
+    parts = [
+        Part(at((vector,), "measure_centred(const float* vector,"), 0),
+        Part(pack_group, GROUPS),
+        Part(at(pack_group, "for (; column(i) < end; ++i) {"), CHANNELS / 4, "global store"),
+        Part(at(pack, "for (; i < 4 * steps; ++i)"), (16 * STEPS - CHANNELS) / 4, "global store"),
+    ]
+    if measured:
+        squares = at(square, "for (int d = begin + lane_index() % kPackLanes")
+        parts += [Part(measure_group, GROUPS), Part(squares, CHANNELS / 4, "DFMA")]
+    return Program("pack_kernel", tuple(parts), (vector,), loads=4)
+
+
+def pack_rows() -> Program:
+    """Eight rows."""
+    return _pack(Place("pack.cuh", "void pack_row(const float* row"), True)
+
+
+def pack_codes() -> Program:
+    """Eight codes, measured before."""
+    return _pack(Place("pack.cu", "void pack_code(const CodebookLayout& layout"), False)
+
+
+def row_gradient(scale: float) -> Program:
+    """Four tokens, eight lanes each; `scale` is the number of their scale, on average."""
+
+    def at(path: Path, text: str, nth: int = 0) -> Path:
+        return _at(path, "backward.cu", text, nth)
+
+    kernel = at((), "row_gradient_kernel(const __grid_constant__")
+    group = at(kernel, "for (int g = 0; g < layout.groups; ++g) {")
+    channels = "for (int d = begin; named && d < end; d += kTokenLanes) {"
+    parts = (
+        Part(at(kernel, "while (in_image >= pyramid.first_token"), scale),
+        Part(group, GROUPS),
+        Part(at(group, "if (grad_rows && present && !named) {"), 0),
+        Part(at(group, channels, 1), CHANNELS / 8),
+        Part(at(group, channels, 2), CHANNELS / 8),
+    )
+    return Program("row_gradient_kernel", parts, loads=5)
+
+
+def _bins(side: int, count: int) -> float:
+    """Positions of a bin, on average: `area_bin` of csrc/common/geometry.h."""
+    return sum(-(-(i + 1) * side // count) - i * side // count for i in range(count)) / count
+
+
+def _planes(
+    kernel: Path, channels: int, side: int, codes: Sequence[int], pooled: Sequence[int]
+) -> list[Part]:
+    """Adding the codes of some scales to planes, and pooling to some, by a block of threads."""
+
+    def rounds(elements: int) -> int:
+        return -(-channels * elements // PLANE_THREADS)
+
+    def at(path: Path, text: str) -> Path:
+        return _at(path, "planes.cuh", text)
+
+    add, pool = (
+        at(kernel, "add_codes(const Pyramid& pyramid, int channels"),
+        at(kernel, "pool(const Pyramid& pyramid, const ChannelBlock& block"),
+    )
+    # A table is the work of the block's first warp.
+    added, table = len(codes), 1 / PLANE_WARPS
+    pool_x = at(pool, "i < block.count * middle; i += kPlaneThreads) {")
+    pool_y = at(pool, "i < block.count * count; i += kPlaneThreads) {")
+    across = sum(rounds(side * n) for n in pooled)
+    down = sum(rounds(n * n) for n in pooled)
+    sums_x = sum(rounds(side * n) * _bins(side, n) for n in pooled)
+    sums_y = sum(rounds(n * n) * _bins(side, n) for n in pooled)
+    return [
+        Part(add, added),
+        Part(at(add, "for (int x = threadIdx.x; x < width; x += kPlaneThreads) {"), added * table),
+        Part(at(add, "for (int y = threadIdx.x; y < height; y += kPlaneThreads) {"), added * table),
+        Part(at(add, "i < count * channels;"), sum(rounds(n * n) for n in codes), "STS"),
+        Part(at(add, "i < channels * middle;"), sum(rounds(n * side) for n in codes), "STS"),
+        Part(at(add, "i < channels * full;"), added * rounds(side * side), "STS"),
+        Part(pool, len(pooled)),
+        Part(at(pool, "for (int x = threadIdx.x; x < extent.width;"), len(pooled) * table),
+        Part(at(pool, "for (int y = threadIdx.x; y < extent.height;"), len(pooled) * table),
+        Part(pool_x, across, "STS"),
+        Part(at(pool_x, "for (int x = bin.begin; x < bin.end; ++x)"), sums_x, "FADD"),
+        Part(pool_y, down, "STG"),
+        Part(at(pool_y, "for (int y = bin_y.begin; y < bin_y.end; ++y)"), sums_y, "FADD"),
+        Part(at(pool_y, "if (!(average - average == 0)) {"), 0),
+    ]
+
+
+def residual_pass(channels: int, side: int, scale: int, pooled: int) -> Program:
+    """A warp of a block of a step: the codes of a scale of that side, and the next scale's rows.
+
+    Either is 0 where there is no such scale: before the first, and after the last.
+    """
+    kernel = _at((), "residual_pass.cu", "residual_pass_kernel(const __grid_constant__")
+    elements = "for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {"
+    rounds = -(-channels * side * side // PLANE_THREADS)
+    parts = [
+        Part(_at(kernel, "residual_pass.cu", elements, 1), rounds, "STS"),
+        Part(_at(kernel, "residual_pass.cu", elements, 2), rounds, "LDS"),
+        *_planes(kernel, channels, side, [scale] if scale else [], [pooled] if pooled else []),
+    ]
+    return Program("residual_pass_kernel", tuple(parts), loads=4 if scale else 1)
+
+
+def scalar_quantize(channels: int, side: int, scales: Sequence[int]) -> Program:
+    """A warp of a block of the whole pyramid of signs, one threshold a channel."""
+    kernel = _at((), "scalar.cu", "scalar_quantize_kernel(const __grid_constant__")
+    elements = "for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {"
+    parts = [
+        Part(
+            _at(kernel, "scalar.cu", elements), -(-channels * side * side // PLANE_THREADS), "STS"
+        ),
+        *_planes(kernel, channels, side, scales, scales),
+    ]
+    return Program("scalar_quantize_kernel", tuple(parts), loads=1 + 3 * len(scales))
+
+
+def sampler_keys(codes: int) -> Program:
+    """A warp of a row's first step: logits read, keys written."""
+    kernel = _at((), "sampler.cu", "sample_kernel(const __grid_constant__")
+    keys = _at(kernel, "sampler.cu", "first < codes; first += kUnroll * kThreads) {")
+    return Program(SAMPLER, (Part(keys, codes / 1024, "STS"),), keys)
+
+
+def sampler_list(codes: int) -> Program:
+    """A warp of a row's other steps, of which listing the keys above the bound is counted."""
+    gather = _at((), "sampler_team.cuh", "gather(const Entries<kType>& entries")
+    each = "for (int first = begin; first < end; first += kWarpSize) {"
+    parts = tuple(
+        Part(_at(gather, "sampler_team.cuh", each, nth), codes / 1024, "VOTE") for nth in (1, 2)
+    )
+    return Program(SAMPLER, parts, gather, barriers=60)
+
+
+def along_y(times: int) -> Program:
+    """As many elements for each lane of the last step of adding codes."""
+    kernel = _at((), "residual_pass.cu", "residual_pass_kernel(const __grid_constant__")
+    add = _at(kernel, "planes.cuh", "add_codes(const Pyramid& pyramid, int channels")
+    loop = _at(add, "planes.cuh", "i < channels * full;")
+    return Program("residual_pass_kernel", (Part(loop, times, "STS"),), loop)
