@@ -87,14 +87,14 @@ class TestTimes:
     def test_ends(self, terms: dict[str, float]) -> None:
         found = times(**terms)
         assert found.least == max(2.0, *terms.values(), 0.0)
-        apart = found.terms["tensor"] + found.terms["integer"]
+        apart = found.terms["tensor"] + found.terms["integer"] + found.terms["float32"]
         assert found.most == (max(found.least, apart) if found.terms["tensor"] else found.least)
         if found.binds != "launch":
             assert terms[found.binds] == found.least
 
     def test_products_apart(self) -> None:
-        found = times(tensor=100.0, integer=70.0, issue=90.0)
-        assert (found.least, found.most, found.binds) == (100.0, 170.0, "tensor")
+        found = times(tensor=100.0, integer=70.0, float32=5.0, issue=90.0)
+        assert (found.least, found.most, found.binds) == (100.0, 175.0, "tensor")
         without = times(integer=70.0, issue=90.0)
         assert (without.least, without.most, without.binds) == (90.0, 90.0, "issue")
 

@@ -4,7 +4,7 @@ A launch takes at least as long as its instructions occupy the schedulers and la
 multiprocessor with most blocks, as its bytes take through the L2 or from memory, and as the chain
 of loads and dependent instructions of one warp takes, as often as blocks follow each other. The
 estimate is the largest of these. Where products and other instructions do not run side by side,
-their times add up: a range is given where there are products.
+the times of their lanes add up: a range is given where there are products.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Times:
 
     @property
     def most(self) -> float:
-        """Products and what takes the integers' lanes one after the other."""
-        apart = self.terms["tensor"] + self.terms["integer"] if self.terms["tensor"] else 0.0
-        return max(self.least, apart)
+        """Products and what takes the other lanes one after the other."""
+        if not self.terms["tensor"]:
+            return self.least
+        return max(self.least, sum(self.terms[name] for name in ("tensor", "integer", "float32")))
 
     @property
     def binds(self) -> str:

@@ -62,7 +62,7 @@ def _own_starts(device: Device) -> Change:
 
 
 VARIANTS = (
-    Variant("as it is", DEVICES, lambda _: lambda taken: taken),
+    Variant("as it is, 30 to 45 channels", DEVICES, lambda _: lambda taken: taken),
     Variant(
         "int8, mma of 32 and 16 columns",
         (A100,),
@@ -73,6 +73,7 @@ VARIANTS = (
     Variant("wgmma, 48 columns", (H100,), _products(48, share=1), side_by_side=True),
     Variant("40 columns, one start for all rows", DEVICES, _products(40)),
     Variant("40 columns, a start for each row", DEVICES, _own_starts),
+    Variant("32 columns, one start for all rows", DEVICES, _products(32)),
 )
 
 
