@@ -61,7 +61,8 @@ help:
 	@echo 'make cuda-architectures   the same for every architecture of CUDA_ARCHITECTURES; fails where a kernel'
 	@echo '                   spills or uses local memory on one of them'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'
-	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory)'
+	@echo '                   (ARGS=--check fails where a kernel spills or uses local memory, or where a'
+	@echo '                   document is out of date, which ARGS=--write renews)'
 	@echo 'make setup         only create $(VENV) with everything in it, and say whether it fits together'
 	@echo 'make clean         remove builds (not $(VENV))'
 
