@@ -199,7 +199,7 @@ def summary(launches: Sequence[Launch]) -> Lines:
             continue
         longest = max(found, key=lambda launch: launch.microseconds)
         number = longest.metrics.get
-        pipes, stalls = longest.largest(_PIPE), longest.largest(_STALL, 2)
+        pipes, stalls = longest.largest(_PIPE, 2), longest.largest(_STALL, 2)
         used.append(
             {
                 "kernel": kernel,
@@ -211,7 +211,7 @@ def summary(launches: Sequence[Launch]) -> Lines:
                 "DRAM": _percent(number(DRAM)),
                 "L2 hits": _percent(number(L2_HITS)),
                 "occupancy": _percent(number(OCCUPANCY)),
-                "busiest pipe": " ".join(f"{name} {share:.0f}%" for name, share in pipes) or "-",
+                "busiest pipes": ", ".join(f"{name} {share:.0f}%" for name, share in pipes) or "-",
                 "stalls, cycles an instruction": ", ".join(
                     f"{name} {cycles:.1f}" for name, cycles in stalls
                 )

@@ -114,7 +114,7 @@ class TestSummary:
         used = [line for line in cells if line[:2] == ["coarse_score_kernel", "2"]]
         assert used[0][2:] == [
             *("200.2", "140.2", "74%", "31%", "2%", "99%", "25%"),
-            "tensor_op_hmma 75%",
+            "tensor_op_hmma 75%, alu 53%",
             "long_scoreboard 1.3, barrier 0.4",
         ]
         # The second table's rows come last.
