@@ -28,6 +28,25 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// 8 or 16 bytes (uint2, uint4) in one access, at a position aligned to as many.
+template <typename Vector>
+__device__ __forceinline__ Vector load_vector(const void* from) {
+#if defined(__CUDACC__)
+  return *static_cast<const Vector*>(from);
+#else
+  return emulation::load_vector<Vector>(from);
+#endif
+}
+
+template <typename Vector>
+__device__ __forceinline__ void store_vector(void* to, const Vector& vector) {
+#if defined(__CUDACC__)
+  *static_cast<Vector*>(to) = vector;
+#else
+  emulation::store_vector(to, vector);
+#endif
+}
+
 // Every thread of the block.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
@@ -55,6 +74,11 @@ __device__ __forceinline__ T max_over_warp(T x, int step) {
     x = other > x ? other : x;
   }
   return x;
+}
+
+// Largest over the warp, by one instruction.
+__device__ __forceinline__ uint32_t max_over_warp(uint32_t x) {
+  return __reduce_max_sync(kFullMask, x);
 }
 
 // What lane `lane` holds.
@@ -136,6 +160,13 @@ constexpr bool kFewFloat64Lanes = false;
 __device__ __forceinline__ int64_t opaque(int64_t value) {
 #if defined(__CUDACC__)
   asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(value));
 #endif
   return value;
 }

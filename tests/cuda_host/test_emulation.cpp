@@ -33,12 +33,13 @@ __global__ void divergent_warp_kernel(int* out) {
 
 __global__ void shared_memory_kernel() { shared_memory<float>()[threadIdx.x] = 0; }
 
-__global__ void warp_kernel(int* sums, unsigned* ballots, int* ups) {
+__global__ void warp_kernel(int* sums, unsigned* ballots, int* ups, unsigned* largest) {
   int value = static_cast<int>(threadIdx.x);
   for (int step = 16; step > 0; step /= 2) value += shuffle_xor(value, step);
   sums[threadIdx.x] = value;
   ballots[threadIdx.x] = ballot(threadIdx.x % 3 == 0);
   ups[threadIdx.x] = shuffle_up(static_cast<int>(threadIdx.x), 2);
+  largest[threadIdx.x] = max_over_warp(0xfffffff0u ^ (threadIdx.x * 5 % 64));
 }
 
 // Every half is a float, and every float goes to the nearest half, the even one on a tie.
@@ -178,6 +179,16 @@ __global__ void misaligned_copy_kernel(const unsigned char* from) {
   copy_async(shared_memory<uint4>(), reinterpret_cast<const uint4*>(from + 8));
 }
 
+__global__ void misaligned_vector_kernel(bool stores) {
+  unsigned char* shared = shared_memory<unsigned char>();
+  store_vector(shared, uint4{1, 2, 3, 4});
+  if (stores) {
+    store_vector(shared + 4, uint2{});
+  } else {
+    (void)load_vector<uint4>(shared + 8);
+  }
+}
+
 std::vector<float> neighbours(bool with_barrier, bool towards_higher) {
   std::vector<float> out(64);
   CHECK(launch(neighbour_kernel, dim3(1), 64, 64 * sizeof(float), nullptr, out.data(), with_barrier,
@@ -234,16 +245,23 @@ int main() {
           (void)launch(misaligned_copy_kernel, dim3(1), 1, 16, nullptr, &bytes[0]);
         }),
         "a copy that is not aligned");
+  for (const bool stores : {false, true}) {
+    CHECK(throws([&] { (void)launch(misaligned_vector_kernel, dim3(1), 1, 32, nullptr, stores); }),
+          "a vector that is not aligned");
+  }
   check_halves();
   check_products();
   check_copies();
 
   test::in_every_order([](const char* order) {
     std::vector<int> sums(64), ups(64);
-    std::vector<unsigned> ballots(64);
-    CHECK(launch(warp_kernel, dim3(1), 64, 0, nullptr, sums.data(), ballots.data(), ups.data()) ==
-              cudaSuccess,
+    std::vector<unsigned> ballots(64), largest(64), most(2);
+    CHECK(launch(warp_kernel, dim3(1), 64, 0, nullptr, sums.data(), ballots.data(), ups.data(),
+                 largest.data()) == cudaSuccess,
           "launch");
+    for (unsigned i = 0; i < 64; ++i) {
+      most[i / 32] = std::max(most[i / 32], 0xfffffff0u ^ (i * 5 % 64));
+    }
     for (int i = 0; i < 64; ++i) {
       unsigned wanted = 0;
       for (int lane = 0; lane < 32; ++lane) {
@@ -252,6 +270,7 @@ int main() {
       CHECK(sums[i] == (i < 32 ? 496 : 1520), "%s: %d", order, sums[i]);
       CHECK(ballots[i] == wanted, "%s: %u", order, ballots[i]);
       CHECK(ups[i] == (i % 32 < 2 ? i : i - 2), "%s: %d", order, ups[i]);
+      CHECK(largest[i] == most[i / 32], "%s: %u", order, largest[i]);
     }
   });
   return 0;

@@ -28,6 +28,10 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -85,6 +89,10 @@ T __shfl_up_sync(unsigned mask, T value, int delta) {
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return ::emulation::ballot(mask, predicate);
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return ::emulation::largest(mask, value);
 }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

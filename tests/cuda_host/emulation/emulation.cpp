@@ -476,6 +476,12 @@ void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2
   }
 }
 
+void check_vector(const void* position, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(position) % bytes == 0) return;
+  machine().error = "a vector of " + std::to_string(bytes) + " bytes is not aligned to as many";
+  fail();
+}
+
 void copy_async(void* shared, const void* global) {
   Machine& m = machine();
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||

@@ -86,6 +86,16 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   return result;
 }
 
+inline unsigned largest(unsigned mask, unsigned value) {
+  const unsigned char* slots = post(mask, "reduce_max", &value, sizeof(value));
+  for (int i = 0; i < kWarp; ++i) {
+    unsigned other;
+    std::memcpy(&other, slots + static_cast<size_t>(i) * kSlotBytes, sizeof(other));
+    if (other > value) value = other;
+  }
+  return value;
+}
+
 uint16_t to_half(float value);
 float from_half(uint16_t half);
 
@@ -94,6 +104,24 @@ float from_half(uint16_t half);
 // sum to float32: what different hardware does, at its coarsest.
 void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                           unsigned b0, unsigned b1);
+
+// Ends the launch where the position is not a multiple of the size.
+void check_vector(const void* position, size_t bytes);
+
+// What the memory was written as does not matter.
+template <typename Vector>
+Vector load_vector(const void* from) {
+  check_vector(from, sizeof(Vector));
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+template <typename Vector>
+void store_vector(void* to, const Vector& vector) {
+  check_vector(to, sizeof(Vector));
+  std::memcpy(to, &vector, sizeof(Vector));
+}
 
 void copy_async(void* shared, const void* global);  // 16 bytes
 void commit_copies();
