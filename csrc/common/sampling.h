@@ -150,6 +150,14 @@ TOKENFLOW_HOST_DEVICE int64_t first_of_row(const LogitRows& rows, int64_t inner,
 // compilers for all but AVX-512.
 TOKENFLOW_HOST_DEVICE uint32_t word_of(bool condition) { return condition ? ~0u : 0u; }
 
+TOKENFLOW_HOST_DEVICE uint32_t select(uint32_t condition, uint32_t where, uint32_t otherwise) {
+#if defined(__CUDACC__)
+  return condition != 0 ? where : otherwise;  // nvcc keeps such words in predicates
+#else
+  return (where & condition) | (otherwise & ~condition);
+#endif
+}
+
 // Keys are ordered as the numbers are; both zeros have one key, a NaN has that of -infinity. Codes
 // with that key are masked: they are never drawn.
 constexpr uint32_t kMaskedKey = 0x007fffffu;
@@ -161,7 +169,7 @@ TOKENFLOW_HOST_DEVICE uint32_t key_of(float z, uint32_t masked = 0) {
   uint32_t bits;
   memcpy(&bits, &z, sizeof(bits));
   bits ^= static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
-  return (bits & ~masked) | (kMaskedKey & masked);
+  return select(masked, kMaskedKey, bits);
 }
 
 // A code's z, and whether it is masked: its logit, or the unconditional one, is -infinity or the
@@ -188,7 +196,7 @@ TOKENFLOW_HOST_DEVICE uint32_t key_of(const Combined& code) { return key_of(code
 
 // Whether z is a NaN that makes the row's inputs wrong, as a word.
 TOKENFLOW_HOST_DEVICE uint32_t is_nan(const Combined& code) {
-  return word_of(code.z != code.z) & ~code.masked;
+  return select(code.masked, 0u, word_of(code.z != code.z));
 }
 
 TOKENFLOW_HOST_DEVICE float value_of(uint32_t key) {

@@ -2,6 +2,7 @@
 // the CPU draws is held against float64 in tests/sampler.
 #include "cpu/sampler.h"
 #include "cuda/sampler.h"
+#include "cuda/sampler_team.cuh"
 #include "support.h"
 
 using namespace test;
@@ -106,12 +107,14 @@ struct Filter {
   double min_p = 0;
 };
 
-// Random logits, of `values` different ones if that is positive, some of them masked.
-Floats make_values(int64_t count, unsigned seed, int values, bool masked) {
+// Random logits, of `values` different ones if that is positive, some of them masked. Around
+// `centre`: at 1,000 nearly all share the upper half of their keys.
+Floats make_values(int64_t count, unsigned seed, int values, bool masked, float centre = 0) {
   Floats logits = random_floats(count, seed, 2);
   std::mt19937 random(seed);
   for (float& logit : logits) {
     if (values > 0) logit = static_cast<float>(static_cast<int>(random() % values)) - 1.0f;
+    logit += centre;
     // Of every type the lowest.
     const float masks[] = {-std::numeric_limits<float>::infinity(), -3.38953139e38f, -65504.0f};
     if (masked && random() % 3 == 0) logit = masks[random() % 3];
@@ -119,11 +122,19 @@ Floats make_values(int64_t count, unsigned seed, int values, bool masked) {
   return logits;
 }
 
+// Where rows begin: a multiple of 16 bytes, as vectors are loaded, or not.
+enum class Layout { kAligned, kOneAligned, kNotAligned };
+
 void check_rows(const std::string& what, LogitType type, int64_t codes, int64_t rows, bool guided,
-                int values, bool masked, const std::vector<Filter>& filters) {
-  const int64_t stride = codes + 3;
-  const Logits cond(type, make_values(rows * codes, 1, values, masked), rows, codes, 1, stride);
-  const Logits uncond(type, make_values(rows * codes, 2, values, masked), rows, codes, 3, codes);
+                int values, bool masked, const std::vector<Filter>& filters, float centre = 0,
+                Layout layout = Layout::kNotAligned) {
+  const int64_t padded = (codes + 7) / 8 * 8;
+  const bool aligned = layout != Layout::kNotAligned;
+  const Logits cond(type, make_values(rows * codes, 1, values, masked, centre), rows, codes,
+                    aligned ? 0 : 1, aligned ? padded : codes + 3);
+  const bool both = layout == Layout::kAligned;
+  const Logits uncond(type, make_values(rows * codes, 2, values, masked, centre), rows, codes,
+                      both ? 8 : 3, both ? padded + 8 : codes);
   for (const Filter& filter : filters) {
     SampleArgs args = arguments(codes, rows, filter.top_k, filter.top_p, filter.min_p);
     args.type = type;
@@ -133,6 +144,109 @@ void check_rows(const std::string& what, LogitType type, int64_t codes, int64_t 
               ", p " + std::to_string(filter.top_p) + ", min p " + std::to_string(filter.min_p),
           args);
   }
+}
+
+// Half keys at least a bound, against the comparison itself.
+void check_half_key_filter() {
+  std::mt19937 random(7);
+  for (int round = 0; round < 4000; ++round) {
+    uint32_t words[16], wanted = 0;
+    const auto half = [&] { return static_cast<uint32_t>(random() & 0xffffu); };
+    const uint32_t bounds[] = {0, 0x7fff, 0x8000, 0xffff, half(), half()};
+    const uint32_t bound = bounds[random() % 6];
+    for (uint32_t i = 0; i < 16; ++i) {
+      // Near the bound, or anywhere.
+      const uint32_t near = (bound + half() % 3 - 1) & 0xffffu, any = half();
+      const uint32_t low = random() % 2 ? near : any, high = random() % 2 ? near : any;
+      words[i] = low | high << 16;
+      wanted |= (low >= bound ? 1u << i : 0u) | (high >= bound ? 0x10000u << i : 0u);
+    }
+    cuda::HalfKeyFilter filter(bound);
+    for (const uint32_t word : words) filter.add(word);
+    CHECK(filter.hits == wanted, "half keys of at least %04x: %08x, not %08x", bound, filter.hits,
+          wanted);
+  }
+}
+
+// As many codes with a weight as the list holds, and one more. They lie where a warp lists many.
+void check_full_list() {
+  const int64_t list = cuda::SamplerShared::kList, codes = 3 * list;
+  for (const int64_t weighted : {list, list + 1}) {
+    Floats values(static_cast<size_t>(codes), -1000.0f);
+    const Floats some = random_floats(weighted, 3, 1);
+    std::copy(some.begin(), some.end(), values.begin() + 100);
+    const Logits logits(LogitType::kFloat, values, 1, codes, 0, codes);
+    for (const Filter& filter :
+         {Filter{0, 0.7}, Filter{1900, 0.9}, Filter{weighted, 0.2}, Filter{weighted + 1, 0.999}}) {
+      SampleArgs args = arguments(codes, 1, filter.top_k, filter.top_p, 0);
+      args.type = LogitType::kFloat;
+      args.logits = logits.rows();
+      check(std::to_string(weighted) + " codes with a weight, k " + std::to_string(filter.top_k),
+            args);
+    }
+  }
+}
+
+// Rows of all kinds in one launch, of which some need the list, some all codes, some neither.
+void check_many_rows() {
+  const int64_t codes = 5000, rows = 24;
+  Floats values = random_floats(rows * codes, 11, 2);
+  const auto row = [&](int64_t r) { return values.begin() + r * codes; };
+  for (int64_t r = 0; r < rows; ++r) {
+    std::mt19937 random(static_cast<unsigned>(r));
+    for (auto logit = row(r); logit != row(r + 1); ++logit) {
+      if (r % 6 == 1) *logit = static_cast<float>(random() % 2);  // more ties than the list holds
+      if (r % 6 == 2) *logit = 1000.0f + *logit / 16;             // one half key
+      if (r % 6 == 3) *logit = -std::numeric_limits<float>::infinity();
+      if (r % 6 == 4) *logit -= 50.0f;  // all negative
+    }
+    if (r % 6 == 5) row(r)[static_cast<int64_t>(random() % codes)] = std::nanf("");
+  }
+  const Logits logits(LogitType::kFloat, values, rows, codes, 0, codes);
+  Indices top_k(rows), seed(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    top_k[r] = r % 5 * 700;  // off where it is 0
+    seed[r] = 99 + r;
+  }
+  SampleArgs args = arguments(codes, rows, 0, 0.9, 0);
+  args.type = LogitType::kFloat;
+  args.logits = logits.rows();
+  args.top_k = {top_k.data(), 1, 0};
+  args.seed = {seed.data(), 1, 0};
+  check("many rows", args);
+}
+
+// Anything.
+void check_random_cases() {
+  std::mt19937 random(2024);
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
+  const auto unit = [&] { return static_cast<double>(random()) / 4294967296.0; };
+  const LogitType types[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::kHalf};
+  const float centres[] = {0, 0, 100, -100, 1000};
+  const int values[] = {0, 0, 0, 2, 40};
+  for (int round = 0; round < 60; ++round) {
+    const int64_t codes = 1 + below(round % 3 == 0 ? 9000 : 900), rows = 1 + below(3);
+    const bool masked = below(4) == 0;
+    const LogitType type = types[below(3)];
+    const auto make = [&] {
+      const int64_t stride = below(2) ? codes + below(9) : (codes + 7) / 8 * 8;
+      const Floats logits = make_values(rows * codes, static_cast<unsigned>(random()),
+                                        values[below(5)], masked, centres[below(5)]);
+      return Logits(type, logits, rows, codes, below(2) ? below(9) : 0, stride);
+    };
+    const Logits cond = make(), uncond = make();
+    SampleArgs args = arguments(codes, rows, below(2) ? below(codes + 1) : below(60),
+                                below(4) ? unit() : 0, below(4) ? 0 : unit() / 4);
+    args.type = type;
+    args.logits = cond.rows();
+    if (below(2)) args.uncond = uncond.rows();
+    args.temperature.value = std::exp(6 * unit() - 3);
+    args.guidance.value = 8 * unit() - 1;
+    args.seed.value = static_cast<int64_t>(random());
+    max_shared_bytes_per_block = (below(4) ? 99 : 20) * 1024;  // with and without half keys
+    check("random case " + std::to_string(round) + ", " + std::to_string(codes) + " codes", args);
+  }
+  max_shared_bytes_per_block = kLeastSharedBytes;
 }
 
 // Every row with arguments of its own, and rows that make no sense.
@@ -192,6 +306,7 @@ void check_row_arguments() {
 }  // namespace
 
 int main() {
+  check_half_key_filter();
   const LogitType kTypes[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::kHalf};
   const std::vector<Filter> few = {{0, 0},     {1, 0},      {3, 0},        {0, 0.7},     {7, 0.8},
                                    {20, 1e-6}, {0, 0, 0.1}, {0, 0.8, 0.3}, {9, 0.9, 0.2}};
@@ -199,28 +314,55 @@ int main() {
     for (const bool guided : {false, true}) {
       check_rows("random", type, 33, 3, guided, 0, false, few);
       check_rows("masked", type, 300, 2, guided, 0, true, few);
+      for (const Layout layout : {Layout::kAligned, Layout::kOneAligned}) {
+        for (const int64_t codes : {400, 409}) {
+          check_rows("aligned", type, codes, 3, guided, 0, true, {{9, 0.9}}, 0, layout);
+        }
+        check_rows("aligned, large", type, 8192 + 4096 + 13, 1, guided, 0, false, {{1200, 0.8}}, 0,
+                   layout);
+      }
     }
   }
   for (const int64_t codes : {1, 2, 31, 32, 255, 257}) {
     check_rows("small", LogitType::kFloat, codes, 2, false, 0, false, {{2, 0.5}, {0, 0.9}});
   }
   // Ties: at the k-th position, at top-p's boundary, all equal.
+  const std::vector<Filter> tied = {{0, 0},     {1, 0},     {50, 0},         {0, 0.5},
+                                    {50, 0.37}, {550, 0.9}, {550, 0.9, 0.4}, {3000, 0.37}};
   for (const int values : {1, 2, 3, 5}) {
-    check_rows("ties", LogitType::kFloat, 600, 2, false, values, true,
-               {{0, 0}, {1, 0}, {50, 0}, {0, 0.5}, {50, 0.37}, {550, 0.9}, {550, 0.9, 0.4}});
+    check_rows("ties", LogitType::kFloat, 600, 2, false, values, true, tied);
   }
-  // More candidates than the list holds (512), and as many; k beyond the groups' maxima (1024).
-  check_rows("long lists", LogitType::kFloat, 4096, 1, true, 0, false,
-             {{500, 0.8}, {512, 0.8}, {513, 0}, {1023, 0.9}, {1200, 0.8}, {4095, 0.99}, {0, 0.6}});
-  // Blocks of 1024 threads, with keys in shared memory and, as they do not fit, without.
-  check_rows("large", LogitType::kFloat, 4097, 1, true, 0, true, {{600, 0.6}});
+  for (const int values : {1, 3}) {
+    check_rows("more ties than the list", LogitType::kFloat, 7000, 1, false, values, false, tied);
+  }
+  // One half key for all, as many as the list holds and more: the lower halves decide.
+  for (const int64_t codes : {1500, 6000}) {
+    check_rows("one half key", LogitType::kFloat, codes, 1, false, 0, false,
+               {{1, 0}, {40, 0.8}, {1200, 0.8}, {0, 0.5}, {0, 0.9, 0.02}}, 1000);
+    check_rows("one negative half key", LogitType::kFloat, codes, 1, true, 0, false,
+               {{1, 0}, {40, 0.8}}, -1000);
+  }
+  // More candidates than the list holds (2,048); k beyond the groups' maxima (2,048 and 4,096).
+  check_rows(
+      "long lists", LogitType::kFloat, 4096, 1, true, 0, false,
+      {{500, 0.8}, {1200, 0.8}, {2048, 0}, {2047, 0.9}, {3000, 0.8}, {4095, 0.99}, {0, 0.6}});
+  check_rows("long lists, large", LogitType::kFloat, 20000, 1, true, 0, false,
+             {{2000, 0.8}, {4096, 0.8}, {5000, 0.8}});
+  check_full_list();
+  check_many_rows();
+  check_row_arguments();
+  check_random_cases();
+  // Half keys that do not fit are computed again.
+  max_shared_bytes_per_block = 48 * 1024;
   check_rows("without keys", LogitType::kBFloat16, 20001, 1, true, 0, false,
              {{1200, 0.8}, {1200, 0.8, 0.05}, {1, 0}});
   check_rows("without keys or list", LogitType::kFloat, 20001, 1, false, 3, false, {{9000, 0.7}});
-  check_row_arguments();
-  // As much shared memory as an H100 has: the keys of 32,768 codes fit.
-  max_shared_bytes_per_block = kMostSharedBytes;
+  max_shared_bytes_per_block = kLeastSharedBytes;
   check_rows("large, with keys", LogitType::kBFloat16, 32768, 1, true, 0, true, {{1200, 0.8}});
-  check_rows("large, with keys", LogitType::kFloat, 50000, 1, false, 0, false, {{0, 0.5}});
+  // As much shared memory as an H100 has.
+  max_shared_bytes_per_block = kMostSharedBytes;
+  check_rows("large, with keys", LogitType::kFloat, 100000, 1, false, 0, false, {{0, 0.5}});
+  check_rows("large, without keys", LogitType::kBFloat16, 128256, 1, false, 0, false, {{50, 0.9}},
+             0, Layout::kAligned);
   return 0;
 }
