@@ -1,5 +1,7 @@
 // The CUDA sampler against the CPU's: the same codes, probabilities and status, bit for bit. What
 // the CPU draws is held against float64 in tests/sampler.
+#include <map>
+
 #include "cpu/sampler.h"
 #include "cuda/sampler.h"
 #include "cuda/sampler_team.cuh"
@@ -105,6 +107,7 @@ struct Filter {
   int64_t top_k;
   double top_p;
   double min_p = 0;
+  double temperature = 0.8;
 };
 
 // Random logits, of `values` different ones if that is positive, some of them masked. Around
@@ -137,6 +140,7 @@ void check_rows(const std::string& what, LogitType type, int64_t codes, int64_t 
                       both ? 8 : 3, both ? padded + 8 : codes);
   for (const Filter& filter : filters) {
     SampleArgs args = arguments(codes, rows, filter.top_k, filter.top_p, filter.min_p);
+    args.temperature.value = filter.temperature;
     args.type = type;
     args.logits = cond.rows();
     if (guided) args.uncond = uncond.rows();
@@ -165,6 +169,69 @@ void check_half_key_filter() {
     for (const uint32_t word : words) filter.add(word);
     CHECK(filter.hits == wanted, "half keys of at least %04x: %08x, not %08x", bound, filter.hits,
           wanted);
+  }
+}
+
+// Twice, so that bins are seen to be clear again.
+__global__ void boundary_kernel(const uint32_t* keys, const uint64_t* values, int count,
+                                cuda::Range open, uint64_t limit, cuda::Boundary* found) {
+  const cuda::Team<256> team = {*cuda::shared_memory<cuda::SamplerShared>()};
+  team.clear();
+  cuda::block_barrier();
+  const auto limit_of = [&](uint64_t) { return limit; };
+  const auto visit = [&](cuda::Range now, const auto& add) {
+    for (int i = team.thread(); i < count; i += 256) {
+      if (now.has(keys[i])) add(keys[i], values[i]);
+    }
+  };
+  const cuda::Boundary near = team.find_boundary<false>(open, limit_of, visit);
+  const cuda::Boundary exact = team.find_boundary<true>(open, limit_of, visit);
+  if (team.thread() == 0) found[0] = near;
+  if (team.thread() == 0) found[1] = exact;
+}
+
+// Boundaries of running sums, of limits that are just a partial sum too, against a loop.
+void check_boundaries() {
+  std::mt19937_64 random(3);
+  for (int round = 0; round < 40; ++round) {
+    const uint32_t widths[] = {1, 200, 70000, 0xffffffffu};
+    const uint32_t width = widths[round % 4],
+                   low = static_cast<uint32_t>(random() % (~width + 1ull));
+    std::vector<uint32_t> keys(1 + random() % 600);
+    std::vector<uint64_t> values(keys.size());
+    std::map<uint32_t, uint64_t> sums;
+    uint64_t total = 0;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      keys[i] = low + static_cast<uint32_t>(random() % width);
+      values[i] = 1 + random() % (random() % 2 ? 3 : uint64_t{1} << 41);  // words that overflow
+      sums[keys[i]] += values[i];
+      total += values[i];
+    }
+    const uint64_t part = random() % sums.size();  // keys below the boundary, in the second case
+    uint64_t limit = random() % total, below = 0;
+    if (round % 3 == 1) limit = 0;
+    if (round % 3 == 2) {
+      limit = 0;
+      auto sum = sums.begin();
+      for (uint64_t i = 0; i < part; ++i, ++sum) limit += sum->second;
+    }
+    auto wanted = sums.begin();
+    for (; below + wanted->second <= limit; ++wanted) below += wanted->second;
+    in_every_order([&](const char* order) {
+      cuda::Boundary found[2];
+      const cuda::Range open = {low, low + width - 1};
+      CHECK(cuda::launch(boundary_kernel, dim3(1), 256, sizeof(cuda::SamplerShared), nullptr,
+                         keys.data(), values.data(), static_cast<int>(keys.size()), open, limit,
+                         found) == cudaSuccess,
+            "launch");
+      for (const cuda::Boundary& one : found) {
+        CHECK(one.below == below && one.limit == limit && one.total == total, "sums (%s)", order);
+      }
+      CHECK(found[1].key == wanted->first, "%u, not %u (%s)", found[1].key, wanted->first, order);
+      const auto first = sums.lower_bound(found[0].key);  // at or above the key that was found
+      CHECK(first == wanted && (found[0].key == wanted->first || below == limit), "%u for %u (%s)",
+            found[0].key, wanted->first, order);
+    });
   }
 }
 
@@ -307,6 +374,7 @@ void check_row_arguments() {
 
 int main() {
   check_half_key_filter();
+  check_boundaries();
   const LogitType kTypes[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::kHalf};
   const std::vector<Filter> few = {{0, 0},     {1, 0},      {3, 0},        {0, 0.7},     {7, 0.8},
                                    {20, 1e-6}, {0, 0, 0.1}, {0, 0.8, 0.3}, {9, 0.9, 0.2}};
@@ -342,12 +410,19 @@ int main() {
     check_rows("one negative half key", LogitType::kFloat, codes, 1, true, 0, false,
                {{1, 0}, {40, 0.8}}, -1000);
   }
-  // More candidates than the list holds (2,048); k beyond the groups' maxima (2,048 and 4,096).
-  check_rows(
-      "long lists", LogitType::kFloat, 4096, 1, true, 0, false,
-      {{500, 0.8}, {1200, 0.8}, {2048, 0}, {2047, 0.9}, {3000, 0.8}, {4095, 0.99}, {0, 0.6}});
+  // More candidates than the list holds (2,048); k beyond the groups' maxima (2,048 and 4,096),
+  // also with weights that are nearly equal, so that no code is missed unseen.
+  check_rows("long lists", LogitType::kFloat, 4096, 1, true, 0, false,
+             {{500, 0.8},
+              {1200, 0.8},
+              {2048, 0},
+              {2047, 0.9},
+              {3000, 0.8},
+              {4095, 0.99},
+              {0, 0.6},
+              {4090, 0, 0, 100}});
   check_rows("long lists, large", LogitType::kFloat, 20000, 1, true, 0, false,
-             {{2000, 0.8}, {4096, 0.8}, {5000, 0.8}});
+             {{2000, 0.8}, {4096, 0.8}, {5000, 0.8}, {19000, 0, 0, 100}});
   check_full_list();
   check_many_rows();
   check_row_arguments();
