@@ -16,6 +16,8 @@ a codebook that does, gets some index in range, and an index out of range adds n
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, cast
@@ -148,7 +150,7 @@ def multiscale_quantize(
     """
     weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
     return QuantizeResult(
-        *_with_gradient(_Quantize)(
+        *with_gradient(_Quantize)(
             h,
             codebook,
             dropped,
@@ -208,7 +210,7 @@ def segment_sum(rows: Tensor, indices: Tensor, num_segments: int) -> tuple[Tenso
     Rows are added in order, in float64 where that costs nothing, so the result is the same in
     every run. An index of -1 is skipped.
     """
-    return _with_gradient(_SegmentSum)(rows, indices, num_segments)
+    return with_gradient(_SegmentSum)(rows, indices, num_segments)
 
 
 def normalize_groups(x: Tensor, dims: Sequence[int], l2_norm: bool) -> Tensor:
@@ -360,7 +362,7 @@ def _quantize_backward(
     wants_codebook = ctx.needs_input_grad[1]
     # As torch's own sums by index do: another algorithm, not an error.
     atomic = ctx.atomic_codebook_gradient and not torch.are_deterministic_algorithms_enabled()
-    grad_h, grad_codebook = _with_gradient(_QuantizeGradient)(
+    grad_h, grad_codebook = with_gradient(_QuantizeGradient)(
         h,
         codebook,
         indices,
@@ -375,11 +377,19 @@ def _quantize_backward(
     return grad_h, grad_codebook if wants_codebook else None, *[None] * 7
 
 
-def _with_gradient(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def with_gradient(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The operator with its gradient, to be called. `torch.func` and forward-mode differentiation
     take no gradient that is registered with an operator (forward mode would be zero without a
     word), and `torch.compile` takes no function inside a function's gradient."""
-    return _compiled(function) if torch.compiler.is_compiling() else function.apply
+    return _compiled(function) if torch.compiler.is_compiling() else _applied(function)
+
+
+@functools.cache
+def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply. It asks for the signature of `forward` at every call, and making one takes as
+    long as a small operator does: here it is made once."""
+    cast(Any, function.forward).__signature__ = inspect.signature(function.forward)
+    return function.apply
 
 
 def _compiled(function: type[torch.autograd.Function]) -> Callable[..., Any]:
