@@ -38,6 +38,14 @@ class CodebookUsage(NamedTuple):
         p = hits / hits.sum(-1, keepdim=True).clamp(min=1)
         return cls(hits, (hits > 0).float().mean(-1), torch.special.entr(p).sum(-1).exp())
 
+    @classmethod
+    def of_window(cls, hits: Tensor, reset: bool) -> CodebookUsage:
+        """Of the hits so far; `reset` sets them to zero."""
+        usage = cls.from_hits(hits.clone())
+        if reset:
+            hits.zero_()
+        return usage
+
 
 class QuantizerOutput(NamedTuple):
     """What `MultiScaleQuantizer.forward` returns."""
@@ -618,10 +626,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def usage_window(self, reset: bool = True) -> CodebookUsage:
         """Usage over the training steps since the last reset (all processes)."""
-        usage = CodebookUsage.from_hits(self.window_hits.clone())
-        if reset:
-            self.window_hits.zero_()
-        return usage
+        return CodebookUsage.of_window(self.window_hits, reset)
 
     @torch.no_grad()
     def init_kmeans(self, features: Tensor, iterations: int = 10) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from .codes import Entropy, Levels, Signs
 from .collectives import all_reduce
 from .ops import Size
 from .quantizer import CodebookUsage
+from .scalar_gradients import StandIn
+from .sign_entropy import factorized_entropy, sign_entropies
 
 #: Codes up to which hits are counted code by code.
 MOST_COUNTED = 1 << 20
@@ -146,23 +148,28 @@ class ScalarQuantizer(nn.Module):
         if self.training and self.flips:
             shape = (len(h), self.num_tokens, self.dim)
             flips = torch.rand(shape, device=h.device) < self.flips
-        found = self._quantize(features, flips)
-        z, quantized = found.rows, found.quantized
-        if self.beta or self.training or (torch.is_grad_enabled() and h.requires_grad):
-            z = self._continuous(found.rows)
-            quantized = scalar.straight_through(
-                quantized, z, self._sizes, upsampling=self.upsampling
-            )
-        indices = self._pack(found.digits)
-        zero = z.new_zeros(())
-        commitment = entropy = zero
+        losses = self.entropy if self.training else None
+        factorized = losses is not None and losses.factorized
+        found = self._quantize(
+            features,
+            flips=flips,
+            slopes=self._slopes() if factorized else (),
+            errors=bool(self.beta),
+            keep_rows=losses is not None and not factorized,
+        )
+        commitment = entropy = found.quantized.new_zeros(())
         if self.beta:
-            error = (z - self._values(found.digits, z).detach()).square().mean(dim=(0, 2))
-            commitment = self.beta * self._mean_of_scales(error)
-        if self.entropy is not None and self.training:
-            entropy = self._entropy(z)
+            commitment = self.beta * found.error.mean()
+        if losses is not None:
+            terms = self._of_channels(found) if factorized else self._of_codes(found.rows)
+            sample, codebook = terms
+            entropy = losses.weight * (sample - losses.gamma * codebook)
         return ScalarOutput(
-            quantized.to(h.dtype), indices, commitment, entropy, self._count(indices)
+            found.quantized.to(h.dtype),
+            found.indices,
+            commitment,
+            entropy,
+            self._count(found.indices),
         )
 
     def _inputs(self, h: Tensor) -> Tensor:
@@ -174,30 +181,25 @@ class ScalarQuantizer(nn.Module):
             )
         return h if h.dtype == torch.float64 else h.float()
 
-    def _quantize(self, features: Tensor, flips: Tensor | None = None) -> scalar.Quantized:
+    def _quantize(self, features: Tensor, **options: Any) -> scalar.Quantized:
         return scalar.quantize(
             features,
             self.tables(features),
             self._sizes,
+            counts=self.code.counts,
+            little_endian=self._little_endian,
             rounds=self._rounds,
-            flips=flips,
             upsampling=self.upsampling,
+            stand_in=self._stand_in,
+            **options,
         )
 
-    def _continuous(self, rows: Tensor) -> Tensor:
-        """What stands in the place of the values for the gradient, [B, L, D]."""
+    @property
+    def _stand_in(self) -> StandIn:
+        """What has the gradient in the place of the values."""
         if isinstance(self.code, Levels):
-            finer = self._by_round(rows)
-            counts = self.code.counts * self.books
-            return scalar.bounded(rows / finer, counts, self.code.bound) * finer
-        if not self.code.spherical:
-            return rows
-        return F.normalize(rows.unflatten(-1, (self.books, -1)), dim=-1).flatten(-2)
-
-    def _by_round(self, like: Tensor) -> Tensor:
-        """How fine each token's grid is, [L, D]: largest value over that of the first round."""
-        values = self.tables(like).values
-        return self._per_token(values[:, 0] / values[0, 0])
+            return scalar.stand_in_of(self.code.bound)
+        return "unit" if self.code.spherical else "same"
 
     def _per_token(self, of_rounds: Tensor) -> Tensor:
         """[L, ...] of what every round has, [R, ...]."""
@@ -217,37 +219,42 @@ class ScalarQuantizer(nn.Module):
             self._per_token(values).expand(len(digits), -1, -1, -1), 2, digits.long().unsqueeze(2)
         ).squeeze(2)
 
-    def _mean_of_scales(self, of_tokens: Tensor) -> Tensor:
-        """Mean over scales and rounds of the means of [L] over each one's tokens."""
-        parts = of_tokens.split([h * w for h, w in self._sizes])
-        return torch.stack([part.mean() for part in parts]).mean()
-
-    def _entropy(self, z: Tensor) -> Tensor:
-        """The loss of the choice of a code: its mean over scales and rounds."""
-        assert self.entropy is not None
+    def _sign_values(self) -> list[float]:
+        """Magnitude of the signs of every scale's rounds."""
         assert isinstance(self.code, Signs)
-        loss, dim = self.entropy, self.code.dim
-        counts = [h * w for h, w in self._sizes]
-        value = dim**-0.5 if self.code.spherical else 1.0
-        values = [value * 0.5**number for number in self._rounds]
-        if loss.factorized:
-            slopes = [4 * value / loss.temperature for value in values]
-            # The groups' choices are pooled.
-            groups = z.unflatten(-1, (self.books, dim)).transpose(1, 2).flatten(0, 1)
-            sample, bits = scalar.choice_of_signs(groups, slopes, counts)
-            both = torch.stack([bits, 1 - bits])
-            codebook = torch.special.entr(both).sum() / len(counts)
-            return loss.weight * (sample.mean() - loss.gamma * codebook)
-        total = z.new_zeros(())
-        for part, value in zip(z.split(counts, dim=1), values, strict=True):
-            found = scalar.sign_entropies(
-                part.reshape(-1, dim),  # the groups' choices are pooled
-                temperature=loss.temperature,
-                value=value,
-                eps=loss.eps,
+        value = self.code.dim**-0.5 if self.code.spherical else 1.0
+        return [value * 0.5**number for number in self._rounds]
+
+    def _slopes(self) -> list[float]:
+        """Logit of 1 against 0 by a unit of what stands for the values, of every scale's rounds."""
+        assert self.entropy is not None
+        return [4 * value / self.entropy.temperature for value in self._sign_values()]
+
+    def _of_channels(self, found: scalar.Quantized) -> tuple[Tensor, Tensor]:
+        """Means over scales and rounds of both entropies, channel by channel. The groups' choices
+        are pooled."""
+        chance = found.chance.unflatten(1, (self.books, -1)).mean(dim=1)
+        codebook = factorized_entropy(chance) / len(chance)
+        return found.entropy.mean() / self.books, codebook
+
+    def _of_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of codes, from rows [B, L, D]."""
+        assert self.entropy is not None
+        parts, dim = rows.split([h * w for h, w in self._sizes], dim=1), self.code.dim
+        found = []
+        for part, value in zip(parts, self._sign_values(), strict=True):
+            z = part.reshape(-1, dim)
+            if self._stand_in == "unit":
+                z = F.normalize(z, dim=-1)
+            found.append(
+                sign_entropies(
+                    z, temperature=self.entropy.temperature, value=value, eps=self.entropy.eps
+                )
             )
-            total = total + found.per_sample - loss.gamma * found.codebook
-        return loss.weight * total / len(counts)
+        return (
+            torch.stack([part.per_sample for part in found]).mean(),
+            torch.stack([part.codebook for part in found]).mean(),
+        )
 
     @torch.no_grad()
     def _count(self, indices: Tensor) -> CodebookUsage | None:
@@ -265,24 +272,21 @@ class ScalarQuantizer(nn.Module):
         """Usage over the training steps since the last reset (all processes)."""
         if self.window_hits is None:
             return None
-        usage = CodebookUsage.from_hits(self.window_hits.clone())
-        if reset:
-            self.window_hits.zero_()
-        return usage
+        return CodebookUsage.of_window(self.window_hits, reset)
 
     # ------------------------------------------------------------------ tokens
 
+    @property
+    def _little_endian(self) -> bool:
+        return not isinstance(self.code, Signs) or self.code.little_endian
+
     def _pack(self, digits: Tensor) -> Tensor:
         """[B, G, L] of digits [B, L, D]."""
-        code = self.code
-        little = not isinstance(code, Signs) or code.little_endian
-        return scalar.pack_groups(digits, code.counts, little_endian=little)
+        return scalar.pack_groups(digits, self.code.counts, little_endian=self._little_endian)
 
     def _unpack(self, indices: Tensor) -> Tensor:
         """Digits [B, L, D] of [B, G, L]."""
-        code = self.code
-        little = not isinstance(code, Signs) or code.little_endian
-        digits = scalar.unpack_digits(indices, code.counts, little_endian=little)
+        digits = scalar.unpack_digits(indices, self.code.counts, little_endian=self._little_endian)
         return digits.transpose(1, 2).flatten(-2)
 
     @torch.no_grad()
@@ -292,7 +296,7 @@ class ScalarQuantizer(nn.Module):
         Raises:
             As `forward`.
         """
-        return self._pack(self._quantize(self._inputs(h)).digits)
+        return self._quantize(self._inputs(h)).indices
 
     @torch.no_grad()
     def nearest(self, rows: Tensor) -> Tensor:

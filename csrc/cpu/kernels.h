@@ -8,6 +8,7 @@
 
 #include "../common/codebook.h"
 #include "../common/geometry.h"
+#include "../common/scalar_args.h"
 
 namespace tokenflow::cpu {
 
@@ -90,6 +91,15 @@ struct CoarseScoreKernels {
                     int* codes);
 };
 
+// What stands in for rows (common/scalar_args.h): tables of one round.
+template <typename T>
+struct StandInTable {
+  StandIn kind;
+  int group;        // channels of a group
+  int width;        // of the curves: whole rows side by side
+  const T* curves;  // [kCurveParts, width]
+};
+
 // Loops along the channels of rows and planes.
 template <typename T>
 struct ChannelKernels {
@@ -106,10 +116,27 @@ struct ChannelKernels {
   // rows = transpose of upsample applied to grad_plane [to, dim]; same scratch.
   void (*upsample_transpose)(const T* grad_plane, int dim, Extent from, Extent to,
                              Upsampling upsampling, T* scratch, T* grad_rows);
-  // Digits and values of a row of `dim` channels (common/scalar_args.h), with `count` thresholds
-  // [count, dim], values [count + 1, dim] and digits to invert, or null.
-  void (*quantize_scalars)(const T* row, const T* thresholds, const T* values, int count, int dim,
-                           const bool* flips, int16_t* digits, T* codes);
+  // Scalar quantization (common/scalar_args.h) of rows, `size` numbers in all, with tables of
+  // `width` channels: whole rows side by side.
+  //
+  // Digits and values, of `count` thresholds [count, width], values [count + 1, width] and digits
+  // to invert, or null.
+  void (*quantize_scalars)(const T* rows, int64_t size, const T* thresholds, const T* values,
+                           int count, int width, const bool* flips, int16_t* digits, T* codes);
+  // Indices of `count` tokens from digits: those of tokens lie `stride` apart, of groups
+  // args.tokens.
+  void (*pack_tokens)(const PackDigitsArgs& args, const int16_t* digits, int64_t count,
+                      int64_t* indices, int64_t stride);
+  // z = what stands in for rows (not kSame), and grad = its transpose at them, applied to grad.
+  void (*stand_in)(const StandInTable<T>& table, const T* rows, int64_t size, T* z);
+  void (*stand_in_backward)(const StandInTable<T>& table, const T* rows, int64_t size, T* grad);
+  // The sum of (a - b)^2.
+  T (*squared_error)(const T* a, const T* b, int64_t size);
+  // chances [width] += probabilities of 1; returns the sum of entropies.
+  T (*sign_choices)(const T* z, int64_t size, int width, T slope, T* chances);
+  // grad += the gradient of by_chance [width] times chances and by_entropy times their sum.
+  void (*sign_choices_backward)(const T* z, int64_t size, int width, T slope, T by_entropy,
+                                const T* by_chance, T* grad);
   bool (*all_finite)(const T* values, int64_t count);
 };
 

@@ -13,8 +13,8 @@
 #include <cstring>
 
 #include "../common/normalize.h"
-#include "../common/scalar_args.h"
 #include "packing.h"
+#include "scalar_kernels_impl.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -275,24 +275,64 @@ void scores(const double* unit_row, const float* codebook, const CodebookLayout&
 }
 
 template <typename T>
-void to_channels_last(const T* planes, int dim, int64_t positions, T* out) {
-  constexpr int64_t kTile = 32;
-  for (int64_t p0 = 0; p0 < positions; p0 += kTile) {
-    const int64_t p1 = p0 + kTile < positions ? p0 + kTile : positions;
-    for (int d = 0; d < dim; ++d) {
-      for (int64_t p = p0; p < p1; ++p) out[p * dim + d] = planes[d * positions + p];
+struct FourOf;
+
+template <>
+struct FourOf<float> {
+  typedef float Numbers __attribute__((vector_size(16), aligned(4)));
+};
+
+template <>
+struct FourOf<double> {
+  typedef double Numbers __attribute__((vector_size(32), aligned(8)));
+};
+
+// out [columns, rows] = in [rows, columns], by blocks of 4 x 4; `rows` at a time are written side
+// by side, and lines of `in` and `out` are `stride` and `out_stride` apart.
+template <typename T>
+static inline void transpose(const T* in, int64_t stride, int64_t rows, int64_t columns, T* out,
+                             int64_t out_stride) {
+  using Four = typename FourOf<T>::Numbers;
+  for (int64_t r = 0; r < rows; r += 4) {
+    for (int64_t c = 0; c < columns; c += 4) {
+      const T* from = in + r * stride + c;
+      T* to = out + c * out_stride + r;
+      if (r + 4 <= rows && c + 4 <= columns) {
+        const Four a0 = *reinterpret_cast<const Four*>(from);
+        const Four a1 = *reinterpret_cast<const Four*>(from + stride);
+        const Four a2 = *reinterpret_cast<const Four*>(from + 2 * stride);
+        const Four a3 = *reinterpret_cast<const Four*>(from + 3 * stride);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          *reinterpret_cast<Four*>(to + i * out_stride) = Four{a0[i], a1[i], a2[i], a3[i]};
+        }
+        continue;
+      }
+      for (int64_t i = r; i < rows && i < r + 4; ++i) {
+        for (int64_t j = c; j < columns && j < c + 4; ++j) {
+          out[j * out_stride + i] = in[i * stride + j];
+        }
+      }
     }
+  }
+}
+
+// Of so many positions at a time both sides stay in the nearest cache.
+constexpr int64_t kTransposeTile = 32;
+
+template <typename T>
+void to_channels_last(const T* planes, int dim, int64_t positions, T* out) {
+  for (int64_t p = 0; p < positions; p += kTransposeTile) {
+    const int64_t count = positions - p < kTransposeTile ? positions - p : kTransposeTile;
+    transpose(planes + p, positions, dim, count, out + p * dim, dim);
   }
 }
 
 template <typename T>
 void to_channels_first(const T* plane, int dim, int64_t positions, T* out) {
-  constexpr int64_t kTile = 32;
-  for (int64_t p0 = 0; p0 < positions; p0 += kTile) {
-    const int64_t p1 = p0 + kTile < positions ? p0 + kTile : positions;
-    for (int d = 0; d < dim; ++d) {
-      for (int64_t p = p0; p < p1; ++p) out[d * positions + p] = plane[p * dim + d];
-    }
+  for (int64_t p = 0; p < positions; p += kTransposeTile) {
+    const int64_t count = positions - p < kTransposeTile ? positions - p : kTransposeTile;
+    transpose(plane + p * dim, dim, count, dim, out + p, positions);
   }
 }
 
@@ -354,19 +394,31 @@ void pool_again(const T* plane, int dim, Extent from, Extent to, T* rows) {
 
 template <typename T>
 void pool(const T* plane, int dim, Extent from, Extent to, T* rows) {
+  using Numbers = typename VectorOf<T>::Numbers;
   for (int y = 0; y < to.height; ++y) {
     const AreaBin bin_y = area_bin(y, from.height, to.height);
     for (int x = 0; x < to.width; ++x) {
       const AreaBin bin_x = area_bin(x, from.width, to.width);
       T* row = rows + (static_cast<int64_t>(y) * to.width + x) * dim;
-      fill_zero(row, dim);
-      for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
-        for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
-          add_scaled(plane + (static_cast<int64_t>(sy) * from.width + sx) * dim, T(1), dim, row);
-        }
-      }
       const T count = static_cast<T>((bin_y.end - bin_y.begin) * (bin_x.end - bin_x.begin));
-      for (int d = 0; d < dim; ++d) row[d] /= count;
+      // each(position) for every position of the bin.
+      const auto for_bin = [&](const auto& each) {
+        for (int sy = bin_y.begin; sy < bin_y.end; ++sy) {
+          for (int sx = bin_x.begin; sx < bin_x.end; ++sx) {
+            each(plane + (static_cast<int64_t>(sy) * from.width + sx) * dim);
+          }
+        }
+      };
+      int d = 0;
+      for (; d + kVectorWidth<T> <= dim; d += kVectorWidth<T>) {
+        Numbers sum = {};
+        for_bin([&](const T* p) { sum += *reinterpret_cast<const Numbers*>(p + d); });
+        *reinterpret_cast<Numbers*>(row + d) = sum / count;
+      }
+      if (d == dim) continue;
+      fill_zero(row + d, dim - d);
+      for_bin([&](const T* p) { add_scaled(p + d, T(1), dim - d, row + d); });
+      for (; d < dim; ++d) row[d] /= count;
     }
   }
   if (!all_finite(rows, static_cast<int64_t>(to.height) * to.width * dim)) {
@@ -471,66 +523,13 @@ void upsample_transpose(const T* grad_plane, int dim, Extent from, Extent to, Up
   }
 }
 
-// Numbers of a vector's size, and whole numbers of theirs.
-template <typename T>
-struct VectorOf;
-
-template <>
-struct VectorOf<float> {
-  typedef float Numbers __attribute__((vector_size(kLanes * 4), aligned(4)));
-  typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
-  typedef int16_t Digits __attribute__((vector_size(kLanes * 2), aligned(2)));
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
-};
-
-template <>
-struct VectorOf<double> {
-  typedef double Numbers __attribute__((vector_size(kHalfLanes * 8), aligned(8)));
-  typedef int64_t Integers __attribute__((vector_size(kHalfLanes * 8)));
-  typedef int16_t Digits __attribute__((vector_size(kHalfLanes * 2), aligned(2)));
-  typedef uint8_t Bytes __attribute__((vector_size(kHalfLanes), aligned(1)));
-};
-
-template <typename T>
-void quantize_scalars(const T* row, const T* thresholds, const T* values, int count, int dim,
-                      const bool* flips, int16_t* digits, T* codes) {
-  using Numbers = typename VectorOf<T>::Numbers;
-  using Integers = typename VectorOf<T>::Integers;
-  using Digits = typename VectorOf<T>::Digits;
-  using Bytes = typename VectorOf<T>::Bytes;
-  constexpr int kWidth = sizeof(Numbers) / sizeof(T);
-  int d = 0;
-  for (; d + kWidth <= dim; d += kWidth) {
-    const Numbers numbers = *reinterpret_cast<const Numbers*>(row + d);
-    Integers digit = {}, inverted = {};  // there is one threshold where any is inverted
-    if (flips) {
-      const Bytes bytes = *reinterpret_cast<const Bytes*>(flips + d);
-      inverted = -__builtin_convertvector(bytes, Integers);
-    }
-    Numbers code = *reinterpret_cast<const Numbers*>(values + d);
-    for (int i = 0; i < count; ++i) {
-      const int64_t line = static_cast<int64_t>(i) * dim + d;
-      const Integers exceeds =
-          (numbers > *reinterpret_cast<const Numbers*>(thresholds + line)) ^ inverted;
-      digit -= exceeds;
-      code = exceeds ? *reinterpret_cast<const Numbers*>(values + line + dim) : code;
-    }
-    *reinterpret_cast<Digits*>(digits + d) = __builtin_convertvector(digit, Digits);
-    *reinterpret_cast<Numbers*>(codes + d) = code;
-  }
-  for (; d < dim; ++d) {
-    int digit = digit_of(row[d], thresholds + d, count, dim);
-    if (flips) digit ^= flips[d];
-    digits[d] = static_cast<int16_t>(digit);
-    codes[d] = values[static_cast<int64_t>(digit) * dim + d];
-  }
-}
-
 template <typename T>
 constexpr ChannelKernels<T> channel_kernels() {
-  return {to_channels_last<T>,   to_channels_first<T>, pool<T>,
-          pool_transpose_add<T>, upsample<T>,          upsample_transpose<T>,
-          quantize_scalars<T>,   all_finite<T>};
+  return {to_channels_last<T>,      to_channels_first<T>, pool<T>,
+          pool_transpose_add<T>,    upsample<T>,          upsample_transpose<T>,
+          quantize_scalars<T>,      pack_tokens,          stand_in<T>,
+          stand_in_backward<T>,     squared_error<T>,     sign_choices<T>,
+          sign_choices_backward<T>, all_finite<T>};
 }
 
 }  // namespace

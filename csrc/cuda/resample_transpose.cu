@@ -46,7 +46,7 @@ size_t upsample_transpose_table_bytes(const Pyramid& pyramid, int side_x, int si
 // Bytes: 4 dim height width a scale (from the L2 after the first), 4 dim a row
 // written. Operations: 2 height width (taps a position) a scale and channel; bound by latency.
 __global__ void __launch_bounds__(kPlaneThreads)
-    upsample_transpose_kernel(const __grid_constant__ UpsampleTransposeArgs<float> args,
+    upsample_transpose_kernel(const __grid_constant__ UpsampleTransposeArgs args,
                               const UpsampleTransposeBlocks blocks) {
   const Pyramid& pyramid = args.pyramid;
   const int s = static_cast<int>(blockIdx.y);
@@ -115,7 +115,7 @@ struct PoolTransposeShared {
 // its bin, from the caches) and 4 dim height width written; bound by the caches.
 template <BinShare kShare>
 __global__ void __launch_bounds__(kTransposeThreads, 4)
-    pool_transpose_kernel(const __grid_constant__ PoolTransposeArgs<float> args) {
+    pool_transpose_kernel(const __grid_constant__ PoolTransposeArgs args) {
   const Pyramid& pyramid = args.pyramid;
   PoolTransposeShared& shared = *shared_memory<PoolTransposeShared>();
   const int64_t map = blockIdx.x / static_cast<unsigned>(pyramid.height);
@@ -167,8 +167,7 @@ __global__ void __launch_bounds__(kTransposeThreads, 4)
 
 }  // namespace
 
-cudaError_t launch_upsample_transpose(const UpsampleTransposeArgs<float>& args,
-                                      cudaStream_t stream) {
+cudaError_t launch_upsample_transpose(const UpsampleTransposeArgs& args, cudaStream_t stream) {
   const Pyramid& pyramid = args.pyramid;
   UpsampleTransposeBlocks blocks = {};
   for (int s = 0; s < pyramid.num_scales; ++s) {
@@ -187,7 +186,7 @@ cudaError_t launch_upsample_transpose(const UpsampleTransposeArgs<float>& args,
       stream, args, blocks);
 }
 
-cudaError_t launch_pool_transpose(const PoolTransposeArgs<float>& args, BinShare share,
+cudaError_t launch_pool_transpose(const PoolTransposeArgs& args, BinShare share,
                                   cudaStream_t stream) {
   const Pyramid& pyramid = args.pyramid;
   const dim3 grid(static_cast<unsigned>(pyramid.batch * pyramid.height),

@@ -3,6 +3,7 @@
 #include "planes.cuh"
 #include "resample_transpose.cuh"
 #include "scalar.h"
+#include "scalar_losses.cuh"
 
 namespace tokenflow::cuda {
 namespace {
@@ -11,6 +12,8 @@ namespace {
 // value. The thread that pooled the number reads it.
 struct ScalarCode {
   const ScalarQuantizeArgs<float>& args;
+  const float* rows;
+  int16_t* digits;
   int first_channel;
   int round;
   int64_t first_token;  // of the scale, among those of all maps
@@ -20,10 +23,10 @@ struct ScalarCode {
     const int d = first_channel + c;
     const int64_t n = (first_token + p) * dim + d;
     const int64_t line = static_cast<int64_t>(round) * thresholds;
-    int digit = digit_of(args.rows[n], args.thresholds + line * dim + d, thresholds, dim);
+    int digit = digit_of(rows[n], args.tables.thresholds + line * dim + d, thresholds, dim);
     if (args.flips && args.flips[n]) digit ^= 1;
-    args.digits[n] = static_cast<int16_t>(digit);
-    return args.values[(line + round + digit) * dim + d];
+    digits[n] = static_cast<int16_t>(digit);
+    return args.tables.values[(line + round + digit) * dim + d];
   }
 };
 
@@ -32,7 +35,8 @@ struct ScalarCode {
 // are read from the L1. Operations: 16 a scale and element of the plane, and a comparison a
 // threshold. Bound by latency for small planes.
 __global__ void __launch_bounds__(kPlaneThreads, 3)
-    scalar_quantize_kernel(const __grid_constant__ ScalarQuantizeArgs<float> args, int channels,
+    scalar_quantize_kernel(const __grid_constant__ ScalarQuantizeArgs<float> args, float* rows,
+                           int16_t* digits, int channels,
                            const __grid_constant__ PlaneSizes sizes) {
   const Pyramid& pyramid = args.pyramid;
   const int dim = args.layout.dim;
@@ -44,32 +48,34 @@ __global__ void __launch_bounds__(kPlaneThreads, 3)
     shared.plane[i] = args.h[offset + i];
   }  // pooling begins with a barrier
   for (int s = 0; s < pyramid.num_scales; ++s) {
-    pool(pyramid, block, s, shared, dim, args.rows);
+    pool(pyramid, block, s, shared, dim, rows);
     const int64_t first = block.map * tokens_per_image(pyramid) + pyramid.first_token[s];
     add_codes(pyramid, block.count, s, shared, -1, args.quantized + offset, s == 0,
-              ScalarCode{args, block.first, args.layout.round[s], first});
+              ScalarCode{args, rows, digits, block.first, args.layout.round[s], first});
   }
 }
 
-// Grid: a thread for every channel of a row, which owns its rounds. Bytes: 4 a channel read, 6 a
-// round written; bound by memory.
+// Grid: a thread for every channel of a row, which owns its rounds. Bytes: 4 a channel read and
+// written, 6 a round written; bound by memory.
 __global__ void __launch_bounds__(kPlaneThreads)
-    scalar_rows_kernel(const __grid_constant__ ScalarRowsArgs<float> args) {
+    scalar_rows_kernel(const __grid_constant__ ScalarRowsArgs<float> args, int16_t* digits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kPlaneThreads + threadIdx.x;
-  if (i >= args.num_rows * args.dim) return;
-  const int64_t n = i / args.dim;
-  const int dim = args.dim, d = static_cast<int>(i - n * dim);
-  float residual = args.rows[i];
-  for (int r = 0; r < args.rounds; ++r) {
-    const int64_t line = static_cast<int64_t>(r) * args.thresholds;
-    const int digit =
-        digit_of(residual, args.thresholds_table + line * dim + d, args.thresholds, dim);
-    const float code = args.values[(line + r + digit) * dim + d];
-    const int64_t at = (n * args.rounds + r) * dim + d;
-    args.digits[at] = static_cast<int16_t>(digit);
-    args.codes[at] = code;
+  const int dim = args.layout.dim, thresholds = args.layout.thresholds, rounds = args.layout.rounds;
+  if (i >= args.num_rows * dim) return;
+  const int64_t n = i / dim;
+  const int d = static_cast<int>(i - n * dim);
+  float residual = args.rows[i], sum = 0;
+  for (int r = 0; r < rounds; ++r) {
+    const int64_t line = static_cast<int64_t>(r) * thresholds;
+    const int digit = digit_of(residual, args.tables.thresholds + line * dim + d, thresholds, dim);
+    const float code = args.tables.values[(line + r + digit) * dim + d];
+    const int64_t at = (n * rounds + r) * dim + d;
+    if (digits) digits[at] = static_cast<int16_t>(digit);
+    if (args.codes) args.codes[at] = code;
+    sum = r == 0 ? code : sum + code;
     residual -= code;
   }
+  args.quantized[i] = sum;
 }
 
 // Grid: a thread for every group of a token, which owns its index. Bytes: 2 a digit and 8 an index;
@@ -84,13 +90,43 @@ __global__ void __launch_bounds__(kPlaneThreads)
       pack_digits(args, args.digits + i * args.dim);
 }
 
+struct QuantizeWorkspace {
+  int16_t* digits;
+  float* rows;
+  void* losses;
+  size_t bytes;
+
+  QuantizeWorkspace(const ScalarQuantizeArgs<float>& args, void* memory) {
+    Workspace workspace(memory);
+    const int64_t count = args.pyramid.batch * tokens_per_image(args.pyramid) * args.layout.dim;
+    digits = workspace.take<int16_t>(count);
+    float* own = workspace.take<float>(args.rows ? 0 : count);
+    rows = args.rows ? args.rows : own;
+    losses =
+        workspace.take<unsigned char>(static_cast<int64_t>(scalar_losses_workspace_bytes(args)));
+    bytes = workspace.bytes();
+  }
+};
+
 }  // namespace
 
-cudaError_t launch_scalar_rows(const ScalarRowsArgs<float>& args, cudaStream_t stream) {
-  const int64_t channels = args.num_rows * args.dim;
+size_t scalar_rows_workspace_bytes(const ScalarRowsArgs<float>& args) {
+  const int64_t digits = args.num_rows * args.layout.rounds * args.layout.dim;
+  return args.pack.indices ? static_cast<size_t>(digits) * sizeof(int16_t) : 0;
+}
+
+cudaError_t launch_scalar_rows(const ScalarRowsArgs<float>& args, void* workspace,
+                               cudaStream_t stream) {
+  const int64_t channels = args.num_rows * args.layout.dim;
   if (channels == 0) return cudaSuccess;
-  return launch(scalar_rows_kernel, dim3(static_cast<unsigned>(ceil_div(channels, kPlaneThreads))),
-                kPlaneThreads, 0, stream, args);
+  int16_t* digits = args.pack.indices ? static_cast<int16_t*>(workspace) : nullptr;
+  TOKENFLOW_CUDA_TRY(launch(scalar_rows_kernel,
+                            dim3(static_cast<unsigned>(ceil_div(channels, kPlaneThreads))),
+                            kPlaneThreads, 0, stream, args, digits));
+  if (!digits) return cudaSuccess;
+  PackDigitsArgs pack = args.pack;
+  pack.digits = digits;
+  return launch_pack_digits(pack, stream);
 }
 
 cudaError_t launch_pack_digits(const PackDigitsArgs& args, cudaStream_t stream) {
@@ -100,21 +136,48 @@ cudaError_t launch_pack_digits(const PackDigitsArgs& args, cudaStream_t stream) 
                 kPlaneThreads, 0, stream, args);
 }
 
-cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, cudaStream_t stream) {
+size_t scalar_quantize_workspace_bytes(const ScalarQuantizeArgs<float>& args) {
+  return QuantizeWorkspace(args, nullptr).bytes;
+}
+
+cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, void* workspace,
+                                   cudaStream_t stream) {
   const Pyramid& pyramid = args.pyramid;
   if (unsupported_planes(pyramid, args.layout.dim)) return cudaErrorInvalidValue;
   if (pyramid.batch == 0 || pyramid.num_scales == 0) return cudaSuccess;
+  const QuantizeWorkspace work(args, workspace);
   const PlaneSizes sizes(pyramid, -1, pyramid.num_scales - 1, true);
   const size_t channel_bytes = sizes.channel_bytes(pyramid);
   const int channels = choose_channels(pyramid.batch, args.layout.dim, channel_bytes);
   const int64_t blocks = pyramid.batch * ceil_div(args.layout.dim, channels);
-  return launch(scalar_quantize_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
-                sizes.table_bytes(pyramid) + static_cast<size_t>(channels) * channel_bytes, stream,
-                args, channels, sizes);
+  TOKENFLOW_CUDA_TRY(
+      launch(scalar_quantize_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
+             sizes.table_bytes(pyramid) + static_cast<size_t>(channels) * channel_bytes, stream,
+             args, work.rows, work.digits, channels, sizes));
+  PackDigitsArgs pack = args.pack;
+  pack.digits = work.digits;
+  TOKENFLOW_CUDA_TRY(launch_pack_digits(pack, stream));
+  return launch_scalar_losses(args, work.rows, work.digits, work.losses, stream);
 }
 
-cudaError_t launch_pool_transpose(const PoolTransposeArgs<float>& args, cudaStream_t stream) {
-  return launch_pool_transpose(args, BinShare::kMean, stream);
+size_t scalar_quantize_backward_workspace_bytes(const ScalarQuantizeBackwardArgs<float>& args) {
+  const int64_t tokens = args.pyramid.batch * tokens_per_image(args.pyramid);
+  return static_cast<size_t>(tokens * args.layout.dim) * sizeof(float);
+}
+
+cudaError_t launch_scalar_quantize_backward(const ScalarQuantizeBackwardArgs<float>& args,
+                                            void* workspace, cudaStream_t stream) {
+  const Pyramid& pyramid = args.pyramid;
+  if (unsupported_planes(pyramid, args.layout.dim)) return cudaErrorInvalidValue;
+  if (pyramid.batch == 0 || pyramid.num_scales == 0) return cudaSuccess;
+  float* rows = static_cast<float*>(workspace);
+  if (args.grad_quantized) {
+    TOKENFLOW_CUDA_TRY(
+        launch_upsample_transpose({pyramid, args.layout.dim, args.grad_quantized, rows}, stream));
+  }
+  TOKENFLOW_CUDA_TRY(launch_scalar_row_gradient(args, rows, stream));
+  return launch_pool_transpose({pyramid, args.layout.dim, rows, args.grad_h}, BinShare::kMean,
+                               stream);
 }
 
 }  // namespace tokenflow::cuda

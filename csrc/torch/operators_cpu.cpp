@@ -103,16 +103,16 @@ struct CpuBackend {
     launch(cpu::scalar_quantize<T>, args);
   }
   template <typename T>
-  static void run(const UpsampleTransposeArgs<T>& args, const Tensor&) {
-    launch(cpu::upsample_transpose<T>, args);
-  }
-  template <typename T>
-  static void run(const PoolTransposeArgs<T>& args, const Tensor&) {
-    launch(cpu::pool_transpose<T>, args);
+  static void run(const ScalarQuantizeBackwardArgs<T>& args, const Tensor&) {
+    launch(cpu::scalar_quantize_backward<T>, args);
   }
   template <typename T>
   static void run(const ScalarRowsArgs<T>& args, const Tensor&) {
     launch(cpu::scalar_rows<T>, args);
+  }
+  template <typename T>
+  static void run(const ScalarRowsBackwardArgs<T>& args, const Tensor&) {
+    launch(cpu::scalar_rows_backward<T>, args);
   }
   static void run(const PackDigitsArgs& args, const Tensor&) { launch(cpu::pack_digits, args); }
   static void run(const SampleArgs& args, const Tensor&) { launch(cpu::sample, args); }

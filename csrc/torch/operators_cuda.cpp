@@ -81,21 +81,21 @@ struct CudaBackend {
   }
 
   static void run(const ScalarQuantizeArgs<float>& args, const Tensor& like) {
-    launch_on(like,
-              [&](cudaStream_t stream) { return cuda::launch_scalar_quantize(args, stream); });
+    launch(args, like, cuda::scalar_quantize_workspace_bytes, cuda::launch_scalar_quantize);
+  }
+  static void run(const ScalarQuantizeBackwardArgs<float>& args, const Tensor& like) {
+    launch(args, like, cuda::scalar_quantize_backward_workspace_bytes,
+           cuda::launch_scalar_quantize_backward);
   }
   static void run(const ScalarRowsArgs<float>& args, const Tensor& like) {
-    launch_on(like, [&](cudaStream_t stream) { return cuda::launch_scalar_rows(args, stream); });
+    launch(args, like, cuda::scalar_rows_workspace_bytes, cuda::launch_scalar_rows);
+  }
+  static void run(const ScalarRowsBackwardArgs<float>& args, const Tensor& like) {
+    launch_on(like,
+              [&](cudaStream_t stream) { return cuda::launch_scalar_rows_backward(args, stream); });
   }
   static void run(const PackDigitsArgs& args, const Tensor& like) {
     launch_on(like, [&](cudaStream_t stream) { return cuda::launch_pack_digits(args, stream); });
-  }
-  static void run(const UpsampleTransposeArgs<float>& args, const Tensor& like) {
-    launch_on(like,
-              [&](cudaStream_t stream) { return cuda::launch_upsample_transpose(args, stream); });
-  }
-  static void run(const PoolTransposeArgs<float>& args, const Tensor& like) {
-    launch_on(like, [&](cudaStream_t stream) { return cuda::launch_pool_transpose(args, stream); });
   }
   static void run(const SampleArgs& args, const Tensor& like) {
     launch_on(like, [&](cudaStream_t stream) { return cuda::launch_sample(args, stream); });

@@ -40,14 +40,22 @@ STABLE_TORCH_LIBRARY(tokenflow_ext, m) {
   // Scalar quantization (tokenflow_ext/scalar.py): tables [rounds, thresholds, D] and one more
   // value.
   m.def(
-      "scalar_quantize(Tensor h, Tensor thresholds, Tensor values, Tensor? flips, int[] sizes, "
-      "int[] rounds, bool bilinear) -> (Tensor quantized, Tensor digits, Tensor rows)");
+      "scalar_quantize(Tensor h, Tensor thresholds, Tensor values, Tensor? curves, Tensor? flips, "
+      "int[] sizes, int[] rounds, bool bilinear, int[] places, int stand_in, float[] slopes, "
+      "bool errors, bool keep_rows) -> (Tensor quantized, Tensor indices, Tensor rows, "
+      "Tensor error, Tensor entropy, Tensor chance)");
   m.def(
-      "scalar_rows(Tensor rows, Tensor thresholds, Tensor values) -> (Tensor codes, Tensor "
-      "digits)");
+      "scalar_quantize_backward(Tensor rows, Tensor thresholds, Tensor values, Tensor? curves, "
+      "Tensor? flips, Tensor? grad_quantized, Tensor? grad_rows, Tensor? grad_error, "
+      "Tensor? grad_entropy, Tensor? grad_chance, int[] sizes, int height, int width, "
+      "int[] rounds, bool bilinear, int group, int stand_in, float[] slopes) -> Tensor");
+  m.def(
+      "scalar_rows(Tensor rows, Tensor thresholds, Tensor values, Tensor? curves, int[] places, "
+      "int stand_in, bool keep_codes) -> (Tensor quantized, Tensor indices, Tensor codes)");
+  m.def(
+      "scalar_rows_backward(Tensor rows, Tensor thresholds, Tensor values, Tensor? curves, "
+      "Tensor grad_quantized, int stand_in) -> Tensor");
   m.def("pack_digits(Tensor digits, int[] places) -> Tensor");
-  m.def("upsample_transpose(Tensor plane, int[] sizes, bool bilinear) -> Tensor");
-  m.def("pool_transpose(Tensor rows, int[] sizes, int height, int width) -> Tensor");
   // Each argument of a row is one number, or a tensor of one number or of one a row.
   m.def(
       "sample_top_k_top_p(Tensor logits, Tensor? uncond, int top_k, Tensor? top_k_rows, "

@@ -131,29 +131,72 @@ def _samples_of_several_codebooks() -> list[tuple]:
 def _scalar_samples() -> list[tuple]:
     h = torch.randn(2, 6, 5, 4, requires_grad=True)
     tables = (torch.zeros(2, 1, 6), torch.randn(2, 2, 6))
+    curves = torch.rand(2, 4, 6)
     flips = torch.rand(2, 27, 6) < 0.5
-    rows = torch.randn(2, 27, 6, requires_grad=True)
+    rows = torch.randn(2, 27, 6)
+    rounds, slopes = [0, 1, 0], [1.0, 2.0, 3.0]
+    wide = [h.detach().double(), *(t.double() for t in tables)]
+    grads = [torch.randn_like(h), torch.randn_like(rows), torch.rand(3)]
+    choices = [torch.rand(3), torch.rand(3, 6)]
+    pyramid = [FLAT, 5, 4, rounds]
     return [
-        (OPS.scalar_quantize, (h, *tables, None, FLAT, [0, 1, 0], False)),
         (
             OPS.scalar_quantize,
-            (h.detach().double(), *(t.double() for t in tables), flips, FLAT, [0] * 3, True),
+            (h, *tables, None, None, FLAT, rounds, False, [1, 2, 4], 0, [], False, True),
         ),
-        (OPS.scalar_rows, (torch.randn(7, 6), *tables)),
+        (
+            OPS.scalar_quantize,
+            (h, *tables, None, flips, FLAT, rounds, True, [1, 2, 4], 1, slopes, True, True),
+        ),
+        (
+            OPS.scalar_quantize,
+            (h.detach(), *tables, curves, None, FLAT, rounds, False, [1], 2, [], True, False),
+        ),
+        (
+            OPS.scalar_quantize,
+            (*wide, None, flips, FLAT, [0] * 3, True, [1, 2], 0, slopes, False, False),
+        ),
+        (
+            OPS.scalar_quantize_backward,
+            (rows, *tables, None, flips, *grads, *choices, *pyramid, False, 3, 1, slopes),
+        ),
+        (
+            OPS.scalar_quantize_backward,
+            (
+                rows,
+                *tables,
+                curves,
+                None,
+                None,
+                None,
+                grads[2],
+                None,
+                None,
+                *pyramid,
+                True,
+                6,
+                3,
+                [],
+            ),
+        ),
+        (
+            OPS.scalar_rows,
+            (torch.randn(7, 6, requires_grad=True), *tables, curves, [1, 2, 4, 8, 16, 32], 2, True),
+        ),
+        (OPS.scalar_rows, (torch.randn(2, 3, 6), *tables, None, [], 0, False)),
+        (OPS.scalar_rows_backward, (torch.randn(7, 6), *tables, curves, torch.randn(7, 6), 3)),
         (OPS.pack_digits, (torch.randint(0, 3, (2, 7, 6), dtype=torch.int16), [1, 3, 9])),
-        (OPS.upsample_transpose, (h, FLAT, True)),
-        (OPS.pool_transpose, (rows, FLAT, 5, 4)),
     ]
 
 
-@pytest.mark.parametrize("number", range(22))
+@pytest.mark.parametrize("number", range(26))
 def test_opcheck(number: int) -> None:
     op, arguments = _samples()[number]
     torch.library.opcheck(op.default, arguments)
 
 
 def test_opcheck_covers_every_operator() -> None:
-    assert len(_samples()) == 22
+    assert len(_samples()) == 26
     tested = {op._qualified_op_name for op, _ in _samples()}
     tested.add("tokenflow_ext::sample_top_k_top_p")  # tests/sampler
     tested.add("tokenflow_ext::sample_code")  # test_sample_code.py

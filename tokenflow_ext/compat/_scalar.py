@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,9 @@ class Layout:
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
         """Rows [B, N, dim] like x."""
         image = self.is_image(x)
-        rows = rows.reshape(*self._space(x, image), rows.shape[-1])
+        space = self._space(x, image)
+        if rows.shape[:-1] != space:
+            rows = rows.reshape(*space, rows.shape[-1])
         return rows.movedim(-1, 1) if image else rows
 
     def restore_indices(self, indices: Tensor | None, x: Tensor) -> Tensor | None:
@@ -104,6 +108,9 @@ def computed(
     return rows
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of a tensor."""
-    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+    device = "cpu" if tensor.is_meta else tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()  # far quicker
+    return torch.autocast(device, enabled=False)

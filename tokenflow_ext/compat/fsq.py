@@ -186,13 +186,16 @@ class FSQ(nn.Module):
 
     def quantize(self, z: Tensor) -> Tensor:
         """Codes like z [..., codebook_dim], straight through the rounding."""
-        return self._quantize(z.reshape(-1, self.codebook_dim))[0].view(z.shape)
+        return self._quantize(z).quantized
 
-    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and digits of rows [N, codebook_dim], like them."""
-        codes, digits = scalar.quantize_rows(rows, self._tables.like(rows))
-        codes = scalar.through_levels(rows, codes.view(rows.shape), self.levels, self._bound)
-        return codes, digits.view(rows.shape)
+    def _quantize(self, rows: Tensor) -> scalar.QuantizedRows:
+        """Codes and indices of rows [..., codebook_dim]."""
+        return scalar.quantize_rows(
+            rows,
+            self._tables.like(rows),
+            counts=self.levels if self.return_indices else (),
+            stand_in=scalar.stand_in_of(self._bound),
+        )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantizes z.
@@ -209,24 +212,25 @@ class FSQ(nn.Module):
             NotImplementedError: z would be quantized in half precision.
         """
         rows = self.project_in(self.layout.rows(z))
-        books = (*rows.shape[:2], self.num_codebooks)
-        flat = rows.reshape(-1, self.codebook_dim)
+        shape, books = rows.shape, (*rows.shape[:2], self.num_codebooks)
+        # One codebook's rows are as they should be: a view has its price in a gradient.
+        flat = rows if self.num_codebooks == 1 else rows.unflatten(-1, (self.num_codebooks, -1))
         if self.orthogonal_rotation:
             flat = flat @ self.orthogonal_rot
         given = flat.dtype
         flat = computed("FSQ", flat, self.force_quantization_f32, self.allowed_dtypes)
         with without_autocast(flat):
-            codes, digits = self._quantize(flat)
-            indices = None
-            if self.return_indices:
-                indices = scalar.pack_digits(digits, self.levels).int().view(books)
+            found = self._quantize(flat)
+            codes = found.quantized
+            indices = found.indices.int().view(books) if self.return_indices else None
             if self.training and self.noise_dropout:
                 noisy = torch.full_like(codes, self.noise_dropout).bernoulli_().bool()
                 noise = torch.rand_like(codes) - 0.5
                 codes = torch.where(noisy, codes + noise, codes).clamp(-1, 1)
             if self.orthogonal_rotation:
                 codes = codes @ self.orthogonal_rot.T
-        out = self.project_out(codes.to(given).view(rows.shape))
+        codes = codes.to(given)
+        out = self.project_out(codes if self.num_codebooks == 1 else codes.view(shape))
         return self.layout.restore(out, z), self.layout.restore_indices(indices, z)
 
 
@@ -313,7 +317,11 @@ class ResidualFSQ(Residual):
             clamp = torch.empty(torch.tensor(soft_clamp_input_value, device="cpu").shape)
         self.register_buffer("scales", torch.empty(num_quantizers, width), persistent=False)
         self.register_buffer("soft_clamp_input_value", clamp, persistent=False)
-        self._tables: dict[int, scalar.TableCache] = {}  # by rows side by side
+        first = self._quantizers()[0]
+        make = functools.partial(
+            scalar.levels, first.levels, bound=first._bound, rounds=num_quantizers
+        )
+        self._tables = scalar.TableCache(make, True)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -395,35 +403,17 @@ class ResidualFSQ(Residual):
         if first.orthogonal_rotation or (first.training and first.noise_dropout):
             return self._one_by_one(rows, last)
         given = torch.promote_types(rows.dtype, self.scales.dtype)
-        flat = rows.reshape(-1, rows.shape[-1])
+        flat = rows
         if not first.force_quantization_f32:
             flat = flat.to(given)
         flat = computed("FSQ", flat, first.force_quantization_f32, first.allowed_dtypes)
-        # Rows are seldom wide: several are one for the inner loops, with the tables as often.
-        lines = scalar.side_by_side(len(flat), len(first.levels)) if flat.is_cpu else 1
-        counts = first.levels * lines
-        wide = flat.reshape(-1, len(counts))
-        tables = self._tables_of(lines).like(wide)
-        codes, digits = scalar.quantize_rows(
-            wide, scalar.Tables(*(table[: last + 1] for table in tables))
+        found = scalar.quantize_rows(
+            flat,
+            self._tables.like(flat).each(lambda table: table[: last + 1]),
+            counts=first.levels,
+            stand_in=scalar.stand_in_of(first._bound),
         )
-        quantized = scalar.through_rounds(wide, codes, counts, first._bound)
-        indices = scalar.pack_groups(digits, first.levels).int()
-        shape = rows.shape[:-1]
-        return quantized.to(given).view(rows.shape), indices.view(*shape, last + 1)
-
-    def _tables_of(self, lines: int) -> scalar.TableCache:
-        """The tables of so many rows side by side."""
-        if lines not in self._tables:
-            first = self._quantizers()[0]
-            make = functools.partial(
-                scalar.levels,
-                first.levels * lines,
-                bound=first._bound,
-                rounds=self.num_quantizers,
-            )
-            self._tables[lines] = scalar.TableCache(make, True)
-        return self._tables[lines]
+        return found.quantized.to(given), found.indices.int()
 
     def _one_by_one(self, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
         quantized, residual, indices = torch.zeros_like(rows), rows, []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenflow_ext import scalar
 from tokenflow_ext.collectives import world_size
+from tokenflow_ext.sign_entropy import sign_entropies
 
 from ._codebook import zeros_for_padding
 from ._common import projections
@@ -267,10 +268,14 @@ class LFQ(nn.Module):
         given = rows.dtype
         with without_autocast(rows):
             z = computed("LFQ", self._length_one(rows), self.force_quantization_f32)
-            flat = z.reshape(-1, self.codebook_dim)
-            codes, digits = scalar.quantize_rows(flat, self._tables.like(flat))
-            indices = self._pack(digits).view(z.shape[:-1])
-            out, loss, parts = self._trained(z, codes.view(z.shape), inv_temperature, mask)
+            found = scalar.quantize_rows(
+                z.detach(),
+                self._tables.like(z),
+                counts=(2,) * self.codebook_dim,
+                little_endian=False,
+            )
+            indices, codes = found.indices.squeeze(-1), found.quantized
+            out, loss, parts = self._trained(z, codes, inv_temperature, mask)
             out = out.to(given)
         if self.orthogonal_rotation:
             out = out @ self.orthogonal_rot.T
@@ -278,10 +283,6 @@ class LFQ(nn.Module):
         shown = cast(Tensor, self.layout.restore_indices(indices, x))
         result = Return(out, shown, loss)
         return (result, parts) if return_loss_breakdown else result
-
-    def _pack(self, digits: Tensor) -> Tensor:
-        """Indices [...] of digits [..., codebook_dim]."""
-        return scalar.pack_digits(digits, (2,) * self.codebook_dim, little_endian=False)
 
     def _trained(
         self, z: Tensor, codes: Tensor, inv_temperature: float, mask: Tensor | None
@@ -317,7 +318,7 @@ class LFQ(nn.Module):
             count = int(len(rows) * self.frac_per_sample_entropy)
             rows = rows[torch.randn(len(rows)).argsort(dim=-1) < count]
         books = [
-            scalar.sign_entropies(
+            sign_entropies(
                 book,
                 temperature=1 / inv_temperature,
                 value=self._value,
@@ -396,7 +397,8 @@ class ResidualLFQ(Residual):
                 )
             self.layers.append(layer)
             clamp = None if clamp is None else clamp * 0.5
-        self._tables: dict[int, scalar.TableCache] = {}  # by rows side by side
+        make = functools.partial(scalar.signs, width, rounds=num_quantizers)
+        self._tables = scalar.TableCache(make, False)
 
     def _quantizers(self) -> list[LFQ]:
         return cast(list[LFQ], list(self.layers))
@@ -462,22 +464,18 @@ class ResidualLFQ(Residual):
         changed = first.spherical or first.orthogonal_rotation
         if changed or first.soft_clamp_input_value is not None or rows.dtype != torch.float32:
             return self._layers(x, last, {"mask": mask})
-        # Rows are seldom wide: several are one for the inner loops.
-        width, count = first.codebook_dim, rows.shape[0] * rows.shape[1]
-        lines = scalar.side_by_side(count, width) if rows.is_cpu else 1
-        flat = rows.reshape(-1, lines * width)
-        if lines not in self._tables:
-            make = functools.partial(scalar.signs, lines * width, rounds=self.num_quantizers)
-            self._tables[lines] = scalar.TableCache(make, False)
-        tables = scalar.Tables(*(table[: last + 1] for table in self._tables[lines].like(flat)))
-        codes, digits = scalar.quantize_rows(flat, tables)
-        indices = scalar.pack_groups(digits, (2,) * width, little_endian=False)
-        indices = indices.view(*rows.shape[:2], 1, last + 1)
-        quantized = codes.sum(1).view(rows.shape)
+        found = scalar.quantize_rows(
+            rows.detach(),
+            self._tables.like(rows).each(lambda table: table[: last + 1]),
+            counts=(2,) * first.codebook_dim,
+            little_endian=False,
+            keep_codes=first.training,
+        )
+        indices, quantized = found.indices.unsqueeze(2), found.quantized
         losses = self._quantizers()[0].zero.new_zeros(last + 1)
         if first.training:
             parts, z, total = [], rows.unsqueeze(2), torch.zeros_like(rows)
-            for layer, code in zip(self._quantizers(), codes.unbind(1), strict=False):
+            for layer, code in zip(self._quantizers(), found.codes.unbind(-2), strict=False):
                 code = code.reshape(z.shape)
                 out, loss, _ = layer._trained(z, code, 100.0, mask)
                 parts.append(loss)
