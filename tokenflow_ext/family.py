@@ -306,8 +306,8 @@ class Quantizer(nn.Module):
             for name, loss in output.losses.items():
                 losses[name] = losses.get(name, 0) + share * loss
         return QuantizerResult(
-            torch.cat([output.quantized for output in outputs], dim=1),
-            self._arrange(torch.cat([output.indices for output in outputs], dim=1)),
+            _joined([output.quantized for output in outputs]),
+            self._arrange(_joined([output.indices for output in outputs])),
             losses,
             [usage for output in outputs for usage in output.usage],
         )
@@ -322,6 +322,8 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"h must have shape [B, {self.dim}, H, W] with no side of 0, got {tuple(h.shape)}"
             )
+        if len(self.parts) == 1:
+            return (h,)  # a split's gradient is a copy
         return h.split([part.dim for part in self._parts], dim=1)
 
     def _run(self, part: Part, h: Tensor) -> QuantizerResult:
@@ -400,11 +402,12 @@ class Quantizer(nn.Module):
 
     def _arrange(self, tokens: Tensor) -> Tensor:
         """[B, L(, G)(, depth)] of [B, G, depth * L], where a scale's rounds follow each other."""
-        parts = tokens.split([self.depth * count for count in self._steps()], dim=2)
-        joined = torch.cat([part.unflatten(2, (self.depth, -1)) for part in parts], dim=3)
-        joined = joined.permute(0, 3, 1, 2)  # [B, L, G, depth]
         if self.depth == 1:
-            joined = joined.squeeze(3)
+            joined = tokens.transpose(1, 2)
+        else:
+            parts = tokens.split([self.depth * count for count in self._steps()], dim=2)
+            joined = torch.cat([part.unflatten(2, (self.depth, -1)) for part in parts], dim=3)
+            joined = joined.permute(0, 3, 1, 2)  # [B, L, G, depth]
         return joined if self.index == "own" else joined.squeeze(2)
 
     def _tokens(self, indices: Tensor) -> list[Tensor]:
@@ -631,6 +634,11 @@ class Quantizer(nn.Module):
             for part in self._parts
             for usage in _usage_by_group(part.usage_window(reset), part.books)
         ]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts along dimension 1; a single one as it is, not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _rows(part: MultiScaleQuantizer, h: Tensor) -> tuple[Tensor, Tensor]:
