@@ -381,18 +381,27 @@ def with_gradient(function: type[torch.autograd.Function]) -> Callable[..., Any]
     """The operator with its gradient, to be called. `torch.func` and forward-mode differentiation
     take no gradient that is registered with an operator (forward mode would be zero without a
     word), and `torch.compile` takes no function inside a function's gradient."""
-    return _compiled(function) if torch.compiler.is_compiling() else _applied(function)
+    return _direct(function) if torch.compiler.is_compiling() else _eager(function)
 
 
 @functools.cache
-def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply. It asks for the signature of `forward` at every call, and making one takes as
-    long as a small operator does: here it is made once."""
+def _eager(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A function is applied where a gradient is wanted: that takes as long as a small operator. It
+    asks for the signature of `forward` at every call, and making one takes as long again: here it
+    is made once."""
     cast(Any, function.forward).__signature__ = inspect.signature(function.forward)
-    return function.apply
+    direct = _direct(function)
+
+    def call(*inputs: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        )
+        return function.apply(*inputs) if wanted else direct(*inputs)
+
+    return call
 
 
-def _compiled(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:
         for value in inputs:
             if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
