@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ops import Size, flatten_sizes, with_gradient
-from .scalar_gradients import STAND_INS, Quantize, Rows, StandIn
+from .scalar_gradients import STAND_INS, Quantize, Rows, StandIn, in_place_of_values
 
 Bound = Literal["tanh", "symmetric", "clamp"]
 BOUNDS: tuple[Bound, ...] = ("tanh", "symmetric", "clamp")
@@ -152,6 +152,13 @@ def _curve(count: int, bound: Bound) -> tuple[float, float, float, float]:
 def _shift(count: int) -> float:
     """What FSQ adds to a number before tanh, so that 0 stays at a level where L is even."""
     return math.atanh((0.5 if count % 2 == 0 else 0.0) / ((count - 1) * (1 + _FSQ_EPS) / 2))
+
+
+def bounded(z: Tensor, counts: Sequence[int], bound: Bound) -> Tensor:
+    """The values of levels before rounding: z [..., D] brought to their range, differentiable."""
+    curves = torch.tensor([_curve(count, bound) for count in counts], dtype=z.dtype)
+    stand_in = STAND_INS.index(stand_in_of(bound))
+    return in_place_of_values(z, curves.T.to(z.device), len(counts), stand_in)
 
 
 def as_computed(tables: Tables, dtype: torch.dtype, *, inclusive: bool) -> Tables:

@@ -126,7 +126,7 @@ def _outputs(
     for scale, (part, flip) in enumerate(zip(rows.split(counts, dim=1), flipped, strict=True)):
         number = rounds[scale]
         codes = _nearest(part.detach(), thresholds[number], values[number], flip)
-        z = _in_place_of_values(part, None if curves is None else curves[number], group, stand_in)
+        z = in_place_of_values(part, None if curves is None else curves[number], group, stand_in)
         plane = z.mT.unflatten(2, sizes[scale])
         maps.append(F.interpolate(plane, size, mode=mode, align_corners=False))
         errors.append((z - codes).square().mean())
@@ -139,7 +139,7 @@ def _outputs(
     return (*found, *(torch.stack(parts) for parts in (entropies, chances) if parts))
 
 
-def _in_place_of_values(rows: Tensor, curves: Tensor | None, group: int, stand_in: int) -> Tensor:
+def in_place_of_values(rows: Tensor, curves: Tensor | None, group: int, stand_in: int) -> Tensor:
     """z of rows [..., D], see `quantize`."""
     if STAND_INS[stand_in] == "unit":
         return F.normalize(rows.unflatten(-1, (-1, group)), dim=-1).flatten(-2)
@@ -189,7 +189,7 @@ class RowsGradient(torch.autograd.Function):
             rest, total = rows, torch.zeros_like(rows)
             for number in range(len(values)):
                 curve = None if curves is None else curves[number]
-                total = total + _in_place_of_values(rest, curve, rows.shape[-1], ctx.stand_in)
+                total = total + in_place_of_values(rest, curve, rows.shape[-1], ctx.stand_in)
                 rest = rest - _nearest(rest.detach(), thresholds[number], values[number])
             return total
 

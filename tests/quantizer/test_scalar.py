@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantizer.fsq import fsq
+from quantizer.fsq import fsq, fsq_bounded
 from quantizer.strategies import DEVICES, pyramids
 
 from tokenflow_ext import scalar
@@ -160,6 +160,8 @@ def test_levels(bound: scalar.Bound, count: int, rounds: int) -> None:
         assert different.sum() <= 2
     assert digit.min() == 0
     assert digit.max() == count - 1
+    wanted = fsq_bounded(z.unsqueeze(1), torch.tensor([count]).double(), bound)
+    torch.testing.assert_close(scalar.bounded(z.unsqueeze(1), [count], bound), wanted)
 
 
 def test_a_clamped_number_at_a_threshold_is_of_the_upper_level() -> None:
