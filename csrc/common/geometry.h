@@ -15,6 +15,9 @@ namespace tokenflow {
 
 constexpr int kMaxScales = 64;
 
+// No side of a plane or scale is longer, so that 32 bits hold the products below.
+constexpr int kLargestSide = 1 << 15;
+
 struct Extent {
   int height;
   int width;
@@ -46,16 +49,16 @@ struct AreaBin {
 };
 
 TOKENFLOW_HOST_DEVICE AreaBin area_bin(int i, int input, int output) {
-  return {static_cast<int>(static_cast<int64_t>(i) * input / output),
-          static_cast<int>((static_cast<int64_t>(i + 1) * input + output - 1) / output)};
+  const unsigned at = static_cast<unsigned>(i), from = static_cast<unsigned>(input);
+  const unsigned to = static_cast<unsigned>(output);
+  return {static_cast<int>(at * from / to), static_cast<int>(((at + 1) * from + to - 1) / to)};
 }
 
 // Outputs whose area bin contains input position `i`: the transpose of area_bin.
 TOKENFLOW_HOST_DEVICE AreaBin area_bins_of(int i, int input, int output) {
   // begin(o) <= i  <=>  o * input < (i + 1) * output;  end(o) > i  <=>  (o + 1) * input > i *
-  // output.
-  return {static_cast<int>(static_cast<int64_t>(i) * output / input),
-          static_cast<int>((static_cast<int64_t>(i + 1) * output + input - 1) / input)};
+  // output: as many outputs over an input as bins over it.
+  return area_bin(i, output, input);
 }
 
 // Four input positions (clamped to the border) and weights for one output position; the outer two
@@ -68,12 +71,13 @@ struct Taps {
 
 template <typename T>
 TOKENFLOW_HOST_DEVICE Taps<T> upsampling_taps(int i, int input, int output, Upsampling upsampling) {
-  // Source position ((2i + 1) * input / output - 1) / 2 as the fraction numerator / (2 * output).
-  const int64_t numerator = static_cast<int64_t>(2 * i + 1) * input - output;
-  const int64_t denominator = 2 * static_cast<int64_t>(output);
-  const int64_t base =
-      (numerator + denominator) / denominator - 1;  // floor: numerator > -denominator
-  const T t = static_cast<T>(numerator - base * denominator) / static_cast<T>(denominator);
+  // The source position ((2i + 1) * input / output - 1) / 2 is a fraction with denominator
+  // 2 * output. It is above -1: one more makes the numerator positive, and 2^31 at most.
+  const unsigned denominator = 2 * static_cast<unsigned>(output);
+  const unsigned shifted = static_cast<unsigned>(2 * i + 1) * static_cast<unsigned>(input) +
+                           static_cast<unsigned>(output);
+  const int base = static_cast<int>(shifted / denominator) - 1;
+  const T t = static_cast<T>(shifted % denominator) / static_cast<T>(denominator);
 
   const T a = static_cast<T>(-0.75);
   const T s = 1 - t;
@@ -89,8 +93,8 @@ TOKENFLOW_HOST_DEVICE Taps<T> upsampling_taps(int i, int input, int output, Upsa
     taps.weight[3] = ((a * (s + 1) - 5 * a) * (s + 1) + 8 * a) * (s + 1) - 4 * a;
   }
   for (int k = 0; k < 4; ++k) {
-    const int64_t p = base - 1 + k;
-    taps.position[k] = static_cast<int>(p < 0 ? 0 : (p >= input ? input - 1 : p));
+    const int p = base - 1 + k;
+    taps.position[k] = p < 0 ? 0 : (p >= input ? input - 1 : p);
   }
   return taps;
 }

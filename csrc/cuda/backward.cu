@@ -1,5 +1,5 @@
 // Gradients of the residual loop. Nothing was saved but the indices: the rows of every scale are
-// recomputed by the residual pass. Every transposed operation gathers, so that no float
+// recomputed by all_rows_kernel. Every transposed operation gathers, so that no float
 // is added by two threads in an unknown order; the sum over a code's rows does so only where the
 // caller asks for it.
 #include "quantizer.h"
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTokenThreads)
       static_cast<unsigned>(token) / static_cast<unsigned>(tokens_per_image(pyramid));
   const int in_image = static_cast<int>(static_cast<unsigned>(token) -
                                         map * static_cast<unsigned>(tokens_per_image(pyramid)));
-  const int64_t index = named ? code_number(layout, map, in_book) : -1;
+  const int64_t index = named ? first_code(layout, static_cast<int>(map)) + in_book : -1;
   if (args.numbers && present && lane == 0) args.numbers[token] = index;
   int s = 0;
   while (in_image >= pyramid.first_token[s + 1]) ++s;
@@ -188,8 +188,8 @@ cudaError_t launch_quantize_backward(const QuantizeBackwardArgs<float>& args,
   if (tokens == 0 || (!scratch.wants_codes && !args.grad_h)) return cudaSuccess;
   TOKENFLOW_CUDA_TRY(
       launch_inverse_norms(layout, args.codebook, scratch.code_inverse_norms, stream));
-  TOKENFLOW_CUDA_TRY(
-      launch_residual_pass(recompute_rows(args, scratch.code_inverse_norms, scratch.rows), stream));
+  const NamedCodes codes = {layout, args.codebook, scratch.code_inverse_norms, args.indices};
+  TOKENFLOW_CUDA_TRY(launch_all_rows(pyramid, {codes, args.h, scratch.rows}, stream));
 
   RowGradientArgs row_gradient = {};
   row_gradient.pyramid = pyramid;

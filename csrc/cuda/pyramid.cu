@@ -5,39 +5,7 @@
 namespace tokenflow::cuda {
 namespace {
 
-constexpr int kErrorThreads = 1024;
-
 int64_t total_tokens(const Pyramid& pyramid) { return pyramid.batch * tokens_per_image(pyramid); }
-
-// Grid: (scales, codebooks); a block owns the scale's mean over the rows and channels of a codebook
-// (0 where it was dropped: its rows' errors are 0). Sums in float64 in a fixed order: every
-// thread over rows kErrorThreads apart, then a tree. Shared memory: a double a thread.
-// Bytes: 8 a row; bound by latency.
-__global__ void __launch_bounds__(kErrorThreads)
-    mean_errors_kernel(const __grid_constant__ Pyramid pyramid,
-                       const __grid_constant__ CodebookLayout layout, const double* row_error,
-                       float* squared_error) {
-  const int s = static_cast<int>(blockIdx.x);
-  const int64_t book = blockIdx.y;
-  double* partial = shared_memory<double>();
-  const TokenMap map = {tokens_per_image(pyramid), pyramid.first_token[s],
-                        pyramid.first_token[s + 1] - pyramid.first_token[s], layout.books};
-  const int64_t rows = pyramid.batch / layout.books * map.count;
-  double total = 0;
-#pragma unroll 4  // so that several loads are on their way
-  for (int64_t n = threadIdx.x; n < rows; n += kErrorThreads) {
-    total += row_error[map.token(n, book)];
-  }
-  partial[threadIdx.x] = total;
-  for (int step = kErrorThreads / 2; step > 0; step /= 2) {
-    block_barrier();
-    if (static_cast<int>(threadIdx.x) < step) partial[threadIdx.x] += partial[threadIdx.x + step];
-  }
-  if (threadIdx.x == 0) {
-    squared_error[book * pyramid.num_scales + s] =
-        static_cast<float>(partial[0] / static_cast<double>(rows * layout.dim));
-  }
-}
 
 // Of a codebook at a scale.
 int64_t largest_rows(const Pyramid& pyramid, const CodebookLayout& layout) {
@@ -55,6 +23,7 @@ struct QuantizeScratch {
   ScoreRecord* records;
   float* rows;
   double* row_error;
+  double* map_error;  // [scales, batch]
   float* residual;
 
   QuantizeScratch(Workspace& workspace, const QuantizeArgs<float>& args)
@@ -64,23 +33,21 @@ struct QuantizeScratch {
         records(take_records(workspace, args.layout, largest_rows(args.pyramid, args.layout))),
         rows(workspace.take<float>(total_tokens(args.pyramid) * args.layout.dim)),
         row_error(workspace.take<double>(total_tokens(args.pyramid))),
+        map_error(workspace.take<double>(args.pyramid.num_scales * args.pyramid.batch)),
         residual(workspace.take<float>(args.pyramid.batch * args.layout.dim * args.pyramid.height *
                                        args.pyramid.width)) {}
 };
 
-struct RowsScratch {
+template <typename Args>
+struct NormsScratch {
   double* code_inverse_norms;
 
-  RowsScratch(Workspace& workspace, const PyramidRowsArgs<float>& args)
+  NormsScratch(Workspace& workspace, const Args& args)
       : code_inverse_norms(workspace.take<double>(all_codes(args.layout) * args.layout.groups)) {}
 };
 
-struct DecodeScratch {
-  double* code_inverse_norms;
-
-  DecodeScratch(Workspace& workspace, const DecodeArgs<float>& args)
-      : code_inverse_norms(workspace.take<double>(all_codes(args.layout) * args.layout.groups)) {}
-};
+using RowsScratch = NormsScratch<PyramidRowsArgs<float>>;
+using DecodeScratch = NormsScratch<DecodeArgs<float>>;
 
 template <typename Scratch, typename Args>
 size_t scratch_bytes(const Args& args) {
@@ -115,15 +82,6 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   TOKENFLOW_CUDA_TRY(
       launch_pack(layout, args.codebook, scratch.codes, nullptr, {}, 0, scratch.packed, stream));
 
-  ResidualPassArgs pass = {};
-  pass.pyramid = pyramid;
-  pass.layout = layout;
-  pass.codebook = args.codebook;
-  pass.code_inverse_norms = scratch.codes.inverse_norms;
-  pass.indices = args.indices;
-  pass.sign = -1;
-  pass.rows = scratch.rows;
-
   SearchArgs search = {};
   search.layout = layout;
   search.codebook = args.codebook;
@@ -137,30 +95,28 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   search.hits = args.hits;
   search.row_error = scratch.row_error;
 
-  // Pool h to the first scale, then search a scale and step to the next. The last step only adds.
-  for (int s = -1; s < pyramid.num_scales; ++s) {
-    const bool last = s + 1 == pyramid.num_scales;
-    if (s >= 0) {
-      search.scale_id = s;
-      search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s]),
-                    layout.books};
-      search.num_rows = pyramid.batch / layout.books * search.map.count;
-      TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, scratch.rows, search.map, search.num_rows,
-                                          scratch.packed, stream));
-      TOKENFLOW_CUDA_TRY(launch_search(search, stream));
+  const NamedCodes codes = {layout, args.codebook, scratch.codes.inverse_norms, args.indices};
+  TOKENFLOW_CUDA_TRY(launch_first_rows(pyramid, layout.dim, {args.h, scratch.rows}, stream));
+  for (int s = 0; s < pyramid.num_scales; ++s) {
+    search.scale_id = s;
+    search.map = {tokens_per_image(pyramid), pyramid.first_token[s], area(pyramid.extent[s]),
+                  layout.books};
+    search.num_rows = pyramid.batch / layout.books * search.map.count;
+    TOKENFLOW_CUDA_TRY(launch_pack_rows(layout, scratch.rows, search.map, search.num_rows,
+                                        scratch.packed, stream));
+    TOKENFLOW_CUDA_TRY(launch_search(search, stream));
+    const ErrorSums errors = {static_cast<unsigned>(pyramid.batch), scratch.row_error,
+                              scratch.map_error + s * pyramid.batch};
+    if (s + 1 < pyramid.num_scales) {
+      const float* residual = s == 0 ? args.h : scratch.residual;
+      TOKENFLOW_CUDA_TRY(launch_step(
+          pyramid, s, {codes, residual, scratch.residual, args.quantized, scratch.rows, errors},
+          stream));
+    } else {
+      TOKENFLOW_CUDA_TRY(launch_last_step(pyramid, {codes, args.quantized, errors}, stream));
     }
-    pass.first = pass.last = s;
-    pass.plane_in = s <= 0 ? args.h : scratch.residual;
-    pass.plane_out = s < 0 || last ? nullptr : scratch.residual;
-    pass.sum = s < 0 ? nullptr : args.quantized;
-    pass.sum_is_empty = s == 0;
-    TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
   }
-  return launch(
-      mean_errors_kernel,
-      dim3(static_cast<unsigned>(pyramid.num_scales), static_cast<unsigned>(layout.books)),
-      kErrorThreads, kErrorThreads * sizeof(double), stream, pyramid, layout, scratch.row_error,
-      args.squared_error);
+  return launch_mean_errors(pyramid, layout, scratch.map_error, args.squared_error, stream);
 }
 
 size_t pyramid_rows_workspace_bytes(const PyramidRowsArgs<float>& args) {
@@ -176,8 +132,8 @@ cudaError_t launch_pyramid_rows(const PyramidRowsArgs<float>& args, void* worksp
   const RowsScratch scratch(workspace, args);
   TOKENFLOW_CUDA_TRY(
       launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
-  ResidualPassArgs pass = recompute_rows(args, scratch.code_inverse_norms, args.rows);
-  TOKENFLOW_CUDA_TRY(launch_residual_pass(pass, stream));
+  const NamedCodes codes = {args.layout, args.codebook, scratch.code_inverse_norms, args.indices};
+  TOKENFLOW_CUDA_TRY(launch_all_rows(pyramid, {codes, args.h, args.rows}, stream));
   return launch_normalize_rows(args.layout, args.rows, total_tokens(pyramid), stream);
 }
 
@@ -194,17 +150,8 @@ cudaError_t launch_decode(const DecodeArgs<float>& args, void* workspace_memory,
   const DecodeScratch scratch(workspace, args);
   TOKENFLOW_CUDA_TRY(
       launch_inverse_norms(args.layout, args.codebook, scratch.code_inverse_norms, stream));
-  ResidualPassArgs pass = {};
-  pass.pyramid = pyramid;
-  pass.layout = args.layout;
-  pass.first = 0;
-  pass.last = pyramid.num_scales - 1;
-  pass.codebook = args.codebook;
-  pass.code_inverse_norms = scratch.code_inverse_norms;
-  pass.indices = args.indices;
-  pass.plane_out = args.quantized;
-  pass.sign = 1;
-  return launch_residual_pass(pass, stream);
+  const NamedCodes codes = {args.layout, args.codebook, scratch.code_inverse_norms, args.indices};
+  return launch_sum_of_codes(pyramid, {codes, args.quantized}, stream);
 }
 
 }  // namespace tokenflow::cuda

@@ -19,10 +19,10 @@ __host__ __device__ __forceinline__ int area(Extent extent) { return extent.heig
 
 __host__ __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 
-// Codebook of a map, and code `index` of it among those of all.
-__device__ __forceinline__ int64_t code_number(const CodebookLayout& layout, int64_t map,
-                                               int64_t index) {
-  return map % layout.books * layout.codes + index;
+// The first code of a map's codebook among those of all. 31 bits hold the numbers of maps, tokens
+// and codes, and of maps times channels (see unsupported_reason).
+__device__ __forceinline__ int first_code(const CodebookLayout& layout, int map) {
+  return map % static_cast<int>(layout.books) * static_cast<int>(layout.codes);
 }
 
 // Whether an index names a code; any other is a token that adds nothing.
@@ -44,22 +44,36 @@ __device__ __forceinline__ float unit_code(const float* codebook, const double* 
                             inverse_norms[index * layout.groups + group]);
 }
 
+// The taps of both axes from a scale to the plane: [width] for x, then [height] for y. The work of
+// a block; a barrier must follow.
+__device__ __forceinline__ void make_taps(Upsampling upsampling, Extent extent, int height,
+                                          int width, Taps<float>* taps) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < width + height; i += kPlaneThreads) {
+    const bool along_x = i < width;
+    taps[i] =
+        upsampling_taps<float>(along_x ? i : i - width, along_x ? extent.width : extent.height,
+                               along_x ? width : height, upsampling);
+  }
+}
+
 // How a plane kernel's grid covers [batch, dim]: block i owns channels [first, first + count) of
 // map `map`.
 struct ChannelBlock {
-  int64_t map;
+  int map;
   int first;
   int count;
 };
 
-__device__ __forceinline__ ChannelBlock channel_block(int64_t i, int dim, int channels) {
-  const int blocks = (dim + channels - 1) / channels;
-  const int first = static_cast<int>(i % blocks) * channels;
-  return {i / blocks, first, dim - first < channels ? dim - first : channels};
+__device__ __forceinline__ ChannelBlock channel_block(unsigned i, int dim, int channels) {
+  const unsigned blocks = static_cast<unsigned>((dim + channels - 1) / channels);
+  const int map = static_cast<int>(i / blocks);
+  const int first = (static_cast<int>(i) - map * static_cast<int>(blocks)) * channels;
+  return {map, first, dim - first < channels ? dim - first : channels};
 }
 
-// Channels a block should own: as many as leave enough blocks for every multiprocessor and stay
-// within 48 KiB, so that several blocks share one.
+// Channels a block should own, a power of two: as many as leave enough blocks for every
+// multiprocessor and stay within 48 KiB, so that several blocks share one.
 inline int choose_channels(int64_t batch, int dim, size_t bytes_per_channel) {
   constexpr int64_t kEnoughBlocks = 256;
   constexpr size_t kEnoughShared = 48 * 1024;

@@ -62,14 +62,9 @@ __global__ void __launch_bounds__(kPlaneThreads)
   auto* plane = reinterpret_cast<float*>(touching_y + blocks.largest_side_y);
   auto* columns = plane + blocks.channels * full;
 
-  const float* from = args.plane + (block.map * args.dim + block.first) * full;
+  const float* from = args.plane + static_cast<int64_t>(block.map * args.dim + block.first) * full;
   for (int i = threadIdx.x; i < block.count * full; i += kPlaneThreads) plane[i] = from[i];
-  for (int x = threadIdx.x; x < width; x += kPlaneThreads) {
-    taps_x[x] = upsampling_taps<float>(x, extent.width, width, pyramid.upsampling);
-  }
-  for (int y = threadIdx.x; y < height; y += kPlaneThreads) {
-    taps_y[y] = upsampling_taps<float>(y, extent.height, height, pyramid.upsampling);
-  }
+  make_taps(pyramid.upsampling, extent, height, width, taps_x);
   block_barrier();
   for (int x = threadIdx.x; x < extent.width; x += kPlaneThreads) {
     touching_x[x] = touching(x, taps_x, width);

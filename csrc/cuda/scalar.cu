@@ -8,50 +8,53 @@
 namespace tokenflow::cuda {
 namespace {
 
-// Quantizes channel block.first + c at place p of a map's scale: writes its digit and gives its
+// Quantizes this thread's channel at place p of a map's scale: writes its digit and gives its
 // value. The thread that pooled the number reads it.
 struct ScalarCode {
   const ScalarQuantizeArgs<float>& args;
   const float* rows;
   int16_t* digits;
-  int first_channel;
+  int channel;
   int round;
-  int64_t first_token;  // of the scale, among those of all maps
+  int64_t first;  // element of [batch, tokens, dim]: the channel of the scale's first token
 
-  __device__ __forceinline__ float operator()(int p, int c) const {
+  __device__ __forceinline__ float operator()(int p) const {
     const int dim = args.layout.dim, thresholds = args.layout.thresholds;
-    const int d = first_channel + c;
-    const int64_t n = (first_token + p) * dim + d;
+    const int64_t n = first + static_cast<int64_t>(p) * dim;
     const int64_t line = static_cast<int64_t>(round) * thresholds;
-    int digit = digit_of(rows[n], args.tables.thresholds + line * dim + d, thresholds, dim);
+    int digit = digit_of(rows[n], args.tables.thresholds + line * dim + channel, thresholds, dim);
     if (args.flips && args.flips[n]) digit ^= 1;
     digits[n] = static_cast<int16_t>(digit);
-    return args.tables.values[(line + round + digit) * dim + d];
+    return args.tables.values[(line + round + digit) * dim + channel];
   }
 };
 
 // Grid: a block for every map and `channels` channels, which owns their planes, digits and rows.
-// Shared memory: as residual_pass_kernel's. Bytes: 8 dim height width, and 6 dim a token; tables
+// Shared memory: as all_rows_kernel's. Bytes: 8 dim height width, and 6 dim a token; tables
 // are read from the L1. Operations: 16 a scale and element of the plane, and a comparison a
 // threshold. Bound by latency for small planes.
-__global__ void __launch_bounds__(kPlaneThreads, 3)
+__global__ void __launch_bounds__(kPlaneThreads, 4)
     scalar_quantize_kernel(const __grid_constant__ ScalarQuantizeArgs<float> args, float* rows,
-                           int16_t* digits, int channels,
-                           const __grid_constant__ PlaneSizes sizes) {
+                           int16_t* digits, const __grid_constant__ PlaneBlocks blocks) {
   const Pyramid& pyramid = args.pyramid;
-  const int dim = args.layout.dim;
-  const ChannelBlock block = channel_block(blockIdx.x, dim, channels);
-  const Planes shared(pyramid, channels, sizes);
-  const int elements = block.count * pyramid.height * pyramid.width;
-  const int64_t offset = (block.map * dim + block.first) * pyramid.height * pyramid.width;
-  for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {
-    shared.plane[i] = args.h[offset + i];
-  }  // pooling begins with a barrier
+  const int dim = blocks.dim;
+  const PlaneShape shape = plane_shape(pyramid);
+  const ChannelBlock block = channel_block(blockIdx.x, dim, blocks.channels);
+  const RowShare share(block, blocks.channels);
+  const Planes shared(blocks);
+  const int64_t offset = plane_offset(block, dim, shape);
+  load_planes(args.h + offset, block, shape, shared);
+  float* quantized = args.quantized + offset;
   for (int s = 0; s < pyramid.num_scales; ++s) {
-    pool(pyramid, block, s, shared, dim, rows);
-    const int64_t first = block.map * tokens_per_image(pyramid) + pyramid.first_token[s];
-    add_codes(pyramid, block.count, s, shared, -1, args.quantized + offset, s == 0,
-              ScalarCode{args, rows, digits, block.first, args.layout.round[s], first});
+    const Scale scale = scale_of(pyramid, s);
+    const int64_t first = row_offset(block, share, dim, shape, scale);
+    pool(shape, scale.extent, block, share, shared, dim, rows + first);
+    const ScalarCode code = {args, rows, digits, block.first + share.channel, args.layout.round[s],
+                             first};
+    upsample_codes(shape, scale.extent, block, share, shared, code, [&](int i, float u) {
+      shared.plane[i] -= u;
+      quantized[i] = s == 0 ? u : quantized[i] + u;
+    });
   }
 }
 
@@ -146,14 +149,9 @@ cudaError_t launch_scalar_quantize(const ScalarQuantizeArgs<float>& args, void* 
   if (unsupported_planes(pyramid, args.layout.dim)) return cudaErrorInvalidValue;
   if (pyramid.batch == 0 || pyramid.num_scales == 0) return cudaSuccess;
   const QuantizeWorkspace work(args, workspace);
-  const PlaneSizes sizes(pyramid, -1, pyramid.num_scales - 1, true);
-  const size_t channel_bytes = sizes.channel_bytes(pyramid);
-  const int channels = choose_channels(pyramid.batch, args.layout.dim, channel_bytes);
-  const int64_t blocks = pyramid.batch * ceil_div(args.layout.dim, channels);
-  TOKENFLOW_CUDA_TRY(
-      launch(scalar_quantize_kernel, dim3(static_cast<unsigned>(blocks)), kPlaneThreads,
-             sizes.table_bytes(pyramid) + static_cast<size_t>(channels) * channel_bytes, stream,
-             args, work.rows, work.digits, channels, sizes));
+  const PlaneBlocks blocks(pyramid.batch, args.layout.dim, sizes_of_all_scales(pyramid));
+  TOKENFLOW_CUDA_TRY(launch(scalar_quantize_kernel, dim3(blocks.count), kPlaneThreads,
+                            blocks.shared_bytes(), stream, args, work.rows, work.digits, blocks));
   PackDigitsArgs pack = args.pack;
   pack.digits = work.digits;
   TOKENFLOW_CUDA_TRY(launch_pack_digits(pack, stream));

@@ -3,11 +3,11 @@
 // Several codebooks, each with an index and rows of its own, share every launch.
 //
 //   measure       once a call: reciprocal lengths, and the range of the codebook
+//   judge         once a call: which codes get a coarse score
 //   pack          once a call: codes (and rows) in half precision, as the tensor cores take them
 //   coarse_score  scores of rows x codes in registers; a record for a row and a few tiles of codes
 //   refine        a warp a row: looks again at the few codes that may be the nearest, and decides
-//   by
-//                 the score in float64, or by the distance where that cannot tell
+//                 by the score in float64, or by the distance where that cannot tell
 #include "quantizer.h"
 #include "search.cuh"
 

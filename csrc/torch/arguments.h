@@ -122,7 +122,6 @@ inline void compare_weights(CodebookLayout& layout) {
 
 inline Pyramid make_pyramid(int64_t batch, int64_t height, int64_t width,
                             const std::vector<int64_t>& sizes) {
-  constexpr int64_t kLargestSide = 1 << 15;
   STD_TORCH_CHECK(batch > 0, "batch must not be empty, got ", batch);
   STD_TORCH_CHECK(height > 0 && width > 0 && height <= kLargestSide && width <= kLargestSide,
                   "height and width must be 1 to ", kLargestSide, ", got ", height, " x ", width);

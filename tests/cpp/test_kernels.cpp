@@ -136,6 +136,35 @@ double cubic(double x) {
   return 0;
 }
 
+// Sides up to the longest, in arithmetic that has room to spare.
+void test_long_sides() {
+  const int sides[] = {1, 2, 3, 1000, kLargestSide - 1, kLargestSide};
+  for (const int64_t input : sides) {
+    for (const int64_t output : sides) {
+      for (const int64_t o : {int64_t{0}, output / 3, output / 2, output - 1}) {
+        const AreaBin bin =
+            area_bin(static_cast<int>(o), static_cast<int>(input), static_cast<int>(output));
+        expect(
+            bin.begin == o * input / output && bin.end == ((o + 1) * input + output - 1) / output,
+            "area bins of long sides");
+        const Taps<double> taps =
+            upsampling_taps<double>(static_cast<int>(o), static_cast<int>(input),
+                                    static_cast<int>(output), Upsampling::kBilinear);
+        // Twice the output times the source position, and the position below it.
+        const int64_t doubled = (2 * o + 1) * input - output;
+        const int64_t below = (doubled + 2 * output) / (2 * output) - 1;
+        for (int k = 0; k < 4; ++k) {
+          expect(taps.position[k] == std::clamp<int64_t>(below - 1 + k, 0, input - 1),
+                 "tap positions of long sides");
+        }
+        const double t =
+            static_cast<double>(doubled - below * 2 * output) / static_cast<double>(2 * output);
+        expect(taps.weight[2] == t && taps.weight[1] == 1 - t, "tap weights of long sides");
+      }
+    }
+  }
+}
+
 void test_geometry() {
   for (int input = 1; input <= 12; ++input) {
     for (int output = 1; output <= 12; ++output) {
@@ -188,6 +217,7 @@ void test_executor() {
 
 int run_all() {
   test_geometry();
+  test_long_sides();
   test_executor();
   test_search();
   test_adjoints(portable_kernels().channels_double, "adjoints (portable)");

@@ -178,6 +178,9 @@ int main() {
   // Enough images for blocks of several channels, the last of them not full.
   check({"blocks of channels", make_pyramid(100, 2, 2, {{1, 1}, {2, 2}}),
          make_layout(5, {3, 2}, true), -1, 10});
+  // More rows than a warp's lanes, whose errors are summed, in more maps than a block has warps.
+  check({"many rows", make_pyramid(11, 7, 9, {{1, 1}, {5, 8}, {7, 9}}),
+         make_layout(6, {2, 1}, true), -1, 12});
   // More shared memory than a kernel has without asking.
   check({"large plane", make_pyramid(1, 70, 70, {{3, 2}}), make_layout(4, {1}, false), -1, 11});
 

@@ -398,7 +398,7 @@ class TestProtocols:
 
     def test_loads_of_what_a_pass_writes(self) -> None:
         code = code_of("    LDG.E.CONSTANT R4, [R2.64]\n    EXIT\n")
-        assert "cache for constants" in protocols.problems("residual_pass_kernel", code)[0]
+        assert "cache for constants" in protocols.problems("scalar_quantize_kernel", code)[0]
         assert protocols.problems("measure_kernel", code) == []
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .disassembly import Code, Instruction
 LAST_BLOCK = frozenset({"sum_segments_kernel"})
 
 #: Kernels that read what threads of the same launch write: not by the cache for constants.
-READS_OWN_WRITES = LAST_BLOCK | {"residual_pass_kernel"}
+READS_OWN_WRITES = LAST_BLOCK | {"scalar_quantize_kernel"}
 
 
 def problems(name: str, code: Code) -> list[str]:
