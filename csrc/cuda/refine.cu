@@ -283,8 +283,8 @@ __device__ __forceinline__ int nearest_to_zero(const SearchArgs& args) {
   return index;
 }
 
-// Where all codes are excluded (not finite), so is the best score: -2^30, when others are below
-// 2^29 in magnitude.
+// Excluded codes have scores around -2^30, when others are below 2^29 in magnitude. Where all codes
+// are excluded (not finite), so is the best score.
 constexpr float kExcludedScore = -0x1p29f;
 
 // Grid: (a warp a row, kRefineThreads / 32 rows a block; codebooks); no shared memory, no barrier.
@@ -325,9 +325,12 @@ __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
   if (decidable && may_be_zero() && is_zero(row.values, layout.dim)) {
     nearest.index = nearest_to_zero(args);
   } else if (decidable) {
+    // Excluded codes stay out however loose the bound: where the centre leaves nothing of codes or
+    // row but float64's rounding, they are scaled up until the bound is beyond all scores.
     const float threshold =
-        best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns, bounds,
-                                      args.codes.summary[book_of_block()].bounds);
+        fmaxf(best - 2 * coarse_error_bound(operand_steps(layout.dim) * kStepColumns, bounds,
+                                            args.codes.summary[book_of_block()].bounds),
+              kExcludedScore);
     // At last the outliers, which are seldom near: each lane has one.
     bool have_outliers = args.codes.summary[book_of_block()].num_outliers > 0;
 #pragma unroll 1

@@ -296,6 +296,12 @@ void check_crowds() {
   };
   Floats& equal = add("equal codes").codes;
   for (size_t i = kDim; i < equal.size(); ++i) equal[i] = equal[i % kDim];
+  // Without the centre, codes and rows are nothing but float64's rounding.
+  Case& alike = add("equal codes, rows of their direction");
+  for (size_t i = 0; i < alike.codes.size(); ++i) alike.codes[i] = gaussian[i % kDim];
+  for (size_t i = 0; i < alike.rows.size(); ++i) {
+    alike.rows[i] = std::ldexp(gaussian[i % kDim], static_cast<int>(i / kDim % 5));
+  }
   Floats& nearly = add("nearly all equal").codes;
   for (size_t i = 0; i < nearly.size(); ++i) {
     if (i / kDim % 97 != 5) nearly[i] = nearly[i % kDim];
