@@ -95,6 +95,12 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return ::emulation::largest(mask, value);
 }
 
+// The compiler may fuse a product with a sum, but not this one: it has to be stored first.
+inline double __dmul_rn(double a, double b) {
+  volatile double product = a * b;
+  return product;
+}
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) {
