@@ -37,7 +37,7 @@ KERNELS = {
     "pack_kernel": "latency",
     "coarse_score_kernel": "tensor cores",
     "refine_kernel": "latency of the L2",
-    "residual_pass_kernel": "latency",
+    "step_kernel": "latency",
     "row_gradient_kernel": "memory",
     "sample_kernel": "memory",
     "scalar_quantize_kernel": "latency",

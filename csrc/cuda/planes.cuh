@@ -208,6 +208,7 @@ __device__ __forceinline__ void upsample_codes(const PlaneShape& shape, Extent e
   }
   block_barrier();
   // Along y: [channels][height][width].
+#pragma unroll 4  // so that several of what `add` loads are on their way
   for (int i = threadIdx.x; i < block.count * height * width; i += kPlaneThreads) {
     const int line = by_width.quotient(i), c = by_height.quotient(line);
     const Taps<float>& taps = shared.taps[width + line - c * height];

@@ -22,6 +22,7 @@ PLANE_THREADS, PLANE_WARPS = 256, 8
 
 #: Assumed: rows with a second group within the bound of its coarse score (docs/kernels.md).
 SECOND_GROUPS = 0.039
+ALONG_Y = "i < block.count * height * width;"
 SAMPLER = "sample_kernel<(LogitType)0, 1024>"  # of float32
 
 Path = tuple[Place, ...]
@@ -165,9 +166,17 @@ def _bins(side: int, count: int) -> float:
 
 
 def _planes(
-    kernel: Path, channels: int, side: int, codes: Sequence[int], pooled: Sequence[int]
+    kernel: Path,
+    channels: int,
+    side: int,
+    codes: Sequence[int],
+    pooled: Sequence[int],
+    marker: str = "STS",
 ) -> list[Part]:
-    """Adding the codes of some scales to planes, and pooling to some, by a block of threads."""
+    """Adding the codes of some scales to planes, and pooling to some, by a block of threads.
+
+    `marker` is what an element of the codes' last step, along y, has once.
+    """
 
     def rounds(elements: int) -> int:
         return -(-channels * elements // PLANE_THREADS)
@@ -175,34 +184,43 @@ def _planes(
     def at(path: Path, text: str) -> Path:
         return _at(path, "planes.cuh", text)
 
-    add, pool = (
-        at(kernel, "add_codes(const Pyramid& pyramid, int channels"),
-        at(kernel, "pool(const Pyramid& pyramid, const ChannelBlock& block"),
-    )
+    add = at(kernel, "upsample_codes(const PlaneShape& shape, Extent extent,")
+    pool = at(kernel, "pool(const PlaneShape& shape, Extent extent,")
     # A table is the work of the block's first warp.
     added, table = len(codes), 1 / PLANE_WARPS
+    taps = _at(add, "pyramid.cuh", "i < width + height; i += kPlaneThreads) {")
+    by_places = "for (int p = share.first; p < count; p += share.step) {"
     pool_x = at(pool, "i < block.count * middle; i += kPlaneThreads) {")
-    pool_y = at(pool, "i < block.count * count; i += kPlaneThreads) {")
+    pool_y = at(pool, by_places)
     across = sum(rounds(side * n) for n in pooled)
     down = sum(rounds(n * n) for n in pooled)
     sums_x = sum(rounds(side * n) * _bins(side, n) for n in pooled)
     sums_y = sum(rounds(n * n) * _bins(side, n) for n in pooled)
-    return [
+    sum_y = "for (int sy = bin_y.begin; sy < bin_y.end; ++sy) total"
+    adding = [
         Part(add, added),
-        Part(at(add, "for (int x = threadIdx.x; x < width; x += kPlaneThreads) {"), added * table),
-        Part(at(add, "for (int y = threadIdx.x; y < height; y += kPlaneThreads) {"), added * table),
-        Part(at(add, "i < count * channels;"), sum(rounds(n * n) for n in codes), "STS"),
-        Part(at(add, "i < channels * middle;"), sum(rounds(n * side) for n in codes), "STS"),
-        Part(at(add, "i < channels * full;"), added * rounds(side * side), "STS"),
+        Part(taps, added * table),
+        Part(at(add, by_places), sum(rounds(n * n) for n in codes), "STS"),
+        Part(at(add, "i < block.count * middle;"), sum(rounds(n * side) for n in codes), "STS"),
+        Part(at(add, ALONG_Y), added * rounds(side * side), marker),
+    ]
+    pooling = [
         Part(pool, len(pooled)),
-        Part(at(pool, "for (int x = threadIdx.x; x < extent.width;"), len(pooled) * table),
-        Part(at(pool, "for (int y = threadIdx.x; y < extent.height;"), len(pooled) * table),
+        Part(at(pool, "i < extent.width + extent.height;"), len(pooled) * table),
         Part(pool_x, across, "STS"),
         Part(at(pool_x, "for (int x = bin.begin; x < bin.end; ++x)"), sums_x, "FADD"),
         Part(pool_y, down, "STG"),
-        Part(at(pool_y, "for (int y = bin_y.begin; y < bin_y.end; ++y)"), sums_y, "FADD"),
+        Part(at(pool_y, sum_y), sums_y, "FADD"),
         Part(at(pool_y, "if (!(average - average == 0)) {"), 0),
     ]
+    return (adding if codes else []) + (pooling if pooled else [])
+
+
+def _whole_planes(kernel: Path, name: str, channels: int, side: int, marker: str) -> Part:
+    """`load_planes` or `store_planes` of a block."""
+    copy = _at(kernel, "planes.cuh", f"{name}(")
+    loop = _at(copy, "planes.cuh", "i < block.count * shape.height * shape.width;")
+    return Part(loop, -(-channels * side * side // PLANE_THREADS), marker)
 
 
 def residual_pass(channels: int, side: int, scale: int, pooled: int) -> Program:
@@ -210,25 +228,32 @@ def residual_pass(channels: int, side: int, scale: int, pooled: int) -> Program:
 
     Either is 0 where there is no such scale: before the first, and after the last.
     """
-    kernel = _at((), "residual_pass.cu", "residual_pass_kernel(const __grid_constant__")
-    elements = "for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {"
-    rounds = -(-channels * side * side // PLANE_THREADS)
-    parts = [
-        Part(_at(kernel, "residual_pass.cu", elements, 1), rounds, "STS"),
-        Part(_at(kernel, "residual_pass.cu", elements, 2), rounds, "LDS"),
-        *_planes(kernel, channels, side, [scale] if scale else [], [pooled] if pooled else []),
-    ]
-    return Program("residual_pass_kernel", tuple(parts), loads=4 if scale else 1)
+    name, arguments = "step_kernel", "StepArgs"
+    if not scale:
+        name, arguments = "first_rows_kernel", "FirstRowsArgs"
+    elif not pooled:
+        name, arguments = "last_step_kernel", "LastStepArgs"
+    kernel = _at((), "residual_pass.cu", f" {name}(const __grid_constant__ {arguments}")
+    parts = []
+    if pooled:
+        parts += [_whole_planes(kernel, "load_planes", channels, side, "STS")]
+    if scale:  # the row errors are summed by other blocks
+        parts += [Part(_at(kernel, "residual_pass.cu", "sum_row_errors(unsigned block"), 0)]
+    if scale and pooled:
+        parts += [_whole_planes(kernel, "store_planes", channels, side, "STG")]
+    if scale:
+        name += "<(Sum)1>"
+    codes, rows = [scale] if scale else [], [pooled] if pooled else []
+    marker = "STS" if pooled else "STG"
+    parts += _planes(kernel, channels, side, codes, rows, marker)
+    return Program(name, tuple(parts), loads=4 if scale else 1)
 
 
 def scalar_quantize(channels: int, side: int, scales: Sequence[int]) -> Program:
     """A warp of a block of the whole pyramid of signs, one threshold a channel."""
     kernel = _at((), "scalar.cu", "scalar_quantize_kernel(const __grid_constant__")
-    elements = "for (int i = threadIdx.x; i < elements; i += kPlaneThreads) {"
     parts = [
-        Part(
-            _at(kernel, "scalar.cu", elements), -(-channels * side * side // PLANE_THREADS), "STS"
-        ),
+        _whole_planes(kernel, "load_planes", channels, side, "STS"),
         *_planes(kernel, channels, side, scales, scales),
     ]
     return Program("scalar_quantize_kernel", tuple(parts), loads=1 + 3 * len(scales))
@@ -253,7 +278,7 @@ def sampler_list(codes: int) -> Program:
 
 def along_y(times: int) -> Program:
     """As many elements for each lane of the last step of adding codes."""
-    kernel = _at((), "residual_pass.cu", "residual_pass_kernel(const __grid_constant__")
-    add = _at(kernel, "planes.cuh", "add_codes(const Pyramid& pyramid, int channels")
-    loop = _at(add, "planes.cuh", "i < channels * full;")
-    return Program("residual_pass_kernel", (Part(loop, times, "STS"),), loop)
+    kernel = _at((), "residual_pass.cu", " step_kernel(const __grid_constant__ StepArgs")
+    add = _at(kernel, "planes.cuh", "upsample_codes(const PlaneShape& shape, Extent extent,")
+    loop = _at(add, "planes.cuh", ALONG_Y)
+    return Program("step_kernel<(Sum)1>", (Part(loop, times, "STS"),), loop)
