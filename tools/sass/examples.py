@@ -125,12 +125,12 @@ def row_gradient(sides: Sequence[int], _: Device) -> list[Launch]:
 
 
 def sample(rows: int, _: Device) -> list[Launch]:
-    """The two steps of a row, one after the other: one block a multiprocessor."""
+    """A block a row."""
     logits = 2 * 4 * rows * CODES  # with guidance
-    return [
-        Launch(programs.sampler_keys(CODES), 32 * rows, 32, memory_bytes=logits),
-        Launch(programs.sampler_list(CODES), 32 * rows, 32),
-    ]
+    warps = programs.SAMPLER_THREADS // 32
+    candidates = 2 * 32 * rows * programs.CANDIDATES  # sectors of both inputs, again
+    program = programs.sampler(CODES)
+    return [Launch(program, warps * rows, warps, l2_bytes=candidates, memory_bytes=logits)]
 
 
 SCALAR_SCALES, SCALAR_CHANNELS = (1, 2, 4, 8, 16), 16
@@ -204,8 +204,8 @@ def count_table(counts: Mapping[Device, Counts]) -> Table:
         ("pack", "a code of 40 channels", programs.pack_codes(), 8.0),
         ("residual_pass", "32 elements of planes along y", programs.along_y(MANY), MANY),
         ("row_gradient", "a token of 40 channels", programs.row_gradient(0), 4.0),
-        ("sample", "32 keys", programs.sampler_keys(1024 * MANY), MANY),
-        ("sample", "32 keys looked through twice", programs.sampler_list(1024 * MANY), MANY),
+        ("sample", "32 keys", programs.sampler_keys(512 * MANY), MANY),
+        ("sample", "32 half keys looked through", programs.sampler_list(512 * MANY), MANY),
     ]
     rows = []
     for kernel, unit, program, number in units:

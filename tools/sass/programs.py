@@ -23,7 +23,8 @@ PLANE_THREADS, PLANE_WARPS = 256, 8
 #: Assumed: rows with a second group within the bound of its coarse score (docs/kernels.md).
 SECOND_GROUPS = 0.039
 ALONG_Y = "i < block.count * height * width;"
-SAMPLER = "sample_kernel<(LogitType)0, 1024>"  # of float32
+SAMPLER = "sample_kernel<(LogitType)0, 512>"  # of float32
+SAMPLER_THREADS = 512
 
 Path = tuple[Place, ...]
 
@@ -259,26 +260,75 @@ def scalar_quantize(channels: int, side: int, scales: Sequence[int]) -> Program:
     return Program("scalar_quantize_kernel", tuple(parts), loads=1 + 3 * len(scales))
 
 
-def sampler_keys(codes: int) -> Program:
-    """A warp of a row's first step: logits read, keys written."""
-    kernel = _at((), "sampler.cu", "sample_kernel(const __grid_constant__")
-    keys = _at(kernel, "sampler.cu", "first < codes; first += kUnroll * kThreads) {")
-    return Program(SAMPLER, (Part(keys, codes / 1024, "STS"),), keys)
-
-
-def sampler_list(codes: int) -> Program:
-    """A warp of a row's other steps, of which listing the keys above the bound is counted."""
-    gather = _at((), "sampler_team.cuh", "gather(const Entries<kType>& entries")
-    each = "for (int first = begin; first < end; first += kWarpSize) {"
-    parts = tuple(
-        Part(_at(gather, "sampler_team.cuh", each, nth), codes / 1024, "VOTE") for nth in (1, 2)
-    )
-    return Program(SAMPLER, parts, gather, barriers=60)
-
-
 def along_y(times: int) -> Program:
     """As many elements for each lane of the last step of adding codes."""
     kernel = _at((), "residual_pass.cu", " step_kernel(const __grid_constant__ StepArgs")
     add = _at(kernel, "planes.cuh", "upsample_codes(const PlaneShape& shape, Extent extent,")
     loop = _at(add, "planes.cuh", ALONG_Y)
     return Program("step_kernel<(Sum)1>", (Part(loop, times, "STS"),), loop)
+
+
+#: Assumed of k = 1,200 of 32,768 codes: histograms of a search for a boundary, candidates, and how
+#: many of them the lane of a warp with most lists at once.
+HISTOGRAMS, CANDIDATES, CANDIDATES_LANE = 2.5, 1400, 4
+
+
+def _sampler_keys(codes: float) -> tuple[Path, list[Part]]:
+    """A row's first step, with guidance: aligned logits read, half keys written."""
+    kernel = _at((), "sampler.cu", "sample_kernel(const __grid_constant__")
+    visit = _at(kernel, "sampler.cu", "row.template visit_packs<kThreads, kUnroll>")
+    packs = _at(visit, "sampler_row.cuh", "for (int begin = 0; begin < codes;")
+    never = (
+        _at(packs, "sampler_row.cuh", "Pack load_part(const Element* data"),
+        _at(packs, "sampler_row.cuh", "combine([&](float cond, float) {"),
+    )
+    return packs, [Part(packs, codes / (SAMPLER_THREADS * 8)), *(Part(path, 0) for path in never)]
+
+
+def _sampler_list(codes: float) -> tuple[Path, list[Part]]:
+    """Looking through the half keys for candidates."""
+    kernel = _at((), "sampler.cu", "sample_kernel(const __grid_constant__")
+    team = _at(kernel, "sampler_team.cuh", "int list_candidates(const Row<kType>& row")
+    vectors = _at(team, "sampler_team.cuh", "for (int begin = 0; begin < row.codes;")
+    append = _at(vectors, "sampler_team.cuh", "void append(uint32_t hits")
+    listed = _at(append, "sampler_team.cuh", "for (; hits != 0 && at < SamplerShared::kList;")
+    computed = _at(team, "sampler_team.cuh", "row.template visit_packs<kThreads, 1>")
+    times = codes / (SAMPLER_THREADS * 32)
+    return vectors, [
+        Part(vectors, times),
+        Part(listed, CANDIDATES_LANE * times),
+        Part(computed, 0),
+    ]
+
+
+def sampler_keys(codes: float) -> Program:
+    """The first step alone."""
+    path, parts = _sampler_keys(codes)
+    return Program(SAMPLER, tuple(parts), path)
+
+
+def sampler_list(codes: float) -> Program:
+    """The second step alone."""
+    path, parts = _sampler_list(codes)
+    return Program(SAMPLER, tuple(parts[:2]), path)
+
+
+def sampler(codes: int) -> Program:
+    """A warp of a row's block, top-k and top-p on, the candidates in the list."""
+    kernel = _at((), "sampler.cu", "sample_kernel(const __grid_constant__")
+    greedy = _at(kernel, "sampler.cu", "if (greedy) {")
+    found = []
+    for path, times in ((kernel, HISTOGRAMS), (greedy, 0.0)):
+        search = _at(path, "sampler_team.cuh", "Boundary find_boundary(Range open")
+        histogram = _at(search, "sampler_team.cuh", "for (bool whole = true;; whole = false) {")
+        visit = _at(histogram, "sampler_team.cuh", "void visit(Range wanted")
+        listed = _at(visit, "sampler_team.cuh", "i < count; i += kThreads) {")
+        others = _at(visit, "sampler_team.cuh", "begin < count; begin += kAtOnce * kThreads) {")
+        # By the first warp.
+        bins = _at(histogram, "sampler_team.cuh", "void search_bins(bool whole")
+        found += [
+            *(Part(histogram, times), Part(bins, times / (SAMPLER_THREADS / 32))),
+            *(Part(listed, times * -(-CANDIDATES // SAMPLER_THREADS)), Part(others, 0)),
+        ]
+    parts = (*_sampler_keys(codes)[1], *_sampler_list(codes)[1], Part(greedy, 0), *found)
+    return Program(SAMPLER, parts, barriers=18)
