@@ -2,11 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <map>
 #include <numeric>
-#include <utility>
 
 #include "../common/normalize.h"
 #include "instruction_set.h"
@@ -19,47 +16,9 @@ namespace {
 constexpr int64_t kFewestRows = 48;
 constexpr int64_t kMostRows = 192;
 
-// Channels up to which sums of 8-bit products, and a bias beside them, stay within 32 bits.
-constexpr int kMostInt8Channels = 32768;
-
-// Normalised codes have a bias of float64's rounding, but for those without a length. So small a
-// one is not worth counting.
-constexpr double kLeastBias = 0x1p-40;
-
-// Beside no more rows than this, packing the codes is a good part of a search.
-constexpr int64_t kFewRows = 1024;
-
 // Scores coarser than float32 are tried on this many rows before what they leave to look at again
 // is judged.
 constexpr int64_t kTrialRows = 64;
-
-// Codes in a block. A block that may hold the nearest code is scanned row by row, at a third of the
-// speed of scoring: beside few codes that is much, beside many it is the maxima of small blocks.
-int block_codes(int64_t codes) { return codes < 4096 ? 64 : codes < 16384 ? 128 : kMostBlockCodes; }
-
-// The fastest coarse scores of this machine.
-const CoarseScoreKernels& fastest_coarse_score(int dim) {
-#if defined(__x86_64__)
-  const InstructionSet set = detect_instruction_set();
-  if (set == InstructionSet::kAmx && bf16_coarse_score_amx()) return *bf16_coarse_score_amx();
-  if (dim <= kMostInt8Channels) {
-    if (set >= InstructionSet::kAvx512Vnni) return int8_coarse_score_avx512vnni();
-    if (set == InstructionSet::kAvx2) return int8_coarse_score_avx2();
-  }
-#elif defined(__aarch64__)
-  if (detect_instruction_set() == InstructionSet::kDotprod && dim <= kMostInt8Channels) {
-    return int8_coarse_score_dotprod();
-  }
-#endif
-  return kernels().coarse_score;
-}
-
-// Threads raise a maximum together.
-void raise(std::atomic<double>& to, double value) {
-  double seen = to.load();
-  while (seen < value && !to.compare_exchange_weak(seen, value)) {
-  }
-}
 
 // Where more codes than this come near to a row they are a crowd. Comparing as many takes about as
 // long as scoring the codebook.
@@ -70,64 +29,8 @@ void prefetch(const float* values, int count) {
   for (int i = 0; i < count; i += kLine) __builtin_prefetch(values + i);
 }
 
-// A row's index while it is not known: it has too many candidates, or is zero and all are.
-constexpr int64_t kCrowded = -1, kZeroRow = -2, kUndecided = -3;
-
-// Codes whose lengths are within a factor of 8 are a class, and so many of one are compared without
-// a search.
-constexpr int kClassOctaves = 3;
-constexpr size_t kFewCodes = 16;
-
 bool is_zero(const float* row, int dim) {
   return std::all_of(row, row + dim, [](float value) { return value == 0; });
-}
-
-// Ascending numbers of the codes that equal none before them: the others are never the nearest.
-std::vector<int64_t> different_codes(const float* codebook, int64_t codes, int dim) {
-  std::vector<int64_t> table(size_t{2} << (64 - __builtin_clzll(codes)), -1), numbers;
-  for (int64_t i = 0; i < codes; ++i) {
-    const float* code = codebook + i * dim;
-    uint64_t hash = 0;
-    for (int d = 0; d < dim; ++d) {
-      const float value = code[d] + 0.0f;  // -0 is 0
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof(bits));
-      hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 29;
-    }
-    for (size_t at = hash & (table.size() - 1);; at = (at + 1) & (table.size() - 1)) {
-      if (table[at] < 0) {
-        table[at] = i;
-        numbers.push_back(i);
-        break;
-      }
-      if (std::equal(code, code + dim, codebook + table[at] * dim)) break;
-    }
-  }
-  return numbers;
-}
-
-// visit(d, value) for each channel of a code, normalised and times the square root of the weight.
-template <typename Visit>
-void each_weighted(const CodebookLayout& layout, const float* code, const Visit& visit) {
-  for (int g = 0; g < layout.groups; ++g) {
-    const int begin = layout.begin[g], end = layout.begin[g + 1];
-    const double scale =
-        std::sqrt(layout.weight[g]) * inverse_norm(squared_norm(code, begin, end), layout.l2_norm);
-    for (int d = begin; d < end; ++d) visit(d, static_cast<double>(code[d]) * scale);
-  }
-}
-
-// The mean of up to kMeanCodes codes, normalised and times the square roots of the weights.
-std::vector<double> mean_of_some(const CodebookLayout& layout, const float* codebook) {
-  constexpr int64_t kMeanCodes = 1024;
-  const int64_t count = std::min(layout.codes, kMeanCodes);
-  std::vector<double> mean(layout.dim);
-  for (int64_t i = 0; i < count; ++i) {
-    each_weighted(layout, codebook + i * layout.codes / count * layout.dim,
-                  [&](int d, double value) { mean[d] += value / count; });
-  }
-  return mean;
 }
 
 }  // namespace
@@ -227,121 +130,6 @@ Searcher<float>::Scratch& Searcher<float>::scratch() {
   return scratch;
 }
 
-struct Searcher<float>::Class {
-  std::vector<int64_t> numbers;  // of its codes in the codebook, ascending
-  CodebookLayout layout;
-  std::vector<float> codes;
-  std::unique_ptr<Searcher> searcher;
-};
-
-Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
-                          const Executor& executor, int64_t rows)
-    : Searcher(layout, codebook, executor, Level::kPlain, rows) {}
-
-Searcher<float>::Searcher(const CodebookLayout& layout, const float* codebook,
-                          const Executor& executor, Level level, int64_t rows)
-    : layout_(layout),
-      codebook_(codebook),
-      executor_(executor),
-      block_codes_(block_codes(layout.codes)),
-      level_(level),
-      centre_(level == Level::kPlain ? std::vector<double>() : mean_of_some(layout, codebook)),
-      is_kept_(level == Level::kPlain && rows <= kFewRows),
-      packed_(packed_for(level == Level::kLast ? kernels().coarse_score
-                                               : fastest_coarse_score(layout.dim))) {}
-
-std::shared_ptr<const PackedCodebook> Searcher<float>::packed_for(
-    const CoarseScoreKernels& coarse) const {
-  if (!is_kept_) return pack(coarse);
-  return PackedCodebooks::instance().get(layout_, codebook_, coarse, [&] { return pack(coarse); });
-}
-
-Searcher<float>::~Searcher() = default;
-
-// A bound of the numbers among the codes, normalised, times the square root of the weight and less
-// the centre.
-double Searcher<float>::largest_entry() const {
-  std::atomic<double> largest{0};
-  if (!centre_.empty()) {
-    executor_.for_ranges(layout_.codes, 2 * layout_.dim, [&](int64_t begin, int64_t end) {
-      double most = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        each_weighted(layout_, codebook_ + i * layout_.dim, [&](int d, double value) {
-          most = std::max(most, std::abs(value - centre_[d]));
-        });
-      }
-      raise(largest, most * (1 + 0x1p-40));  // packing may round otherwise
-    });
-    return largest;
-  }
-  bool same_weight = true;
-  for (int g = 0; g < layout_.groups; ++g) {
-    if (layout_.l2_norm) raise(largest, std::sqrt(layout_.weight[g]));
-    same_weight &= layout_.weight[g] == layout_.weight[0];
-  }
-  if (layout_.l2_norm) return largest;
-  const int64_t dim = layout_.dim;
-  executor_.for_ranges(layout_.codes, dim, [&](int64_t begin, int64_t end) {
-    if (same_weight) {
-      const float most = kernels().largest_magnitude(codebook_ + begin * dim, (end - begin) * dim);
-      raise(largest, static_cast<double>(most) * std::sqrt(layout_.weight[0]));
-      return;
-    }
-    for (int g = 0; g < layout_.groups; ++g) {
-      const int first = layout_.begin[g], count = layout_.begin[g + 1] - first;
-      float most = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        most = std::max(most, kernels().largest_magnitude(codebook_ + i * dim + first, count));
-      }
-      raise(largest, static_cast<double>(most) * std::sqrt(layout_.weight[g]));
-    }
-  });
-  return largest;
-}
-
-std::shared_ptr<const PackedCodebook> Searcher<float>::pack(
-    const CoarseScoreKernels& coarse) const {
-  const int dim = layout_.dim, width = coarse.panel_width;
-  const int64_t num_panels = ceil_div(layout_.codes, width);
-  const size_t panel_bytes = coarse.panel_bytes(dim);
-  PackedCodebook packed = {&coarse, allocate(num_panels * panel_bytes), panel_bytes, num_panels, {},
-                           {}};
-  int exponent = 0;
-  const double largest = std::frexp(largest_entry(), &exponent);
-  packed.bounds.scale = std::ldexp(1.0, -exponent);
-  packed.bounds.step = coarse.step(largest);
-  if (!centre_.empty()) {
-    packed.centre = centre_;
-    for (double& value : packed.centre) value *= packed.bounds.scale;
-    packed.bounds.centre = packed.centre.data();
-    const double square =
-        std::inner_product(packed.centre.begin(), packed.centre.end(), packed.centre.begin(), 0.0);
-    packed.bounds.centre_bias = centre_bias(square, layout_);
-  }
-  std::atomic<double> norm{0}, length{0}, error{0}, bias{0}, parts[kChunkSizes] = {};
-  executor_.for_ranges(num_panels, int64_t{width} * dim, [&](int64_t begin, int64_t end) {
-    CodeBounds bounds = packed.bounds;
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * width;
-      const int count = static_cast<int>(std::min<int64_t>(width, layout_.codes - first));
-      coarse.pack_panel(codebook_ + first * dim, count, layout_,
-                        packed.panels.get() + p * panel_bytes, &bounds);
-    }
-    raise(norm, bounds.norm);
-    raise(length, bounds.length);
-    raise(error, bounds.error);
-    raise(bias, bounds.bias);
-    for (int i = 0; i < kChunkSizes; ++i) raise(parts[i], bounds.parts[i]);
-  });
-  packed.bounds.norm = norm;
-  packed.bounds.length = length;
-  packed.bounds.error = error;
-  packed.bounds.bias = bias;
-  std::copy_n(parts, kChunkSizes, packed.bounds.parts);
-  packed.bounds.has_bias = bias > kLeastBias;
-  return std::make_shared<const PackedCodebook>(std::move(packed));
-}
-
 void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indices) {
   int64_t done = 0;
   const int faster = packed_->coarse->times_float;
@@ -360,97 +148,6 @@ void Searcher<float>::search(const float* rows, int64_t num_rows, int64_t* indic
   }
   search_some(rows + done * layout_.dim, num_rows - done, indices + done);
   search_crowded(rows, num_rows, indices);
-}
-
-// The rows whose index is not known yet.
-void Searcher<float>::search_crowded(const float* rows, int64_t num_rows, int64_t* indices) {
-  const int dim = layout_.dim;
-  std::vector<int64_t> numbers;
-  std::vector<float> crowded;
-  for (int64_t n = 0; n < num_rows; ++n) {
-    if (indices[n] == kZeroRow) {
-      if (nearest_to_zero_ < 0) nearest_to_zero_ = nearest_to_zero();
-      indices[n] = nearest_to_zero_;
-    }
-    if (indices[n] != kCrowded) continue;
-    const float* row = rows + n * dim;
-    numbers.push_back(n);
-    crowded.insert(crowded.end(), row, row + dim);
-  }
-  if (numbers.empty()) return;
-  if (classes_.empty()) set_classes();
-  const auto count = static_cast<int64_t>(numbers.size());
-  std::vector<std::vector<int64_t>> found(classes_.size());
-  for (size_t c = 0; c < classes_.size(); ++c) {
-    found[c].resize(count);
-    classes_[c]->searcher->search(crowded.data(), count, found[c].data());
-  }
-  executor_.for_ranges(count, 64 * dim, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::vector<int64_t> candidates = few_;
-      for (size_t c = 0; c < classes_.size(); ++c) {
-        candidates.push_back(classes_[c]->numbers[found[c][i]]);
-      }
-      std::sort(candidates.begin(), candidates.end());
-      indices[numbers[i]] =
-          candidates.size() == 1 ? candidates[0] : nearest_of(crowded.data() + i * dim, candidates);
-    }
-  });
-}
-
-int64_t Searcher<float>::codes_compared() const {
-  int64_t compared = codes_compared_;
-  for (const auto& one : classes_) compared += one->searcher->codes_compared();
-  return compared;
-}
-
-void Searcher<float>::set_classes() {
-  const int dim = layout_.dim;
-  std::map<int, std::vector<int64_t>> by_length;
-  if (level_ == Level::kCentred) {
-    by_length[0].resize(layout_.codes);
-    std::iota(by_length[0].begin(), by_length[0].end(), 0);
-  } else {
-    for (const int64_t i : different_codes(codebook_, layout_.codes, dim)) {
-      double squared = 0;
-      for (int g = 0; g < layout_.groups && !layout_.l2_norm; ++g) {
-        squared += layout_.weight[g] *
-                   squared_norm(codebook_ + i * dim, layout_.begin[g], layout_.begin[g + 1]);
-      }
-      const int exponent = squared > 0 ? std::ilogb(squared) : -2048;
-      by_length[(exponent + 2048) / (2 * kClassOctaves)].push_back(i);
-    }
-  }
-  for (auto& [length, numbers] : by_length) {
-    if (by_length.size() > 1 && numbers.size() <= kFewCodes) {
-      few_.insert(few_.end(), numbers.begin(), numbers.end());
-      continue;
-    }
-    auto one = std::make_unique<Class>();
-    one->numbers = std::move(numbers);
-    one->layout = layout_;
-    one->layout.codes = static_cast<int64_t>(one->numbers.size());
-    one->codes.reserve(one->numbers.size() * dim);
-    for (const int64_t i : one->numbers) {
-      one->codes.insert(one->codes.end(), codebook_ + i * dim, codebook_ + (i + 1) * dim);
-    }
-    one->searcher.reset(new Searcher(one->layout, one->codes.data(), executor_,
-                                     level_ == Level::kPlain ? Level::kCentred : Level::kLast, 0));
-    classes_.push_back(std::move(one));
-  }
-}
-
-// A row of zeros is as far from all codes of unit length, but for rounding.
-int64_t Searcher<float>::nearest_to_zero() const {
-  if (layout_.metric == Metric::kDot) return 0;  // all tie
-  const std::vector<float> zeros(layout_.dim);
-  std::vector<double> distances(layout_.codes);
-  executor_.for_ranges(layout_.codes, 8 * layout_.dim, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      distances[i] = distance(zeros.data(), codebook_ + i * layout_.dim, layout_);
-    }
-  });
-  return std::min_element(distances.begin(), distances.end()) - distances.begin();
 }
 
 void Searcher<float>::search_some(const float* rows, int64_t num_rows, int64_t* indices) {

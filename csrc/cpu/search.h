@@ -47,7 +47,16 @@ class Searcher<float> {
  private:
   struct Tiles;
   struct Scratch;
-  struct Class;
+  struct Class {
+    std::vector<int64_t> numbers;  // of its codes in the codebook, ascending
+    CodebookLayout layout;
+    std::vector<float> codes;
+    std::unique_ptr<Searcher> searcher;
+  };
+
+  // A row's index while it is not known: it has too many candidates, or is zero and all are, or has
+  // candidates yet to be compared.
+  static constexpr int64_t kCrowded = -1, kZeroRow = -2, kUndecided = -3;
 
   // Each for the rows that the one before it has too many candidates for: the codes as they are;
   // those of a class, around their mean; the same in float32, whatever it takes.
