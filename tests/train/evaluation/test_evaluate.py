@@ -662,6 +662,7 @@ def test_two_processes_are_one(micro, image_tokenizer, folder, tmp_path):
     assert few["data"]["images"] == 1
 
 
+@pytest.mark.once
 def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
     """Our sums of Inception's features against the library's own FID of the same pictures."""
     ensure_torchvision()

@@ -344,6 +344,7 @@ def ends(micro, image_tokenizer, questions, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_are_one_with_the_joined_batch(ends, name):
     alone, shared = (torch.load(ends / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
