@@ -20,7 +20,7 @@ from .index_backprop import choose
 from .ops import Size
 from .projected import ProjectedQuantizer
 from .quantizer import CodebookUsage, MultiScaleQuantizer, QuantizerOutput
-from .scalar_quantizer import ScalarOutput, ScalarQuantizer
+from .scalar_quantizer import ScalarOutput, ScalarQuantizer, steps_up_to
 from .soft_entropy import entropy_loss
 from .var import VarQuantizer
 
@@ -465,13 +465,7 @@ class Quantizer(nn.Module):
             TypeError, ValueError, RuntimeError: a wrong dtype or shape, `upto`, `rounds` or an
                 index out of range.
         """
-        scales = len(self.scales)
-        for name, value, most in (("upto", upto, scales), ("rounds", rounds, self.depth)):
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} must be 1 to {most}, got {value}")
-        steps = (scales if upto is None else upto) * self.depth
-        if rounds is not None:
-            steps -= self.depth - rounds
+        steps = steps_up_to(len(self.scales), self.depth, upto, rounds)
         maps = []
         for part, tokens in zip(self._parts, self._tokens(indices), strict=True):
             own = self._for(part, tokens)

@@ -37,6 +37,18 @@ class ScalarOutput(NamedTuple):
     """Hits [G, K]; None where there are more than `MOST_COUNTED` codes."""
 
 
+def steps_up_to(scales: int, depth: int, upto: int | None, rounds: int | None) -> int:
+    """How many steps, `depth` a scale, `decode` sums: see `ScalarQuantizer.decode`.
+
+    Raises:
+        ValueError: `upto` or `rounds` out of range.
+    """
+    for name, value, most in (("upto", upto, scales), ("rounds", rounds, depth)):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {value}")
+    return (scales if upto is None else upto) * depth - (0 if rounds is None else depth - rounds)
+
+
 class ScalarQuantizer(nn.Module):
     """Quantizes every channel of feature maps by itself, group by group an index.
 
@@ -340,11 +352,7 @@ class ScalarQuantizer(nn.Module):
                 f"indices must have shape [B, {expected[0]}, {expected[1]}], got "
                 f"{tuple(indices.shape)}"
             )
-        upto = len(self.scales) if upto is None else upto
-        rounds = self.depth if rounds is None else rounds
-        for name, value, most in (("upto", upto, len(self.scales)), ("rounds", rounds, self.depth)):
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} must be 1 to {most}, got {value}")
+        steps = steps_up_to(len(self.scales), self.depth, upto, rounds)
         if indices.device.type == "cpu" and not bool(
             ((indices >= 0) & (indices <= self.codebook_size - 1)).all()
         ):
@@ -353,7 +361,7 @@ class ScalarQuantizer(nn.Module):
                 f"indices must be in [0, {self.codebook_size}), got {int(low)} to {int(high)}"
             )
         maps = self.maps(self.codes(indices), self.scales[-1] if size is None else size)
-        return torch.stack(maps[: (upto - 1) * self.depth + rounds]).sum(0)
+        return torch.stack(maps[:steps]).sum(0)
 
     def maps(self, rows: Tensor, size: Size) -> list[Tensor]:
         """What each scale's rounds add to f^, `[B, D, *size]` each, of rows [B, L, D]."""
