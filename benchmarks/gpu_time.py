@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cases import DIMS
 from benchmarks.gpu_calls import DIM, Lines, Settings, features, quantizer_for, step
-from benchmarks.timing import median
+from benchmarks.timing import graph_of, median
 from tokenflow_ext import MultiScaleQuantizer, nearest_code, sample_top_k_top_p
 
 
@@ -19,18 +19,6 @@ def _copy_rate(device: str) -> float:
     block = torch.ones(2**28, device=device)
     other = torch.empty_like(block)
     return 2 * block.nbytes / median(lambda: other.copy_(block), 10)
-
-
-def _graph(call: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # lazy state is made outside the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _kernels(call: Callable[[], object], most: int = 12) -> Lines:
@@ -59,7 +47,7 @@ def _timed(
     launched = median(call, 20)
     line = f"{name}: {1e3 * launched:.4f} ms"
     if settings.device == "cuda" and detail:
-        line += f", as a graph {1e3 * median(_graph(call), 20):.4f} ms"
+        line += f", as a graph {1e3 * median(graph_of(call)[0], 20):.4f} ms"
     yield line
     if settings.device == "cuda" and detail:
         yield from _kernels(call)
@@ -74,7 +62,7 @@ def measure(settings: Settings) -> Lines:
         rows = settings.randn(count, DIM)
         call = lambda rows=rows: nearest_code(rows, codebook, DIMS)  # noqa: E731
         yield from _timed(settings, f"search, {count} rows, {settings.codes} codes", call, True)
-        best = median(_graph(call) if device == "cuda" else call, 20)
+        best = median(graph_of(call)[0] if device == "cuda" else call, 20)
         work = 2 * count * settings.codes * DIM
         yield f"    {work / best / 1e12:.1f} TFLOP/s counted as 2 N K {DIM}"
         z, c = (torch.nn.functional.normalize(t, dim=1) for t in (rows, codebook))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, build
-from benchmarks.timing import clock, interleave, rounds_within
+from benchmarks.timing import clock, graph_of, interleave, rounds_within
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -14,24 +14,17 @@ from benchmarks.timing import clock, interleave, rounds_within
 def test_graph_latency(benchmark, record, budget, pyramid):
     case = Case(pyramid, 32768, "forward", 1, "cuda")
     call = build(case, "ours")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # lazy state is made outside the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()[0]
-    graph.replay()
+    replay, (captured, *_) = graph_of(call)
+    replay()
     expected = call()[0]
     assert torch.equal(captured.indices, expected.indices)
     assert torch.equal(captured.quantized, expected.quantized)
 
     begin = clock()
-    graph.replay()
+    replay()
     call()
     times = interleave(
-        benchmark, graph.replay, {"launched": call}, {}, rounds_within(budget, clock() - begin)
+        benchmark, replay, {"launched": call}, {}, rounds_within(budget, clock() - begin)
     )
     record(
         {

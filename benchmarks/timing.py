@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+
+Result = TypeVar("Result")
 
 
 def clock() -> float:
@@ -30,6 +32,19 @@ def median(call: Callable[[], object], rounds: int) -> float:
     """Median seconds of a call, after one that is not counted."""
     call()
     return statistics.median(seconds(call) for _ in range(rounds))
+
+
+def graph_of(call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """A call on the GPU as a CUDA graph: what replays it, and the result that a replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # lazy state is made outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
 
 
 @dataclass
