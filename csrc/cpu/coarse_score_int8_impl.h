@@ -78,7 +78,9 @@ void pack_panel(const float* codes, int count, const CodebookLayout& layout, voi
     measure(code, layout, *bounds, &lengths);
     double exact[kChunk];
     Doubles squared_error = {};
-    LongestPart parts[] = {LongestPart(4), LongestPart(8), LongestPart(16)};
+    LongestPart parts[] = {LongestPart(chunk_size(0)), LongestPart(chunk_size(1)),
+                           LongestPart(chunk_size(2))};
+    static_assert(sizeof(parts) / sizeof(parts[0]) == kChunkSizes);
     for (int first = 0; first < dim; first += kChunk) {
       const int count = scale_chunk(code, layout, lengths.scale, bounds->centre, first, exact);
       uint8_t values[kChunk];
@@ -123,7 +125,8 @@ static inline void take_back_offset(const int8_t* four, int8_t* sums) {
 void pack_tile(const float* rows, int count, const CodebookLayout& layout, const CodeBounds& bounds,
                void* tile, RowScale* scales) {
   const int dim = layout.dim;
-  const int chunk = kNarrowSums ? chunk_quads(bounds, quads_of(dim), kRowLevels) : quads_of(dim);
+  const ChunkChoice choice(bounds, quads_of(dim), kRowLevels);
+  const int chunk = choice.quads;
   const int64_t line = 4 * static_cast<int64_t>(count);
   int8_t* bytes = static_cast<int8_t*>(tile);
   for (int r = 0; r < count; ++r, bytes += 4) {
@@ -155,7 +158,7 @@ void pack_tile(const float* rows, int count, const CodebookLayout& layout, const
       }
     }
     double unit = bounds.bias / (bounds.step * kLargestBias);
-    if (kNarrowSums) unit = larger(unit, least_step(bounds, chunk, part.squared()));
+    if (kNarrowSums) unit = larger(unit, choice.least_step(part.squared()));
     for (int i = 0; i < kHalfLanes; ++i) unit = larger(unit, largest[i] / kRowLevels);
     if (!(unit > 0)) unit = 1;
     const double per_unit = 1 / unit;

@@ -17,6 +17,9 @@ namespace {
 constexpr int kShortestChunk = 2;  // quads
 static_assert(kShortestChunk << kChunkSizes == kChunk / 4, "a chunk of packing holds whole chunks");
 
+// The quads of the chunk that CodeBounds::parts[i] is of.
+static constexpr int chunk_size(int i) { return kShortestChunk << (i + 1); }
+
 // Less than 2^15 by what the bounds below are rounded by.
 constexpr double kLargestSum = (1 << 15) - 2;
 
@@ -54,26 +57,29 @@ class LongestPart {
   double largest_ = 0;
 };
 
-// How many quads make a chunk, for rows of some quads of numbers up to `levels`.
-static inline int chunk_quads(const CodeBounds& bounds, int row_quads, int levels) {
-  for (int i = kChunkSizes - 1; i >= 0; --i) {
-    const int quads = kShortestChunk << (i + 1);
-    const int channels = 2 * (quads < row_quads ? quads : row_quads);
-    const double uniform = channels * levels * levels / 3.0;
-    if (bounds.parts[i] * uniform <= kLargestSum * kLargestSum) return quads;
-  }
-  return kShortestChunk;
-}
+// A chunk for rows of some quads of numbers up to `levels`.
+struct ChunkChoice {
+  int quads = kShortestChunk;
+  double part = 0;  // CodeBounds::parts of it; of the shortest chunk, which holds any row, 0
 
-// The least step of a row whose longest part, squared, is `part`.
-static inline double least_step(const CodeBounds& bounds, int quads, double part) {
-  if (quads == kShortestChunk) return 0;
-  int i = 0;
-  while (kShortestChunk << (i + 1) < quads) ++i;
-  // Rounding adds at most half a step a channel.
-  const double rounding = __builtin_sqrt(2.0 * quads) / 2;
-  return __builtin_sqrt(part) / (kLargestSum / __builtin_sqrt(bounds.parts[i]) - rounding);
-}
+  ChunkChoice(const CodeBounds& bounds, int row_quads, int levels) {
+    for (int i = kChunkSizes - 1; i >= 0 && quads == kShortestChunk; --i) {
+      const int channels = 2 * (chunk_size(i) < row_quads ? chunk_size(i) : row_quads);
+      const double uniform = channels * levels * levels / 3.0;
+      if (bounds.parts[i] * uniform > kLargestSum * kLargestSum) continue;
+      quads = chunk_size(i);
+      part = bounds.parts[i];
+    }
+  }
+
+  // The least step of a row whose longest part, squared, is `row_part`. Rounding adds at most half
+  // a step a channel to its length.
+  double least_step(double row_part) const {
+    const double rounding = __builtin_sqrt(2.0 * quads) / 2;
+    return part > 0 ? __builtin_sqrt(row_part) / (kLargestSum / __builtin_sqrt(part) - rounding)
+                    : 0;
+  }
+};
 
 }  // namespace
 }  // namespace tokenflow::cpu
