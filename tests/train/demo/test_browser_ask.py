@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import demo_browser
@@ -65,11 +67,29 @@ def put_in(page, file: Path) -> None:
     )
 
 
+def press_until(page, press: Callable[[], object], seen: Callable[[], bool]) -> None:
+    """Press until something is seen: the page takes no question before it knows that the last one
+    is answered, which is a little after the words are there."""
+    end = time.monotonic() + demo_browser.WAIT
+    while not seen():
+        assert time.monotonic() < end
+        press()
+        page.wait_for_timeout(500)
+
+
+def send(page, press: Callable[[], object] | None = None) -> None:
+    """Send a question, until it stands in the conversation."""
+    before = page.locator(USER).count()
+    if press is None:
+        press = page.get_by_role("button", name="Ask", exact=True).click
+    press_until(page, press, lambda: page.locator(USER).count() > before)
+
+
 def ask(page, question: str, answer: str, longest: int) -> None:
     """A question, until it is answered."""
     page.get_by_label("number input for longest answer").fill(str(longest))
     page.get_by_label("question").fill(question)
-    page.get_by_role("button", name="Ask", exact=True).click()
+    send(page)
     page.locator(MODEL).filter(has_text=answer).last.wait_for()
 
 
@@ -94,7 +114,7 @@ def test_words_stream_out_and_a_second_question_goes_on(page, answerer, tmp_path
     page.evaluate(WATCH)
     page.get_by_label("number input for longest answer").fill("150")
     page.get_by_label("question").fill(first)
-    page.get_by_role("button", name="Ask", exact=True).click()
+    send(page)
     page.locator(MODEL).wait_for()
     page.wait_for_function(
         "asked => [...document.querySelectorAll('textarea')].every((one) => one.value != asked)",
@@ -127,9 +147,6 @@ def test_an_example_is_asked_about_until_the_conversation_is_cleared(page, answe
         page.get_by_label("question").fill("What?")
         page.get_by_label("question").press("Enter")
 
-    def answered(text: str) -> None:
-        page.locator(MODEL).filter(has_text=text).last.wait_for()
-
     example = tmp_path / "example.png"
     with folder_of_gradio():
         from tokenflow_ext.train.demo.parts import Examples
@@ -140,47 +157,41 @@ def test_an_example_is_asked_about_until_the_conversation_is_cleared(page, answe
     page.wait_for_selector(VIEW)
     page.evaluate(WATCH)
     page.get_by_label("number input for longest answer").fill("512")
-    press()
+    send(page, press)
     page.locator(MODEL).wait_for()
     # While it is being written: then the answer ends.
     page.get_by_label("Clear").first.click()
     page.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
     page.get_by_label("number input for longest answer").fill("5")
-    press()
-    answered(first)
-    while page.locator(USER).count() < 2:  # none is taken while one is being answered
-        press()
-        page.wait_for_timeout(200)
-    answered(second)
+    for answer in (first, second):
+        send(page, press)
+        page.locator(MODEL).filter(has_text=answer).last.wait_for()
     assert page.locator(MODEL).all_inner_texts() == [first, second]
     # Of 512 words few came.
     assert 0 < max(len(text.split()) for text in page.evaluate("window.seen")) < 400
 
 
 def test_what_cannot_be_asked_is_told_and_the_conversation_stays(page, answerer, tmp_path):
-    def told(words: str) -> None:
-        page.locator(".toast-body").filter(has_text=words).wait_for()
-        page.locator(".toast-close").first.click()
+    def told(words: str, act: Callable[[], object]) -> None:
+        toast = page.locator(".toast-body").filter(has_text=words)
+        press_until(page, act, lambda: toast.count() > 0)
+        while page.locator(".toast-close").count():
+            page.locator(".toast-close").first.click()
+            page.wait_for_timeout(500)
         assert page.get_by_text("Error", exact=True).count() == 0
 
-    def press() -> None:
-        page.get_by_role("button", name="Ask", exact=True).click()
-
-    press()
-    told("pick a picture first")
+    press = page.get_by_role("button", name="Ask", exact=True).click
+    told("pick a picture first", press)
     file = draw_picture(tmp_path / "mine.png")
     put_in(page, file)
     answer = answer_of(answerer, file, ["What?"], 20)
     ask(page, "What?", answer, 20)
-    press()
-    told("the question is empty")
+    told("the question is empty", press)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"GIF89a but not really")
-    upload(page, broken)
-    told("cannot read the image that you chose")
+    told("cannot read the image that you chose", lambda: upload(page, broken))
     page.get_by_label("question").fill("x" * 2000)
-    press()
-    told("do not fit into the model's context of 2048")
+    told("do not fit into the model's context of 2048", press)
     # All is as it was, and the next question is answered.
     assert page.locator(USER).all_inner_texts() == ["What?"]
     assert page.locator(MODEL).all_inner_texts() == [answer]
