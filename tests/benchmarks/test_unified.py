@@ -14,8 +14,15 @@ from PIL import Image
 from benchmarks import unified
 from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train.config import load_config
+from tokenflow_ext.train.evaluation import judge
 
 UNSEEN = "a red circle"
+
+
+@pytest.fixture(autouse=True)
+def short_training_of_the_judge(monkeypatch):
+    """What it says is not looked at."""
+    monkeypatch.setattr(judge, "_LEAST", 12)
 
 
 @pytest.fixture(scope="module")

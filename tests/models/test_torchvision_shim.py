@@ -104,6 +104,7 @@ def test_torchvision_can_be_imported_and_says_whether_it_computes():
     assert sorted(plain_python(code, shim.__file__)) == ["False", "True"]
 
 
+@pytest.mark.once
 def test_an_environment_imports_on_its_own(tmp_path):
     """The two files, in a folder of packages, let a Python that never heard of us import timm."""
     made = shim.install(tmp_path)

@@ -428,7 +428,9 @@ double cut_to_largest(const double* addends, int count) {
   }
   const int last_bit = std::ilogb(largest) - 23;
   const double up = std::ldexp(1.0, -last_bit), down = std::ldexp(1.0, last_bit);
-  for (int i = 0; i < count; ++i) total += std::trunc(addends[i] * up) * down;
+  // Toward zero, as the conversion goes; what is left has 24 bits.
+  for (int i = 0; i < count; ++i)
+    total += static_cast<double>(static_cast<int32_t>(addends[i] * up)) * down;
   return total;
 }
 

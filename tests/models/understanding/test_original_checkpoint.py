@@ -108,7 +108,9 @@ def test_forward_is_that_of_the_parts(qwen):
     assert torch.allclose(model(**given).logits[..., :300], want, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("llava_llama", marks=pytest.mark.once), "llava_qwen"]
+)
 def test_there_and_back(tmp_path, kind):
     state, config = release(kind)
     model = load_released_understanding(state, config)
@@ -128,7 +130,10 @@ def test_there_and_back(tmp_path, kind):
     assert loaded(**given).logits.equal(logits)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "torch", "container"])
+@pytest.mark.parametrize(
+    "form",
+    ["safetensors", "torch", pytest.param("container", marks=pytest.mark.once)],
+)
 def test_files_and_the_original_header(tmp_path, qwen, form):
     state, config = qwen
     header = {
@@ -177,6 +182,7 @@ def test_from_the_hub_in_several_files_and_half(tmp_path, monkeypatch, qwen):
         load_released_understanding(half, config, token="hf_reader")
 
 
+@pytest.mark.once
 def test_stored_in_half_precision():
     state, config = release("llava_qwen", dtype=torch.bfloat16)
     model = load_released_understanding(state, config)
@@ -315,6 +321,7 @@ def test_configurations_that_do_not_fit(tmp_path, qwen):
             load_released_understanding(tmp_path)
 
 
+@pytest.mark.once
 def test_nothing_is_written_over(tmp_path, qwen):
     model = load_released_understanding(*qwen)
     save_released_understanding(model, tmp_path)

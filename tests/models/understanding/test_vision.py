@@ -225,10 +225,7 @@ _MORE_STARTS = [
     "import tokenflow_ext.models\nimport importlib.util\n"
     "assert importlib.util.find_spec('transformers')\n",
     "from tokenflow_ext.models.understanding.pixels import TokenFlowImageProcessor\n",
-    "from tokenflow_ext.models.understanding import original_checkpoint\n",
     "from tokenflow_ext.models.unified.language_model import TokenFlowForCausalLM\n",
-    "from tokenflow_ext.models import build_unified\n",
-    "from tokenflow_ext.train.tasks import understanding\n",
 ]
 
 

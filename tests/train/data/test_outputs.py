@@ -183,6 +183,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
         raise error
 
 
+@pytest.mark.once
 def test_a_reader_that_has_gone_and_a_missing_package():
     code = """
 import sys

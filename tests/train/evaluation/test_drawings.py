@@ -16,11 +16,17 @@ from tokenflow_ext.models import TokenFlowTokenizer
 from tokenflow_ext.train import text_to_image, unified
 from tokenflow_ext.train.cli.entry import main
 from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.evaluation import drawings
+from tokenflow_ext.train.evaluation import drawings, judge
 from tokenflow_ext.train.evaluation.judge import attributes, shares, train_judge
 
 CAPTION = r"A (?P<colour>\w+) (?P<shape>\w+)\. On grey\."
 UNSEEN = r"A (red|blue) disc\. On grey\."
+
+
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    """Two colours and two shapes are soon learned."""
+    monkeypatch.setattr(judge, "_LEAST", 100)
 
 
 # -- captions and shares --------------------------------------------------------------------------
@@ -96,12 +102,12 @@ def test_the_judge_learns_and_leaves_the_generator_alone():
     images, said = examples(300, 0)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    judge = train_judge(images, said)
+    trained = train_judge(images, said)
     assert torch.equal(torch.get_rng_state(), state)
     fresh, wanted = examples(200, 1)
-    assert shares(wanted, judge.judge(fresh))["all"] > 0.97
+    assert shares(wanted, trained.judge(fresh))["all"] > 0.97
     again = train_judge(images, said)
-    assert again.judge(fresh) == judge.judge(fresh)
+    assert again.judge(fresh) == trained.judge(fresh)
 
 
 # -- the evaluation -------------------------------------------------------------------------------

@@ -358,6 +358,7 @@ def test_two_processes_are_one_with_the_joined_batch(ends, name):
         assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
 
 
+@pytest.mark.once
 def test_a_checkpoint_serves_every_way_of_splitting(ends):
     runs = [load_understanding(ends / name)[0].state_dict() for name in ("alone", "changing")]
     assert runs[0].keys() == runs[1].keys()
