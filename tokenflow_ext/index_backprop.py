@@ -16,7 +16,9 @@ from torch import Tensor
 from .codebook import sum_by_code
 
 #: Scores in memory at a time.
-CHUNK = 1 << 22
+CHUNK = 3 << 22
+#: Codes that a CPU multiplies with at a time.
+TILE = 2048
 
 
 class Choice(NamedTuple):
@@ -65,9 +67,21 @@ def choose(
     return Choice(quantized, entropies.mean(), -(mean * (mean + eps).log()).sum())
 
 
-def _chunks(rows: Tensor, codes: Tensor) -> list[slice]:
-    step = max(1, CHUNK // len(codes))
-    return [slice(first, first + step) for first in range(0, len(rows), step)]
+def _chunks(rows: Tensor, codes: Tensor, kinds: int) -> tuple[list[slice], Tensor]:
+    """Parts of the rows, and room for so many kinds of scores of the longest, [kinds, n, K]."""
+    step = min(len(rows), max(1, CHUNK // (kinds * len(codes))))
+    room = rows.new_empty(kinds, step, len(codes))
+    return [slice(first, first + step) for first in range(0, len(rows), step)], room
+
+
+def _products(rows: Tensor, codes: Tensor, out: Tensor) -> Tensor:
+    """Of all rows [M, D] with all codes, in the room for them [M, K]."""
+    # A CPU's matrix product lays the codes out anew, best while they are in its cache.
+    step = TILE if rows.device.type == "cpu" else len(codes)
+    for first in range(0, len(codes), step):
+        part = slice(first, first + step)
+        torch.mm(rows, codes[part].T, out=out[:, part])
+    return out
 
 
 class _Choose(torch.autograd.Function):
@@ -77,10 +91,11 @@ class _Choose(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         entropies, mean = rows.new_zeros(len(rows)), codes.new_zeros(len(codes))
         if temperature is not None:
-            for part in _chunks(rows, codes):
-                # log_softmax in place: x - max - log sum exp
-                logs = _log_softmax_(rows[part] @ codes.T, temperature)
-                p = logs.exp()
+            parts, room = _chunks(rows, codes, 2)
+            for part in parts:
+                logs, p = room[:, : len(rows[part])]
+                _products(rows[part], codes, logs)
+                _probabilities_(logs, p, temperature)
                 mean += p.sum(0)
                 entropies[part] = -_dot(p, logs).squeeze(1)
             mean /= len(rows)
@@ -98,28 +113,34 @@ class _Choose(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_codes, _ = sum_by_code(grad_quantized.contiguous(), indices, len(codes))
         by_mean = grad_mean / len(rows)
-        for part in _chunks(rows, codes):
-            scores = rows[part] @ codes.T
-            grad = grad_quantized[part] @ codes.T
-            if temperature is None:
-                _softmax_gradient_(grad, torch.softmax(scores, dim=1, out=scores))
-            else:
-                _softmax_gradient_(grad, torch.softmax(scores, dim=1))
-                logs = _log_softmax_(scores, temperature)
-                p = logs.exp()
+        parts, room = _chunks(rows, codes, 3)
+        for part in parts:
+            count = len(rows[part])
+            # Scores and their gradients in one product, [2 n, K].
+            both = _products(
+                torch.cat([rows[part], grad_quantized[part]]),
+                codes,
+                room[:2].flatten(0, 1)[: 2 * count],
+            )
+            scores, grad, p = both[:count], both[count:], room[2, :count]
+            _softmax_gradient_(grad, torch.softmax(scores, dim=1, out=p))
+            if temperature is not None:
+                _probabilities_(scores, p, temperature)
                 # Of the entropy, -p (log p + entropy); of the mean, p (g - <p, g>).
-                of_choice = logs.mul_(-grad_entropies[part].unsqueeze(1)).add_(by_mean)
+                of_choice = scores.mul_(-grad_entropies[part].unsqueeze(1)).add_(by_mean)
                 grad.add_(_softmax_gradient_(of_choice, p), alpha=1 / temperature)
             torch.matmul(grad, codes, out=grad_rows[part])
             grad_codes.addmm_(grad.T, rows[part])
         return grad_rows, grad_codes, None, None
 
 
-def _log_softmax_(scores: Tensor, temperature: float) -> Tensor:
-    """log softmax(scores / temperature) of each row, in place."""
+def _probabilities_(scores: Tensor, p: Tensor, temperature: float) -> None:
+    """softmax(scores / temperature) of each row into p, its logarithm in place of the scores."""
     if temperature != 1:
         scores.div_(temperature)
-    return torch.log_softmax(scores, dim=1, out=scores)
+    # Not exp of the logarithms: a CPU's takes ten times as long where results underflow.
+    torch.softmax(scores, dim=1, out=p)
+    torch.log_softmax(scores, dim=1, out=scores)
 
 
 def _softmax_gradient_(grad: Tensor, p: Tensor) -> Tensor:

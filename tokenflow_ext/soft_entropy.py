@@ -36,6 +36,7 @@ def entropy_loss(
 def _choices(rows: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sums over rows: of the probabilities of codes, [K], and of their entropies, 0-dim."""
     squares = rows.square().sum(dim=1, keepdim=True) + codes.square().sum(dim=1)
-    log_p = F.log_softmax((2 * rows @ codes.T - squares) / temperature, dim=1)
-    p = log_p.exp()
+    scores = (2 * rows @ codes.T - squares) / temperature
+    # Not exp of the logarithms: a CPU's takes ten times as long where results underflow.
+    p, log_p = F.softmax(scores, dim=1), F.log_softmax(scores, dim=1)
     return p.sum(dim=0), -(p * log_p).sum()
