@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from typing import TypeVar
 import gradio as gr
 
 from tokenflow_ext.train.data import DataError
-from tokenflow_ext.train.evaluation.preprocess import CenterCropDataset, crops_of
+from tokenflow_ext.train.evaluation.preprocess import CenterCropDataset, PhotographCrops
 
 from . import ask, codebook, draw, html, reconstruct
 from .models import Models
-from .parts import KEPT, Examples
+from .parts import KEPT, Examples, readable
 from .patches import indices_of
 from .pictures import decodes
 
@@ -52,12 +53,16 @@ def build(models: Models, folder: str | None, limit: int | None) -> gr.Blocks:
     Raises:
         DataError: no picture that can be read.
     """
-    examples = Examples(folder)
+    paths = None if folder is None else readable(folder, limit)
+    examples = Examples(paths)
+
+    @functools.cache
+    def squares(size: int) -> CenterCropDataset:
+        return PhotographCrops(size, limit) if paths is None else CenterCropDataset(paths, size)
+
     indices = {}
-    datasets: dict[int, CenterCropDataset] = {}
     for name, tokenizer in models.tokenizers.items():
-        size = tokenizer.config.image_size
-        images = datasets.setdefault(size, crops_of(folder, limit, size))
+        images = squares(tokenizer.config.image_size)
         indices[name] = indices_of(tokenizer, images, name)
     drawn = {name: one for name, one in models.tokenizers.items() if decodes(one)}
     names = dict.fromkeys((*models.tokenizers, *models.drawing, *models.answering))

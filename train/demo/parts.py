@@ -12,9 +12,17 @@ from typing import Any, TypeVar
 import gradio as gr
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from tokenflow_ext.train.data import DataError, list_images, open_image, photographs
+from tokenflow_ext.train.data import (
+    BrokenImageError,
+    DataError,
+    list_images,
+    open_image,
+    photographs,
+)
 from tokenflow_ext.train.data.image_files import cut_long, to_square
+from tokenflow_ext.train.data.text_files import Tally
 from tokenflow_ext.train.engine.messages import EXPECTED, one_line, out_of_memory
 from tokenflow_ext.train.evaluation.preprocess import evenly_spread
 
@@ -95,18 +103,35 @@ def held(state: Held | None) -> Held:
     return state
 
 
-class Examples:
-    """Pictures to begin with: of a folder, or of the photographs that come with packages the middle
-    of half the shorter side, which is as large as what the demonstration is trained on.
+def readable(folder: str, limit: int | None) -> list[Path]:
+    """Of the images below a folder so many, evenly spread; what of them cannot be read is left out,
+    and a line says so.
 
     Raises:
-        DataError: no picture in the folder.
+        DataError: no image that can be read.
     """
+    found, left = [], Tally(folder)
+    for path in tqdm(evenly_spread(list_images(folder), limit), desc="pictures", leave=False):
+        try:
+            open_image(path)
+        except BrokenImageError as error:
+            left.add("images that cannot be read", str(error))
+        else:
+            found.append(path)
+    if not found:
+        raise DataError(f"no image below {folder} can be read: {left}")
+    left.say(f"{len(found)} images; left out")
+    return found
 
-    def __init__(self, folder: str | None) -> None:
-        self.cut = folder is None
-        paths = photographs() if self.cut else list_images(folder or "")
-        self.paths = evenly_spread(paths, _EXAMPLES)
+
+class Examples:
+    """Pictures to begin with: some of those at the paths, or of the photographs that come with
+    packages the middle of half the shorter side, which is as large as what the demonstration is
+    trained on."""
+
+    def __init__(self, paths: list[Path] | None) -> None:
+        self.cut = paths is None
+        self.paths = evenly_spread(photographs() if paths is None else paths, _EXAMPLES)
         small = [np.asarray(to_square(self.open(at), _SIDE)) for at in range(len(self.paths))]
         names = [path.name for path in self.paths]
         self.html = html.examples(list(zip(names, small, strict=True)))

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def examples(images) -> parts.Examples:
-    return parts.Examples(str(images))
+    return parts.Examples(parts.readable(str(images), None))
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,30 @@ def tab(image_tokenizer, images, examples) -> reconstruct.Reconstruct:
     tokenizer = TokenFlowTokenizer.from_pretrained(image_tokenizer)
     data = crops_of(str(images), None, 32)
     return reconstruct.Reconstruct(tokenizer, indices_of(tokenizer, data, "mine"), examples)
+
+
+def test_what_cannot_be_read_is_left_out_and_told(tmp_path, capsys):
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "d.png").write_bytes(whole[: len(whole) // 2])
+    found = parts.readable(str(tmp_path), None)
+    assert [path.name for path in found] == ["a.png", "c.png"]
+    said = capsys.readouterr().err
+    assert "2 images; left out: 2 images that cannot be read (cannot read the image" in said
+    assert len(parts.Examples(found).paths) == 2
+    for path in found:
+        path.unlink()
+    with pytest.raises(DataError, match=r"no image below .* can be read: 2 images that cannot"):
+        parts.readable(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_so_many_are_looked_at(tmp_path, limit):
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert len(parts.readable(str(tmp_path), limit)) == limit
 
 
 # -- reconstruct ----------------------------------------------------------------------------------
