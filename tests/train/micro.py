@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +27,9 @@ TEXT_SCRIPT = ROOT / "train" / "text_to_image.py"
 DECODER_SCRIPT = ROOT / "train" / "decoder.py"
 VAR_SCRIPT = ROOT / "train" / "var.py"
 UNDERSTANDING_SCRIPT = ROOT / "train" / "understanding.py"
+TOGETHER = Path(__file__).with_name("together_models.py")
+# A run's name and more settings, to its command line.
+Arguments = Callable[..., list[str]]
 
 
 # A run of a few steps that writes little.
@@ -275,3 +282,122 @@ def assert_same_end(one, other):
         for run in (one, other)
     ]
     assert logs[0] == logs[1]
+
+
+def assert_halves_are_whole(train: Callable[..., None], given: Arguments, folder: Path) -> None:
+    """Six steps end as three do that are gone on from.
+
+    Args:
+        train: the main of a trainer's module.
+        given: command lines of runs below the folder.
+    """
+    whole, halves = folder / "whole", folder / "halves"
+    # The schedule must know of all six steps: the second half is lost, not missing.
+    for run in (whole, halves):
+        train(given(run.name))
+    last = checkpoint.available(halves / "checkpoints")[-1]
+    assert last.name == "step_00000006"
+    shutil.rmtree(last)
+    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
+    train([f"run={halves}", "--resume"])  # the folder holds its configuration
+    assert_same_end(whole, halves)
+
+
+# Training whose files reach the disk slowly, so that a kill lands inside a write.
+_SLOW = """
+import sys, time
+import tokenflow_ext.models.serialization.files as files
+flush = files.flush
+def slow(path):
+    print("writing", path, flush=True)
+    time.sleep({seconds})
+    flush(path)
+files.flush = slow
+from {module} import main
+main(sys.argv[1:])
+"""
+
+
+def slow_script(folder: Path, train: Callable[..., None], seconds: float) -> Path:
+    """A script like the trainer's, for which writing a file takes so long and says so."""
+    script = folder / "slow.py"
+    script.write_text(_SLOW.format(seconds=seconds, module=train.__module__))
+    return script
+
+
+def assert_a_kill_costs_an_interval(
+    train: Callable[..., None], given: Arguments, folder: Path, script: Path
+) -> None:
+    """The second checkpoint is cut off; the run goes on from the first to the same end.
+
+    Args:
+        train, given: see :func:`assert_halves_are_whole`.
+        script: the trainer's own.
+    """
+    settings = ("optim.steps=6", "output.checkpoint_every=2")
+    train(given("whole", *settings))
+    resumed = [*given("killed", *settings), "--resume"]
+    process = launch(resumed, script=slow_script(folder, train, 0.1))
+    for line in process.stdout:
+        if "/.writing_00000004" in line and "training.pt" in line:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    run = folder / "killed"
+    assert [p.name for p in checkpoint.available(run / "checkpoints")] == ["step_00000002"]
+    finish(launch(resumed, script=script))
+    assert_same_end(folder / "whole", run)
+
+
+def train_together(
+    folder: Path,
+    task: str,
+    given: Arguments,
+    steps: Mapping[str, Sequence[str]],
+    runs: Sequence[Sequence[list[str]]] = ((), ()),
+) -> Path:
+    """Two steps of each name's settings on one process and on two, left in NAME1.pt and NAME2.pt;
+    and runs of one process, and of two. Gives the folder.
+
+    Args:
+        task: of together_models.py.
+        given: command lines of runs below the folder.
+    """
+    processes = []
+    for world, more in enumerate(runs, 1):
+        plan = {
+            "task": task,
+            "steps": {str(folder / f"{n}{world}.pt"): given(n, *s) for n, s in steps.items()},
+            "runs": list(more),
+        }
+        file = folder / f"plan{world}.json"
+        file.write_text(json.dumps(plan))
+        processes.append(launch([str(file)], processes=world, script=TOGETHER))
+    for process in processes:
+        finish(process)
+    return folder
+
+
+def assert_joined_batch(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one process and two left of a name's steps are alike, to rounding. Gives both."""
+    alone, shared = (torch.load(folder / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
+    for kind in ("gradients", "weights"):
+        assert alone[kind].keys() == shared[kind].keys()
+        for key, value in alone[kind].items():
+            torch.testing.assert_close(value, shared[kind][key], rtol=1e-3, atol=2e-5, msg=key)
+    for a, b in zip(alone["losses"], shared["losses"], strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for key, value in alone["evaluated"].items():
+        assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
+    return alone, shared
+
+
+def assert_split(name: str, alone: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Every process holds all weights with ddp, and its part of them else."""
+    total = alone["sizes"][0]
+    if name == "ddp":
+        assert shared["sizes"] == [total, total]
+    else:
+        assert sum(shared["sizes"]) == total
+        assert max(shared["sizes"]) < 0.6 * total

@@ -70,21 +70,6 @@ def test_resuming_a_run_without_a_checkpoint_starts_it(micro, images, tmp_path):
     assert checkpoint.available(run / "checkpoints")
 
 
-# Training whose files reach the disk slowly, so that a kill lands inside a write.
-SLOW = """
-import os, sys, time
-import tokenflow_ext.models.serialization.files as files
-flush = files.flush
-def slow(path):
-    print("writing", path, flush=True)
-    time.sleep(0.2)
-    flush(path)
-files.flush = slow
-from tokenflow_ext.train.tokenizer import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.once
 def test_killed_while_writing(micro, images, tmp_path):
     """SIGKILL at different places of a write; each resumed run starts from a whole checkpoint, no
@@ -92,8 +77,7 @@ def test_killed_while_writing(micro, images, tmp_path):
     settings = (*micro.PIXEL_ONLY, "optim.steps=8", "output.checkpoint_every=2", "output.keep=2")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tokenizer.main(micro.overrides(whole, images, *settings))
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
+    script = micro.slow_script(tmp_path, tokenizer.main, 0.2)
     arguments = [*micro.overrides(killed, images, *settings), "--resume"]
 
     finished = []

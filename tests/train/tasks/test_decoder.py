@@ -209,18 +209,11 @@ def test_an_original_file_is_a_start(micro, original_file, images, tmp_path, mon
     ids=["enhanced", "bf16"],
 )
 def test_six_steps_are_three_and_three(micro, image_tokenizer, images, tmp_path, settings):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    settings = ("loss.gan=0.5", *settings)
-    for run in (whole, halves):
-        decoder.main(micro.decoder_overrides(run, image_tokenizer, images, *settings))
-    last = checkpoint.available(halves / "checkpoints")[-1]
-    assert last.name == "step_00000006"
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    torch.manual_seed(99)
-    decoder.main([f"run={halves}", "--resume"])
-    micro.assert_same_end(whole, halves)
+    def given(run: str) -> list[str]:
+        more = ("loss.gan=0.5", *settings)
+        return micro.decoder_overrides(tmp_path / run, image_tokenizer, images, *more)
+
+    micro.assert_halves_are_whole(decoder.main, given, tmp_path)
 
 
 @pytest.mark.once

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from tokenflow_ext.train.engine.loop import Trainer
 from tokenflow_ext.train.tasks.understanding import UnderstandingTask, load_understanding
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture
@@ -197,50 +195,16 @@ def test_adapters_are_saved_merged_and_apart(make, tmp_path):
     ids=["plain", "averaged", "projector", "adapters"],
 )
 def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for run in ("whole", "halves"):
-        understanding.main(arguments(run, *settings))
-    last = checkpoint.available(halves / "checkpoints")[-1]
-    assert last.name == "step_00000006"
-    shutil.rmtree(last)
-    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
-    understanding.main([f"run={halves}", "--resume"])
-    micro.assert_same_end(whole, halves)
-
-
-SLOW = """
-import sys, time
-import tokenflow_ext.models.serialization.files as files
-flush = files.flush
-def slow(path):
-    print("writing", path, flush=True)
-    time.sleep(0.1)
-    flush(path)
-files.flush = slow
-from tokenflow_ext.train.understanding import main
-main(sys.argv[1:])
-"""
+    micro.assert_halves_are_whole(
+        understanding.main, lambda run: arguments(run, *settings), tmp_path
+    )
 
 
 @pytest.mark.once
 def test_killed_while_writing(micro, arguments, tmp_path):
-    """The second checkpoint is cut off; the run goes on from the first to the same end."""
-    settings = ("optim.steps=6", "output.checkpoint_every=2")
-    understanding.main(arguments("whole", *settings))
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
-    resumed = [*arguments("killed", *settings), "--resume"]
-    process = micro.launch(resumed, script=script)
-    for line in process.stdout:
-        if "/.writing_00000004" in line and "training.pt" in line:
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-    run = tmp_path / "killed"
-    assert [p.name for p in checkpoint.available(run / "checkpoints")] == ["step_00000002"]
-    micro.finish(micro.launch(resumed, script=micro.UNDERSTANDING_SCRIPT))
-    micro.assert_same_end(tmp_path / "whole", run)
+    micro.assert_a_kill_costs_an_interval(
+        understanding.main, arguments, tmp_path, micro.UNDERSTANDING_SCRIPT
+    )
 
 
 def test_what_a_run_leaves(arguments, questions, tmp_path, capsys):
@@ -323,39 +287,19 @@ def ends(micro, image_tokenizer, questions, tmp_path_factory) -> Path:
             folder / run, image_tokenizer, questions, "optim.batch=8", "data.evaluated=5", *more
         )
 
-    processes = []
-    for world in (1, 2):
-        steps = {
-            str(folder / f"{name}{world}.pt"): given(name, *settings)
-            for name, settings in STEPS.items()
-        }
-        keep = ("optim.schedule=constant",)
-        runs = [given("alone", *keep)]
-        if world == 2:  # three steps one way, resumed the other way
-            runs = [
-                given("changing", *keep, f"parallel={way}", f"optim.steps={count}")
-                for way, count in (("fsdp", 3), ("ddp", 6))
-            ]
-        plan = folder / f"plan{world}.json"
-        plan.write_text(json.dumps({"task": "understanding", "steps": steps, "runs": runs}))
-        processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
-    for process in processes:
-        micro.finish(process)
-    return folder
+    keep = "optim.schedule=constant"
+    changing = [  # three steps one way, resumed the other way
+        given("changing", keep, f"parallel={way}", f"optim.steps={count}")
+        for way, count in (("fsdp", 3), ("ddp", 6))
+    ]
+    runs = [given("alone", keep)], changing
+    return micro.train_together(folder, "understanding", given, STEPS, runs)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", STEPS)
-def test_two_processes_are_one_with_the_joined_batch(ends, name):
-    alone, shared = (torch.load(ends / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
-    for kind in ("gradients", "weights"):
-        assert alone[kind].keys() == shared[kind].keys()
-        for key, value in alone[kind].items():
-            torch.testing.assert_close(value, shared[kind][key], rtol=1e-3, atol=2e-5, msg=key)
-    for a, b in zip(alone["losses"], shared["losses"], strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
-    for key, value in alone["evaluated"].items():
-        assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
+def test_two_processes_are_one_with_the_joined_batch(micro, ends, name):
+    micro.assert_joined_batch(ends, name)
 
 
 @pytest.mark.once

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from tokenflow_ext.train.tasks.understanding import load_understanding
 from tokenflow_ext.train.tasks.unified import UnifiedTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture
@@ -179,42 +177,19 @@ def test_checkpointing_changes_no_gradient(make):
     ids=["plain", "averaged"],
 )  # fmt: skip
 def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for run in ("whole", "halves"):
-        unified.main(arguments(run, *settings))
-    shutil.rmtree(checkpoint.available(halves / "checkpoints")[-1])
-    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
-    unified.main([f"run={halves}", "--resume"])
-    micro.assert_same_end(whole, halves)
+    micro.assert_halves_are_whole(unified.main, lambda run: arguments(run, *settings), tmp_path)
 
 
 @pytest.mark.once
-def test_two_processes_are_one_with_the_joined_batch(
-    micro, image_tokenizer, questions, pairs, tmp_path
-):
-    processes, kinds = [], {"both": (), "drawing": ("ways=[drawing]", "optim.ema_decay=0.5")}
-    for world in (1, 2):
-        steps = {
-            str(tmp_path / f"{name}{world}.pt"): micro.unified_overrides(
-                tmp_path / name, image_tokenizer, questions, pairs, "optim.batch=8", *settings
-            )
-            for name, settings in kinds.items()
-        }
-        plan = tmp_path / f"plan{world}.json"
-        plan.write_text(json.dumps({"task": "unified", "steps": steps, "runs": []}))
-        processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
-    for process in processes:
-        micro.finish(process)
+def test_two_processes_are_one_with_the_joined_batch(micro, arguments, tmp_path):
+    kinds = {"both": (), "drawing": ("ways=[drawing]", "optim.ema_decay=0.5")}
+
+    def given(run: str, *more: str) -> list[str]:
+        return arguments(run, "optim.batch=8", *more)
+
+    micro.train_together(tmp_path, "unified", given, kinds)
     for name in kinds:
-        alone, shared = (torch.load(tmp_path / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
-        for kind in ("gradients", "weights"):
-            assert alone[kind].keys() == shared[kind].keys()
-            for key, value in alone[kind].items():
-                torch.testing.assert_close(value, shared[kind][key], rtol=1e-3, atol=2e-5, msg=key)
-        for a, b in zip(alone["losses"], shared["losses"], strict=True):
-            assert b == pytest.approx(a, rel=1e-4)
-        for key, value in alone["evaluated"].items():
-            assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
+        micro.assert_joined_batch(tmp_path, name)
 
 
 def test_what_a_run_leaves(arguments, pairs, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import signal
@@ -25,7 +24,6 @@ from tokenflow_ext.train.engine.optimization import learning_rate
 from tokenflow_ext.train.tasks.var import VarTask
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-TOGETHER = Path(__file__).parents[1] / "together_models.py"
 
 
 @pytest.fixture
@@ -168,13 +166,7 @@ def test_the_schedule_of_the_paper():
 def test_six_steps_are_three_and_three(micro, arguments, tmp_path, settings):
     """Dropped classes and branches too."""
     drops = ("model.class_drop=0.5", "model.drop_path=0.5")
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for run in ("whole", "halves"):
-        var.main(arguments(run, *settings, *drops))
-    shutil.rmtree(checkpoint.available(halves / "checkpoints")[-1])
-    torch.manual_seed(99)  # nothing may depend on where the generators happen to be
-    var.main([f"run={halves}", "--resume"])
-    micro.assert_same_end(whole, halves)
+    micro.assert_halves_are_whole(var.main, lambda run: arguments(run, *settings, *drops), tmp_path)
 
 
 @pytest.mark.once
@@ -249,46 +241,21 @@ def ends(micro, image_tokenizer, classes, tmp_path_factory) -> Path:
             *more,
         )  # fmt: skip
 
-    processes = []
-    for world in (1, 2):
-        steps = {
-            str(folder / f"{name}{world}.pt"): given(name, *settings)
-            for name, settings in STEPS.items()
-        }
-        keep = ("optim.schedule=constant", "optim.ema_decay=0.9")
-        runs = [given("alone", *keep)]
-        if world == 2:
-            runs = [
-                given("changed", *keep, f"parallel={way}", f"optim.steps={count}")
-                for way, count in (("fsdp", 3), ("ddp", 6))
-            ]
-        plan = folder / f"plan{world}.json"
-        plan.write_text(json.dumps({"task": "var", "steps": steps, "runs": runs}))
-        processes.append(micro.launch([str(plan)], processes=world, script=TOGETHER))
-    for process in processes:
-        micro.finish(process)
-    return folder
+    keep = ("optim.schedule=constant", "optim.ema_decay=0.9")
+    changed = [
+        given("changed", *keep, f"parallel={way}", f"optim.steps={count}")
+        for way, count in (("fsdp", 3), ("ddp", 6))
+    ]
+    runs = [given("alone", *keep)], changed
+    return micro.train_together(folder, "var", given, STEPS, runs)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", STEPS)
-def test_two_processes_are_one_with_the_joined_batch(ends, name):
-    alone, shared = (torch.load(ends / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
-    for kind in ("gradients", "weights"):
-        assert alone[kind].keys() == shared[kind].keys()
-        for key, value in alone[kind].items():
-            torch.testing.assert_close(value, shared[kind][key], rtol=1e-3, atol=2e-5, msg=key)
-    for a, b in zip(alone["losses"], shared["losses"], strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
-    for key, value in alone["evaluated"].items():
-        assert shared["evaluated"][key] == pytest.approx(value, rel=1e-3), key
+def test_two_processes_are_one_with_the_joined_batch(micro, ends, name):
+    alone, shared = micro.assert_joined_batch(ends, name)
     assert alone["pictures"].shape == shared["pictures"].shape
-    total = alone["sizes"][0]
-    if name == "ddp":
-        assert shared["sizes"] == [total, total]
-    else:
-        assert sum(shared["sizes"]) == total
-        assert max(shared["sizes"]) < 0.6 * total
+    micro.assert_split(name, alone, shared)
 
 
 @pytest.mark.once
