@@ -51,6 +51,7 @@ help:
 	@echo 'make test          run the tests (ARGS="tests/quantizer -k name" for some of them)'
 	@echo 'make test-oldest   the same beside the oldest versions of other packages; make test-newest beside'
 	@echo '                   the newest. Both download a torch of several GB, SAME_TORCH=1 keeps ours'
+	@echo '                   (make setup-oldest and setup-newest only create their environments)'
 	@echo 'make renew-newest  write the newest versions of today into constraints-newest.txt'
 	@echo 'make benchmark     measure the kernels against their baselines'
 	@echo 'make report        the same, written as tables and plots into docs/benchmarks'
