@@ -76,8 +76,8 @@ def _chunks(rows: Tensor, codes: Tensor, kinds: int) -> tuple[list[slice], Tenso
 
 def _products(rows: Tensor, codes: Tensor, out: Tensor) -> Tensor:
     """Of all rows [M, D] with all codes, in the room for them [M, K]."""
-    # A CPU's matrix product lays the codes out anew, best while they are in its cache. (A graph takes
-    # no part of a row as a result.)
+    # A CPU's matrix product lays the codes out anew, best while they are in its cache. (A graph
+    # takes no part of a row as a result.)
     tiled = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     step = TILE if tiled else len(codes)
     for first in range(0, len(codes), step):
