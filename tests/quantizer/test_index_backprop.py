@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,22 +59,16 @@ def test_tiles_give_what_the_whole_gives(
     indices = torch.randint(codes, (count,), generator=generator)
     wanted = with_gradients(written_out, rows, table, indices, temperature)
 
-    def by_tiles(rows: Tensor, codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(choose(rows, codes, indices, temperature=temperature))
-
+    by_tiles = functools.partial(choose, temperature=temperature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_backprop, "CHUNK", chunk)
         patch.setattr(index_backprop, "TILE", tile)
         exact = with_gradients(by_tiles, rows, table, indices)
         torch.testing.assert_close(exact, wanted, rtol=1e-9, atol=1e-9)
-        single = [
-            value.double()
-            for value in with_gradients(by_tiles, rows.float(), table.float(), indices)
-        ]
-        again = [
-            value.double()
-            for value in with_gradients(by_tiles, rows.float(), table.float(), indices)
-        ]
+        single, again = (
+            [v.double() for v in with_gradients(by_tiles, rows.float(), table.float(), indices)]
+            for _ in range(2)
+        )
     assert all(map(torch.equal, single, again))
     if temperature is None or temperature >= 0.5:
         torch.testing.assert_close(single, wanted, rtol=2e-4, atol=2e-4 * scale)

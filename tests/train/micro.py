@@ -379,6 +379,14 @@ def train_together(
     return folder
 
 
+def split_otherwise(given: Arguments, run: str, ways: Sequence[str], *more: str) -> list[list[str]]:
+    """Three steps of a run split one way, and three more the other way."""
+    return [
+        given(run, *more, f"parallel={way}", f"optim.steps={steps}")
+        for way, steps in zip(ways, (3, 6), strict=True)
+    ]
+
+
 def assert_joined_batch(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one process and two left of a name's steps are alike, to rounding. Gives both."""
     alone, shared = (torch.load(folder / f"{name}{n}.pt", weights_only=True) for n in (1, 2))

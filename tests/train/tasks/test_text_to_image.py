@@ -235,12 +235,11 @@ def ends(micro, image_tokenizer, pairs, tmp_path_factory) -> Path:
 
     keep = ("optim.schedule=constant", "optim.ema_decay=0.9")
     alone = [given("full"), given("alone", *keep)]
-    shared = [  # three steps one way, resumed the other way
-        given("_".join(ways), *keep, f"parallel={way}", f"optim.steps={steps}")
-        for ways in (("fsdp", "ddp"), ("ddp", "fsdp"))
-        for way, steps in zip(ways, (3, 6), strict=True)
+    shared = [
+        *micro.split_otherwise(given, "fsdp_ddp", ("fsdp", "ddp"), *keep),
+        *micro.split_otherwise(given, "ddp_fsdp", ("ddp", "fsdp"), *keep),
+        given("half", "parallel=fsdp", "optim.precision=bf16"),
     ]
-    shared.append(given("half", "parallel=fsdp", "optim.precision=bf16"))
     return micro.train_together(folder, "text_to_image", given, STEPS, (alone, shared))
 
 

@@ -288,10 +288,7 @@ def ends(micro, image_tokenizer, questions, tmp_path_factory) -> Path:
         )
 
     keep = "optim.schedule=constant"
-    changing = [  # three steps one way, resumed the other way
-        given("changing", keep, f"parallel={way}", f"optim.steps={count}")
-        for way, count in (("fsdp", 3), ("ddp", 6))
-    ]
+    changing = micro.split_otherwise(given, "changing", ("fsdp", "ddp"), keep)
     runs = [given("alone", keep)], changing
     return micro.train_together(folder, "understanding", given, STEPS, runs)
 

@@ -242,10 +242,7 @@ def ends(micro, image_tokenizer, classes, tmp_path_factory) -> Path:
         )  # fmt: skip
 
     keep = ("optim.schedule=constant", "optim.ema_decay=0.9")
-    changed = [
-        given("changed", *keep, f"parallel={way}", f"optim.steps={count}")
-        for way, count in (("fsdp", 3), ("ddp", 6))
-    ]
+    changed = micro.split_otherwise(given, "changed", ("fsdp", "ddp"), *keep)
     runs = [given("alone", *keep)], changed
     return micro.train_together(folder, "var", given, STEPS, runs)
 
