@@ -61,7 +61,7 @@ help:
 	@echo 'make lint          check style and types; make format mends the style'
 	@echo 'make cpp           build the C++ library without torch and run its tests; make cpp-aarch64 the'
 	@echo '                   same for aarch64 (needs g++-aarch64-linux-gnu and qemu-user)'
-	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90 (needs nvcc, no GPU)'
+	@echo 'make cuda-compile  compile the CUDA kernels for sm_80 and sm_90a (needs nvcc, no GPU)'
 	@echo 'make cuda-architectures   the same for every architecture of CUDA_ARCHITECTURES; fails where a kernel'
 	@echo '                   spills or uses local memory on one of them'
 	@echo 'make sass          what the compiler made of them: registers, occupancy, hot loops'

@@ -258,7 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.out,
     )
     run = machine.facts([])
-    run["command"] = " ".join(["python -m benchmarks.gpu", *options.modes])
+    search = os.environ.get("TOKENFLOW_CUDA_SEARCH")
+    prefix = f"TOKENFLOW_CUDA_SEARCH={search} " if search else ""
+    run["command"] = " ".join([f"{prefix}python -m benchmarks.gpu", *options.modes])
     run["load after"] = list(os.getloadavg())
     header = machine.describe(run, options.device)
     wrong = False

@@ -36,6 +36,7 @@ KERNELS = {
     "judge_kernel": "latency",
     "pack_kernel": "latency",
     "coarse_score_kernel": "tensor cores",
+    "warpgroup_score_kernel": "tensor cores",
     "refine_kernel": "latency of the L2",
     "step_kernel": "latency",
     "row_gradient_kernel": "memory",

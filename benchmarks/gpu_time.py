@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from statistics import median as median_of
 from typing import Any
 
 import torch
@@ -53,6 +55,30 @@ def _timed(
         yield from _kernels(call)
 
 
+def _both_searches(rows: Tensor, codebook: Tensor) -> Lines:
+    """The search by products of a warp and by those of four, one after the other, three times."""
+    variable = "TOKENFLOW_CUDA_SEARCH"
+    before = os.environ.get(variable)
+    times: dict[str, list[float]] = {"mma": [], "wgmma": []}
+    try:
+        for name in list(times) * 3:
+            os.environ[variable] = name
+            call = graph_of(lambda: nearest_code(rows, codebook, DIMS))[0]
+            times[name].append(median(call, 20))
+    except RuntimeError as error:
+        yield f"    {name}: {error}"
+        return
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+    found = {name: median_of(seconds) for name, seconds in times.items()}
+    yield (
+        f"    mma {1e3 * found['mma']:.4f} ms, wgmma {1e3 * found['wgmma']:.4f} ms, "
+        f"{found['mma'] / found['wgmma']:.2f} times"
+    )
+
+
 def measure(settings: Settings) -> Lines:
     device = settings.device
     copy = _copy_rate(device)
@@ -68,6 +94,8 @@ def measure(settings: Settings) -> Lines:
         z, c = (torch.nn.functional.normalize(t, dim=1) for t in (rows, codebook))
         eager = median(lambda z=z, c=c: (z @ c.T).argmax(1), 5)
         yield f"    product + argmax in float32: {1e3 * eager:.3f} ms, {eager / best:.1f} times"
+        if device == "cuda":
+            yield from _both_searches(rows, codebook)
     for pyramid, batch in (("B", 1), ("B", 32), ("XL", 32)):
         case = Settings(device, settings.codes, pyramid, batch, settings.seconds)
         quantizer = quantizer_for(case, device)

@@ -16,7 +16,9 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 10)
 MINIMUM_NVCC = (12, 0)
-DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+# 9.0a is compute capability 9.0 with its own tensor core instructions; the intermediate code of 8.0
+# serves whatever comes after.
+DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 # Before 8.0, which the kernels need: torch's names, and how the numbers begin.
 OLD_ARCHITECTURES = ("kepler", "maxwell", "pascal", "volta", "turing", *(f"{n}." for n in range(8)))
 # Memory that one compiler process is allowed when the number of jobs is chosen.

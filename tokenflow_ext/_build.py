@@ -71,7 +71,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary with `version`, `torch` (built with) and `torch_running`, `cuda` (the toolkit's
         version, None for a build without CUDA), `cuda_architectures` (a list such as
-        ["8.0", "9.0+PTX"]), `cuda_reason` (why CUDA was or was not built), `compiler`,
+        ["8.0+PTX", "9.0a"]), `cuda_reason` (why CUDA was or was not built), `compiler`,
         `cpu_instruction_set` (the one in use on this machine) and `library` (a path).
 
     Raises:

@@ -1,8 +1,8 @@
 // Scores of rows x codes in half precision, in registers: what is kept is one record for a row and
-// a few tiles of codes.
+// a few tiles of codes. Here with products of a warp, which every device has.
 #include <cstdint>
 
-#include "search.cuh"
+#include "coarse_score.cuh"
 
 namespace tokenflow::cuda {
 namespace {
@@ -25,81 +25,14 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kFragments][4],
   }
 }
 
-// A thread's records of a number of rows, [8 j + lane / 4] as in quad_vector.
-template <int kRows>
-struct Records {
-  ScoreRecord row[kRows];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (ScoreRecord& record : row) record = {-infinity(), -infinity()};
-  }
-};
-
-// A thread's scores of a group for each row go into its records.
-template <int kFragments>
-__device__ __forceinline__ void update_records(const float (&sums)[2][kFragments][4], int tag,
-                                               Records<2 * kFragments>& records) {
-#pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // fmaxf passes over NaN
-      const float score = with_tag(fmaxf(fmaxf(sums[0][f][2 * half], sums[0][f][2 * half + 1]),
-                                         fmaxf(sums[1][f][2 * half], sums[1][f][2 * half + 1])),
-                                   tag);
-      ScoreRecord& record = records.row[2 * f + half];
-      record.runner_up = fmaxf(record.runner_up, fminf(record.best, score));
-      record.best = fmaxf(record.best, score);
-    }
-  }
-}
-
 // Writes the warp's records; each lane those of neighbouring rows. `to` is that of the warp's first
 // row, and `stride` further is that of the next.
 template <int kFragments>
 __device__ __forceinline__ void store_records(Records<2 * kFragments>& records, ScoreRecord* to,
                                               int64_t stride) {
-  reduce_quad(records.row, [](const ScoreRecord& a, const ScoreRecord& b) {
-    return ScoreRecord{fmaxf(a.best, b.best),
-                       fmaxf(fmaxf(a.runner_up, b.runner_up), fminf(a.best, b.best))};
-  });
+  reduce_quad(records.row, merge_records);
 #pragma unroll
   for (int i = 0; i < kFragments / 2; ++i) to[(32 * i + quad_vector()) * stride] = records.row[i];
-}
-
-// What a CUDA block of the coarse scores owns: its rows, and a run of tiles of codes.
-struct ScoreBlock {
-  int64_t book;
-  int64_t row;  // from the book's first of the launch
-  int64_t first_tile;
-  int tiles;
-
-  __device__ __forceinline__ ScoreBlock(const SearchArgs& args, int rows, const ScoreRuns& runs)
-      : book(blockIdx.z),
-        row(static_cast<int64_t>(blockIdx.x) * rows),
-        first_tile(static_cast<int64_t>(blockIdx.y) * runs.tiles_per_block) {
-    const int64_t left = num_tiles(args.layout) - first_tile;
-    tiles = left < runs.tiles_per_block ? static_cast<int>(left) : runs.tiles_per_block;
-  }
-
-  // The packed rows of the book's search begin here, and its tiles of codes.
-  __device__ __forceinline__ int64_t packed_row(const SearchArgs& args) const {
-    return book * padded_rows(args.num_rows);
-  }
-  __device__ __forceinline__ int64_t packed_tile(const SearchArgs& args) const {
-    return book * num_tiles(args.layout) + first_tile;
-  }
-};
-
-// Whether the block's tile i is the last of a record.
-__device__ __forceinline__ bool ends_record(const ScoreRuns& runs, const ScoreBlock& block, int i) {
-  return ((i + 1) & (runs.record_tiles - 1)) == 0 || i + 1 == block.tiles;
-}
-
-// Of row `row` of the block and its tile i.
-__device__ __forceinline__ int64_t record_index(const ScoreRuns& runs, const ScoreBlock& block,
-                                                int64_t row, int i) {
-  return (block.row + row) * runs.num_records + (block.first_tile + i) / runs.record_tiles;
 }
 
 // Copies kCount times 16 bytes to shared memory with the whole block.
@@ -193,6 +126,7 @@ constexpr int kWideRows = kScoreWarps * kWideFragments * kFragmentVectors;
 constexpr int kWideStages = 4;
 constexpr int kWideChunk = kWideSteps * kTileFragments * kWarpSize;  // of rows, and of codes
 static_assert(kWideRows == kTileVectors, "a block's rows are a tile of packed vectors");
+static_assert(kWideRows == kBlockRows / 2, "see score_block_rows");
 
 // Operands of any number of steps, kWideSteps at a time on both sides.
 // Grid: (blocks of kWideRows rows, runs of tiles of codes, codebooks). A warp holds the
@@ -285,17 +219,12 @@ CoarseScoreKernel coarse_score_kernel_for(int steps) {
   }
 }
 
-// A coarse scale has few rows: fewer of a block's would be there.
-bool has_few_rows(int64_t num_rows) { return num_rows <= kBlockRows / 2; }
-
-int block_rows(int steps, int64_t num_rows) {
-  if (steps > kMostSteps) return kWideRows;
-  return has_few_rows(num_rows) ? kBlockRows / 2 : kBlockRows;
-}
-
 // Blocks that keep a multiprocessor's tensor cores busy: one fewer than it holds at once (see
-// __launch_bounds__).
-int enough_blocks(int steps) { return steps <= 3 ? 3 : (steps == 4 ? 2 : 1); }
+// __launch_bounds__), or the one of four warpgroups.
+int enough_blocks(const PackedCodes& codes, int steps) {
+  if (codes.order == FragmentOrder::kByWord) return 1;
+  return steps <= 3 ? 3 : (steps == 4 ? 2 : 1);
+}
 
 }  // namespace
 
@@ -306,8 +235,9 @@ int enough_blocks(int steps) { return steps <= 3 ? 3 : (steps == 4 ? 2 : 1); }
 ScoreRuns::ScoreRuns(const SearchArgs& args, int64_t num_rows) {
   const int steps = operand_steps(args.layout.dim);
   const int64_t tiles = num_tiles(args.layout);
-  const int64_t row_blocks = args.layout.books * ceil_div(num_rows, block_rows(steps, num_rows));
-  const int64_t enough = enough_blocks(steps);
+  const int64_t row_blocks =
+      args.layout.books * ceil_div(num_rows, score_block_rows(steps, num_rows));
+  const int64_t enough = enough_blocks(args.codes, steps);
   // The second grid dimension ends at 65,535.
   int64_t least = ceil_div(tiles, int64_t{65535});
   if (num_rows > kFewRows || least > 2) least = ceil_div(least, kRecordTiles) * kRecordTiles;
@@ -327,6 +257,9 @@ ScoreRuns::ScoreRuns(const SearchArgs& args, int64_t num_rows) {
 
 cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                                 const ScoreRuns& runs, cudaStream_t stream) {
+  if (args.codes.order == FragmentOrder::kByWord) {
+    return launch_warpgroup_score(args, first_row, num_rows, runs, stream);
+  }
   const int steps = operand_steps(args.layout.dim);
   CoarseScoreKernel kernel = coarse_score_wide_kernel;
   int shared_vectors = 2 * kWideChunk * kWideStages;
@@ -335,7 +268,7 @@ cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64
                                     : coarse_score_kernel_for<4>(steps);
     shared_vectors = steps * kTileFragments * kWarpSize * kStages;
   }
-  const dim3 grid(static_cast<unsigned>(ceil_div(num_rows, block_rows(steps, num_rows))),
+  const dim3 grid(static_cast<unsigned>(ceil_div(num_rows, score_block_rows(steps, num_rows))),
                   static_cast<unsigned>(ceil_div(num_tiles(args.layout), runs.tiles_per_block)),
                   static_cast<unsigned>(args.layout.books));
   return launch(kernel, grid, kScoreThreads, static_cast<size_t>(shared_vectors) * sizeof(uint4),

@@ -259,6 +259,168 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// --- Compute capability 9.0 alone: products of four warps, and copies that report to a barrier ---
+
+// Compiled for sm_90a, whose machine code no other compute capability runs. A kernel that uses what
+// follows does nothing where this is false.
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
+
+constexpr int kWarpgroupThreads = 4 * kWarpSize;
+
+__device__ __forceinline__ void warp_barrier() { __syncwarp(kFullMask); }
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+#if defined(__CUDACC__)
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+#else
+  return emulation::shared_address(shared);
+#endif
+}
+
+// A barrier in shared memory. Its phase ends when as many arrivals as it was set up for have come,
+// and all bytes that were announced. Phases are 0 and 1 in turn, from 0 on.
+using PhaseBarrier = uint64_t;
+
+// By one thread; publish_barriers and block_barrier must follow before any other use.
+__device__ __forceinline__ void set_up_barrier(PhaseBarrier* barrier, unsigned arrivals) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+#else
+  emulation::set_up_barrier(barrier, arrivals);
+#endif
+}
+
+// Shows barriers that this thread has set up to copies.
+__device__ __forceinline__ void publish_barriers() {
+#if defined(__CUDACC__)
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
+                   : "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive(PhaseBarrier* barrier) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+#else
+  emulation::arrive(barrier, 0);
+#endif
+}
+
+// Arrives, and announces bytes.
+__device__ __forceinline__ void arrive_expecting(PhaseBarrier* barrier, unsigned bytes) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#else
+  emulation::arrive(barrier, bytes);
+#endif
+}
+
+// Waits for the end of the phase `phase`, which is the running one or the one before.
+__device__ __forceinline__ void wait_for_phase(PhaseBarrier* barrier, unsigned phase) {
+#if defined(__CUDACC__)
+  unsigned ended = 0;
+  do {
+    asm volatile(
+        "{ .reg .pred ended;\n\t"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, ended; }"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(phase)
+        : "memory");
+  } while (ended == 0);
+#else
+  emulation::wait_for_phase(barrier, phase);
+#endif
+}
+
+// Copies `bytes` to shared memory and reports them to the barrier, which must expect them. All a
+// multiple of 16. By one thread. What reads shared memory otherwise must not be behind a fence.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
+                                          PhaseBarrier* barrier) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#else
+  emulation::copy_bulk(shared, global, bytes, barrier);
+#endif
+}
+
+// Before the first product after a thread has touched its sums or operands otherwise.
+__device__ __forceinline__ void begin_products() {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Describes 128 vectors of 16 columns in shared memory, from an address that is a multiple of 16:
+// matrices of 8 vectors by 8 columns, in which a vector's columns are 16 bytes, one after the
+// other. The second 8 columns are one matrix further, and the next 8 vectors two.
+__device__ __forceinline__ uint64_t describe_operand(const void* shared) {
+  constexpr uint64_t kMatrix = 128 >> 4;
+  return (shared_address(shared) & 0x3ffffu) >> 4 | kMatrix << 16 | 2 * kMatrix << 32;
+}
+
+#if defined(__CUDACC__)
+#define TOKENFLOW_SUMS(i)                                                                         \
+  "+f"(sums[i][0][0][0]), "+f"(sums[i][0][0][1]), "+f"(sums[i][0][0][2]), "+f"(sums[i][0][0][3]), \
+      "+f"(sums[i][1][0][0]), "+f"(sums[i][1][0][1]), "+f"(sums[i][1][0][2]),                     \
+      "+f"(sums[i][1][0][3])
+#endif
+
+// sums = A B, or += where `adds`, by a warpgroup: A [64][16] of halves in registers, of which each
+// warp has 16 rows and each lane the words of multiply_add_16x8x16, and B [16][128], as described,
+// in shared memory. sums [j / 2][j % 2][0] are those of columns 8 j to 8 j + 7, a lane's as there.
+// Runs beside the thread until wait_for_products; till then the sums and B are not to be touched.
+__device__ __forceinline__ void multiply_add_64x128x16(float (&sums)[8][2][1][4], const uint4& a,
+                                                       uint64_t b, bool adds) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{ .reg .pred adds;\n\t"
+      "setp.ne.b32 adds, %69, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, adds, 1, 1, 0; }"
+      : TOKENFLOW_SUMS(0), TOKENFLOW_SUMS(1), TOKENFLOW_SUMS(2), TOKENFLOW_SUMS(3),
+        TOKENFLOW_SUMS(4), TOKENFLOW_SUMS(5), TOKENFLOW_SUMS(6), TOKENFLOW_SUMS(7)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(adds ? 1 : 0)
+      : "memory");
+#else
+  emulation::multiply_add_64x128x16(&sums[0][0][0][0], a.x, a.y, a.z, a.w, b, adds);
+#endif
+}
+
+// Closes the group of products since the last one, and waits for all.
+__device__ __forceinline__ void wait_for_products(float (&sums)[8][2][1][4]) {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;"
+               : TOKENFLOW_SUMS(0), TOKENFLOW_SUMS(1), TOKENFLOW_SUMS(2), TOKENFLOW_SUMS(3),
+                 TOKENFLOW_SUMS(4), TOKENFLOW_SUMS(5), TOKENFLOW_SUMS(6), TOKENFLOW_SUMS(7)
+               :
+               : "memory");
+#else
+  emulation::wait_for_products();
+  (void)sums;
+#endif
+}
+
+#undef TOKENFLOW_SUMS
+
 // Bytes of dynamic shared memory that a block of the current device may ask for.
 inline cudaError_t largest_shared_memory(int* bytes) {
   int device = 0;

@@ -281,6 +281,7 @@ __global__ void __launch_bounds__(kPackThreads, 6)
 
 // Packs code n of the padded codebooks, which is judged, and raises the bounds; the work of
 // kPackLanes lanes.
+template <FragmentOrder kOrder>
 __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const float* codebook,
                                           int64_t n, const PackedCodes& codes) {
   const PaddedCode code(layout, n);
@@ -306,7 +307,7 @@ __device__ __forceinline__ void pack_code(const CodebookLayout& layout, const fl
     magnitude += fabs(value);
   }
   spare.exclusion = to_half(counts ? 0.0f : -kExclusion);
-  const PackedLengths lengths = pack_vector<Operand::kCodes>(
+  const PackedLengths lengths = pack_vector<Operand::kCodes, kOrder>(
       vector, counts, layout, inverse_norms, centre, exponents.length, spare, n, codes.fragments);
   // |2^a c| is at most |cq| + |ec|.
   const CoarseCodeBounds bounds = {max_over_warp(lengths.packed + lengths.error, kPackLanes),
@@ -335,11 +336,13 @@ struct PackArgs {
 // ones, in blocks of kPackThreads. Reads the vectors once (again from the L1) and writes 2 bytes a
 // column of the operands, bound by memory. Rows that do not exist are packed as zeros: their scores
 // are computed, and not used.
+template <FragmentOrder kOrder>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs args) {
   static_assert(kTileCodes % (kPackThreads / kPackLanes) == 0, "a block packs codes or rows");
+  if constexpr (!kHasUse<kOrder>) return;
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x) / kPackLanes;
   if (n < args.padded_codes) {
-    pack_code(args.layout, args.codebook, n, args.codes);
+    pack_code<kOrder>(args.layout, args.codebook, n, args.codes);
   } else {
     const int64_t row = n - args.padded_codes, padded = padded_rows(args.num_rows);
     const int64_t book = row / padded, in_book = row - book * padded;
@@ -379,15 +382,17 @@ cudaError_t launch_pack(const CodebookLayout& layout, const float* codebook,
                             kPackThreads, 0, stream, layout, codebook, codes));
   static_assert(kTileCodes % kPackThreads == 0, "whole blocks of codes");
   const PackArgs args = {layout, codebook, codes, padded, rows, map, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(padded + layout.books * padded_rows(num_rows))),
-                kPackThreads, 0, stream, args);
+  return launch(codes.order == FragmentOrder::kByLane ? pack_kernel<FragmentOrder::kByLane>
+                                                      : pack_kernel<FragmentOrder::kByWord>,
+                dim3(blocks(padded + layout.books * padded_rows(num_rows))), kPackThreads, 0,
+                stream, args);
 }
 
 cudaError_t launch_pack_rows(const CodebookLayout& layout, const float* rows, const TokenMap& map,
                              int64_t num_rows, const PackedRows& packed, cudaStream_t stream) {
   const PackArgs args = {layout, nullptr, {}, 0, rows, map, packed, num_rows};
-  return launch(pack_kernel, dim3(blocks(layout.books * padded_rows(num_rows))), kPackThreads, 0,
-                stream, args);
+  return launch(pack_kernel<FragmentOrder::kByLane>,
+                dim3(blocks(layout.books * padded_rows(num_rows))), kPackThreads, 0, stream, args);
 }
 
 }  // namespace tokenflow::cuda

@@ -9,8 +9,11 @@
 // With g = lane / 4 and t = lane % 4, the words are columns 2t and 2t + 1, and 8 further, of
 // vectors g and g + 8 of the fragment, in the order of `operand_word`. A warp reads a fragment by
 // one load of 512 bytes in a row, from shared memory without conflicts, and a tile is copied as it
-// lies.
+// lies. Products of warpgroups read codes from shared memory themselves, for which the words of a
+// fragment lie in another order (FragmentOrder).
 #pragma once
+
+#include <type_traits>
 
 #include "../common/coarse_bound.h"
 #include "../common/codebook.h"
@@ -58,6 +61,15 @@ __device__ __forceinline__ int operand_word(int64_t n, int half) {
   return kOperand == Operand::kRows ? upper + 2 * half : 2 * upper + half;
 }
 
+// How the 128 words of a fragment of codes lie: [lane][word], or [word][lane]. The second are four
+// matrices of 8 vectors by 8 columns, a row of 16 bytes for each vector, as
+// multiply_add_64x128x16 takes them.
+enum class FragmentOrder { kByLane, kByWord };
+
+// Whether a kernel of that order has a use on the architecture that is compiled for.
+template <FragmentOrder kOrder>
+constexpr bool kHasUse = kOrder == FragmentOrder::kByLane || kHasWarpgroups;
+
 // Codes whose lengths are within kBinOctaves powers of two; all zero before they are measured.
 struct LengthBin {
   double length;  // the largest
@@ -104,6 +116,7 @@ struct NearestOfSome {
 
 // Codebooks, each padded to whole tiles.
 struct PackedCodes {
+  FragmentOrder order;
   uint4* fragments;  // codes without a coarse score, and missing ones of the last tile, never win
   double* inverse_norms;  // [books, codes, groups]: reciprocal lengths
   double* bias;           // [books, codes], see codebook.h; -infinity for a code that is not finite
@@ -161,7 +174,8 @@ inline int64_t packed_vectors(int64_t padded, int dim) {
 
 inline PackedCodes take_packed_codes(Workspace& workspace, const CodebookLayout& layout) {
   const int64_t padded = layout.books * padded_codes(layout), codes = all_codes(layout);
-  return {workspace.take<uint4>(packed_vectors(padded, layout.dim)),
+  return {FragmentOrder::kByLane,
+          workspace.take<uint4>(packed_vectors(padded, layout.dim)),
           workspace.take<double>(codes * layout.groups),
           workspace.take<double>(codes),
           workspace.take<unsigned char>(codes),
@@ -279,20 +293,24 @@ struct PackedLengths {
 // Writes vector n, normalised by groups, times the square roots of the weights, less `centre`
 // unless that is null, and times 2^exponent; a vector that does not count as zeros. `inverse_norms`
 // are those of measure_vector, written by this lane. The lengths are in every lane.
-template <Operand kOperand>
+template <Operand kOperand, FragmentOrder kOrder>
 __device__ __forceinline__ PackedLengths pack_vector(
     const float* vector, bool counts, const CodebookLayout& layout, const double* inverse_norms,
     const double* centre, int exponent, const SpareColumns& spare, int64_t n, uint4* fragments) {
   const int t = lane_index() % kPackLanes, steps = operand_steps(layout.dim);
-  unsigned* words =
-      reinterpret_cast<unsigned*>(fragments + fragment_index(n, 0, steps) + n % 8 * 4 + t);
+  // What lies where is told in 16 bytes by lane, in words by word.
+  using Unit = std::conditional_t<kOrder == FragmentOrder::kByLane, uint4, unsigned>;
+  constexpr int kWordStep = kOrder == FragmentOrder::kByLane ? 1 : kWarpSize;
+  unsigned* words = reinterpret_cast<unsigned*>(
+      reinterpret_cast<Unit*>(fragments + fragment_index(n, 0, steps)) + n % 8 * 4 + t);
   // This lane's columns in ascending order, four a step, and the halves of them in pairs.
   const auto column = [&](int i) { return i / 4 * kStepColumns + i % 4 / 2 * 8 + 2 * t + i % 2; };
   unsigned pair = 0;
   const auto put = [&](int i, uint16_t half) {
     pair = i % 2 == 0 ? half : pair | static_cast<unsigned>(half) << 16;
     if (i % 2 == 1) {
-      words[i / 4 * (4 * kTileFragments * kWarpSize) + operand_word<kOperand>(n, i % 4 / 2)] = pair;
+      words[i / 4 * (4 * kTileFragments * kWarpSize) +
+            operand_word<kOperand>(n, i % 4 / 2) * kWordStep] = pair;
     }
   };
   const double power = ldexp(1.0, exponent);
@@ -336,7 +354,7 @@ __device__ __forceinline__ void pack_row(const float* row, bool exists,
   const RowExponents exponents = row_exponents(length, range);
   const float factor = bias_factor(exponents, range);
   const uint16_t half = to_half(factor);
-  const PackedLengths lengths = pack_vector<Operand::kRows>(
+  const PackedLengths lengths = pack_vector<Operand::kRows, FragmentOrder::kByLane>(
       row, exists && size.finite, layout, inverse_norms, centre, exponents.length,
       {{half, half}, to_half(kExclusion)}, n, packed.fragments);
   if (exists && lane_index() % kPackLanes == 0) {

@@ -69,7 +69,7 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   const CodebookLayout& layout = args.layout;
   if (unsupported_reason(pyramid, layout)) return cudaErrorInvalidValue;
   Workspace workspace(workspace_memory);
-  const QuantizeScratch scratch(workspace, args);
+  QuantizeScratch scratch(workspace, args);
   TOKENFLOW_CUDA_TRY(cudaMemsetAsync(
       args.hits, 0, static_cast<size_t>(all_codes(layout)) * sizeof(int64_t), stream));
   if (pyramid.batch == 0 || pyramid.num_scales == 0) {
@@ -79,6 +79,7 @@ cudaError_t launch_quantize(const QuantizeArgs<float>& args, void* workspace_mem
   }
   int multiprocessors = 0;
   TOKENFLOW_CUDA_TRY(num_multiprocessors(&multiprocessors));
+  TOKENFLOW_CUDA_TRY(choose_order(layout, &scratch.codes.order));
   TOKENFLOW_CUDA_TRY(
       launch_pack(layout, args.codebook, scratch.codes, nullptr, {}, 0, scratch.packed, stream));
 

@@ -186,19 +186,27 @@ __device__ __forceinline__ double outlier_margin(const SearchArgs& args, double 
   return 3 * distance_error(layout.dim, squares);
 }
 
+// The lane's words of a fragment of codes.
+template <FragmentOrder kOrder>
+__device__ __forceinline__ uint4 fragment_words(const uint4* fragment) {
+  if constexpr (kOrder == FragmentOrder::kByLane) return fragment[lane_index()];
+  const unsigned* words = reinterpret_cast<const unsigned*>(fragment) + lane_index();
+  return {words[0], words[kWarpSize], words[2 * kWarpSize], words[3 * kWarpSize]};
+}
+
 // Coarse scores of a tile again with packed row n, in float32: a quad sums the columns of a code
 // that its lanes hold. A bit for each of the codes tile * kTileCodes + quad_vector() + 32 i that
 // may be the nearest.
+template <FragmentOrder kOrder>
 __device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t n, int tile,
                                                  float threshold) {
   constexpr int kFragments = kTileFragments / 2;  // at a time, to save registers
   n = opaque(n);                                  // likewise: this is seldom wanted
   const int steps = operand_steps(args.layout.dim);
-  const uint4* codes = args.codes.fragments +
-                       fragment_index(book_of_block() * padded_codes(args.layout) +
-                                          static_cast<int64_t>(tile) * kTileCodes,
-                                      0, steps) +
-                       lane_index();
+  const uint4* codes =
+      args.codes.fragments + fragment_index(book_of_block() * padded_codes(args.layout) +
+                                                static_cast<int64_t>(tile) * kTileCodes,
+                                            0, steps);
   unsigned near = 0;
 #pragma unroll 1
   for (int part = 0; part < kTileFragments / kFragments; ++part) {
@@ -216,7 +224,8 @@ __device__ __forceinline__ unsigned rescore_tile(const SearchArgs& args, int64_t
       };
 #pragma unroll
       for (int c = 0; c < kFragments; ++c) {
-        const uint4 words = codes[(s * kTileFragments + part * kFragments + c) * kWarpSize];
+        const uint4 words = fragment_words<kOrder>(
+            codes + (s * kTileFragments + part * kFragments + c) * kWarpSize);
         add(words.x, words.y, &scores[2 * c]);
         add(words.z, words.w, &scores[2 * c + 1]);
       }
@@ -292,9 +301,11 @@ constexpr float kExcludedScore = -0x1p29f;
 // different groups closer together than the coarse scores can tell cost four codes more; where both
 // groups are in one record, it is scored again, 4 KiB a step of the operands and a tile.
 // Codes closer together than scores in float64 can tell cost a distance each.
+template <FragmentOrder kOrder>
 __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine_kernel(const __grid_constant__ SearchArgs args, int64_t first_row, int64_t num_rows,
                   const ScoreRuns runs) {
+  if constexpr (!kHasUse<kOrder>) return;
   const CodebookLayout& layout = args.layout;
   const int lane = lane_index();
   const int n = static_cast<int>(blockIdx.x) * (kRefineThreads / kWarpSize) + warp_index();
@@ -372,7 +383,7 @@ __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
         do {
           if (rescore) {
             first = tile * kTileCodes + quad_vector();
-            codes = rescore_tile(args, packed, tile, threshold);
+            codes = rescore_tile<kOrder>(args, packed, tile, threshold);
           }
           look_at(args, row, first, codes, &nearest);
         } while (rescore && ++tile < last_tile);
@@ -394,7 +405,8 @@ __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
 cudaError_t launch_refine(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                           const ScoreRuns& runs, cudaStream_t stream) {
   const int64_t blocks = ceil_div(num_rows, kRefineThreads / kWarpSize);
-  return launch(refine_kernel,
+  return launch(args.codes.order == FragmentOrder::kByLane ? refine_kernel<FragmentOrder::kByLane>
+                                                           : refine_kernel<FragmentOrder::kByWord>,
                 dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.layout.books)),
                 kRefineThreads, 0, stream, args, first_row, num_rows, runs);
 }

@@ -53,7 +53,8 @@ cudaError_t launch_nearest_code(const NearestCodeArgs<float>& args, void* worksp
   int multiprocessors = 0;
   TOKENFLOW_CUDA_TRY(num_multiprocessors(&multiprocessors));
   Workspace workspace(workspace_memory);
-  const NearestCodeScratch scratch(workspace, args);
+  NearestCodeScratch scratch(workspace, args);
+  TOKENFLOW_CUDA_TRY(choose_order(layout, &scratch.codes.order));
   for (int64_t first = 0; first < args.num_rows; first += kRowsAtOnce) {
     const int64_t left = args.num_rows - first;
     const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;

@@ -81,6 +81,11 @@ inline ScoreRecord* take_records(Workspace& workspace, const CodebookLayout& lay
   return workspace.take<ScoreRecord>(layout.books * (few > many ? few : many));
 }
 
+// Which order the codes are to be packed in: that of warpgroups where TOKENFLOW_CUDA_SEARCH=wgmma
+// is set and the codebook is narrow enough. An error where this device or build has no kernel for
+// them.
+cudaError_t choose_order(const CodebookLayout& layout, FragmentOrder* order);
+
 // Records of rows [first_row, first_row + num_rows) of each codebook's.
 cudaError_t launch_coarse_score(const SearchArgs& args, int64_t first_row, int64_t num_rows,
                                 const ScoreRuns& runs, cudaStream_t stream);

@@ -175,6 +175,116 @@ void check_copies() {
   }
 }
 
+// Products of a warpgroup with codes that come one after another through two places.
+enum class Slip { kNone, kNoFilled, kWrongPhase, kNoEmptied, kEarlyEmptied, kNoWait, kWrongMatrix };
+
+struct Places {
+  uint4 operands[2][256];  // 128 vectors of 16 columns each
+  PhaseBarrier filled[2];
+  PhaseBarrier emptied[2];
+};
+
+// out [runs][64][128] = a [64][16] b [runs][128][16]; a lies as a warp takes it, and b as
+// described.
+__global__ void warpgroup_kernel(const uint4* a, const uint4* b, int runs, float* out, Slip slip) {
+  Places& places = *shared_memory<Places>();
+  const int lane = lane_index(), warp = warp_index();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      set_up_barrier(&places.filled[i], 1);
+      set_up_barrier(&places.emptied[i], 4);
+    }
+    publish_barriers();
+  }
+  block_barrier();
+  const auto fetch = [&](int run) {
+    const int place = run % 2;
+    if (run >= 2 && slip != Slip::kNoEmptied) {
+      wait_for_phase(&places.emptied[place], static_cast<unsigned>(run / 2 - 1) & 1u);
+    }
+    arrive_expecting(&places.filled[place], sizeof(places.operands[place]));
+    copy_bulk(places.operands[place], b + run * 256, sizeof(places.operands[place]),
+              &places.filled[place]);
+  };
+  if (threadIdx.x == 0) fetch(0);
+  for (int run = 0; run < runs; ++run) {
+    const int place = run % 2;
+    if (threadIdx.x == 0 && run + 1 < runs) fetch(run + 1);
+    warp_barrier();
+    const unsigned phase = static_cast<unsigned>(run / 2) & 1u;
+    if (slip != Slip::kNoFilled) {
+      wait_for_phase(&places.filled[place], slip == Slip::kWrongPhase ? phase ^ 1u : phase);
+    }
+    if (slip == Slip::kEarlyEmptied && lane == 0) arrive(&places.emptied[place]);
+    float sums[8][2][1][4];
+    for (auto& part : sums) {
+      for (auto& matrix : part) {
+        for (float& sum : matrix[0]) sum = 1e6f;
+      }
+    }
+    begin_products();
+    const uint64_t b_here = describe_operand(places.operands[place]);
+    for (int twice = 0; twice < 2; ++twice) {
+      multiply_add_64x128x16(sums, a[warp * 32 + lane],
+                             slip == Slip::kWrongMatrix ? b_here ^ uint64_t{1} << 16 : b_here,
+                             twice == 1);
+    }
+    if (slip != Slip::kNoWait) wait_for_products(sums);
+    if (slip != Slip::kEarlyEmptied && lane == 0) arrive(&places.emptied[place]);
+    for (int i = 0; i < 64; ++i) {
+      const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8;
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      out[(run * 64 + row) * 128 + column] = sums[i / 8][i / 4 % 2][0][i % 4];
+    }
+  }
+}
+
+void check_warpgroups() {
+  constexpr int kRuns = 5;
+  std::mt19937 random(6);
+  std::vector<float> a(64 * 16), b(kRuns * 128 * 16), wanted(kRuns * 64 * 128);
+  for (float& value : a) value = static_cast<float>(static_cast<int>(random() % 41) - 20);
+  for (float& value : b) value = static_cast<float>(static_cast<int>(random() % 41) - 20);
+  for (int i = 0; i < kRuns * 64 * 128; ++i) {
+    const int run = i / (64 * 128), row = i / 128 % 64, column = i % 128;
+    for (int k = 0; k < 16; ++k) {
+      wanted[i] += 2 * a[row * 16 + k] * b[(run * 128 + column) * 16 + k];
+    }
+  }
+  std::vector<uint4> a_packed(4 * 32), b_packed(kRuns * 256);
+  const auto pair = [](const float* values) {
+    return static_cast<unsigned>(to_half(values[0])) | static_cast<unsigned>(to_half(values[1]))
+                                                           << 16;
+  };
+  for (int i = 0; i < 4 * 32; ++i) {
+    const float* row = &a[(i / 32 * 16 + i % 32 / 4) * 16 + i % 4 * 2];
+    a_packed[i] = {pair(row), pair(row + 8 * 16), pair(row + 8), pair(row + 8 * 16 + 8)};
+  }
+  for (int i = 0; i < kRuns * 256; ++i) {  // matrices of 8 x 8: a row is 16 bytes
+    const int matrix = i / 8, vector = matrix / 2 * 8 + i % 8;
+    const float* columns = &b[vector * 16 + matrix % 2 * 8];
+    b_packed[i] = {pair(columns), pair(columns + 2), pair(columns + 4), pair(columns + 6)};
+  }
+  for (const Slip slip : {Slip::kNone, Slip::kNoFilled, Slip::kWrongPhase, Slip::kNoEmptied,
+                          Slip::kEarlyEmptied, Slip::kNoWait, Slip::kWrongMatrix}) {
+    bool right = true;
+    test::in_every_order([&](const char*) {
+      std::vector<float> out = test::poisoned<float>(kRuns * 64 * 128);
+      try {
+        CHECK(launch(warpgroup_kernel, dim3(1), 128, sizeof(Places), nullptr, a_packed.data(),
+                     b_packed.data(), kRuns, out.data(), slip) == cudaSuccess,
+              "launch");
+      } catch (const emulation::Error& error) {
+        std::printf("  caught: %s\n", error.what());
+        right = false;
+      }
+      right = right && out == wanted;
+    });
+    CHECK(right == (slip == Slip::kNone), "slip %d %s", static_cast<int>(slip),
+          right ? "does not show" : "was not made");
+  }
+}
+
 __global__ void misaligned_copy_kernel(const unsigned char* from) {
   copy_async(shared_memory<uint4>(), reinterpret_cast<const uint4*>(from + 8));
 }
@@ -252,6 +362,7 @@ int main() {
   check_halves();
   check_products();
   check_copies();
+  check_warpgroups();
 
   test::in_every_order([](const char* order) {
     std::vector<int> sums(64), ups(64);

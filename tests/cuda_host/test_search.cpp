@@ -59,6 +59,53 @@ void compare(const char* name, const CodebookLayout& layout, const Floats& codeb
   });
 }
 
+// Whether coarse scores are made by the kernel for compute capability 9.0, where it serves.
+bool with_warpgroups = false;
+constexpr const char* kSearch = "TOKENFLOW_CUDA_SEARCH";
+
+void use_warpgroups(bool use) {
+  with_warpgroups = use;
+  max_shared_bytes_per_block = use ? kMostSharedBytes : kLeastSharedBytes;
+  CHECK((use ? setenv(kSearch, "wgmma", 1) : unsetenv(kSearch)) == 0, "setenv");
+}
+
+// What cannot be had is an error, and codebooks too wide for warpgroups take the other kernel.
+void check_choice() {
+  const CodebookLayout narrow = make_layout(300, {8}, true), wide = make_layout(300, {90}, true);
+  cuda::FragmentOrder order;
+  const auto choose = [&](const char* wanted, const CodebookLayout& layout) {
+    CHECK(setenv(kSearch, wanted, 1) == 0, "setenv");
+    order = cuda::FragmentOrder::kByWord;
+    return cuda::choose_order(layout, &order);
+  };
+  for (const char* wanted : {"", "mma"}) {
+    CHECK(choose(wanted, narrow) == cudaSuccess && order == cuda::FragmentOrder::kByLane, "%s",
+          wanted);
+  }
+  CHECK(choose("WGMMA", narrow) == cudaErrorInvalidValue, "a word that is none of the two");
+  max_shared_bytes_per_block = kMostSharedBytes;
+  CHECK(choose("wgmma", narrow) == cudaSuccess && order == cuda::FragmentOrder::kByWord, "wgmma");
+  CHECK(choose("wgmma", wide) == cudaSuccess && order == cuda::FragmentOrder::kByLane, "too wide");
+  max_threads_per_block = 32;
+  CHECK(choose("wgmma", narrow) == cudaErrorNotSupported, "not compiled");
+  NearestCodeArgs<float> args = {};
+  const Floats values = random_floats(300 * 8, 1);
+  Indices index = {-7};
+  args.layout = narrow;
+  args.codebook = args.rows = values.data();
+  args.num_rows = 1;
+  args.indices = index.data();
+  CHECK(run(args, cuda::nearest_code_workspace_bytes, cuda::launch_nearest_code) ==
+                cudaErrorNotSupported &&
+            index[0] == -7,
+        "a search that is not to be had");
+  max_threads_per_block = 1024;
+  max_shared_bytes_per_block = 64 * 1024;
+  CHECK(choose("wgmma", make_layout(300, {40}, true)) == cudaErrorNotSupported,
+        "too little memory");
+  use_warpgroups(false);
+}
+
 // The stages of a search on their own.
 struct Stages {
   CodebookLayout layout;
@@ -77,6 +124,10 @@ struct Stages {
          int multiprocessors, int tiles_per_block = 0)
       : layout(layout), num_rows(static_cast<int64_t>(row_values.size()) / layout.dim) {
     take([&](cuda::Workspace& memory) { codes = cuda::take_packed_codes(memory, layout); });
+    CHECK(cuda::choose_order(layout, &codes.order) == cudaSuccess, "order");
+    CHECK((codes.order == cuda::FragmentOrder::kByWord) ==
+              (with_warpgroups && cuda::operand_steps(layout.dim) <= cuda::kMostSteps),
+          "%d channels are scored by the other kernel", layout.dim);
     take([&](cuda::Workspace& memory) {
       rows = cuda::take_packed_rows(memory, layout, num_rows, codes);
     });
@@ -138,10 +189,11 @@ struct Stages {
     const int lane = static_cast<int>(n % 8) * 4 + k % 8 / 2;
     const int upper = static_cast<int>(n / 8 % 2), further = k / 8 % 2;
     const int word = of_rows ? 2 * further + upper : 2 * upper + further;
+    const bool by_word = !of_rows && codes.order == cuda::FragmentOrder::kByWord;
     uint16_t half;
     std::memcpy(&half,
-                reinterpret_cast<const unsigned char*>(fragments + fragment * 32 + lane) +
-                    word * 4 + k % 2 * 2,
+                reinterpret_cast<const unsigned char*>(fragments + fragment * 32) +
+                    (by_word ? word * 32 + lane : lane * 4 + word) * 4 + k % 2 * 2,
                 sizeof(half));
     return cuda::from_half(half);
   }
@@ -387,18 +439,8 @@ void check_inner_product() {
   compare("inner product, negative", layout, codebook, rows);
 }
 
-}  // namespace
-
-int main() {
-  check_inner_product();
-  check_crowds();
-  random_case("TokenFlow's groups", 300, {32, 8}, true, {1.0, 1.0}, 131, 1);
-  random_case("weights", 257, {5, 3, 2}, true, {1.0, 0.25, 3.0}, 17, 2);
-  random_case("no normalisation", 128, {7}, false, {}, 33, 3);
-  random_case("one code", 1, {4, 2}, true, {}, 5, 4);
-  random_case("more channels than a step", 130, {83, 6}, true, {1.0, 2.0}, 70, 5);
-  random_case("a zero weight", 65, {3, 4}, false, {1.0, 0.0}, 9, 6);
-
+// Shapes, near ties and the bound, for whichever kernel makes the coarse scores.
+void check_kernels() {
   // Every number of steps that a kernel is made for, with few rows and with many, and the general
   // one; channels and bias fill the last step, or spill into one more.
   for (const int dim : {1, 13, 14, 16, 29, 32, 45, 48, 61, 62, 77, 78, 109, 200}) {
@@ -463,6 +505,56 @@ int main() {
       }
     }
   }
+  {  // The bound for what is searched every day: small enough that few rows need float64, with or
+     // without codes of no length, and not far from what is needed.
+    const CodebookLayout layout = make_layout(300, {32, 8}, true);
+    Floats codebook = random_floats(300 * 40, 60);
+    const Floats rows = random_floats(150 * 40, 61);
+    double needed = 0;
+    const double share = check_bound("TokenFlow's groups", layout, codebook, rows, &needed);
+    CHECK(share < 6.5e-4 && needed > 0.2, "bound %g, %g of it needed", share, needed);
+    std::fill_n(codebook.begin() + 30 * 40, 40, 0.0f);
+    std::fill_n(codebook.begin() + 77 * 40, 32, 0.0f);
+    CHECK(check_bound("codes of no length", layout, codebook, rows) < 1.1 * share, "no length");
+    compare("codes of no length", layout, codebook, rows);
+    check_bound("without normalisation", make_layout(300, {40}, false), codebook, rows, &needed);
+    CHECK(needed > 0.2, "%g of the bound needed", needed);
+  }
+}
+
+// Runs of tiles for which every place in shared memory is used three times, by blocks whose warps
+// all have rows, or some, or of which all but one have none; and the last product alone counts.
+void check_long_runs() {
+  for (const auto& [dim, num_rows] : std::vector<std::pair<int, int>>{
+           {13, 1}, {40, 1}, {40, 64}, {40, 100}, {40, 400}, {77, 150}}) {
+    const CodebookLayout layout = make_layout(2200, {dim}, false);
+    const Floats codebook = random_floats(2200 * dim, 46), rows = random_floats(num_rows * dim, 47);
+    const Indices wanted = definition(layout, codebook, rows);
+    in_every_order([&](const char* order) {
+      CHECK(Stages(layout, codebook, rows, 1, 20).indices == wanted, "%d channels, %d rows (%s)",
+            dim, num_rows, order);
+    });
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_inner_product();
+  check_crowds();
+  random_case("TokenFlow's groups", 300, {32, 8}, true, {1.0, 1.0}, 131, 1);
+  random_case("weights", 257, {5, 3, 2}, true, {1.0, 0.25, 3.0}, 17, 2);
+  random_case("no normalisation", 128, {7}, false, {}, 33, 3);
+  random_case("one code", 1, {4, 2}, true, {}, 5, 4);
+  random_case("more channels than a step", 130, {83, 6}, true, {1.0, 2.0}, 70, 5);
+  random_case("a zero weight", 65, {3, 4}, false, {1.0, 0.0}, 9, 6);
+
+  check_kernels();
+  check_choice();
+  use_warpgroups(true);
+  check_kernels();
+  check_long_runs();
+  use_warpgroups(false);
   {  // Codes in bunches that half precision cannot tell apart, and rows in the midst of them.
     const CodebookLayout layout = make_layout(300, {32, 8}, true);
     const Floats centres = random_floats(20 * 40, 50);
@@ -501,21 +593,6 @@ int main() {
     for (int i = 0; i < 20 * 6; ++i) rows[i] = (rows[i] - 20) * (i < 60 ? 1.0f : 1e6f);
     compare("scores below zero", layout, codebook, rows);
     check_bound("scores below zero", layout, codebook, rows);
-  }
-  {  // The bound for what is searched every day: small enough that few rows need float64, with or
-     // without codes of no length, and not far from what is needed.
-    const CodebookLayout layout = make_layout(300, {32, 8}, true);
-    Floats codebook = random_floats(300 * 40, 60);
-    const Floats rows = random_floats(150 * 40, 61);
-    double needed = 0;
-    const double share = check_bound("TokenFlow's groups", layout, codebook, rows, &needed);
-    CHECK(share < 6.5e-4 && needed > 0.2, "bound %g, %g of it needed", share, needed);
-    std::fill_n(codebook.begin() + 30 * 40, 40, 0.0f);
-    std::fill_n(codebook.begin() + 77 * 40, 32, 0.0f);
-    CHECK(check_bound("codes of no length", layout, codebook, rows) < 1.1 * share, "no length");
-    compare("codes of no length", layout, codebook, rows);
-    check_bound("without normalisation", make_layout(300, {40}, false), codebook, rows, &needed);
-    CHECK(needed > 0.2, "%g of the bound needed", needed);
   }
   {  // Vectors that half precision holds exactly: what is left of the bound is for summing.
     const CodebookLayout layout = make_layout(40, {300}, false);

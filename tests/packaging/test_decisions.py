@@ -27,7 +27,7 @@ def kept(text: str | None) -> list[str]:
 class TestArchitectures:
     @pytest.mark.parametrize("text", [None, "", "  "])
     def test_default(self, text: str | None) -> None:
-        assert kept(text) == ["8.0", "9.0+PTX"]
+        assert kept(text) == ["8.0+PTX", "9.0a"]
 
     @pytest.mark.parametrize(
         ("text", "expected"),

@@ -300,6 +300,12 @@ class TestKernel:
         assert kernel.static_shared == 128  # without the 1,024 bytes that the system keeps
         assert kernel.blocks == 6
 
+    def test_a_kernel_of_another_architecture_is_empty(self) -> None:
+        nothing = "    LDC R1, c[0x0][0x28]\n    EXIT\n.L_x_0:\n    BRA `(.L_x_0)\n    NOP\n"
+        assert self.kernel(nothing).empty
+        assert not self.kernel(nothing.replace("EXIT", "STG.E [R2.64], R4\n    EXIT")).empty
+        assert not self.kernel().empty
+
     def test_spills_are_told_from_arrays(self) -> None:
         kernel = self.kernel()
         assert (kernel.spill_stores, kernel.spill_loads) == (12, 20)
@@ -369,6 +375,15 @@ COPIES = """
     LDGDEPBAR
     EXIT
 """
+WARPGROUPS = """
+    WARPGROUP.ARRIVE
+    HGMMA.64x128x16.F32 R24, R96, gdesc[UR24], RZ, !UPT
+    HGMMA.64x128x16.F32 R24, R92, gdesc[UR24], R24, gsb0
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    FMNMX R36, R36, R37, !PT
+    SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR9+0x18040], RZ
+    EXIT
+"""
 
 
 class TestProtocols:
@@ -393,6 +408,27 @@ class TestProtocols:
     def test_last_block(self, old: str, new: str, said: str) -> None:
         assert old in ARRIVAL
         found = protocols.problems("sum_segments_kernel", code_of(ARRIVAL.replace(old, new)))
+        assert len(found) == 1
+        assert said in found[0]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "said"),
+        [
+            ("    WARPGROUP.ARRIVE\n", "", "without a fence"),
+            ("gsb0, 0x0\n", "gsb0, 0x1\n", "FMNMX before the wait"),
+            (
+                "    WARPGROUP.DEPBAR.LE gsb0, 0x0\n    FMNMX R36, R36, R37, !PT\n",
+                "",
+                "SYNCS before",
+            ),
+            (WARPGROUPS[WARPGROUPS.index("    WARPGROUP.DEP") :], "    EXIT\n", "nobody waits for"),
+        ],
+    )
+    def test_products_of_warpgroups(self, old: str, new: str, said: str) -> None:
+        kernel = "warpgroup_score_kernel<3>"
+        assert protocols.problems(kernel, code_of(WARPGROUPS)) == []
+        assert old in WARPGROUPS
+        found = protocols.problems(kernel, code_of(WARPGROUPS.replace(old, new)))
         assert len(found) == 1
         assert said in found[0]
 

@@ -144,6 +144,11 @@ class TestLaunches:
         assert even["tensor"] == pytest.approx(terms["tensor"] * share)
         assert even["latency"] == 0
 
+    def test_products_of_warpgroups_reach_the_peak(self, sources: Sources) -> None:
+        found = counts(H100, sources, "HGMMA.64x128x16.F32")
+        cycles = 50 * 64 * 128 * 16 / 4 / H100.sm.tensor_multiply_adds
+        assert found.cycles(PROGRAM)["tensor"] == cycles
+
     @pytest.mark.parametrize("device", DEVICES)
     def test_chain(self, device: Device, sources: Sources) -> None:
         chain = 3 * L2_CYCLES + 2 * BARRIER_CYCLES + 50 * DEPENDENT_CYCLES

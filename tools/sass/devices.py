@@ -60,7 +60,7 @@ A100 = Device(
 )
 H100 = Device(
     "H100 SXM 80 GB",
-    "sm_90",
+    "sm_90a",
     multiprocessors=132,
     gigahertz=1.83,
     memory_bandwidth=3352e9,
@@ -68,6 +68,6 @@ H100 = Device(
     mma_share=0.62,
     source="NVIDIA H100 Tensor Core GPU datasheet: 989.4 TFLOP/s, 3.35 TB/s. Copy as measured "
     "(measurements.md). Assumed: `mma` reaches 0.62 of the peak, as Luo et al. (arXiv 2402.13499) "
-    "report for an H800",
+    "report for an H800, and `wgmma` all of it",
 )
 DEVICES = (A100, H100)

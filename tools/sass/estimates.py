@@ -101,7 +101,8 @@ class Counts:
                 self._listings[program.kernel] = Listing(code, self._sources)
             times = self._listings[program.kernel].weights(program.parts, program.once)
             taken = cycles(code.instructions, self._device.sm, times)
-            taken["tensor"] /= self._device.mma_share
+            if not any("GMMA" in i.mnemonic for i in code.instructions):
+                taken["tensor"] /= self._device.mma_share
             self._found[program] = taken
         return self._found[program]
 

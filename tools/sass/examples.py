@@ -38,13 +38,16 @@ def _chunks(rows: int) -> list[int]:
     return [min(ROWS_AT_ONCE, rows - first) for first in range(0, rows, ROWS_AT_ONCE)]
 
 
-def coarse_score(scales: Sequence[int], _: Device) -> list[Launch]:
+def coarse_score(scales: Sequence[int], _: Device, warpgroups: bool = False) -> list[Launch]:
     """Launches of the coarse scores of searches of so many rows."""
+    program, warp_rows = programs.coarse_score(), 64
+    if warpgroups:
+        program, warp_rows = programs.warpgroup_score(), 16
     return [
         Launch(
-            programs.coarse_score(),
-            _padded(rows) // 64 * (CODES // programs.TILE),
-            4,
+            program,
+            _padded(rows) // warp_rows * (CODES // programs.TILE),
+            256 // warp_rows,
             l2_bytes=_PACKED_BYTES * CODES * (_padded(rows) // 128 // (2 if rows > 128 else 1))
             + 8 * rows * _records(rows),
             balanced=True,

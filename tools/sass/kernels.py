@@ -17,6 +17,9 @@ from .occupancy import (
     round_up,
 )
 
+#: What is left of a kernel without a body: the stack's pointer, and the end.
+_RETURNING = frozenset({"MOV", "LDC", "EXIT", "BRA", "NOP"})
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -39,6 +42,11 @@ class Kernel:
     hot_loop: Loop | None = None
     protocol: tuple[str, ...] = ()  # what is wrong with fences, loads and copies
     code: Code = field(default_factory=Code, repr=False)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it only returns: a kernel made for another architecture."""
+        return all(i.mnemonic in _RETURNING for i in self.code.instructions)
 
     @property
     def multiprocessor(self) -> Multiprocessor | None:

@@ -68,7 +68,7 @@ def demangle(symbols: Sequence[str]) -> list[str]:
 
 
 def read_cubin(cubin: Path) -> tuple[list[Kernel], str]:
-    """The kernels of a cubin and the compiler that made it."""
+    """The kernels of a cubin that do something there, and the compiler that made it."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     elf = _run(cuobjdump, "-elf", cubin)
     sass = _run(nvdisasm, "-c", "-gi", cubin)
@@ -81,10 +81,13 @@ def read_cubin(cubin: Path) -> tuple[list[Kernel], str]:
     if missing := resources.keys() ^ codes.keys():
         raise SassError(f"{cubin}: {', '.join(sorted(missing))} has no code or no resource usage")
     names = map(short_name, demangle(list(resources)))
-    return [
+    kernels = [
         make_kernel(architecture.group(1), symbol, name, resources[symbol], codes[symbol])
         for symbol, name in zip(resources, names, strict=True)
-    ], " ".join(compiler.groups()) if compiler else "an unknown compiler"
+    ]
+    return [kernel for kernel in kernels if not kernel.empty], " ".join(
+        compiler.groups()
+    ) if compiler else "an unknown compiler"
 
 
 def read_objects(paths: Iterable[Path]) -> tuple[list[Kernel], str]:

@@ -34,6 +34,7 @@ MULTIPROCESSORS = {
         228 << 10, 227 << 10, float32_lanes=32, tensor_multiply_adds=512, float64_lanes=16
     ),
 }
+MULTIPROCESSORS["sm_90a"] = MULTIPROCESSORS["sm_90"]
 SCHEDULERS = 4
 WARP = 32
 RESERVED_SHARED = 1024  # bytes of each block that the system keeps, from sm_80 on

@@ -59,6 +59,16 @@ def coarse_score() -> Program:
     return Program("coarse_score_kernel<3, 4>", parts, tile)
 
 
+def warpgroup_score() -> Program:
+    """A tile of codes and a warp's 16 rows; one warp of 16 asks for tiles."""
+    kernel = _at((), "coarse_score_wgmma.cu", "warpgroup_score_kernel(const __grid_constant__")
+    tile = _at(kernel, "coarse_score_wgmma.cu", "for (int i = 0; i < block.tiles; ++i) {")
+    fetch = _at(tile, "coarse_score_wgmma.cu", "if (threadIdx.x == 0 && i + kAhead")
+    end = _at(tile, "coarse_score_wgmma.cu", "if (ends_record(runs, block, i)) {")
+    parts = (Part(fetch, 1 / 16), Part(end, TILE / RECORD))
+    return Program("warpgroup_score_kernel<3>", parts, tile)
+
+
 def refine(records: int, near: float = 1 + SECOND_GROUPS, rescored: float = 0) -> Program:
     """A row with that many records.
 
@@ -106,7 +116,7 @@ def refine(records: int, near: float = 1 + SECOND_GROUPS, rescored: float = 0) -
         *(Part(step, 2 * STEPS * tiles),),
         *(Part(path, 0) for path in never),
     ]
-    return Program("refine_kernel", tuple(parts), loads=8)
+    return Program("refine_kernel<(FragmentOrder)0>", tuple(parts), loads=8)
 
 
 def _pack(vector: Place, measured: bool) -> Program:
@@ -129,7 +139,7 @@ def _pack(vector: Place, measured: bool) -> Program:
     if measured:
         squares = at(square, "for (int d = begin + lane_index() % kPackLanes")
         parts += [Part(measure_group, GROUPS), Part(squares, CHANNELS / 4, "DFMA")]
-    return Program("pack_kernel", tuple(parts), (vector,), loads=4)
+    return Program("pack_kernel<(FragmentOrder)0>", tuple(parts), (vector,), loads=4)
 
 
 def pack_rows() -> Program:

@@ -26,7 +26,7 @@ def problems(name: str, code: Code) -> list[str]:
         cached = sum(i.mnemonic == "LDG" and ".CONSTANT" in i.opcode for i in code.instructions)
         if cached:
             found.append(f"{cached} loads by the cache for constants of what the launch writes")
-    return found + _copies(code.instructions)
+    return found + _copies(code.instructions) + _warpgroups(code.instructions)
 
 
 def _arrival(instructions: list[Instruction]) -> list[str]:
@@ -66,3 +66,22 @@ def _copies(instructions: list[Instruction]) -> list[str]:
                 found.append(f"a wait leaves {left} of {begun} groups of copies")
             return found
     return ["copies that nobody waits for"] if begun else found
+
+
+def _warpgroups(instructions: list[Instruction]) -> list[str]:
+    """Products of warpgroups: a fence before them, a wait after, and only then an arrival."""
+    running, fenced, found = False, False, []
+    for i in instructions:
+        if i.opcode.startswith("WARPGROUP.ARRIVE"):
+            fenced = True
+        elif "GMMA" in i.mnemonic:
+            if not fenced:
+                found.append("products of a warpgroup without a fence before them")
+                fenced = True
+            running = True
+        elif i.opcode.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0"):
+            running = fenced = False
+        elif running and (i.opcode.startswith("SYNCS.ARRIVE") or i.mnemonic == "FMNMX"):
+            found.append(f"{i.mnemonic} before the wait for products of a warpgroup")
+            running = False
+    return [*found, "products of a warpgroup that nobody waits for"] if running else found

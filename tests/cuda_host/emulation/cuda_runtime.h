@@ -71,6 +71,8 @@ inline void __syncthreads() { ::emulation::block_barrier(); }
 // Fibers run one at a time on one CPU thread: every write is seen at once.
 inline void __threadfence() {}
 
+inline void __syncwarp(unsigned mask) { (void)::emulation::ballot(mask, true); }
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return ::emulation::exchange(mask, "shfl_xor", value, [=](int lane) { return lane ^ lane_mask; });

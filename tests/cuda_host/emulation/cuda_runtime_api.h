@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstring>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -19,6 +19,18 @@ constexpr int kMultiprocessors = 2;
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
+
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+
+// Of a kernel that does something on this device; one that does not has blocks of a warp.
+inline int max_threads_per_block = 1024;
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->maxThreadsPerBlock = max_threads_per_block;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 

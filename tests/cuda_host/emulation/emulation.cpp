@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensor_core.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #define TOKENFLOW_FIBER_ANNOTATIONS 1
@@ -91,7 +93,7 @@ void start_context(Context& context, unsigned char* stack, void (*entry)()) {
 #endif
 }
 
-enum class State { kReady, kAtBarrier, kAtWarpOperation, kDone };
+enum class State { kReady, kAtBarrier, kAtWarpOperation, kAtPhase, kDone };
 
 struct Block;
 
@@ -99,6 +101,22 @@ struct Copy {
   void* to;
   const void* from;
   int group;
+};
+
+// A copy that reports to a barrier in shared memory.
+struct BulkCopy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  uint64_t* barrier;
+};
+
+// A product of a warpgroup, as one lane sees it: two rows of A.
+struct Product {
+  float* sums;
+  float rows[2][16];
+  uint64_t descriptor;
+  bool adds;
 };
 
 struct Fiber {
@@ -110,6 +128,8 @@ struct Fiber {
   int next_slots = 0;        // which of the warp's two sets of slots the next operation uses
   std::vector<Copy> copies;  // on their way
   int closed_groups = 0;     // of copies
+  const uint64_t* waits_for = nullptr;  // a barrier's phase
+  std::vector<Product> products;        // not yet computed
 };
 
 // Two sets of slots: a lane can start the next operation while others still read the last one's
@@ -127,6 +147,7 @@ struct Block {
   std::vector<Warp> warps;
   unsigned at_barrier = 0;
   std::unique_ptr<unsigned char[]> shared;
+  std::vector<BulkCopy> bulk_copies;  // on their way
 };
 
 struct Machine {
@@ -193,11 +214,12 @@ std::string describe(const Dim3& at) {
 
 std::string stuck_message(const Block& block) {
   std::string message = "block " + describe(block.index) + " cannot go on:";
-  unsigned done = 0, barrier = 0, warp = 0;
+  unsigned done = 0, barrier = 0, warp = 0, phase = 0;
   const char* operation = "";
   for (const Fiber& fiber : block.fibers) {
     done += fiber.state == State::kDone;
     barrier += fiber.state == State::kAtBarrier;
+    phase += fiber.state == State::kAtPhase;
     warp += fiber.state == State::kAtWarpOperation;
     if (fiber.state == State::kAtWarpOperation) {
       operation = block.warps[fiber.index.x / kWarp].operation;
@@ -205,6 +227,7 @@ std::string stuck_message(const Block& block) {
   }
   message += " of " + std::to_string(block.fibers.size()) + " threads " + std::to_string(barrier) +
              " wait at the barrier, " + std::to_string(done) + " have returned";
+  if (phase) message += ", " + std::to_string(phase) + " wait for a phase of a barrier in memory";
   if (warp) message += ", " + std::to_string(warp) + " wait for their warp in " + operation;
   return message;
 }
@@ -220,6 +243,7 @@ void start_block(Dim3 index, unsigned threads, size_t shared_bytes) {
   block.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   // A buffer of its own for each block, so that its exact end is guarded.
   block.shared.reset(new unsigned char[shared_bytes]);
+  block.bulk_copies.clear();
   std::memset(block.shared.get(), 0xff, shared_bytes);
   block.fibers.resize(threads);
   for (unsigned i = 0; i < threads; ++i) {
@@ -231,6 +255,7 @@ void start_block(Dim3 index, unsigned threads, size_t shared_bytes) {
     fiber.next_slots = 0;
     fiber.copies.clear();
     fiber.closed_groups = 0;
+    fiber.products.clear();
     start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
   block.turns.resize(m.order == Order::kShuffled ? block.warps.size() : threads);
@@ -251,11 +276,45 @@ void enter_if_ready(Fiber& fiber) {
 // Whether it is time for another warp or block to be the one that runs ahead.
 bool change_favourite() { return machine().random() % 64 == 0; }
 
+// A barrier in shared memory. Its words are what is read and written here alone.
+struct Phases {
+  uint32_t phase : 1;
+  uint32_t arrivals : 15;  // of a phase
+  uint32_t missing : 16;   // arrivals still to come
+  int32_t bytes;           // expected and still to come
+};
+static_assert(sizeof(Phases) == sizeof(uint64_t), "a barrier is 8 bytes");
+
+Phases& phases_of(uint64_t* barrier) { return *reinterpret_cast<Phases*>(barrier); }
+
+// Ends the phase that nothing is missing from, and wakes who waits for that.
+void end_phase_if_complete(Block& block, uint64_t* barrier) {
+  Phases& phases = phases_of(barrier);
+  if (phases.missing > 0 || phases.bytes != 0) return;
+  phases.phase ^= 1;
+  phases.missing = phases.arrivals;
+  for (Fiber& fiber : block.fibers) {
+    if (fiber.state == State::kAtPhase && fiber.waits_for == barrier) fiber.state = State::kReady;
+  }
+}
+
+void deliver(Block& block, const BulkCopy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  phases_of(copy.barrier).bytes -= static_cast<int32_t>(copy.bytes);
+  end_phase_if_complete(block, copy.barrier);
+}
+
 // Lets some of the block's threads run; false if all have returned.
 bool run_turns(Block& block) {
   Machine& m = machine();
   const auto is_ready = [](const Fiber& fiber) { return fiber.state == State::kReady; };
   if (std::none_of(block.fibers.begin(), block.fibers.end(), is_ready)) {
+    if (!block.bulk_copies.empty()) {
+      const BulkCopy copy = block.bulk_copies.front();
+      block.bulk_copies.erase(block.bulk_copies.begin());
+      deliver(block, copy);
+      return true;
+    }
     for (const Fiber& fiber : block.fibers) {
       if (fiber.state != State::kDone) throw Error(stuck_message(block));
     }
@@ -353,6 +412,52 @@ void block_barrier() {
   leave_fiber(self);
 }
 
+unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(static_cast<const unsigned char*>(shared) -
+                               machine().current->block->shared.get());
+}
+
+void set_up_barrier(uint64_t* barrier, unsigned arrivals) {
+  check_vector(barrier, sizeof(*barrier));
+  phases_of(barrier) = {0, arrivals & 0x7fffu, arrivals & 0xffffu, 0};
+}
+
+void arrive(uint64_t* barrier, unsigned expected_bytes) {
+  Phases& phases = phases_of(barrier);
+  if (phases.missing == 0) {
+    machine().error = "more arrivals at a barrier in memory than its phase has";
+    fail();
+  }
+  phases.bytes += static_cast<int32_t>(expected_bytes);
+  --phases.missing;
+  end_phase_if_complete(*machine().current->block, barrier);
+}
+
+void wait_for_phase(uint64_t* barrier, unsigned phase) {
+  Fiber& self = *machine().current;
+  while (phases_of(barrier).phase == phase) {
+    self.waits_for = barrier;
+    self.state = State::kAtPhase;
+    leave_fiber(self);
+  }
+}
+
+void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  Machine& m = machine();
+  Block& block = *m.current->block;
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    m.error = "a bulk copy is not of whole vectors of 16 bytes";
+    fail();
+  }
+  const BulkCopy copy = {shared, global, bytes, barrier};
+  if (m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0)) {
+    deliver(block, copy);
+  } else {
+    block.bulk_copies.push_back(copy);
+  }
+}
+
 const unsigned char* post(unsigned mask, const char* operation, const void* value, size_t bytes) {
   Machine& m = machine();
   Fiber& fiber = *m.current;
@@ -417,27 +522,10 @@ struct HalfTable {
 
 const HalfTable half_table;
 
-// Hardware brings addends to the exponent of the largest and cuts what does not fit in its 24 bits.
-double cut_to_largest(const double* addends, int count) {
-  double largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(addends[i]));
-  double total = 0;
-  if (!(largest > 0 && largest < INFINITY)) {
-    for (int i = 0; i < count; ++i) total += addends[i];
-    return total;
-  }
-  const int last_bit = std::ilogb(largest) - 23;
-  const double up = std::ldexp(1.0, -last_bit), down = std::ldexp(1.0, last_bit);
-  // Toward zero, as the conversion goes; what is left has 24 bits.
-  for (int i = 0; i < count; ++i)
-    total += static_cast<double>(static_cast<int32_t>(addends[i] * up)) * down;
-  return total;
-}
-
-float cut_to_float(double value) {
-  const float nearest = static_cast<float>(value);
-  const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
-  return away ? std::nextafter(nearest, 0.0f) : nearest;
+// How many products hardware may add up at once.
+int product_group() {
+  const Order order = machine().order;
+  return order == Order::kForward ? 16 : (order == Order::kReverse ? 4 : 8);
 }
 
 }  // namespace
@@ -459,23 +547,74 @@ void multiply_add_16x8x16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2
   Lane lanes[kWarp];
   std::memcpy(lanes, post(0xffffffffu, "mma", &mine, sizeof(mine)), sizeof(lanes));
   const int row = lane() / 4, column = lane() % 4 * 2;
-  const Order order = machine().order;
-  const int group = order == Order::kForward ? 16 : (order == Order::kReverse ? 4 : 8);
+  // Columns 2t, 2t + 1 and 8 further are in lane t of a quad.
+  const auto gather = [](const Lane* quad, int first, int step, float* values) {
+    for (int k = 0; k < 16; ++k) values[k] = quad[k % 8 / 2].words[first + k / 8 * step][k % 2];
+  };
   for (int i = 0; i < 4; ++i) {
-    const Lane* a = &lanes[row * 4];
-    const Lane* b = &lanes[(column + i % 2) * 4];
-    double addends[17];  // the sum so far and a group of products
-    for (int first = 0; first < 16; first += group) {
-      addends[0] = sum[i];
-      for (int k = 0; k < group; ++k) {
-        const int half = (first + k) / 8, t = (first + k) % 8 / 2;
-        const float left = a[t].words[2 * half + i / 2][k % 2];
-        const float right = b[t].words[4 + half][k % 2];
-        addends[1 + k] = static_cast<double>(left) * static_cast<double>(right);
-      }
-      sum[i] = cut_to_float(cut_to_largest(addends, 1 + group));
+    float a[16], b[16];
+    gather(&lanes[row * 4], i / 2, 2, a);
+    gather(&lanes[(column + i % 2) * 4], 4, 1, b);
+    sum[i] = accumulate(sum[i], a, b, product_group());
+  }
+}
+
+namespace {
+
+// Element (k, n) of what a descriptor without swizzling names: matrices of 8 x 8, each 128 bytes in
+// a row, the next along k and along n as far away as it says.
+float described_element(const Block& block, uint64_t descriptor, int k, int n) {
+  const auto field = [&](int bit) { return (descriptor >> bit & 0x3fffu) << 4; };
+  const size_t at = field(0) + static_cast<size_t>(k / 8) * field(16) +
+                    static_cast<size_t>(n / 8) * field(32) +
+                    static_cast<size_t>(n % 8 * 16 + k % 8 * 2);
+  uint16_t half;
+  std::memcpy(&half, block.shared.get() + at, sizeof(half));  // watched by AddressSanitizer
+  return from_half(half);
+}
+
+void compute(const Block& block, const Product& product, int in_quad) {
+  for (int n = 0; n < 128; ++n) {
+    if (n % 8 / 2 != in_quad) continue;
+    float column[16];
+    for (int k = 0; k < 16; ++k) column[k] = described_element(block, product.descriptor, k, n);
+    for (int half = 0; half < 2; ++half) {
+      float& sum = product.sums[n / 8 * 4 + half * 2 + n % 2];
+      sum = accumulate(product.adds ? sum : 0.0f, product.rows[half], column, product_group());
     }
   }
+}
+
+}  // namespace
+
+void multiply_add_64x128x16(float* sums, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                            uint64_t descriptor, bool adds) {
+  const unsigned mine[4] = {a0, a1, a2, a3};
+  unsigned lanes[kWarp][kSlotBytes / sizeof(unsigned)];
+  std::memcpy(lanes, post(0xffffffffu, "wgmma", mine, sizeof(mine)), sizeof(lanes));
+  Product product = {sums, {}, descriptor, adds};
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) {
+      const unsigned word = lanes[lane() / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+      product.rows[half][k] = from_half(static_cast<uint16_t>(word >> (k % 2 * 16) & 0xffffu));
+    }
+  }
+  Machine& m = machine();
+  Fiber& fiber = *m.current;
+  // Products are computed one after the other, none at once after one that is late.
+  const bool at_once =
+      m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0);
+  if (at_once && fiber.products.empty()) {
+    compute(*fiber.block, product, lane() % 4);
+  } else {
+    fiber.products.push_back(product);
+  }
+}
+
+void wait_for_products() {
+  Fiber& fiber = *machine().current;
+  for (const Product& product : fiber.products) compute(*fiber.block, product, lane() % 4);
+  fiber.products.clear();
 }
 
 void check_vector(const void* position, size_t bytes) {

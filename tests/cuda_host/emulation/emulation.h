@@ -11,6 +11,9 @@
 //   - shared memory used before it was written: it holds NaN (all bits set) at a block's start.
 //   - a copy that nobody waited for, or that arrives while its place is still read: an asynchronous
 //     copy arrives at the wait that covers it (forward), at once (reverse) or at either (shuffled).
+//   - the same of copies that report to a barrier in shared memory, which otherwise arrive when no
+//     thread of the block can go on, and of products that run beside the threads, which read
+//     their operands and write their sums at the wait, at once, or at either.
 //   - accesses out of bounds: AddressSanitizer sees the exact size of shared memory, too.
 #pragma once
 
@@ -126,5 +129,19 @@ void store_vector(void* to, const Vector& vector) {
 void copy_async(void* shared, const void* global);  // 16 bytes
 void commit_copies();
 void wait_for_copies(int may_run);
+
+unsigned shared_address(const void* shared);  // from the block's first byte
+
+// Barriers in shared memory, 8 bytes each.
+void set_up_barrier(uint64_t* barrier, unsigned arrivals);
+void arrive(uint64_t* barrier, unsigned expected_bytes);
+void wait_for_phase(uint64_t* barrier, unsigned phase);
+void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+
+// The part of wgmma.m64n128k16 that is the warp's: its 16 rows of A, and sums [64] of a lane. The
+// descriptor is without swizzling.
+void multiply_add_64x128x16(float* sums, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                            uint64_t descriptor, bool adds);
+void wait_for_products();
 
 }  // namespace emulation
