@@ -211,7 +211,7 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 	touch $@
 
 SHARED := $(and $(SET),$(SAME_TORCH))
-$(WHEEL): $(ALL_SOURCES)
+$(WHEEL): $(ALL_SOURCES) | $(if $(SET),,$(VENV)/.installed)
 	rm -rf $(@D)
 	$(MAKE) wheel SET= ARGS='--out $(@D)'
 	touch $@

@@ -91,7 +91,7 @@ def inputs(model, count=2):
 def test_forward_is_that_of_the_parts(qwen):
     state, config = qwen
     model = load_released_understanding(state, config)
-    given = inputs(model)
+    given = inputs(model, 1)
     language = Qwen2ForCausalLM(config).eval()
     language.load_state_dict({k: v for k, v in state.items() if k in language.state_dict()})
     tower = {k.removeprefix(TOWER): v for k, v in state.items() if k.startswith(TOWER)}

@@ -700,11 +700,8 @@ def test_rfid_is_torch_fidelitys(paths, squares, tmp_path, monkeypatch):
     assert found.keys() == {
         "fid", "inception_score", "inception_score_deviation", "precision", "recall",
     }  # fmt: skip
-    # The same pictures as arrays, and their statistics.
-    for name, pixels in (("a", features_of.originals), ("b", features_of.made)):
-        np.savez(tmp_path / f"{name}.npz", pixels.permute(0, 2, 3, 1).numpy())
-    again, _ = picture_sets.compare(tmp_path / "a.npz", tmp_path / "b", weights)
-    assert again["fid"] == pytest.approx(found["fid"], rel=1e-6)
+    # The same pictures as an array, and statistics.
+    np.savez(tmp_path / "a.npz", features_of.originals.permute(0, 2, 3, 1).numpy())
     with torch.no_grad():
         rows = features.extract(features_of.made).double().numpy()
     np.savez(tmp_path / "statistics.npz", mu=rows.mean(0), sigma=np.cov(rows, rowvar=False))
