@@ -1,14 +1,16 @@
 """VAR against its released algorithm: `python -m benchmarks.var`.
 
-Three comparisons in one run, at the released sizes with random weights: generation, the tokenizer's
-quantizer, and a training step. The other side is re-derived in benchmarks/var_released.py. Every
-comparison checks that both give the same before it is timed. Writes table.md and results.json.
+Four comparisons in one run, at the released sizes with random weights: generation, the tokenizer's
+quantizer, a training step, and the attention of one of its layers. The other side is re-derived in
+benchmarks/var_released.py. Every comparison checks that both give the same before it is timed.
+Writes table.md and results.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import comparison, var_released
@@ -32,6 +35,7 @@ from tokenflow_ext.models import (
     TowerConfig,
     VarConfig,
 )
+from tokenflow_ext.models.var.transformer import attend_by_scale
 from tokenflow_ext.sampler import SamplingConfig
 from tokenflow_ext.var import VarQuantizer
 
@@ -111,6 +115,43 @@ def quantizer(device: str, rounds: int, backward: bool) -> dict[str, Any]:
     }
 
 
+def attention(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any]:
+    """A layer's attention of a step of training, forward and backward, without its linear layers.
+
+    Args:
+        fused: see `training`.
+    """
+    own, device = model.blocks[0].attn, model.device
+    mask = var_released.causal_mask(model)
+    ends = list(itertools.accumulate(side * side for side in model.config.scales))
+    generator = torch.Generator().manual_seed(0)
+    channels = model.config.channels // own.heads
+    shape = (batch, own.heads, ends[-1], channels)
+    query, key, value, grad = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    given = (4 * F.normalize(query, dim=-1), F.normalize(key, dim=-1), value)
+    for tensor in given:
+        tensor.requires_grad_()
+
+    def ours() -> Any:
+        out = attend_by_scale(*given, ends, own.softmax_scale)
+        return out, *torch.autograd.grad(out, given, grad)
+
+    def theirs() -> Any:
+        out = var_released.attend(*given, mask, fused)
+        return out, *torch.autograd.grad(out, given, grad)
+
+    differences = [(a - b).abs().max().item() for a, b in zip(ours(), theirs(), strict=True)]
+    found = measure({"released": theirs, "ours": ours}, rounds)
+    memory = {"ours": peak(ours, device.type), "theirs": peak(theirs, device.type)}
+    return {
+        "what": f"attention of a layer, batch {batch}, forward and backward, against a mask "
+        + ("in fused attention" if fused else "with the scores written out"),
+        "agreement": f"outputs and gradients differ by {max(differences):.1e} at most",
+        **found,
+        "memory": memory,
+    }
+
+
 def training(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any]:
     """A step of training, forward and backward.
 
@@ -175,7 +216,7 @@ def as_markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = ("generation", "quantizer", "training")
+PARTS = ("attention", "generation", "quantizer", "training")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -211,8 +252,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "quantizer" in known.parts:
         for backward in (False, True):
             add(quantizer(device, max(known.rounds, 10), backward))
-    if {"generation", "training"} & set(known.parts):
+    if {"attention", "generation", "training"} & set(known.parts):
         model = build(known.depth, device)
+        if "attention" in known.parts:
+            for fused in (True, False):
+                add(attention(model, 2, max(known.rounds, 10), fused))
         if "training" in known.parts:
             for fused in (True, False):
                 add(training(model, 2, known.rounds, fused))

@@ -46,11 +46,31 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused: bool = True
+) -> Tensor:
+    """Attention [B, heads, L, channels of a head], with a mask that is added to the scores.
+
+    Args:
+        fused: by torch's fused operator; otherwise the matrix of scores is written out.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1)
+    scores = query @ key.transpose(-2, -1)
+    return (scores if mask is None else scores.add(mask)).softmax(dim=-1) @ value
+
+
+def causal_mask(model: VAR) -> Tensor:
+    """[1, 1, L, L]: a place sees its own scale and the ones before."""
+    level = model.lvl_1L[0]
+    return torch.where(level[:, None] >= level[None, :], 0.0, -math.inf)[None, None]
+
+
 class _Attention:
     """An attention of the model, with a cache that grows by concatenation or a mask.
 
     Args:
-        fused: attend by torch's fused operator; otherwise the matrix of scores is written out.
+        fused: see `attend`.
     """
 
     def __init__(self, module: torch.nn.Module, fused: bool = True) -> None:
@@ -70,11 +90,7 @@ class _Attention:
                 key = torch.cat((self.cached[0], key), dim=2)
                 value = torch.cat((self.cached[1], value), dim=2)
             self.cached = key, value
-        if self.fused:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1)
-        else:
-            scores = query @ key.transpose(-2, -1)
-            out = (scores if mask is None else scores.add(mask)).softmax(dim=-1) @ value
+        out = attend(query, key, value, mask, self.fused)
         return own.proj(out.transpose(1, 2).reshape(x.shape))
 
 
@@ -144,8 +160,7 @@ def generate_tokens(model: VAR, labels: Tensor, guidance: float, draw: Draw) -> 
 def training_loss(model: VAR, labels: Tensor, tokens: Tensor, fused: bool = True) -> Tensor:
     """The loss of :meth:`VAR.forward` (without dropping) with a mask of L x L."""
     config = model.config
-    level = model.lvl_1L[0]
-    mask = torch.where(level[:, None] >= level[None, :], 0.0, -math.inf)[None, None]
+    mask = causal_mask(model)
     condition = model.class_emb(labels)
     features = model.tokenizer.quantizer.next_scale_inputs(tokens)
     x = torch.cat((condition[:, None] + model.pos_start, model.word_embed(features)), dim=1)

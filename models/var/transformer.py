@@ -44,14 +44,13 @@ def attend_by_scale(
         ends: the place after the last of each scale.
         scale: of the softmax; None is 1 / sqrt(channels of a head).
     """
-    starts = [0, *ends[:-1]]
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, :end], value[:, :, :end], scale=scale
-        )
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    parts = []
+    # Backwards: a prefix is cut from the one before, so that its gradient is padded to that alone.
+    for part, end in zip(reversed(query.split(sizes, dim=2)), reversed(ends), strict=True):
+        key, value = key[:, :, :end], value[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(part, key, value, scale=scale))
+    return torch.cat(parts[::-1], dim=2)
 
 
 class SelfAttention(nn.Module):

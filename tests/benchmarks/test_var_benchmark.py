@@ -43,6 +43,13 @@ def test_losses_and_gradients_agree(model):
             torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_by_scale_agrees(model, fused):
+    row = var.attention(model, 1, 1, fused)
+    assert float(row["agreement"].split()[-3]) < 1e-4
+    assert row["ratio"] > 0
+
+
 def test_sampling_keeps_what_the_filters_keep():
     logits = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])).repeat(1, 4000, 1)
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import hub_server
 import pytest
@@ -58,7 +59,7 @@ def projector(hidden, device=None):
 
 
 def release(kind, rows=300, preset="B", dtype=torch.float32):
-    """(state dict, configuration) in the released layout, random weights of full size."""
+    """(state dict, configuration) in the released layout, random weights."""
     torch.manual_seed(0)
     config = FAMILIES[kind][0](vocab_size=rows, **SHAPE)
     tokenizer = TokenFlowTokenizer(TokenizerConfig.preset(preset))
@@ -68,8 +69,36 @@ def release(kind, rows=300, preset="B", dtype=torch.float32):
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, config
 
 
+_FULL_SIZE = TokenizerConfig.preset
+
+
+def smaller_preset(name):
+    """A preset, B's with fewer channels and layers: its full size is 695 MB a file."""
+    config = _FULL_SIZE(name)
+    if name != "B":
+        return config
+    few = {"width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
+    tower, decoder = (
+        replace(config.semantic.tower, **few),
+        {"decoder_width": 64, "decoder_heads": 2},
+    )
+    return replace(
+        config,
+        pixel=replace(config.pixel, channels=16, z_channels=32, groups=8),
+        semantic=replace(config.semantic, tower=tower, **decoder),
+        teacher=replace(config.teacher, **few, projection=32),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sizes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerConfig, "preset", smaller_preset)
+        yield
+
+
 @pytest.fixture(scope="module")
-def qwen():
+def qwen(sizes):
     return release("llava_qwen")
 
 
@@ -111,12 +140,15 @@ def test_forward_is_that_of_the_parts(qwen):
 @pytest.mark.parametrize(
     "kind", [pytest.param("llava_llama", marks=pytest.mark.once), "llava_qwen"]
 )
-def test_there_and_back(tmp_path, kind):
+def test_there_and_back(tmp_path, monkeypatch, kind):
+    if kind == "llava_qwen":
+        monkeypatch.setattr(TokenizerConfig, "preset", _FULL_SIZE)
     state, config = release(kind)
     model = load_released_understanding(state, config)
     same(to_released_understanding(model), state)
     # By a folder of the release, in several files.
-    save_released_understanding(model, tmp_path / "released", max_shard_size="100MB")
+    size = "100MB" if kind == "llava_qwen" else "1MB"
+    save_released_understanding(model, tmp_path / "released", max_shard_size=size)
     assert len(list((tmp_path / "released").glob("*.safetensors"))) > 1
     again = load_released_understanding(tmp_path / "released")
     same(to_released_understanding(again), state)
@@ -166,7 +198,7 @@ def test_from_the_hub_in_several_files_and_half(tmp_path, monkeypatch, qwen):
     folder = tmp_path / "folder"
     folder.mkdir()
     named = {f"_orig_mod.module.{key}": value for key, value in half.items()}
-    save_torch_state_dict(named, folder, max_shard_size="100MB")
+    save_torch_state_dict(named, folder, max_shard_size="1MB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     config.to_json_file(folder / "config.json")
     with hub_server.serve() as hub:
