@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from statistics import median as median_of
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.cases import DIMS
 from benchmarks.gpu_calls import DIM, Lines, Settings, features, quantizer_for, step
 from benchmarks.timing import graph_of, median
+from benchmarks.timing import measure as compare
 from tokenflow_ext import MultiScaleQuantizer, nearest_code, sample_top_k_top_p
 
 
@@ -56,26 +57,21 @@ def _timed(
 
 
 def _both_searches(rows: Tensor, codebook: Tensor) -> Lines:
-    """The search by products of a warp and by those of four, one after the other, three times."""
-    variable = "TOKENFLOW_CUDA_SEARCH"
-    before = os.environ.get(variable)
-    times: dict[str, list[float]] = {"mma": [], "wgmma": []}
+    """The search by products of a warp and by those of four, in turns."""
+
+    def search(name: str) -> Callable[[], object]:
+        with patch.dict(os.environ, {"TOKENFLOW_CUDA_SEARCH": name}):
+            return graph_of(lambda: nearest_code(rows, codebook, DIMS))[0]
+
     try:
-        for name in list(times) * 3:
-            os.environ[variable] = name
-            call = graph_of(lambda: nearest_code(rows, codebook, DIMS))[0]
-            times[name].append(median(call, 20))
+        calls = {"mma": search("mma"), "ours": search("wgmma")}
     except RuntimeError as error:
-        yield f"    {name}: {error}"
+        yield f"    wgmma: {error}"
         return
-    finally:
-        os.environ.pop(variable)
-        if before is not None:
-            os.environ[variable] = before
-    found = {name: median_of(seconds) for name, seconds in times.items()}
+    found = compare(calls, 60)
     yield (
-        f"    mma {1e3 * found['mma']:.4f} ms, wgmma {1e3 * found['wgmma']:.4f} ms, "
-        f"{found['mma'] / found['wgmma']:.2f} times"
+        f"    mma {1e3 * found['theirs']:.4f} ms, wgmma {1e3 * found['ours']:.4f} ms, "
+        f"{found['ratio']:.2f} times"
     )
 
 

@@ -115,6 +115,11 @@ def quantizer(device: str, rounds: int, backward: bool) -> dict[str, Any]:
     }
 
 
+def _masked(fused: bool) -> str:
+    """How the other side attends, in a row's name."""
+    return "against a mask " + ("in fused attention" if fused else "with the scores written out")
+
+
 def attention(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any]:
     """A layer's attention of a step of training, forward and backward, without its linear layers.
 
@@ -144,8 +149,7 @@ def attention(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any
     found = measure({"released": theirs, "ours": ours}, rounds)
     memory = {"ours": peak(ours, device.type), "theirs": peak(theirs, device.type)}
     return {
-        "what": f"attention of a layer, batch {batch}, forward and backward, against a mask "
-        + ("in fused attention" if fused else "with the scores written out"),
+        "what": f"attention of a layer, batch {batch}, forward and backward, {_masked(fused)}",
         "agreement": f"outputs and gradients differ by {max(differences):.1e} at most",
         **found,
         "memory": memory,
@@ -183,8 +187,7 @@ def training(model: VAR, batch: int, rounds: int, fused: bool) -> dict[str, Any]
         gc.collect()
         memory[name] = peak(call, device.type)
     return {
-        "what": f"training step, batch {batch}, against a mask "
-        + ("in fused attention" if fused else "with the scores written out"),
+        "what": f"training step, batch {batch}, {_masked(fused)}",
         "agreement": f"losses differ by {difference:.1e}",
         **found,
         "memory": memory,

@@ -343,8 +343,8 @@ __device__ __forceinline__ void wait_for_phase(PhaseBarrier* barrier, unsigned p
 #endif
 }
 
-// Copies `bytes` to shared memory and reports them to the barrier, which must expect them. All a
-// multiple of 16. By one thread. What reads shared memory otherwise must not be behind a fence.
+// Copies `bytes` to shared memory and reports them to the barrier, which must expect them. Size and
+// positions are multiples of 16. By one thread.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
                                           PhaseBarrier* barrier) {
 #if defined(__CUDACC__)

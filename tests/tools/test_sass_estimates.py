@@ -238,14 +238,14 @@ class TestVariants:
     @pytest.mark.parametrize("device", DEVICES)
     def test_products(self, device: Device) -> None:
         """Cycles of 1,024 scores: 24 products of 16 x 8 x 16 at 48 columns."""
-        product = 16 * 8 * 16 / device.sm.tensor_multiply_adds
+        rate = device.mma_share * device.sm.tensor_multiply_adds
         before = dict.fromkeys(PIPES, 1.0)
         units = 64 * programs.TILE / 1024
         for columns, products in ((48, 24), (40, 20)):
-            taken = variants._products(columns, share=1)(device)(before)
-            assert taken == before | {"tensor": units * products * product}
-        twice = variants._products(48, share=1, rate=2)(device)(before)
-        assert twice["tensor"] == units * 12 * product
+            taken = variants._products(columns)(device)(before)
+            assert taken == before | {"tensor": units * (products * 16 * 8 * 16 / rate)}
+        twice = variants._products(48, rate=2)(device)(before)
+        assert twice["tensor"] == units * (12 * 16 * 8 * 16 / rate)
         assert variants._own_starts(device)(before)["issue"] == 1 + units * 32
 
     def test_records_with_two_codes(self) -> None:

@@ -35,14 +35,11 @@ class Variant:
     rescored: float = 0
 
 
-def _products(
-    columns: int, share: float | None = None, rate: float = 1
-) -> Callable[[Device], Change]:
+def _products(columns: int, rate: float = 1) -> Callable[[Device], Change]:
     """Products of so many columns, at `rate` times that of half precision."""
 
     def of(device: Device) -> Change:
-        reached = device.mma_share if share is None else share
-        each = 1024 * columns / (rate * reached * device.sm.tensor_multiply_adds)
+        each = 1024 * columns / (rate * device.mma_share * device.sm.tensor_multiply_adds)
         return lambda taken: taken | {"tensor": _UNITS * each}
 
     return of

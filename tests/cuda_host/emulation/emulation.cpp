@@ -273,6 +273,12 @@ void enter_if_ready(Fiber& fiber) {
   if (!machine().error.empty()) throw Error(std::exchange(machine().error, {}));
 }
 
+// Whether what runs beside the threads is done at once, and not as late as it may be.
+bool is_done_at_once() {
+  Machine& m = machine();
+  return m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0);
+}
+
 // Whether it is time for another warp or block to be the one that runs ahead.
 bool change_favourite() { return machine().random() % 64 == 0; }
 
@@ -443,15 +449,15 @@ void wait_for_phase(uint64_t* barrier, unsigned phase) {
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
-  Machine& m = machine();
-  Block& block = *m.current->block;
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
-    m.error = "a bulk copy is not of whole vectors of 16 bytes";
+  Block& block = *machine().current->block;
+  check_vector(shared, 16);
+  check_vector(global, 16);
+  if (bytes % 16 != 0) {
+    machine().error = "a bulk copy is not of whole vectors of 16 bytes";
     fail();
   }
   const BulkCopy copy = {shared, global, bytes, barrier};
-  if (m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0)) {
+  if (is_done_at_once()) {
     deliver(block, copy);
   } else {
     block.bulk_copies.push_back(copy);
@@ -599,12 +605,9 @@ void multiply_add_64x128x16(float* sums, unsigned a0, unsigned a1, unsigned a2, 
       product.rows[half][k] = from_half(static_cast<uint16_t>(word >> (k % 2 * 16) & 0xffffu));
     }
   }
-  Machine& m = machine();
-  Fiber& fiber = *m.current;
+  Fiber& fiber = *machine().current;
   // Products are computed one after the other, none at once after one that is late.
-  const bool at_once =
-      m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0);
-  if (at_once && fiber.products.empty()) {
+  if (is_done_at_once() && fiber.products.empty()) {
     compute(*fiber.block, product, lane() % 4);
   } else {
     fiber.products.push_back(product);
@@ -624,16 +627,13 @@ void check_vector(const void* position, size_t bytes) {
 }
 
 void copy_async(void* shared, const void* global) {
-  Machine& m = machine();
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    m.error = "an asynchronous copy of 16 bytes is not aligned to 16";
-    fail();
-  }
-  if (m.order == Order::kReverse || (m.order == Order::kShuffled && m.random() % 2 == 0)) {
+  check_vector(shared, 16);
+  check_vector(global, 16);
+  Fiber& fiber = *machine().current;
+  if (is_done_at_once()) {
     std::memcpy(shared, global, 16);
   } else {
-    m.current->copies.push_back({shared, global, m.current->closed_groups});
+    fiber.copies.push_back({shared, global, fiber.closed_groups});
   }
 }
 
